@@ -1,0 +1,105 @@
+"""The command line: ``run_recbole_ssm.py``, ``recbole-ssm`` and ``python -m recbole_ssm`` all come here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from recbole_ssm import __version__
+from recbole_ssm.errors import UserError, did_you_mean
+
+USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
+
+  train and test a model
+    run_recbole_ssm.py [--model=Hydra4Rec] [--dataset=ml-100k] [--config_files "a.yaml b.yaml"] [--key=value ...]
+
+      --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, GRU4Rec, BERT4Rec ...)
+      --dataset   ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
+                  amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files under data_path
+      --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
+
+  recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing
+"""
+
+DEFAULT_MODEL, DEFAULT_DATASET = "Hydra4Rec", "ml-100k"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if any(argument in ("-h", "--help", "help") for argument in arguments):
+            print(USAGE, end="")
+        elif arguments and not arguments[0].startswith("-"):
+            name = arguments[0]
+            if name not in COMMANDS:
+                raise UserError(f"there is no command '{name}'{did_you_mean(name, COMMANDS) or '; see --help'}")
+            COMMANDS[name](arguments[1:])
+        else:
+            train(arguments)
+    except UserError as error:
+        print(f"recbole_ssm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("recbole_ssm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: list[str]) -> None:
+    """Train and test a model on a data set."""
+    options = _join_values(arguments)
+    named = {key: _take(options, key) for key in ("model", "dataset", "config_files")}
+
+    from recbole_ssm.quick_start import run_recbole_ssm
+
+    files = (named["config_files"] or "").split()
+    model, dataset = named["model"], named["dataset"]
+    if files:  # they may name the model and the data set
+        from pathlib import Path
+
+        from recbole_ssm.config import read_yaml
+
+        for file in files:
+            content = read_yaml(Path(file))
+            model, dataset = named["model"] or content.get("model", model), named["dataset"] or content.get("dataset", dataset)
+    run_recbole_ssm(model or DEFAULT_MODEL, dataset or DEFAULT_DATASET, files, command_line=options)
+
+
+def doctor(arguments: list[str]) -> None:
+    """Print what this machine has, and how to install what it lacks."""
+    if arguments:
+        raise UserError(f"doctor takes no arguments, got {' '.join(arguments)}")
+    from recbole_ssm.doctor import report
+
+    print(report())
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"doctor": doctor, "train": train}
+
+
+def _join_values(arguments: list[str]) -> list[str]:
+    """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``."""
+    short = {"-m": "--model", "-d": "--dataset"}
+    joined: list[str] = []
+    waiting = False
+    for argument in arguments:
+        if waiting:
+            joined[-1] += f"={argument}"
+            waiting = False
+            continue
+        argument = short.get(argument, argument)
+        joined.append(argument)
+        waiting = argument.startswith("--") and "=" not in argument
+    if waiting:
+        raise UserError(f"{joined[-1]} has no value; options look like {joined[-1]}=VALUE")
+    return joined
+
+
+def _take(options: list[str], key: str) -> str | None:
+    """Remove ``--key=value`` from the options and return its value."""
+    values = [option.partition("=")[2] for option in options if option.startswith(f"--{key}=")]
+    options[:] = [option for option in options if not option.startswith(f"--{key}=")]
+    if len(set(values)) > 1:
+        raise UserError(f"--{key} is given twice, as {values[0]} and as {values[1]}; keep one")
+    return values[0] if values else None

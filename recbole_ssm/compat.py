@@ -1,0 +1,167 @@
+"""RecBole 1.2.1 on today's NumPy, pandas and PyTorch, and without what it gets wrong for everybody.
+
+:func:`install` puts every patch in place, once, before anything of RecBole's is used. Each patch is one function that
+says what breaks without it, and has one test. What can be put right in a subclass of ours is put right there
+(:mod:`recbole_ssm.config`, :mod:`recbole_ssm.data`, :mod:`recbole_ssm.trainer`), not here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_ssm.errors import UserError
+
+INSTALL_RECBOLE = "pip install --no-deps recbole==1.2.1"
+
+_installed = False
+
+
+def install() -> None:
+    """Make RecBole usable; later calls do nothing.
+
+    Raises:
+        UserError: RecBole is not installed; the message is the line that installs it.
+    """
+    global _installed
+    if _installed:
+        return
+    if importlib.util.find_spec("recbole") is None:
+        raise UserError(
+            f"RecBole is not installed; run: {INSTALL_RECBOLE}   "
+            "(--no-deps, because RecBole pins a release of ray that Python 3.12 and later cannot install)"
+        )
+    restore_numpy_aliases()
+    import_models_without_anomaly_detection()
+    take_numpy_aliases_once()
+    measure_lists_row_by_row()
+    fill_missing_values_in_place()
+    never_unpickle_dataloaders()
+    use_current_grad_scaler()
+    seed_exhaustive_search()
+    with without_ray():
+        importlib.import_module("recbole.quick_start")
+    _installed = True
+
+
+def restore_numpy_aliases() -> None:
+    """RecBole's metrics and data set use np.float, np.object and others that NumPy 1.24 and 2.0 removed."""
+    aliases = {"float": np.float64, "float_": np.float64, "complex": np.complex128, "complex_": np.complex128}
+    aliases |= {"int": np.int_, "bool8": np.bool_, "object": np.object_, "str": np.str_, "unicode": np.str_}
+    aliases |= {"unicode_": np.str_}
+    for name, target in aliases.items():
+        if name not in np.__dict__:
+            setattr(np, name, target)
+
+
+def import_models_without_anomaly_detection() -> None:
+    """Importing RecBole's sequential models calls torch.autograd.set_detect_anomaly(True) (sine.py, line 25).
+
+    It slows every training step of the process by a factor of 1.4 to 1.7.
+    """
+    before, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    importlib.import_module("recbole.model.sequential_recommender")
+    torch.autograd.set_detect_anomaly(before, check_nan)
+
+
+def take_numpy_aliases_once() -> None:
+    """Config.compatibility_settings reads np.float_ and np.complex_ at every Config, which NumPy 2 no longer has."""
+    from recbole.config import Config
+
+    Config.compatibility_settings = lambda self: None
+
+
+def measure_lists_row_by_row() -> None:
+    """pandas 3 takes Series.agg(len) as the length of the series; RecBole means the length of each row's list.
+
+    Within RecBole's data set module, ``len`` of a series gives the lengths of its rows.
+    """
+    import pandas as pd
+    import recbole.data.dataset.dataset as dataset
+    import recbole.data.dataset.sequential_dataset as sequential_dataset
+
+    def rows_len(x: Any) -> Any:
+        return x.map(builtins.len) if isinstance(x, pd.Series) else builtins.len(x)
+
+    dataset.len = rows_len
+    sequential_dataset.len = rows_len
+
+
+def fill_missing_values_in_place() -> None:
+    """``feat[field].fillna(..., inplace=True)`` changes a copy under pandas 3: missing values stayed, without an error."""
+    from recbole.data.dataset.dataset import Dataset
+    from recbole.utils import FeatureType
+
+    def fill_nan(self: Any) -> None:
+        for feat in (getattr(self, name) for name in self.feat_name_list):
+            for field in feat:
+                kind = self.field2type[field]
+                if kind == FeatureType.TOKEN:
+                    feat[field] = feat[field].fillna(0)
+                elif kind == FeatureType.FLOAT:
+                    feat[field] = feat[field].fillna(feat[field].mean())
+                else:
+                    empty = np.array([], dtype=np.int64 if kind == FeatureType.TOKEN_SEQ else np.float64)
+                    feat[field] = feat[field].map(lambda row, empty=empty: empty if isinstance(row, float) else row)
+
+    Dataset._fill_nan = fill_nan
+
+
+def never_unpickle_dataloaders() -> None:
+    """data_preparation unpickles ``<dataset>-for-<model>-dataloader.pth`` from the checkpoint folder at every run."""
+    import recbole.data.utils
+
+    def refuse(config: Any) -> None:
+        name = f"{config['dataset']}-for-{config['model']}-dataloader.pth"
+        path = os.path.join(config["checkpoint_dir"], name)
+        if os.path.exists(path):
+            getLogger().warning(f"{path} is ignored: unpickling it could run any code; the splits are made anew")
+
+    recbole.data.utils.load_split_dataloaders = refuse
+
+
+def use_current_grad_scaler() -> None:
+    """torch.cuda.amp.GradScaler, which RecBole's trainer makes every epoch, warns that it is deprecated."""
+    import recbole.trainer.trainer
+
+    def grad_scaler(enabled: bool = True) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cuda", enabled=enabled)
+
+    recbole.trainer.trainer.amp = types.SimpleNamespace(GradScaler=grad_scaler)
+
+
+def seed_exhaustive_search() -> None:
+    """hyperopt 0.2.6 and later want a numpy Generator; RecBole's exhaustive search hands it a RandomState."""
+    import recbole.trainer.hyper_tuning as hyper_tuning
+
+    numpy = types.ModuleType("numpy")
+    numpy.__dict__.update(vars(np), random=types.SimpleNamespace(RandomState=np.random.default_rng))
+    hyper_tuning.np = numpy
+
+
+@contextmanager
+def without_ray() -> Iterator[None]:
+    """recbole.quick_start imports ray.tune for one call; its pinned ray has no wheel for Python 3.12 and later.
+
+    Where ray is absent, an empty stand-in lives just as long as that import.
+    """
+    if importlib.util.find_spec("ray") is not None:
+        yield
+        return
+    ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
+    ray.tune, tune.report = tune, lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    sys.modules |= {"ray": ray, "ray.tune": tune}
+    try:
+        yield
+    finally:
+        del sys.modules["ray"], sys.modules["ray.tune"]

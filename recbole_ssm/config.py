@@ -1,0 +1,281 @@
+"""RecBole's Config with our models, our properties, and every key and value checked before anything runs.
+
+Priority, highest first, as in RecBole: command line, config_dict, config files (a later file wins), defaults. Among the
+defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_ssm import compat
+from recbole_ssm.errors import UserError, did_you_mean
+
+compat.install()
+
+import recbole.config  # noqa: E402
+from recbole.evaluator import metric_types  # noqa: E402
+from recbole.utils.argument_list import dataset_arguments  # noqa: E402
+from recbole.utils.argument_list import evaluation_arguments, general_arguments, training_arguments  # noqa: E402
+
+from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
+
+_beside_the_package = Path(__file__).parent / "properties"
+PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("CE", "BPR"),
+    "learner": ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam"),
+    "residual": ("auto", True, False),
+    "readout": ("last", "mean"),
+    "ssm_backend": BACKENDS,
+}
+AT_LEAST_ONE = ("epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers")
+REFUSED = {
+    "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
+    "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
+}
+# Keys that RecBole reads but for which it ships no default.
+UNLISTED = {
+    "model", "dataset", "config_files", "reg_weight", "discretization", "normalize_field", "device",
+    "local_rank", "nproc", "world_size", "offset", "ip", "port", "single_spec", "tensorboard",
+    "MASK_ITEM_SEQ", "MASK_INDEX", "POS_ITEMS", "NEG_ITEMS", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
+    "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ",
+}  # fmt: skip
+NESTED = {
+    "eval_args": ("split", "order", "group_by", "mode"),
+    "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, which reads 1e-3 as a number as RecBole does; no process-wide loader is changed."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+class SSMConfig(recbole.config.Config):
+    """The configuration of one run.
+
+    Args:
+        model: name of one of our models or of a sequential model of RecBole's; None where the options name it.
+        dataset: name of the data set; None where the options name it.
+        config_file_list: YAML files.
+        config_dict: options as a dict.
+        command_line: options as ``["--key=value", ...]``. RecBole reads ``sys.argv`` here; a library must not.
+
+    Raises:
+        UserError: an unknown key or name, an impossible value, or an unreadable file.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        dataset: str | None = None,
+        config_file_list: Iterable[str] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        command_line: Iterable[str] = (),
+    ) -> None:
+        self._command_line = list(command_line)
+        try:
+            super().__init__(model, dataset, config_file_list, dict(config_dict or {}))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
+            # RecBole's own checks, which name the key but reach the user as a traceback
+            raise UserError(str(error.args[0] if error.args else error)) from error
+
+    # --- reading options -----------------------------------------------------------------------------------------
+
+    def _init_parameters_category(self) -> None:
+        # RecBole appends to these module-level lists at every Config
+        categories = (general_arguments, training_arguments, evaluation_arguments, dataset_arguments)
+        names = ("General", "Training", "Evaluation", "Dataset")
+        self.parameters = {name: list(keys) for name, keys in zip(names, categories)}
+
+    def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
+        return _Loader
+
+    def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for file in file_list or ():
+            options.update(read_yaml(Path(file)))
+        return options
+
+    def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
+        # RecBole calls eval on every string
+        return {key: literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+
+    def _load_cmd_line(self) -> dict[str, Any]:
+        return parse_options(self._command_line)
+
+    # --- defaults ------------------------------------------------------------------------------------------------
+
+    def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, Any, str]:
+        model = model or self.external_config_dict.get("model")
+        dataset = dataset or self.external_config_dict.get("dataset")
+        for key, value in (("model", model), ("dataset", dataset)):
+            if not isinstance(value, str) or not value:
+                raise UserError(f"{key}: name one, for example --{key}={'Mamba4Rec' if key == 'model' else 'ml-100k'}")
+        assert isinstance(model, str) and isinstance(dataset, str)
+        if Path(dataset).name != dataset:
+            raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
+        return model, get_model(model), dataset
+
+    def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        defaults = self.internal_config_dict
+        own_loading = {key: defaults[key] for key in ("load_col",) if len(defaults.get("load_col") or {}) > 1}
+        for file in ("overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"):
+            if (PROPERTIES / file).is_file():
+                defaults.update(read_yaml(PROPERTIES / file))
+        defaults.update(own_loading)  # models that read features of items or users
+        loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
+        if loss_type == "CE":  # RecBole's default samples negatives, and then refuses to run
+            defaults["train_neg_sample_args"] = None
+
+    def _get_final_config_dict(self) -> dict[str, Any]:
+        self._check_keys()
+        merged: dict[str, Any] = super()._get_final_config_dict()
+        # one entry of eval_args given leaves the others at their defaults; RecBole falls back to an order that it refuses
+        merged["eval_args"] = {**self.internal_config_dict["eval_args"], **_mapping("eval_args", merged["eval_args"])}
+        self._check_values(merged)
+        return copy.deepcopy(merged)
+
+    def _set_default_parameters(self) -> None:
+        folder = Path(str(self.final_config_dict["data_path"])) / self.dataset
+        super()._set_default_parameters()
+        if self.dataset != "ml-100k" or (folder / f"{self.dataset}.inter").is_file():
+            # RecBole sends ml-100k to its bundled copy, whatever data_path says
+            self.final_config_dict["data_path"] = str(folder)
+
+    def _init_device(self) -> None:
+        if not self.final_config_dict["use_gpu"]:  # RecBole's default device ignores use_gpu
+            self.final_config_dict["gpu_id"] = ""
+        super()._init_device()
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def _check_keys(self) -> None:
+        known = set(self.internal_config_dict) | UNLISTED | {key for keys in self.parameters.values() for key in keys}
+        for key in self.external_config_dict:
+            if key not in known and not str(key).startswith("alias_of_"):
+                raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known)}")
+            if self.external_config_dict[key] is not None and key in REFUSED:
+                raise UserError(f"{key}: refused, because {REFUSED[key]}; leave it empty")
+        for key, names in NESTED.items():
+            for name in _mapping(key, self.external_config_dict.get(key)):
+                if name not in names:
+                    raise UserError(f"{key}: there is no such entry '{name}'{did_you_mean(str(name), names)}")
+
+    def _check_values(self, merged: dict[str, Any]) -> None:
+        for key, default in self.internal_config_dict.items():
+            value = merged[key]
+            if value is None or key in CHOICES:
+                continue
+            if isinstance(default, bool):
+                fits, kind = isinstance(value, bool), "True or False"
+            elif isinstance(default, int):
+                fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+            elif isinstance(default, float):
+                fits, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+            else:
+                continue
+            if not fits:
+                raise UserError(f"{key}: must be {kind}, got {value!r}; the default is {default!r}")
+        for key, choices in CHOICES.items():
+            value = merged.get(key)
+            if key in self.internal_config_dict and value not in choices:
+                hint = did_you_mean(str(value), [str(choice) for choice in choices])
+                raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}{hint}")
+        for key in AT_LEAST_ONE:
+            if merged.get(key) is not None and merged[key] < 1:
+                raise UserError(f"{key}: must be at least 1, got {merged[key]}; try {key}: 1")
+        for key, value in merged.items():
+            if key.endswith("dropout_prob") and not 0 <= value < 1:
+                raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
+        self._check_metrics(merged)
+
+    @staticmethod
+    def _check_metrics(merged: dict[str, Any]) -> None:
+        metrics = [merged["metrics"]] if isinstance(merged["metrics"], str) else merged["metrics"]
+        cutoffs = [merged["topk"]] if isinstance(merged["topk"], int) else merged["topk"]
+        for metric in metrics:
+            if str(metric).lower() not in metric_types:
+                raise UserError(f"metrics: there is no metric '{metric}'{did_you_mean(str(metric), metric_types)}")
+        name, _, cutoff = str(merged["valid_metric"]).partition("@")
+        if name.lower() not in {str(metric).lower() for metric in metrics}:
+            raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; add it there")
+        if cutoff and not (cutoff.isdigit() and int(cutoff) in cutoffs):
+            raise UserError(f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there")
+
+
+def literal(text: str) -> Any:
+    """The value that a string stands for, as RecBole reads it, but through literals only: nothing is evaluated.
+
+    ``"1e-3"``, ``"[1, 5]"``, ``"{'a': 1}"`` and ``"None"`` become values, ``"true"`` and ``"false"`` too in any case;
+    anything else stays the string.
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
+    """``["--key=value", ...]`` -> a dict of options.
+
+    Raises:
+        UserError: an argument is of another form, or a key stands twice with different values.
+    """
+    options: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not equals or not key:
+            raise UserError(f"'{argument}' is not an option; options look like --learning_rate=0.001")
+        if options.setdefault(key, value) != value:
+            raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
+    return {key: literal(value) for key, value in options.items()}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        UserError: there is no such file, it is no YAML, or it holds something else than a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"config file {path}{where}: not valid YAML: {problem}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"config file {path}: must hold 'key: value' lines, got {type(content).__name__}")
+    return content or {}
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{key}: must be a mapping such as {{'{NESTED[key][0]}': ...}}, got {value!r}")
+    return value

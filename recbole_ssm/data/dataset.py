@@ -1,0 +1,209 @@
+"""RecBole's SequentialDataset, read with checks and ordered by full-precision time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from recbole_ssm import compat
+from recbole_ssm.data.atomic import read_atomic, read_header, require_column
+from recbole_ssm.errors import UserError
+
+compat.install()
+
+import recbole.data.dataset  # noqa: E402
+from recbole.data.dataset import SequentialDataset  # noqa: E402
+from recbole.utils import FeatureSource, FeatureType, ModelType  # noqa: E402
+
+TIMEOUT = 30  # seconds without a byte before a download counts as dead
+
+
+def create_dataset(config: Any) -> Any:
+    """The filtered data set of a configuration.
+
+    RecBole's function of this name first unpickles whatever ``<checkpoint_dir>/<dataset>-SequentialDataset.pth`` holds.
+
+    Raises:
+        UserError: a file is missing or faulty, or the filters leave nothing.
+    """
+    base = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
+    if base is None and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+        raise UserError(f"model: {config['model']} is no sequential model")
+    kind = SSMDataset if base is None else type(base.__name__, (SSMDataset, base), {})
+    try:
+        return kind(config)
+    except UserError:
+        raise
+    except ValueError as error:  # RecBole's own checks of filters and fields
+        raise UserError(f"dataset {config['dataset']}: {error}") from error
+
+
+class SSMDataset(SequentialDataset):
+    """RecBole's SequentialDataset, with these differences:
+
+    - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
+    - events are sorted by time in float64, stably: events of one time keep the order of the file. RecBole rounds to
+      float32 first, 64 s and coarser (``legacy_time_order: true`` brings that back);
+    - a data set that is missing is downloaded whole or not at all.
+    """
+
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        folder = Path(dataset_path)
+        needed = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or ()] or [f"{token}.inter"]
+        missing = next((name for name in needed if not (folder / name).is_file()), None)
+        if missing is not None:
+            self._fetch(folder, missing)
+        super()._load_data(token, dataset_path)
+
+    def _fetch(self, folder: Path, missing: str) -> None:
+        where = f"dataset {self.dataset_name}: no file {missing} in {folder.absolute()}"
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{where}; put it there, or set data_path to the folder that holds {self.dataset_name}/")
+        try:
+            url = self._get_download_url("url")
+        except ValueError as error:
+            raise UserError(f"{where}, and RecBole knows no download of that name; set data_path or correct it") from error
+        getLogger().info(f"{where}; downloading {url}")
+        try:
+            download(url, folder, self.dataset_name)
+        except (OSError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(f"{where}, and the download failed ({reason}); get {url} and unpack it there") from error
+
+    def _load_feat(self, filepath: str, source: Any) -> Any:
+        load, unload = self._get_load_and_unload_col(source)
+        if load == set():
+            return None
+        path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
+        separator = self.config["field_separator"]
+        header = read_header(path, separator, encoding)
+        required = []
+        if source == FeatureSource.INTERACTION and self.benchmark_filename_list is None:
+            for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
+                name = self.config[key]
+                require_column(path, header, key, name, "float" if key == "TIME_FIELD" else "token")
+                required.append(name)
+        if load is not None:
+            absent = sorted(load - set(header))
+            if absent and source == FeatureSource.INTERACTION:
+                raise UserError(f"{path}, line 1: no column {absent[0]}, which load_col asks for; drop it from load_col")
+        columns = {
+            name: kind
+            for name, kind in header.items()
+            if (load is None or name in load) and (unload is None or name not in unload)
+        }
+        if not columns:
+            self.logger.warning(f"No columns has been loaded from [{source}]")
+            return None
+        frame = read_atomic(
+            path,
+            columns,
+            required=required,
+            separator=separator,
+            seq_separator=self.config["seq_separator"],
+            encoding=encoding,
+        )
+        for name, kind in columns.items():
+            self._register(name, FeatureType(kind), source, frame)
+        return frame
+
+    def _register(self, name: str, kind: Any, source: Any, frame: Any) -> None:
+        """What RecBole's reader notes of each field."""
+        if isinstance(source, FeatureSource) or source != "link":
+            self.field2source[name] = source
+            self.field2type[name] = kind
+            if "float" in kind.value:
+                self.field2bucketnum[name] = 2
+        if not kind.value.endswith("seq"):
+            self.field2seqlen[name] = 1
+            return
+        limit = (self.config["seq_len"] or {}).get(name)
+        if limit is not None:
+            frame[name] = frame[name].map(lambda row: row[:limit])
+        self.field2seqlen[name] = int(frame[name].map(lambda row: row.size).max())
+
+    def _data_processing(self) -> None:
+        super()._data_processing()
+        if self.benchmark_filename_list is None:
+            _, counts = np.unique(self.inter_feat[self.uid_field], return_counts=True)
+            single = int((counts == 1).sum())
+            if single:
+                getLogger().warning(
+                    f"{single} of {len(counts)} users have a single interaction: no history to learn or predict from; "
+                    "they are skipped"
+                )
+            if not (counts >= 3).any():
+                raise UserError(
+                    f"dataset {self.dataset_name}: after filtering no user has 3 interactions (one each to train, "
+                    "validate and test); loosen user_inter_num_interval and item_inter_num_interval"
+                )
+
+    def _change_feat_format(self) -> None:
+        if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
+            # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
+            order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
+            self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        super()._change_feat_format()
+
+    def _dataframe_to_interaction(self, data: Any) -> Any:
+        with warnings.catch_warnings():
+            # pandas 3 hands out read-only arrays; RecBole copies them into tensors
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return super()._dataframe_to_interaction(data)
+
+
+def download(url: str, folder: Path, name: str) -> None:
+    """Fetch a zip of atomic files into ``folder``, renamed to ``name``: whole, or not at all.
+
+    Raises:
+        OSError: the network, the server or the disk fails, or the file ends early.
+        zipfile.BadZipFile: what came is no zip, or a damaged one, or holds no .inter file.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(folder.parent) as scratch:
+        archive = scratch / "archive.zip"
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(archive, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"Download {name}") as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if size and archive.stat().st_size != size:
+            raise OSError(f"{archive.stat().st_size} of {size} bytes came")
+        ready = scratch / name
+        ready.mkdir()
+        with zipfile.ZipFile(archive) as content:
+            members = [m for m in content.infolist() if Path(m.filename).suffix in (".inter", ".user", ".item")]
+            stems = {Path(m.filename).name.split(".")[0] for m in members if m.filename.endswith(".inter")}
+            if len(stems) != 1:
+                raise zipfile.BadZipFile("the archive holds no .inter file, or several")
+            stem = stems.pop()
+            for member in members:
+                target = Path(member.filename).name.replace(stem, name, 1)
+                with content.open(member) as source, open(ready / target, "wb") as file:
+                    shutil.copyfileobj(source, file)
+        if folder.is_dir():
+            folder.rmdir()  # an empty one, or it would not have come here
+        os.replace(ready, folder)
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A temporary folder on the same file system as its parent, so that a rename out of it is atomic."""
+    scratch = Path(tempfile.mkdtemp(prefix=".download-", dir=parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

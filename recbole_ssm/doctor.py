@@ -1,0 +1,45 @@
+"""What this machine has, which kernels are usable, and how to install what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from recbole_ssm import __version__, ops
+from recbole_ssm.compat import INSTALL_RECBOLE
+
+NEEDED = ("recbole", "torch", "numpy", "pandas", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard")
+KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+INSTALL_KERNELS = "pip install --no-build-isolation 'recbole-ssm[cuda]'"
+
+
+def report() -> str:
+    """The text that ``recbole-ssm doctor`` prints."""
+    lines = [f"recbole_ssm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", ""]
+    missing = []
+    for package in NEEDED:
+        try:
+            lines.append(f"  {package:14} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"  {package:14} missing")
+            missing.append(INSTALL_RECBOLE if package == "recbole" else f"pip install {package}")
+    lines += ["", f"  device         {_device()}"]
+    lines.append(f"  ssm_backend    usable: {', '.join(ops.available_backends())}; auto takes the fastest that fits")
+    for module, package in KERNELS.items():
+        found = importlib.util.find_spec(module) is not None
+        reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"
+        lines.append(f"  {package:14} {'installed' if found else 'not installed; optional' + reason}")
+        if not found and torch.cuda.is_available() and INSTALL_KERNELS not in missing:
+            missing.append(INSTALL_KERNELS)
+    lines += ["", "nothing is missing" if not missing else "to install what is missing:"]
+    return "\n".join(lines + [f"  {line}" for line in missing])
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return f"GPU: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads; no GPU that PyTorch can use"

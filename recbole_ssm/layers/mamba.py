@@ -1,0 +1,135 @@
+"""The Mamba mixer (Gu and Dao 2023, arXiv 2312.00752, section 3.4 and figure 3).
+
+    x, z = in_proj(u);  x = SiLU(conv(x));  dt, B, C = x_proj(x);  dt = softplus(dt_proj(dt))
+    y = out_proj( selective_scan(x, dt, A, B, C, D) * SiLU(z) )
+
+Parameters carry the names of the reference implementation, so weights can be exchanged with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_ssm.layers.init import init_dt_bias, require_positive
+from recbole_ssm.layers.state import MixerState
+from recbole_ssm.ops import causal_conv1d, selective_scan, selective_scan_last
+from recbole_ssm.ops.packing import last_of
+
+
+class Mamba(nn.Module):
+    """Causal mixer whose every channel carries a state of N numbers.
+
+    Args:
+        d_model: width of input and output (config key ``hidden_size``).
+        d_state: N.
+        d_conv: taps of the causal convolution, K.
+        expand: inner channels D = expand * d_model.
+        dt_init: start of the step sizes, see :func:`recbole_ssm.layers.init.init_dt_bias`.
+
+    Raises:
+        UserError: a size is below 1, or ``dt_init`` is unknown.
+    """
+
+    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int, dt_init: str = "log_uniform") -> None:
+        super().__init__()
+        require_positive(hidden_size=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+        self.d_inner, self.d_state, self.d_conv, self.dt_init = expand * d_model, d_state, d_conv, dt_init
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the taps
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        # A_n = -n for every channel (S4D-real)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.reset_dt()
+
+    def reset_dt(self) -> None:
+        """(Re)start the step sizes as ``dt_init`` says; a model calls it after its own initialisation."""
+        if self.dt_init == "log_uniform":
+            nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        init_dt_bias(self.dt_proj.bias, self.dt_init)
+
+    def alloc_state(self, batch: int) -> MixerState:
+        """The state of ``batch`` sequences before their first event."""
+        return MixerState.alloc(
+            (batch, self.d_inner, self.d_conv), (batch, self.d_inner, self.d_state), self.A_log
+        )
+
+    def forward(
+        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix whole sequences.
+
+        Args:
+            u: ``[B, L, d_model]``, or a packed batch ``[1, total, d_model]`` with ``cu_seqlens``.
+            state: what came before, None for nothing.
+            cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
+            last_only: give the last position of each sequence alone, exactly and for less.
+
+        Returns:
+            y, shape of u, and the state after the last position. With ``last_only`` y is ``[S, d_model]`` and, where
+            no state came in, none goes out.
+        """
+        if last_only and state is None:
+            return self._forward_last(u, cu_seqlens), None
+        x, z = self.in_proj(u).chunk(2, -1)  # [B, L, D] each
+        conv, ssm = state or (None, None)
+        x, conv = causal_conv1d(
+            x, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", state_BDK=conv, cu_seqlens=cu_seqlens
+        )
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        y, ssm = selective_scan(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -self.A_log.exp(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            state_BDN=ssm,
+            cu_seqlens=cu_seqlens,
+        )
+        if last_only:
+            y = last_of(y, cu_seqlens)
+        return self.out_proj(y), MixerState(conv, ssm)
+
+    def _forward_last(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """As forward, with C, the gate and the output projection at the last positions alone."""
+        to_x, to_z = self.in_proj.weight.chunk(2)
+        x, _ = causal_conv1d(
+            F.linear(u, to_x), self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens
+        )
+        to_dt_B, to_C = self.x_proj.weight.split([self.dt_rank + self.d_state, self.d_state])
+        dt, B = F.linear(x, to_dt_B).split([self.dt_rank, self.d_state], -1)
+        y = selective_scan_last(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            -self.A_log.exp(),
+            B,
+            F.linear(last_of(x, cu_seqlens), to_C),
+            self.D,
+            F.linear(last_of(u, cu_seqlens), to_z),
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.out_proj(y)
+
+    def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state; the formula of ``forward``."""
+        x, z = self.in_proj(u_t).chunk(2, -1)  # [B, D] each
+        conv = torch.cat([state.conv_BDK[..., 1:], x[..., None]], -1)
+        x = F.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt = F.softplus(self.dt_proj(dt))[..., None]  # [B, D, 1]
+        ssm = torch.exp(dt * -self.A_log.exp()) * state.ssm + dt * B[:, None] * x[..., None]
+        y = (ssm * C[:, None]).sum(-1) + self.D * x
+        return self.out_proj(y * F.silu(z)), MixerState(conv, ssm)

@@ -1,0 +1,119 @@
+"""The Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060, section 7.1 and figure 6).
+
+    z, x, B, C, dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = softplus(dt + dt_bias)
+    y = out_proj( RMSNorm( ssd(x, dt, A, B, C, D) * SiLU(z) ) )
+
+Parameters carry the names of the reference implementation, so weights can be exchanged with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_ssm.layers.init import init_dt_bias, require_divisor, require_positive
+from recbole_ssm.layers.state import MixerState
+from recbole_ssm.ops import causal_conv1d, ssd, ssd_last
+from recbole_ssm.ops.packing import last_of
+
+
+class Mamba2(nn.Module):
+    """Causal mixer of H heads, each with a state of P x N numbers and one decay.
+
+    Args:
+        d_model: width of input and output (config key ``hidden_size``).
+        d_state: N.
+        d_conv: taps of the causal convolution, K.
+        expand: inner channels D = expand * d_model.
+        head_dim: P; it divides D, and H = D / P.
+        n_groups: groups of heads that share B and C; it divides H.
+        dt_init: start of the step sizes, see :func:`recbole_ssm.layers.init.init_dt_bias`.
+
+    Raises:
+        UserError: a size is below 1 or does not divide what it must, or ``dt_init`` is unknown.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        head_dim: int,
+        n_groups: int = 1,
+        dt_init: str = "log_uniform",
+    ) -> None:
+        super().__init__()
+        require_positive(
+            hidden_size=d_model, d_state=d_state, d_conv=d_conv, expand=expand, head_dim=head_dim, n_groups=n_groups
+        )
+        self.d_inner, self.d_state, self.d_conv, self.dt_init = expand * d_model, d_state, d_conv, dt_init
+        require_divisor("head_dim", head_dim, self.d_inner, "expand * hidden_size")
+        self.head_dim, self.n_heads, self.n_groups = head_dim, self.d_inner // head_dim, n_groups
+        require_divisor("n_groups", n_groups, self.n_heads, "expand * hidden_size / head_dim")
+        self.d_conv_in = self.d_inner + 2 * n_groups * d_state  # x, B and C pass through the convolution
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + self.n_heads, bias=False)
+        self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.reset_dt()
+
+    def reset_dt(self) -> None:
+        """(Re)start the step sizes as ``dt_init`` says; a model calls it after its own initialisation."""
+        init_dt_bias(self.dt_bias, self.dt_init)
+
+    def alloc_state(self, batch: int) -> MixerState:
+        """The state of ``batch`` sequences before their first event."""
+        return MixerState.alloc(
+            (batch, self.d_conv_in, self.d_conv), (batch, self.n_heads, self.head_dim, self.d_state), self.A_log
+        )
+
+    def forward(
+        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
+        to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + self.n_heads])
+        xBC, dt = F.linear(u, to_rest).split([self.d_conv_in, self.n_heads], -1)
+        conv, ssm = state or (None, None)
+        xBC, conv = causal_conv1d(
+            xBC, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", state_BDK=conv, cu_seqlens=cu_seqlens
+        )
+        x, B, C = self._split(xBC)
+        A = -self.A_log.exp()
+        after: MixerState | None = None
+        if last_only and state is None:
+            C, u = last_of(C, cu_seqlens), last_of(u, cu_seqlens)
+            y = ssd_last(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens)
+        else:
+            y, ssm = ssd(
+                x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True, state_BHPN=ssm, cu_seqlens=cu_seqlens
+            )
+            after = MixerState(conv, ssm)
+            if last_only:
+                y, u = last_of(y, cu_seqlens), last_of(u, cu_seqlens)
+        return self._gate_and_project(y, F.linear(u, to_z)), after
+
+    def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state; the formula of ``forward``."""
+        z, xBC, dt = self.in_proj(u_t).split([self.d_inner, self.d_conv_in, self.n_heads], -1)
+        conv = torch.cat([state.conv_BDK[..., 1:], xBC[..., None]], -1)
+        x, B, C = self._split(F.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias))
+        B, C = (t.repeat_interleave(self.n_heads // self.n_groups, 1) for t in (B, C))  # [B, H, N]
+        dt = F.softplus(dt + self.dt_bias)  # [B, H]
+        decay = torch.exp(dt * -self.A_log.exp())[..., None, None]
+        ssm = decay * state.ssm + (dt[..., None] * x)[..., None] * B[:, :, None]
+        y = (ssm * C[:, :, None]).sum(-1) + self.D[:, None] * x
+        return self._gate_and_project(y, z), MixerState(conv, ssm)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x ``[..., H, P]``, B and C ``[..., G, N]``."""
+        x, B, C = xBC.split([self.d_inner, *[self.n_groups * self.d_state] * 2], -1)
+        groups = (self.n_groups, self.d_state)
+        return x.unflatten(-1, (self.n_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))

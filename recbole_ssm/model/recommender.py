@@ -1,0 +1,148 @@
+"""
+SSMRecommender
+################################################
+Everything that Mamba4Rec, 2Mamba4Rec and Hydra4Rec share; they differ in their mixer alone.
+
+Reference:
+    Chengkai Liu et al. "Mamba4Rec: Towards Efficient Sequential Recommendation with Selective State Space Models."
+    arXiv 2403.03900, 2024. Section 3 and figure 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.model.loss import BPRLoss
+from torch import Tensor, nn
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.layers import Block, MixerState
+from recbole_ssm.ops.packing import cu_seqlens_of, last_of
+
+
+class SSMRecommender(SequentialRecommender):
+    """Item embedding, blocks of a state-space mixer, readout, dot product with the item embeddings.
+
+    Rows are packed before anything is computed: padding costs nothing and cannot influence a score. Where the readout
+    is the last position, the last block computes nothing else; this is exact.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        self.hidden_size = config["hidden_size"]
+        self.num_layers = config["num_layers"]
+        self.dropout_prob = config["dropout_prob"]
+        self.initializer_range = config["initializer_range"]
+        self.loss_type = config["loss_type"]
+        self.readout = config["readout"]
+        residual = config["residual"]
+        if residual == "auto":  # Mamba4Rec's published rule
+            residual = self.num_layers > 1
+
+        # define layers and loss
+        self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
+        self.dropout = nn.Dropout(self.dropout_prob)
+        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
+        self.blocks = nn.ModuleList(
+            Block(self.build_mixer(config), self.hidden_size, self.dropout_prob, residual)
+            for _ in range(self.num_layers)
+        )
+        if self.loss_type == "BPR":
+            self.loss_fct: nn.Module = BPRLoss()
+        elif self.loss_type == "CE":
+            self.loss_fct = nn.CrossEntropyLoss()
+        else:
+            raise UserError(f"loss_type: '{self.loss_type}' is not one of BPR, CE")
+
+        # parameters initialization
+        self.apply(self._init_weights)
+        for block in self.blocks:
+            block.mixer.reset_dt()
+
+    def build_mixer(self, config: Any) -> nn.Module:
+        """The mixer of one block; what a model defines."""
+        raise NotImplementedError
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding):
+            nn.init.zeros_(module.weight[0].detach())  # the padding row
+
+    def embed(self, items: Tensor) -> Tensor:
+        """Item ids ``[...]`` -> inputs of the first block ``[..., hidden_size]``."""
+        embedded: Tensor = self.norm(self.dropout(self.item_embedding(items)))
+        return embedded
+
+    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+        """Outputs of the last block for packed histories.
+
+        Args:
+            items_L: item ids of all histories, end to end ``[total]``.
+            cu_seqlens: bounds of the histories ``[S + 1]``.
+            last_only: give the last position of each history alone.
+
+        Returns:
+            ``[total, hidden_size]``, or ``[S, hidden_size]`` with ``last_only``.
+        """
+        u = self.embed(items_L)[None]  # [1, total, hidden_size]
+        for block in self.blocks[:-1]:
+            u, _ = block(u, cu_seqlens=cu_seqlens)
+        u, _ = self.blocks[-1](u, cu_seqlens=cu_seqlens, last_only=last_only)
+        return u if last_only else u[0]
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each ``[B, hidden_size]``."""
+        real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
+        cu_seqlens = cu_seqlens_of(item_seq_len)
+        if self.readout == "last":
+            return self.encode(item_seq[real], cu_seqlens, last_only=True)
+        outputs = self.encode(item_seq[real], cu_seqlens)
+        row = torch.arange(len(item_seq), device=item_seq.device).repeat_interleave(item_seq_len)
+        sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
+        return sums / item_seq_len.clamp(min=1)[:, None]
+
+    def alloc_state(self, batch: int) -> list[MixerState]:
+        """The state of ``batch`` users before their first event, one entry a block."""
+        return [block.mixer.alloc_state(batch) for block in self.blocks]
+
+    def step(self, item_B: Tensor, state: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
+        """One more event of each user: item ids ``[B]`` -> vectors ``[B, hidden_size]`` and the next state.
+
+        Equal to :meth:`forward` over the whole history, for causal mixers and the readout ``last``.
+        """
+        u = self.embed(item_B)
+        after = []
+        for block, before in zip(self.blocks, state):
+            u, new = block.step(u, before)
+            after.append(new)
+        return u, after
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Mean loss of a batch: BPR against the sampled negatives, or cross-entropy over all items."""
+        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])  # [B, hidden_size]
+        target = interaction[self.POS_ITEM_ID]
+        loss: Tensor
+        if self.loss_type == "BPR":
+            positive = (output * self.item_embedding(target)).sum(-1)
+            negative = (output * self.item_embedding(interaction[self.NEG_ITEM_ID])).sum(-1)
+            loss = self.loss_fct(positive, negative)
+        else:
+            loss = self.loss_fct(output @ self.item_embedding.weight.T, target)
+        return loss
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of one item a row."""
+        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return (output * self.item_embedding(interaction[self.ITEM_ID])).sum(-1)
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B, V]`` of all items."""
+        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return output @ self.item_embedding.weight.T

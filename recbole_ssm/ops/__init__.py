@@ -1,0 +1,32 @@
+"""The mathematics: pure functions of tensors, several backends behind each.
+
+Glossary, for the whole package. A tensor's name carries its dimensions where that helps: ``x_BLHP`` is ``[B, L, H, P]``.
+
+    B  batch             S  packed sequences    L  length            D  inner channels    K  convolution width
+    N  state size        H  heads               P  head dimension    G  groups of heads   V  items
+
+    x  input of a mixer  dt step size, > 0      A  decay rate, < 0   B, C  maps into and out of the state
+    D  skip weight       z  gate                h  the state
+
+A state goes in and comes out, so a sequence may be cut anywhere. A packed batch is ``[1, total, ...]`` with
+``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in float64, half precision in float32.
+"""
+
+from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
+from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
+from recbole_ssm.ops.quasiseparable import quasiseparable
+from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
+from recbole_ssm.ops.ssd import ssd, ssd_last
+
+__all__ = [
+    "available_backends",
+    "causal_conv1d",
+    "centered_conv1d",
+    "quasiseparable",
+    "selective_scan",
+    "selective_scan_last",
+    "set_backend",
+    "ssd",
+    "ssd_last",
+    "use_backend",
+]

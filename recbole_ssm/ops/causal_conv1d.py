@@ -1,0 +1,258 @@
+"""Short depthwise convolutions along time: causal (Mamba, Mamba-2) and centred (Hydra).
+
+    causal:   y_t = act( b + sum_k w_k x_{t-K+1+k} )         w_{K-1} meets the present
+    centred:  y_t = act( b + sum_k w_k x_{t-K//2+k} )        odd K; w_{K//2} meets the present
+
+Inputs before the first and after the last position of a sequence are zero, or come from the carried state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm.ops.arguments import expect_shape
+from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.packing import check_cu_seqlens, map_sequences, positions_of
+
+
+def causal_conv1d(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state_BDK: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution with bias and activation.
+
+    Args:
+        x_BLD: input ``[B, L, D]``, or a packed batch ``[1, total, D]`` with ``cu_seqlens``.
+        weight_DK: filter taps ``[D, K]``, oldest first.
+        bias_D: ``[D]`` or None.
+        activation: ``"silu"`` or None.
+        state_BDK: the last K inputs of what came before ``[B, D, K]`` (packed: ``[S, D, K]``), newest last; None for
+            zeros. The oldest of the K is never read again; it is carried so that a step is one shift and one product.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
+
+    Returns:
+        y ``[B, L, D]`` and the state after the last position ``[B, D, K]``.
+
+    Raises:
+        ValueError: a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
+    """
+    _check("causal_conv1d", x_BLD, weight_DK, bias_D, activation, state_BDK, cu_seqlens)
+    function = dispatch("causal_conv1d", x_BLD)
+    y, state = function(x_BLD, weight_DK, bias_D, activation=activation, state_BDK=state_BDK, cu_seqlens=cu_seqlens)
+    return y, state
+
+
+def centered_conv1d(
+    x_BLD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Centred depthwise convolution with bias and activation; shapes as in :func:`causal_conv1d`, K odd.
+
+    Returns:
+        y ``[B, L, D]``.
+
+    Raises:
+        ValueError: K is even, a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
+    """
+    _check("centered_conv1d", x_BLD, weight_DK, bias_D, activation, None, cu_seqlens)
+    if weight_DK.shape[1] % 2 == 0:
+        raise ValueError(f"centered_conv1d: a centred filter needs an odd number of taps, got {weight_DK.shape[1]}")
+    y: Tensor = dispatch("centered_conv1d", x_BLD)(
+        x_BLD, weight_DK, bias_D, activation=activation, cu_seqlens=cu_seqlens
+    )
+    return y
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(f"{op}: x must be [B, L, D] and weight [D, K], got {list(x.shape)} and {list(weight.shape)}")
+    B, L, D = x.shape
+    K = weight.shape[1]
+    if cu_seqlens is not None:
+        check_cu_seqlens(op, cu_seqlens, B, L)
+        B = cu_seqlens.numel() - 1
+    expect_shape(op, weight=(weight, (D, K)), bias=(bias, (D,)), state=(state, (B, D, K)))
+    if activation not in (None, "silu"):
+        raise ValueError(f"{op}: activation must be 'silu' or None, got '{activation}'")
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    return F.silu(y) if activation == "silu" else y
+
+
+# --- reference: one position after the other ---------------------------------------------------------------------
+
+
+def _window_sum(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
+    """y_t = b + sum_k w_k x_{t+k} for every t whose window lies within x."""
+    K = weight_DK.shape[1]
+    windows = [x_BLD[:, t : t + K].transpose(1, 2) for t in range(x_BLD.shape[1] - K + 1)]  # each [B, D, K]
+    y = torch.stack([(window * weight_DK).sum(-1) for window in windows], 1)
+    return y if bias_D is None else y + bias_D
+
+
+@implements("causal_conv1d", "reference")
+def _causal_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    state_BDK: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    def one(x_BLD: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, L, D = x_BLD.shape
+        K = weight.shape[1]
+        before = x_BLD.new_zeros(B, K, D) if state is None else state.transpose(1, 2)
+        seen = torch.cat([before, x_BLD], 1)  # [B, K + L, D]
+        y = _window_sum(seen[:, 1:], weight, bias) if L else x_BLD
+        return _activate(y, activation), seen[:, -K:].transpose(1, 2)
+
+    return one(x, state_BDK) if cu_seqlens is None else map_sequences(one, (x,), state_BDK, cu_seqlens)
+
+
+@implements("centered_conv1d", "reference")
+def _centered_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    def one(x_BLD: Tensor, state: Tensor | None) -> tuple[Tensor, None]:
+        half = weight.shape[1] // 2
+        y = _window_sum(F.pad(x_BLD, (0, 0, half, half)), weight, bias) if x_BLD.shape[1] else x_BLD
+        return _activate(y, activation), None
+
+    return (one(x, None) if cu_seqlens is None else map_sequences(one, (x,), None, cu_seqlens))[0]
+
+
+# --- torch: one multiply-add a tap, over blocks of positions that stay in the cache ------------------------------
+
+BLOCK = 1 << 17  # elements of x that are worked on at once
+
+
+class _ShiftedSum(torch.autograd.Function):
+    """y_t = b + sum_k w_k x_{t+k-lead} within each sequence, as K multiply-adds of shifted tensors.
+
+    torch.conv1d with groups=D runs one tiny convolution a channel and is several times slower on a CPU. The backward
+    is written out, because autograd would keep K copies of x and write K gradients of its size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, left_T: Tensor, right_T: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, weight, left_T, right_T)
+        ctx.lead, ctx.biased = lead, bias is not None
+        y = torch.zeros_like(x_TD) if bias is None else bias.expand_as(x_TD).clone()
+        for begin, end, k, shift in _blocks(x_TD, weight.shape[1], lead):
+            here, there, inside = _aligned(begin, end, shift, left_T, right_T)
+            y[here].addcmul_(x_TD[there], weight[:, k] * inside)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, left_T, right_T = ctx.saved_tensors
+        gy = grads[0].contiguous()
+        gx, gw = torch.zeros_like(x), torch.zeros_like(weight)
+        buffer = x.new_empty(min(len(x), BLOCK // x.shape[1] + 1), x.shape[1])
+        for begin, end, k, shift in _blocks(x, weight.shape[1], ctx.lead):
+            here, there, inside = _aligned(begin, end, -shift, left_T, right_T)
+            gx[here].addcmul_(gy[there], weight[:, k] * inside)
+            here, there, inside = _aligned(begin, end, shift, left_T, right_T)
+            product = torch.mul(gy[here], inside, out=buffer[: len(inside)])
+            gw[:, k] += product.mul_(x[there]).sum(0)
+        return gx, gw, gy.sum(0) if ctx.biased else None, None, None, None
+
+
+def _blocks(x_TD: Tensor, K: int, lead: int) -> Iterator[tuple[int, int, int, int]]:
+    """(begin, end) of each block of positions, with each tap and its shift."""
+    T, D = x_TD.shape
+    size = max(1, BLOCK // D)
+    for begin in range(0, T, size):
+        for k in range(K):
+            yield begin, min(begin + size, T), k, k - lead
+
+
+def _aligned(begin: int, end: int, shift: int, left_T: Tensor, right_T: Tensor) -> tuple[slice, slice, Tensor]:
+    """Slices at t and at t + shift for t in [begin, end), cut to the tensor, and ``[T', 1]``: same sequence or not."""
+    T = len(left_T)
+    begin, end = min(max(begin, -shift), T), min(end, T - shift)
+    end = max(begin, end)
+    inside = left_T[begin:end] >= -shift if shift < 0 else right_T[begin:end] >= shift
+    return slice(begin, end), slice(begin + shift, end + shift), inside[:, None].to(left_T.dtype)
+
+
+def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, bounds: Tensor | None) -> Tensor:
+    """The taps ``weight`` around each position, ``lead`` of them before it; rows of a batch are sequences too."""
+    B, L, D = x_BLD.shape
+    if bounds is None:
+        bounds = torch.arange(B + 1, device=x_BLD.device) * L
+    left, lengths = positions_of(bounds), bounds.diff()
+    right = lengths.repeat_interleave(lengths) - 1 - left
+    y: Tensor = _ShiftedSum.apply(
+        x_BLD.reshape(B * L, D), weight, bias, lead, left.to(x_BLD.dtype), right.to(x_BLD.dtype)
+    )
+    return y.view(B, L, D)
+
+
+@implements("causal_conv1d", "torch")
+def _causal_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    state_BDK: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    K = weight.shape[1]
+    seen, bounds = x, cu_seqlens
+    if state_BDK is not None:  # lay the carried inputs in front of each sequence
+        before = state_BDK.transpose(1, 2)
+        if cu_seqlens is None:
+            seen = torch.cat([before, x], 1)
+        else:
+            seen = torch.cat([t for pair in zip(before, x[0].split(cu_seqlens.diff().tolist())) for t in pair])[None]
+            bounds = cu_seqlens + K * torch.arange(len(cu_seqlens), device=x.device)
+    y = _convolve(seen, weight, bias, K - 1, bounds)
+    state = _last_inputs(seen, bounds, K)
+    if state_BDK is not None:
+        y = y[:, K:] if bounds is None else y[:, positions_of(bounds) >= K]
+    return _activate(y, activation), state
+
+
+def _last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
+    """The last K inputs of each sequence ``[S, D, K]``, zeros where it is shorter."""
+    if bounds is None:
+        return F.pad(seen, (0, 0, max(K - seen.shape[1], 0), 0))[:, -K:].transpose(1, 2)
+    index = bounds[1:, None] - torch.arange(K, 0, -1, device=seen.device)  # [S, K]
+    inside = index >= bounds[:-1, None]
+    return (seen[0, index.clamp(min=0)] * inside[..., None]).transpose(1, 2)
+
+
+@implements("centered_conv1d", "torch")
+def _centered_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    return _activate(_convolve(x, weight, bias, weight.shape[1] // 2, cu_seqlens), activation)

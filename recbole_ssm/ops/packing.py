@@ -1,0 +1,142 @@
+"""Packed batches: sequences laid end to end in ``[1, total, ...]``, with their bounds in ``cu_seqlens``.
+
+``cu_seqlens`` is an int64 tensor ``[S + 1]`` that starts with 0, never falls and ends with ``total``; sequence s is
+``[cu_seqlens[s], cu_seqlens[s + 1])``. State never crosses a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
+    """Bounds ``[S + 1]`` of sequences of the given lengths."""
+    return torch.nn.functional.pad(lengths_S.long().cumsum(0), (1, 0))
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, total: int) -> None:
+    """Raise a ``ValueError`` unless ``cu_seqlens`` describes a packed batch ``[batch, total, ...]``."""
+    if batch != 1 or total == 0:
+        raise ValueError(f"{op}: a packed batch has shape [1, total > 0, ...], got [{batch}, {total}, ...]")
+    rises = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1 and bool((cu_seqlens.diff() >= 0).all())
+    if not rises or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
+        raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {total}, got {cu_seqlens.tolist()}")
+
+
+def positions_of(cu_seqlens: Tensor) -> Tensor:
+    """Position ``[total]`` of each packed token within its own sequence, from 0."""
+    lengths = cu_seqlens.diff()
+    return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+
+
+def last_of(x_1L: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Last position of each sequence, ``[S, ...]``; zeros for an empty one. Without ``cu_seqlens``, ``x[:, -1]``."""
+    if cu_seqlens is None:
+        return x_1L[:, -1]
+    last = x_1L[0, (cu_seqlens[1:] - 1).clamp(min=0)]
+    empty = (cu_seqlens.diff() == 0).view(-1, *[1] * (last.dim() - 1))
+    return last.masked_fill(empty, 0.0)
+
+
+def segment_sum_after(x_LD: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """For each packed position, the sum of x over the later positions of its sequence, ``[total, D]``.
+
+    Taken as a difference of running sums of the whole batch, and so in float64: in float32 the sum of a hundred
+    thousand tokens would swallow the digits of one sequence.
+    """
+    running = x_LD.double().cumsum(0)
+    lengths = cu_seqlens.diff()
+    ends = running[(cu_seqlens[1:] - 1).clamp(min=0)].repeat_interleave(lengths, 0)
+    return (ends - running).to(x_LD.dtype)
+
+
+class Bucket(NamedTuple):
+    """Sequences of near lengths, as a padded batch."""
+
+    rows_b: Tensor  # which sequences these are
+    index_bl: Tensor  # packed index of each cell; 0 at pads
+    mask_bl: Tensor  # False at pads
+
+
+def buckets(cu_seqlens: Tensor) -> list[Bucket]:
+    """Group the non-empty sequences so that each group, padded to its longest, wastes little.
+
+    Lengths within a factor of the square root of two share a bucket; where padding everything together costs less
+    than a quarter of the cells, one bucket saves the calls.
+    """
+    lengths = cu_seqlens.diff()
+    filled = torch.nonzero(lengths).squeeze(1)
+    total, longest = int(cu_seqlens[-1]), int(lengths.max())
+    if filled.numel() * longest * 3 <= total * 4:
+        groups = [filled]
+    else:
+        size = (2 * lengths[filled].double().log2()).ceil().long().clamp(min=6)  # below 8 tokens the calls cost more
+        groups = [filled[size == value] for value in size.unique()]
+    result = []
+    for rows in groups:
+        cells = torch.arange(int(lengths[rows].max()), device=rows.device)
+        mask = cells < lengths[rows, None]
+        result.append(Bucket(rows, (cu_seqlens[rows, None] + cells) * mask, mask))
+    return result
+
+
+def map_padded(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    packed: tuple[Tensor, ...],
+    dt_packed: tuple[Tensor, ...],
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Run ``function(*padded, *dt_padded, state) -> (y, state)`` over padded groups of a packed batch.
+
+    Args:
+        packed: tensors ``[1, total, ...]``; their pads hold values of some real token.
+        dt_packed: step sizes ``[1, total, ...]``; their pads are 0, which silences a pad: decay 1, input 0.
+        state: initial states ``[S, ...]``, or None for zeros.
+
+    Returns:
+        y ``[1, total, ...]`` and the final states ``[S, ...]`` (None where ``function`` gives none).
+    """
+    count = cu_seqlens.numel() - 1
+    total = packed[0].shape[1]
+    if count * int(cu_seqlens[1]) == total and bool((cu_seqlens.diff() == cu_seqlens[1]).all()):
+        # equal lengths: the packed batch is a padded one already
+        views = [t.view(count, -1, *t.shape[2:]) for t in (*packed, *dt_packed)]
+        y, final = function(*views, state)
+        return y.reshape(1, total, *y.shape[2:]), final
+    ys, tokens, finals, rows = [], [], [], []
+    for bucket in buckets(cu_seqlens):
+        padded = [t[0, bucket.index_bl] for t in packed]
+        for t in dt_packed:
+            dt = t[0, bucket.index_bl]
+            padded.append(dt * bucket.mask_bl.view(*bucket.mask_bl.shape, *[1] * (dt.dim() - 2)))
+        y, final = function(*padded, None if state is None else state[bucket.rows_b])
+        ys.append(y[bucket.mask_bl])
+        tokens.append(bucket.index_bl[bucket.mask_bl])
+        finals.append(final)
+        rows.append(bucket.rows_b)
+    y = ys[0] if len(ys) == 1 else torch.cat(ys)[torch.cat(tokens).argsort()]
+    if finals[0] is None:
+        return y[None], None
+    first = finals[0]
+    start = first.new_zeros(count, *first.shape[1:]) if state is None else state.to(first.dtype)
+    return y[None], start.index_copy(0, torch.cat(rows), torch.cat(finals))
+
+
+def map_sequences(
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    packed: tuple[Tensor, ...],
+    state: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Run ``function(*sequence, state) -> (y, state)`` on one sequence after the other: the plain form of a packed call."""
+    ys, finals = [], []
+    for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
+        y, final = function(*[t[:, begin:end] for t in packed], None if state is None else state[s : s + 1])
+        ys.append(y)
+        finals.append(final)
+    return torch.cat(ys, 1), None if finals[0] is None else torch.cat([f for f in finals if f is not None])

@@ -1,0 +1,164 @@
+"""The quasiseparable mixer of Hydra (Hwang et al. 2024, arXiv 2407.09941, section 3.2), without its diagonal.
+
+    y = shift(SS(x)) + flip(shift(SS(flip(x))))
+
+SS is :func:`recbole_ssm.ops.ssd`; shift moves every row one place along time and puts a zero row first. So row t sees
+what a forward scan knew at t - 1 and what a backward scan knew at t + 1: the strictly lower and the strictly upper
+part of one matrix. The diagonal is free, and the layer adds it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm.ops.arguments import decay_of, expect_shape, widen
+from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.packing import check_cu_seqlens, map_padded, map_sequences
+from recbole_ssm.ops.ssd import heads, log_decay, scores, ssd_padded, tiled
+from recbole_ssm.ops.ssd import _reference as ssd_reference
+
+
+def quasiseparable(
+    x_BLHP: Tensor,
+    dt_fwd: Tensor,
+    dt_bwd: Tensor,
+    A_H: Tensor,
+    B_fwd: Tensor,
+    C_fwd: Tensor,
+    B_bwd: Tensor,
+    C_bwd: Tensor,
+    *,
+    lengths_B: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Strictly lower plus strictly upper part of a quasiseparable matrix, applied to x.
+
+    Args:
+        x_BLHP: input ``[B, L, H, P]``, right-padded where ``lengths_B`` says so, or a packed batch ``[1, total, H, P]``
+            with ``cu_seqlens``.
+        dt_fwd, dt_bwd: positive step sizes of either direction ``[B, L, H]``.
+        A_H: ``[H]``, negative, shared by both directions.
+        B_fwd, C_fwd, B_bwd, C_bwd: input and output maps ``[B, L, G, N]``.
+        lengths_B: real length of each row ``[B]``, or None for full rows. Positions behind it influence nothing, and
+            their own y is zero.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
+
+    Returns:
+        y ``[B, L, H, P]`` in the dtype of x.
+
+    Raises:
+        ValueError: a shape, ``lengths_B`` or ``cu_seqlens`` does not fit, or both of the latter are given.
+    """
+    op = "quasiseparable"
+    if x_BLHP.dim() != 4 or B_fwd.dim() != 4:
+        raise ValueError(
+            f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x_BLHP.shape)} and {list(B_fwd.shape)}"
+        )
+    (batch, L, H, _), (G, N) = x_BLHP.shape, B_fwd.shape[2:]
+    if G == 0 or H % G:
+        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
+    maps = {"B_fwd": B_fwd, "C_fwd": C_fwd, "B_bwd": B_bwd, "C_bwd": C_bwd}
+    expect_shape(
+        op,
+        A=(A_H, (H,)),
+        lengths=(lengths_B, (batch,)),
+        **{name: (t, (batch, L, H)) for name, t in (("dt_fwd", dt_fwd), ("dt_bwd", dt_bwd))},
+        **{name: (t, (batch, L, G, N)) for name, t in maps.items()},
+    )
+    if cu_seqlens is not None:
+        if lengths_B is not None:
+            raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
+        check_cu_seqlens(op, cu_seqlens, batch, L)
+    if lengths_B is not None and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
+        raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
+    x, dt_fwd, dt_bwd, *maps_wide = widen(x_BLHP, dt_fwd, dt_bwd, *maps.values())
+    function = dispatch(op, x_BLHP)
+    if lengths_B is None:
+        return function(x, dt_fwd, dt_bwd, A_H.to(x.dtype), *maps_wide, cu_seqlens).to(x_BLHP.dtype)
+    real_BL1 = (torch.arange(L, device=x.device) < lengths_B[:, None])[..., None]
+    # a step of size 0 is silent: decay 1, input 0
+    y = function(x, dt_fwd * real_BL1, dt_bwd * real_BL1, A_H.to(x.dtype), *maps_wide, None)
+    return (y * real_BL1[..., None]).to(x_BLHP.dtype)
+
+
+def _shift(y: Tensor) -> Tensor:
+    """One place later along time, zeros first."""
+    return F.pad(y, (0, 0, 0, 0, 1, 0))[:, :-1]
+
+
+@implements("quasiseparable", "reference")
+def _reference(
+    x: Tensor,
+    dt_fwd: Tensor,
+    dt_bwd: Tensor,
+    A: Tensor,
+    B_fwd: Tensor,
+    C_fwd: Tensor,
+    B_bwd: Tensor,
+    C_bwd: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    def one(x: Tensor, *rest: Tensor | None) -> tuple[Tensor, None]:
+        dt_f, dt_b, B_f, C_f, B_b, C_b = (t for t in rest if t is not None)
+        forward, _ = ssd_reference(x, dt_f, A, B_f, C_f, None, None)
+        backward, _ = ssd_reference(x.flip(1), dt_b.flip(1), A, B_b.flip(1), C_b.flip(1), None, None)
+        return _shift(forward) + _shift(backward).flip(1), None
+
+    arguments = (x, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
+    return (one(*arguments) if cu_seqlens is None else map_sequences(one, arguments, None, cu_seqlens))[0]
+
+
+# --- torch: one matrix for both directions, or two chunked scans where that grows too large -----------------------
+
+ONE_MATRIX = 160  # up to this length
+
+
+def _one_matrix(
+    x: Tensor, S_fwd: Tensor, S_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, *maps: Tensor
+) -> Tensor:
+    """Both strict triangles in one ``[b, H, L, L]`` matrix; row t reads C and the decay of its neighbour t -+ 1."""
+    B_fwd, C_fwd, B_bwd, C_bwd = maps
+    _, L, H, _ = x.shape
+    lower = torch.ones(L, L, dtype=torch.bool, device=x.device).tril(-1)
+    to_past = S_fwd.roll(1, -1)[..., :, None] - S_fwd[..., None, :]  # row t: decay from s to t - 1
+    to_future = S_bwd.roll(-1, -1)[..., :, None] - S_bwd[..., None, :]
+    decay = decay_of(torch.where(lower, to_past, to_future).to(x.dtype))  # [b, H, L, L]
+    score = scores(C_fwd.roll(1, 1), B_fwd).tril(-1) + scores(C_bwd.roll(-1, 1), B_bwd).triu(1)
+    dt = torch.where(lower, dt_fwd.transpose(1, 2)[:, :, None], dt_bwd.transpose(1, 2)[:, :, None])
+    return ((heads(score, H) * decay * dt) @ x.transpose(1, 2)).transpose(1, 2)
+
+
+def _padded(
+    x: Tensor, B_fwd: Tensor, C_fwd: Tensor, B_bwd: Tensor, C_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, A: Tensor
+) -> Tensor:
+    _, L, H, _ = x.shape
+    if L <= ONE_MATRIX:
+        S_fwd = log_decay(dt_fwd, A)
+        S_bwd = log_decay(dt_bwd.flip(1), A).flip(-1)
+        return tiled(_one_matrix, H * L * L, x, S_fwd, S_bwd, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
+    forward, _ = ssd_padded(x, B_fwd, C_fwd, dt_fwd, A, None)
+    backward, _ = ssd_padded(x.flip(1), B_bwd.flip(1), C_bwd.flip(1), dt_bwd.flip(1), A, None)
+    return _shift(forward) + _shift(backward).flip(1)
+
+
+@implements("quasiseparable", "torch")
+def _torch(
+    x: Tensor,
+    dt_fwd: Tensor,
+    dt_bwd: Tensor,
+    A: Tensor,
+    B_fwd: Tensor,
+    C_fwd: Tensor,
+    B_bwd: Tensor,
+    C_bwd: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    if cu_seqlens is None:
+        return _padded(x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd, A)
+
+    def padded(*arguments: Tensor) -> tuple[Tensor, None]:
+        return _padded(*arguments[:-1], A), None
+
+    return map_padded(padded, (x, B_fwd, C_fwd, B_bwd, C_bwd), (dt_fwd, dt_bwd), None, cu_seqlens)[0]

@@ -1,0 +1,246 @@
+"""State space duality, the scan of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, sections 3, 6 and 7).
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T       one state [P, N] for each head, one decay for the whole head
+    y_t = h_t C_t + D x_t
+
+As a matrix (equation 3 of the paper): y = M x with M_ts = (C_t . B_s) exp(sum_{s < r <= t} dt_r A) dt_s for s <= t.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm.ops.arguments import decay_of, expect_shape, step_size, widen
+from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.packing import check_cu_seqlens, last_of, map_padded, map_sequences, segment_sum_after
+
+
+def ssd(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_BHPN: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """SSD over whole sequences.
+
+    Args:
+        x_BLHP: input ``[B, L, H, P]``, or a packed batch ``[1, total, H, P]`` with ``cu_seqlens``.
+        dt_BLH: step sizes; positive, once ``dt_bias`` ``[H]`` is added and, if ``dt_softplus``, softplus applied.
+        A_H: ``[H]``, negative.
+        B_BLGN, C_BLGN: input and output maps of G groups of heads; G divides H.
+        D_H: skip weights ``[H]`` or None.
+        state_BHPN: initial state ``[B, H, P, N]`` (packed: ``[S, H, P, N]``) or None for zeros.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts anew at each.
+
+    Returns:
+        y ``[B, L, H, P]`` in the dtype of x, and the final state (shape as ``state_BHPN``) in float32 or wider.
+
+    Raises:
+        ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
+    """
+    sequences = _check("ssd", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
+    _, _, H, P = x_BLHP.shape
+    expect_shape(
+        "ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3]))
+    )
+    x, dt, B, C, state = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_BLGN, state_BHPN)
+    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, state, cu_seqlens)
+    return skip(y, x, D_H).to(x_BLHP.dtype), final
+
+
+def ssd_last(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_SGN: Tensor,
+    D_H: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """y of :func:`ssd` at the last position of each sequence alone: the last row of M, one query of linear attention.
+
+    Arguments are those of :func:`ssd`, but for C ``[S, G, N]`` (S = B for a padded batch).
+
+    Returns:
+        ``[S, H, P]``; zeros for an empty packed sequence.
+
+    Raises:
+        ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
+    """
+    sequences = _check("ssd_last", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
+    expect_shape("ssd_last", C=(C_SGN, (sequences, *B_BLGN.shape[2:])))
+    x, dt, B, C = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_SGN)
+    y = dispatch("ssd_last", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, cu_seqlens)
+    return skip(y, last_of(x, cu_seqlens), D_H).to(x_BLHP.dtype)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    D_skip: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Check the arguments that both ops share; return the number of sequences."""
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x.shape)} and {list(B.shape)}")
+    (batch, L, H, _), (G, N) = x.shape, B.shape[2:]
+    if G == 0 or H % G:
+        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
+    expect_shape(
+        op, dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)), D=(D_skip, (H,)), dt_bias=(dt_bias, (H,))
+    )
+    if cu_seqlens is None:
+        return batch
+    check_cu_seqlens(op, cu_seqlens, batch, L)
+    return cu_seqlens.numel() - 1
+
+
+def skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
+    """y + D x, with one weight a head."""
+    return y if D_H is None else torch.addcmul(y, x, D_H.to(y.dtype)[:, None])
+
+
+# --- reference: the recurrence as it is written -------------------------------------------------------------------
+
+
+@implements("ssd", "reference")
+def _reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    H = x.shape[2]
+    B, C = (t.repeat_interleave(H // t.shape[2], 2) for t in (B, C))  # [B, L, H, N]
+
+    def one(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = x.new_zeros(x.shape[0], H, x.shape[3], B.shape[3]) if state is None else state
+        ys = []
+        for t in range(x.shape[1]):
+            decay = torch.exp(dt[:, t] * A)[..., None, None]
+            h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            ys.append((h * C[:, t, :, None]).sum(-1))  # [B, H, P]
+        return (torch.stack(ys, 1) if ys else x), h
+
+    if cu_seqlens is None:
+        return one(x, dt, B, C, state)
+    return map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+
+
+@implements("ssd_last", "reference")
+def _last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    C_everywhere = C[:, None].expand(-1, x.shape[1], -1, -1)
+    if cu_seqlens is not None:
+        C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
+    y, _ = _reference(x, dt, A, B, C_everywhere, None, cu_seqlens)
+    return last_of(y, cu_seqlens)
+
+
+# --- torch: the matrix form within chunks, the recurrence between them --------------------------------------------
+
+ONE_CHUNK = 160  # up to this length the whole matrix is cheaper than chunks and the states between them
+CHUNK = 64
+TILE = 1 << 18  # elements of the matrices that are worked on at once
+
+
+def log_decay(dt_BLH: Tensor, A_H: Tensor) -> Tensor:
+    """Running sum of dt A, ``[B, H, L]``, in float64: differences of it are taken, and float32 would lose their digits."""
+    return (dt_BLH.double() * A_H.double()).cumsum(1).transpose(1, 2)
+
+
+def scores(C_BLGN: Tensor, B_BLGN: Tensor) -> Tensor:
+    """C_t . B_s, ``[B, G, L, L]``."""
+    return C_BLGN.transpose(1, 2) @ B_BLGN.permute(0, 2, 3, 1)
+
+
+def heads(x_BGLL: Tensor, H: int) -> Tensor:
+    """Spread the groups over their heads, ``[B, H, L, L]``; one group broadcasts as it is."""
+    G = x_BGLL.shape[1]
+    return x_BGLL if G in (1, H) else x_BGLL.repeat_interleave(H // G, 1)
+
+
+def _matrix_form(x: Tensor, dt: Tensor, S: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """y = M x of one chunk ``[b, Q, H, P]`` that starts from a zero state."""
+    H = x.shape[2]
+    decay = decay_of((S[..., :, None] - S[..., None, :]).to(x.dtype))  # [b, H, Q, Q]
+    v = (x * dt[..., None]).transpose(1, 2)  # [b, H, Q, P]
+    return ((heads(scores(C, B).tril(), H) * decay) @ v).transpose(1, 2)
+
+
+def tiled(function, elements_per_row: int, *tensors: Tensor) -> Tensor:
+    """``function(*tensors)`` a few rows at a time, so that its temporaries stay in the cache."""
+    rows = max(1, TILE // elements_per_row)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    return torch.cat([function(*tile) for tile in zip(*[t.split(rows) for t in tensors])])
+
+
+def ssd_padded(
+    x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """SSD of a padded batch ``[b, L, ...]`` (listing 1 of the paper), with the final state ``[b, H, P, N]``."""
+    batch, L, H, P = x.shape
+    G, N = B.shape[2:]
+    Q = L if L <= ONE_CHUNK else CHUNK
+    chunks = max(-(-L // max(Q, 1)), 1)
+    if chunks * Q > L:
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, chunks * Q - L)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, chunks * Q - L))
+    x, B, C, dt = (t.reshape(batch * chunks, Q, *t.shape[2:]) for t in (x, B, C, dt))
+    S = log_decay(dt, A_H)  # [b c, H, Q]
+    # 1. within each chunk, from a zero state
+    y = tiled(_matrix_form, H * Q * Q, x, dt, S, B, C)
+    # 2. what each chunk adds to the state by its end
+    to_end = decay_of((S[..., -1:] - S).to(x.dtype)).transpose(1, 2) * dt  # [b c, Q, H]
+    added = (x * to_end[..., None]).view(batch * chunks, Q, G, (H // G) * P).permute(0, 2, 3, 1) @ B.transpose(1, 2)
+    added = added.view(batch, chunks, H, P, N)
+    # 3. the state at the start of each chunk
+    whole = decay_of(S[..., -1].to(x.dtype)).view(batch, chunks, H, 1, 1)
+    starts = [x.new_zeros(batch, H, P, N) if state is None else state]
+    for c in range(chunks):
+        starts.append(torch.addcmul(added[:, c], whole[:, c], starts[-1]))
+    # 4. what that state gives within the chunk
+    if chunks > 1 or state is not None:
+        start = torch.stack(starts[:-1], 1).view(batch * chunks, G, (H // G) * P, N)
+        given = C.transpose(1, 2) @ start.transpose(2, 3)  # [b c, G, Q, (H / G) P]
+        given = given.view(batch * chunks, G, Q, H // G, P).permute(0, 2, 1, 3, 4).reshape(x.shape)
+        y = torch.addcmul(y, given, decay_of(S.to(x.dtype)).transpose(1, 2)[..., None])
+    return y.reshape(batch, chunks * Q, H, P)[:, :L], starts[-1]
+
+
+@implements("ssd", "torch")
+def _torch(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ssd_padded(x, B, C, dt, A, state)
+
+    if cu_seqlens is None:
+        return padded(x, B, C, dt, state)
+    return map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
+
+
+@implements("ssd_last", "torch")
+def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    batch, L, H, P = x.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1, device=x.device) * L
+    sequence = torch.arange(len(C), device=x.device).repeat_interleave(cu_seqlens.diff())
+    x, dt, B = x.flatten(0, 1), dt.flatten(0, 1), B.flatten(0, 1)
+    weight = decay_of(segment_sum_after(dt * A, cu_seqlens)) * dt  # [total, H]
+    score = (B * C[sequence]).sum(-1).repeat_interleave(H // B.shape[1], 1)  # [total, H]
+    y = x * (weight * score)[..., None]
+    return x.new_zeros(len(C), H, P).index_add(0, sequence, y)
