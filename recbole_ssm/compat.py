@@ -84,9 +84,12 @@ def take_numpy_aliases_once() -> None:
 def measure_lists_row_by_row() -> None:
     """pandas 3 takes Series.agg(len) as the length of the series; RecBole means the length of each row's list.
 
-    Within RecBole's data set module, ``len`` of a series gives the lengths of its rows.
+    There, ``len`` of a series gives the lengths of its rows within RecBole's data set modules.
     """
     import pandas as pd
+
+    if int(pd.__version__.partition(".")[0]) < 3:
+        return
     import recbole.data.dataset.dataset as dataset
     import recbole.data.dataset.sequential_dataset as sequential_dataset
 

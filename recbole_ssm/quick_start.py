@@ -17,6 +17,7 @@ from recbole.utils import init_logger, init_seed  # noqa: E402
 
 from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
+from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
@@ -62,7 +63,10 @@ def run_recbole_ssm(
     train_data, valid_data, test_data = data_preparation(config, data)
 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    try:
+        recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    except (ValueError, NotImplementedError) as error:  # RecBole's models check their sizes and losses themselves
+        raise error if isinstance(error, UserError) else UserError(f"{config['model']}: {error}") from error
     logger.info(recommender)
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
     logger.info(

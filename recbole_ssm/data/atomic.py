@@ -118,8 +118,8 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
         UserError: it is not; the message lists the columns there are.
     """
     if name not in header:
-        hint = did_you_mean(name, header) or f"; there are {', '.join(header)}"
-        raise UserError(f"{path}, line 1: no column {name}:{kind}{hint} Rename it, or set {key}")
+        there = f"there are {', '.join(header)}{did_you_mean(name, header)}"
+        raise UserError(f"{path}, line 1: no column {name}:{kind} ({there}); rename one, or set {key}")
     if header[name] != kind:
         raise UserError(f"{path}, line 1: column {name} must be {name}:{kind}, got {name}:{header[name]}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import tempfile
@@ -78,7 +79,7 @@ class SSMDataset(SequentialDataset):
         getLogger().info(f"{where}; downloading {url}")
         try:
             download(url, folder, self.dataset_name)
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(f"{where}, and the download failed ({reason}); get {url} and unpack it there") from error
 
@@ -149,6 +150,11 @@ class SSMDataset(SequentialDataset):
                     f"dataset {self.dataset_name}: after filtering no user has 3 interactions (one each to train, "
                     "validate and test); loosen user_inter_num_interval and item_inter_num_interval"
                 )
+        if max(self.config["topk"]) >= self.item_num:
+            raise UserError(
+                f"topk: {max(self.config['topk'])} is more than the {self.item_num - 1} items of dataset "
+                f"{self.dataset_name}; try topk: [{self.item_num - 1}]"
+            )
 
     def _change_feat_format(self) -> None:
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
@@ -188,7 +194,7 @@ def download(url: str, folder: Path, name: str) -> None:
             members = [m for m in content.infolist() if Path(m.filename).suffix in (".inter", ".user", ".item")]
             stems = {Path(m.filename).name.split(".")[0] for m in members if m.filename.endswith(".inter")}
             if len(stems) != 1:
-                raise zipfile.BadZipFile("the archive holds no .inter file, or several")
+                raise zipfile.BadZipFile("the archive must hold one .inter file")
             stem = stems.pop()
             for member in members:
                 target = Path(member.filename).name.replace(stem, name, 1)

@@ -151,69 +151,62 @@ def _centered_reference(
 BLOCK = 1 << 17  # elements of x that are worked on at once
 
 
-class _ShiftedSum(torch.autograd.Function):
-    """y_t = b + sum_k w_k x_{t+k-lead} within each sequence, as K multiply-adds of shifted tensors.
+class _WindowSum(torch.autograd.Function):
+    """y_t = b + sum_k w_k x_{t+k} for every window within x ``[T, D]``, as K multiply-adds of shifted slices.
 
     torch.conv1d with groups=D runs one tiny convolution a channel and is several times slower on a CPU. The backward
     is written out, because autograd would keep K copies of x and write K gradients of its size.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, left_T: Tensor, right_T: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x_TD, weight, left_T, right_T)
-        ctx.lead, ctx.biased = lead, bias is not None
-        y = torch.zeros_like(x_TD) if bias is None else bias.expand_as(x_TD).clone()
-        for begin, end, k, shift in _blocks(x_TD, weight.shape[1], lead):
-            here, there, inside = _aligned(begin, end, shift, left_T, right_T)
-            y[here].addcmul_(x_TD[there], weight[:, k] * inside)
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        ctx.biased = bias is not None
+        T, D = x_TD.shape
+        K = weight.shape[1]
+        y = x_TD.new_zeros(T - K + 1, D) if bias is None else bias.expand(T - K + 1, D).clone()
+        for begin, end in _blocks(y):
+            for k in range(K):
+                y[begin:end].addcmul_(x_TD[begin + k : end + k], weight[:, k])
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, left_T, right_T = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         gy = grads[0].contiguous()
         gx, gw = torch.zeros_like(x), torch.zeros_like(weight)
-        buffer = x.new_empty(min(len(x), BLOCK // x.shape[1] + 1), x.shape[1])
-        for begin, end, k, shift in _blocks(x, weight.shape[1], ctx.lead):
-            here, there, inside = _aligned(begin, end, -shift, left_T, right_T)
-            gx[here].addcmul_(gy[there], weight[:, k] * inside)
-            here, there, inside = _aligned(begin, end, shift, left_T, right_T)
-            product = torch.mul(gy[here], inside, out=buffer[: len(inside)])
-            gw[:, k] += product.mul_(x[there]).sum(0)
-        return gx, gw, gy.sum(0) if ctx.biased else None, None, None, None
+        for begin, end in _blocks(gy):
+            product = torch.empty_like(gy[begin:end])
+            for k in range(weight.shape[1]):
+                gx[begin + k : end + k].addcmul_(gy[begin:end], weight[:, k])
+                gw[:, k] += torch.mul(gy[begin:end], x[begin + k : end + k], out=product).sum(0)
+        return gx, gw, gy.sum(0) if ctx.biased else None
 
 
-def _blocks(x_TD: Tensor, K: int, lead: int) -> Iterator[tuple[int, int, int, int]]:
-    """(begin, end) of each block of positions, with each tap and its shift."""
+def _blocks(x_TD: Tensor) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each block of rows."""
     T, D = x_TD.shape
     size = max(1, BLOCK // D)
     for begin in range(0, T, size):
-        for k in range(K):
-            yield begin, min(begin + size, T), k, k - lead
+        yield begin, min(begin + size, T)
 
 
-def _aligned(begin: int, end: int, shift: int, left_T: Tensor, right_T: Tensor) -> tuple[slice, slice, Tensor]:
-    """Slices at t and at t + shift for t in [begin, end), cut to the tensor, and ``[T', 1]``: same sequence or not."""
-    T = len(left_T)
-    begin, end = min(max(begin, -shift), T), min(end, T - shift)
-    end = max(begin, end)
-    inside = left_T[begin:end] >= -shift if shift < 0 else right_T[begin:end] >= shift
-    return slice(begin, end), slice(begin + shift, end + shift), inside[:, None].to(left_T.dtype)
+def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Taps around each position, ``lead`` of them before it.
 
-
-def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, bounds: Tensor | None) -> Tensor:
-    """The taps ``weight`` around each position, ``lead`` of them before it; rows of a batch are sequences too."""
+    All sequences are laid end to end with zeros between them, as many as a window reaches over a bound: one convolution
+    of that row is right everywhere, and no position needs a mask.
+    """
     B, L, D = x_BLD.shape
-    if bounds is None:
-        bounds = torch.arange(B + 1, device=x_BLD.device) * L
-    left, lengths = positions_of(bounds), bounds.diff()
-    right = lengths.repeat_interleave(lengths) - 1 - left
-    y: Tensor = _ShiftedSum.apply(
-        x_BLD.reshape(B * L, D), weight, bias, lead, left.to(x_BLD.dtype), right.to(x_BLD.dtype)
-    )
-    return y.view(B, L, D)
+    K = weight.shape[1]
+    gap = max(lead, K - 1 - lead)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(B + 1, device=x_BLD.device) * L
+    sequences = torch.arange(1, len(cu_seqlens), device=x_BLD.device).repeat_interleave(cu_seqlens.diff())
+    place = torch.arange(B * L, device=x_BLD.device) + gap * sequences
+    row = x_BLD.new_zeros(B * L + gap * len(cu_seqlens), D).index_copy(0, place, x_BLD.reshape(B * L, D))
+    y: Tensor = _WindowSum.apply(row, weight, bias)
+    return y.index_select(0, place - lead).view(B, L, D)
 
 
 @implements("causal_conv1d", "torch")

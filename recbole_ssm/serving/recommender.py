@@ -58,6 +58,7 @@ class Recommender:
         """
         return self.recommend_many([history], k, exclude_seen=exclude_seen)[0]
 
+    @torch.inference_mode()
     def recommend_many(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = False
     ) -> list[list[tuple[str, float]]]:

@@ -1,0 +1,160 @@
+"""Missing, faulty and downloaded data sets, through the whole configuration."""
+
+import http.server
+import io
+import logging
+import threading
+import zipfile
+
+import pytest
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.dataset import download
+from recbole_ssm.errors import UserError
+
+HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
+GOOD = HEADER + "".join(f"u{u}\ti{(u + t) % 15}\t{t}\n" for u in range(4) for t in range(8))
+
+
+def create(options, model="GRU4Rec"):
+    return create_dataset(SSMConfig(model, **options))
+
+
+def test_a_known_name_without_file_or_network_says_what_where_and_whence(tmp_path, monkeypatch):
+    def no_network(url, timeout):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    options = {"dataset": "amazon-beauty", "config_dict": {"data_path": str(tmp_path)}}
+    with pytest.raises(UserError) as caught:
+        create(options)
+    text = str(caught.value)
+    assert f"no file amazon-beauty.inter in {tmp_path / 'amazon-beauty'}" in text
+    assert "get https://" in text and "Amazon_Beauty.zip" in text and "\n" not in text
+    assert list(tmp_path.iterdir()) == []  # nothing half written
+
+
+def test_an_unknown_name_is_said_to_be_unknown(tmp_path):
+    with pytest.raises(UserError, match="no file nosuch.inter in .* knows no download of that name"):
+        create({"dataset": "nosuch", "config_dict": {"data_path": str(tmp_path)}})
+
+
+def test_a_folder_without_inter_is_not_downloaded_over(write_dataset):
+    options = write_dataset("item_id:token\n", name="ml-1m", suffix="item")
+    with pytest.raises(UserError, match="no file ml-1m.inter in .*; put it there, or set data_path"):
+        create(options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user_id:token\titem:token\ttimestamp:float\nu\ti\t1\n", "no column item_id:token (there are user_id, item, timestamp; did you mean 'item'?); rename one, or set ITEM_ID_FIELD"),
+        ("user_id:token\titem_id:token\nu\ti\n", "no column timestamp:float (there are user_id, item_id); rename one, or set TIME_FIELD"),
+        ("user_id:token\titem_id:float\ttimestamp:float\nu\t1\t1\n", "column item_id must be item_id:token, got item_id:float"),
+        (HEADER + "u\ti\t1\nu\tj\t2\n", "after filtering no user has 3 interactions"),
+    ],
+)
+def test_faulty_columns_and_empty_remainders(write_dataset, content, message):
+    with pytest.raises(UserError) as caught:
+        create(write_dataset(content))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_filters_that_leave_nothing(write_dataset):
+    options = write_dataset(GOOD)
+    options["config_dict"]["user_inter_num_interval"] = "[100,inf)"
+    with pytest.raises(UserError, match="dataset made: .*filter") as caught:
+        create(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_are_asked_for_must_exist(write_dataset):
+    options = write_dataset(GOOD)
+    options["config_dict"]["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "rating"]}
+    with pytest.raises(UserError, match="no column rating, which load_col asks for"):
+        create(options)
+
+
+def test_cutoffs_beyond_the_catalogue(write_dataset):
+    options = write_dataset(GOOD)
+    options["config_dict"] |= {"topk": 50, "valid_metric": "NDCG@50"}
+    with pytest.raises(UserError, match=r"topk: 50 is more than the 11 items of dataset made; try topk: \[11\]"):
+        create(options)
+
+
+def test_users_with_one_interaction_are_counted_and_skipped(write_dataset, caplog):
+    options = write_dataset(GOOD + "lonely\ti1\t3\nalone\ti2\t3\n")
+    with caplog.at_level(logging.WARNING):
+        data = create(options)
+    assert "2 of 6 users have a single interaction" in caplog.text
+    train, _, _ = data.build()
+    assert len(set(train.inter_feat["user_id"].tolist())) == 4
+
+
+def test_ties_keep_the_order_of_the_file(write_dataset):
+    options = write_dataset(HEADER + "".join(f"u{u}\ti{t}\t5\n" for u in range(3) for t in (9, 2, 7, 4, *range(10, 20))))
+    _, _, test = create(options).build()
+    row = test.inter_feat["item_id_list"][0]
+    assert [test.id2token("item_id", item) for item in row[:4].tolist()] == ["i9", "i2", "i7", "i4"]
+
+
+# --- download: a server on loopback stands in for RecBole's -------------------------------------------------------
+
+
+def archive(**files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as content:
+        for name, text in files.items():
+            content.writestr(name.replace("__", "."), text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def serve():
+    """Serve bytes at a URL; ``claimed`` is the length that the header tells."""
+    servers = []
+
+    def start(body, claimed=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                self.send_response(200)
+                self.send_header("Content-Length", str(claimed or len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/Some.zip"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_download_renames_and_is_used(serve, tmp_path, monkeypatch):
+    url = serve(archive(Some__inter=GOOD, Some__item="item_id:token\ni1\n", readme__txt="x"))
+    monkeypatch.setattr("recbole_ssm.data.dataset.SSMDataset._get_download_url", lambda self, file: url)
+    data = create({"dataset": "fresh", "config_dict": {"data_path": str(tmp_path / "data")}})
+    assert data.item_num == 12
+    assert sorted(f.name for f in (tmp_path / "data" / "fresh").iterdir()) == ["fresh.inter", "fresh.item"]
+    assert [f.name for f in (tmp_path / "data").iterdir()] == ["fresh"]
+
+
+@pytest.mark.parametrize("fault", ["cut short", "no zip", "no inter", "escaping"])
+def test_a_bad_download_leaves_nothing(serve, tmp_path, fault):
+    good = archive(Some__inter=GOOD)
+    body, claimed = {
+        "cut short": (good[:-20], len(good)),
+        "no zip": (b"<html>not found</html>", None),
+        "no inter": (archive(readme__txt="x"), None),
+        "escaping": (archive(**{"../../evil.txt": "x"}), None),
+    }[fault]
+    with pytest.raises((OSError, zipfile.BadZipFile, http.client.IncompleteRead)):
+        download(serve(body, claimed), tmp_path / "data" / "x", "x")
+    assert list((tmp_path / "data").iterdir()) == []

@@ -1,0 +1,149 @@
+"""Invariants 1 and 2 for mixers and blocks, and what they refuse."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_ssm import ops
+from recbole_ssm.errors import UserError
+from recbole_ssm.layers import Block, Hydra, Mamba, Mamba2
+from recbole_ssm.ops.packing import cu_seqlens_of, last_of
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "Mamba":
+        return Mamba(d_model=16, d_state=5, d_conv=4, expand=2).double()
+    if kind == "Mamba2":
+        return Mamba2(d_model=16, d_state=5, d_conv=4, expand=2, head_dim=8, n_groups=2).double()
+    return Hydra(d_model=16, d_state=5, d_conv=7, expand=2, head_dim=8, n_groups=2).double()
+
+
+KINDS = ["Mamba", "Mamba2", "Hydra"]
+CAUSAL = KINDS[:2]
+
+
+def close(found, expected, tolerance=1e-9):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@given(L=st.integers(1, 40), cut=st.integers(0, 40))
+def test_parallel_equals_steps_equals_chunks(kind, L, cut):
+    block = Block(build(kind), 16, dropout=0.0, residual=True).double().eval()
+    u = torch.randn(3, L, 16, dtype=torch.float64)
+    whole, after = block(u)
+    state, ys = block.mixer.alloc_state(3), []
+    for t in range(L):
+        y, state = block.step(u[:, t], state)
+        ys.append(y)
+    close(torch.stack(ys, 1), whole)
+    close(state.conv_BDK, after.conv_BDK)
+    close(state.ssm, after.ssm)
+    cut = min(cut, L)
+    if 0 < cut < L:
+        first, state = block(u[:, :cut])
+        second, state = block(u[:, cut:], state)
+        close(torch.cat([first, second], 1), whole)
+        close(state.ssm, after.ssm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_packed_equals_alone_and_last_only_equals_the_last(kind, lengths):
+    block = Block(build(kind), 16, dropout=0.0, residual=True).double().eval()
+    cu_seqlens = cu_seqlens_of(torch.tensor(lengths))
+    u = torch.randn(1, sum(lengths), 16, dtype=torch.float64)
+    packed, _ = block(u, cu_seqlens=cu_seqlens)
+    alone = [block(piece)[0] for piece in u.split(lengths, 1)]
+    close(packed, torch.cat(alone, 1))
+    last, _ = block(u, cu_seqlens=cu_seqlens, last_only=True)
+    close(last, last_of(packed, cu_seqlens))
+    for piece, expected in zip(u.split(lengths, 1), alone):
+        close(block(piece, last_only=True)[0], expected[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_only_has_the_same_gradients(kind):
+    lengths = [4, 1, 9]
+    cu_seqlens = cu_seqlens_of(torch.tensor(lengths))
+    u = torch.randn(1, 14, 16, dtype=torch.float64)
+    weight = torch.randn(3, 16, dtype=torch.float64)
+    gradients = []
+    for last_only in (False, True):
+        mixer = build(kind)
+        y, _ = mixer(u, cu_seqlens=cu_seqlens, last_only=last_only)
+        y = y if last_only else last_of(y, cu_seqlens)
+        (y * weight).sum().backward()
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in mixer.named_parameters()})
+    for name in gradients[0]:
+        close(gradients[0][name], gradients[1][name])
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_mixers_see_no_future(kind):
+    mixer = build(kind)
+    u = torch.randn(1, 9, 16, dtype=torch.float64)
+    changed = u.clone()
+    changed[:, 5:] += 1
+    assert torch.equal(mixer(u)[0][:, :5], mixer(changed)[0][:, :5])
+
+
+def test_hydra_sees_the_future_but_for_the_last_row_of_its_scan():
+    mixer = build("Hydra")
+    u = torch.randn(1, 12, 16, dtype=torch.float64, requires_grad=True)
+    reach = torch.autograd.grad(mixer(u)[0][0, 2].sum(), u)[0][0].abs().sum(-1)
+    assert (reach > 0).all()  # position 2 reads every position
+
+
+def test_hydra_has_no_state():
+    mixer = build("Hydra")
+    with pytest.raises(NotImplementedError, match="bidirectional"):
+        mixer.step(torch.zeros(1, 16), None)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_state_knows_its_size_and_moves(kind):
+    mixer = build(kind).float()
+    state = mixer.alloc_state(7)
+    assert state.nbytes == 4 * (state.conv_BDK.numel() + state.ssm.numel())
+    assert state.to(torch.float64).ssm.dtype == torch.float64
+    assert not state.ssm.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backends_agree_in_float32_and_copies_agree(kind):
+    mixer = build(kind).float()
+    u = torch.randn(2, 20, 16)
+    with ops.use_backend("reference"):
+        expected = mixer(u)[0]
+    close(copy.deepcopy(mixer)(u)[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_sizes_start_as_asked(kind):
+    for dt_init, low, high in (("log_uniform", 1e-4, 0.11), ("zero_bias", 0.69, 0.70)):
+        mixer = build(kind)
+        mixer.dt_init = dt_init
+        mixer.reset_dt()
+        bias = mixer.dt_proj.bias if kind == "Mamba" else mixer.dt_bias
+        start = torch.nn.functional.softplus(bias)
+        assert (start >= low).all() and (start <= high).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mamba2(16, 4, 4, 2, head_dim=12), "head_dim: 12 does not divide expand * hidden_size = 32; try head_dim: 8"),
+        (lambda: Mamba2(16, 4, 4, 2, 8, n_groups=3), "n_groups: 3 does not divide .* = 4; try n_groups: 2"),
+        (lambda: Hydra(16, 4, 4, 2, 8), "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5"),
+        (lambda: Mamba(16, 0, 4, 2), "d_state: must be a whole number above 0, got 0; try d_state: 1"),
+        (lambda: Mamba(16, 4, 4, 2, "zero"), "dt_init: 'zero' is not one of log_uniform, zero_bias"),
+    ],
+)
+def test_impossible_sizes_name_key_value_and_mend(make, message):
+    with pytest.raises(UserError, match=message.replace("*", r"\*").replace(r".\*", ".*")):
+        make()

@@ -1,0 +1,100 @@
+"""The command line, from the outside."""
+
+import subprocess
+import sys
+
+import pytest
+
+from recbole_ssm import __version__
+from recbole_ssm.cli import main
+from tests.conftest import REPOSITORY
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "--model=Hydra4Rec" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_device_and_kernels(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"recbole_ssm {__version__}" in out
+    for word in ("recbole", "torch", "device", "usable: reference, torch", "mamba-ssm", "causal-conv1d"):
+        assert word in out
+
+
+def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
+    import importlib.metadata
+
+    from recbole_ssm.doctor import report
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "recbole":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert "pip install --no-deps recbole==1.2.1" in report()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dotcor"], "there is no command 'dotcor'; did you mean 'doctor'?"),
+        (["doctor", "x"], "doctor takes no arguments, got x"),
+        (["--model=SASrec"], "model: there is no sequential model 'SASrec'; did you mean 'SASRec'?"),
+        (["--model=SASRec", "--model=GRU4Rec"], "--model is given twice, as SASRec and as GRU4Rec; keep one"),
+        (["--learning_rate=1", "--learning_rate=2"], "--learning_rate is given twice"),
+        (["--epochs"], "--epochs has no value; options look like --epochs=VALUE"),
+        (["--epochz=3"], "epochz: there is no such key; did you mean 'epochs'?"),
+        (["--config_files=absent.yaml"], "config file absent.yaml: No such file or directory"),
+        (["--head_dim=24"], "head_dim: 24 does not divide expand * hidden_size = 128; try head_dim: 16"),
+        (["-m", "Hydra4Rec", "--d_conv", "4"], "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5"),
+        (["-m", "SASRec", "--n_heads=5"], "SASRec: The hidden size (64) is not a multiple of the number of attention heads (5)"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    line = next(line for line in err.splitlines() if line.startswith("recbole_ssm: error: "))
+    assert line.startswith(f"recbole_ssm: error: {message}")
+    assert "Traceback" not in err
+
+
+def test_config_files_name_model_and_data_set(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("model: GRU4Rec\ndataset: toy\nepochs: 1\nshow_progress: False\n")
+    (tmp_path / "b.yaml").write_text(f"data_path: {REPOSITORY / 'dataset'}\n")
+    assert main(["--config_files", "a.yaml b.yaml"]) == 0
+    assert list((tmp_path / "saved").glob("GRU4Rec-toy-*.safetensors"))
+
+
+@pytest.mark.parametrize("command", [[sys.executable, str(REPOSITORY / "run_recbole_ssm.py")], [sys.executable, "-m", "recbole_ssm"]])
+def test_end_to_end_on_ml_100k(command, tmp_path):
+    """The main job in a process of its own, cut to a fraction of the interactions; then its checkpoint serves."""
+    options = ["--model=2Mamba4Rec", "--epochs=1", "--user_inter_num_interval=[250,inf)", "--show_progress=False"]
+    found = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "test result" in found.stderr + found.stdout
+    code = f"""
+from recbole_ssm import load_recommender
+print(len(load_recommender({str(next((tmp_path / "saved").glob("*.safetensors")))!r}).recommend(["50", "172"], k=10)))
+"""
+    served = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert served.stdout.strip() == "10", served.stderr
+
+
+def test_same_seed_same_bytes(toy):
+    """Two runs of one seed give the same weights, bit for bit."""
+    import torch
+
+    from recbole_ssm import run_recbole_ssm
+    from recbole_ssm.trainer import checkpoint
+    from pathlib import Path
+
+    toy["config_dict"] |= {"epochs": 2}
+    first, second = (
+        checkpoint.read(Path(run_recbole_ssm("Hydra4Rec", **toy)["checkpoint"])).tensors for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,184 @@
+"""Priorities, literals and error texts of the configuration."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_ssm.config import PROPERTIES, SSMConfig, literal, parse_options
+from recbole_ssm.errors import UserError
+from recbole_ssm.model import MODELS, get_model, model_names
+
+
+def config(model="Mamba4Rec", dataset="ml-100k", files=None, command_line=(), **options):
+    return SSMConfig(model, dataset, files, options, command_line)
+
+
+def test_priority(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("d_state: 1\nd_conv: 1\nexpand: 1\nlearning_rate: 1e-3\n")
+    second.write_text("d_conv: 2\nexpand: 2\n")
+    found = config(files=[str(first), str(second)], command_line=["--expand=4"], d_conv=3, expand=3)
+    assert (found["d_state"], found["d_conv"], found["expand"], found["learning_rate"]) == (1, 3, 4, 0.001)
+
+
+def test_defaults_of_our_files_win_over_recboles():
+    assert config(dataset="ml-1m")["MAX_ITEM_LIST_LENGTH"] == 200
+    assert config(dataset="amazon-beauty")["MAX_ITEM_LIST_LENGTH"] == 50
+    assert config(dataset="amazon-beauty")["user_inter_num_interval"] == "[5,inf)"
+    assert config("SASRec", "whatever")["load_col"] == {"inter": ["user_id", "item_id", "timestamp"]}
+
+
+def test_nothing_leaks_between_configs():
+    from recbole.utils.argument_list import dataset_arguments
+
+    before = list(dataset_arguments)
+    first = config()
+    first["eval_args"]["order"] = "changed"
+    assert config()["eval_args"]["order"] == "TO"
+    assert list(dataset_arguments) == before
+
+
+def test_part_of_eval_args_leaves_the_rest():
+    found = config(eval_args={"mode": "uni100"})
+    assert found["eval_args"]["order"] == "TO"
+    assert found["eval_args"]["split"] == {"LS": "valid_and_test"}
+    assert found["eval_args"]["mode"] == {"valid": "uni100", "test": "uni100"}
+
+
+def test_use_gpu_false_means_cpu():
+    assert config(use_gpu=False)["device"].type == "cpu"
+
+
+def test_data_path_counts_for_ml_100k_too(tmp_path):
+    assert "dataset_example" in config(data_path=str(tmp_path))["data_path"]
+    (tmp_path / "ml-100k").mkdir()
+    (tmp_path / "ml-100k" / "ml-100k.inter").write_text("x")
+    assert config(data_path=str(tmp_path))["data_path"] == str(tmp_path / "ml-100k")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("[1, 5]", [1, 5]),
+        ("{'LS': 'valid_only'}", {"LS": "valid_only"}),
+        ("None", None),
+        ("True", True),
+        ("false", False),
+        ("2Mamba4Rec", "2Mamba4Rec"),
+        ("[5,inf)", "[5,inf)"),
+        ("1/0", "1/0"),
+        ("__import__('os').mkdir('went-off')", "__import__('os').mkdir('went-off')"),
+    ],
+)
+def test_strings_are_literals_only(text, value, tmp_path):
+    assert literal(text) == value
+    assert not (tmp_path / "went-off").exists()
+
+
+@given(st.text(max_size=40))
+def test_literal_never_fails(text):
+    literal(text)
+
+
+def test_options_with_equals_signs_in_their_value():
+    assert parse_options(["--a=b=c", "--x=[1]"]) == {"a": "b=c", "x": [1]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rat": 5}, "learning_rat: there is no such key; did you mean 'learning_rate'?"),
+        ({"d_stat": 5}, "d_stat: there is no such key; did you mean 'd_state'?"),
+        ({"eval_args": {"mod": "full"}}, "eval_args: there is no such entry 'mod'; did you mean 'mode'?"),
+        ({"eval_args": "full"}, "eval_args: must be a mapping such as {'split': ...}, got 'full'"),
+        ({"epochs": "ten"}, "epochs: must be a whole number, got 'ten'; the default is 10"),
+        ({"learning_rate": "fast"}, "learning_rate: must be a number, got 'fast'; the default is 0.001"),
+        ({"shuffle": 3}, "shuffle: must be True or False, got 3; the default is True"),
+        ({"eval_step": 0}, "eval_step: must be at least 1, got 0; try eval_step: 1"),
+        ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH: must be at least 1, got 0; try MAX_ITEM_LIST_LENGTH: 1"),
+        ({"num_layers": 0}, "num_layers: must be at least 1, got 0; try num_layers: 1"),
+        ({"dropout_prob": 1.0}, "dropout_prob: must lie in [0, 1), got 1.0; try dropout_prob: 0.2"),
+        ({"learner": "adamm"}, "learner: 'adamm' is not one of adam, adamw, sgd, adagrad, rmsprop, sparse_adam; did you mean 'adam'?"),
+        ({"loss_type": "BCE"}, "loss_type: 'BCE' is not one of CE, BPR"),
+        ({"readout": "first"}, "readout: 'first' is not one of last, mean"),
+        ({"residual": "yes"}, "residual: 'yes' is not one of auto, True, False"),
+        ({"ssm_backend": "torhc"}, "ssm_backend: 'torhc' is not one of auto, reference, torch, native, cuda; did you mean 'torch'?"),
+        ({"metrics": ["Hitt"]}, "metrics: there is no metric 'Hitt'; did you mean 'hit'?"),
+        ({"valid_metric": "NDCG@7"}, "valid_metric: 'NDCG@7' needs its cut-off in topk: [10]; add it there"),
+        ({"valid_metric": "Recall@10"}, "valid_metric: 'Recall@10' is not among metrics: ['Hit', 'NDCG', 'MRR']; add it there"),
+        ({"dataset_save_path": "x.pth"}, "dataset_save_path: refused, because a saved data set is a pickle"),
+    ],
+)
+def test_errors_name_key_value_and_mend(options, message):
+    with pytest.raises(UserError) as caught:
+        config(**options)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Mamba4rec", "model: there is no sequential model 'Mamba4rec'; did you mean 'Mamba4Rec'?"),
+        ("sasrec", "model: there is no sequential model 'sasrec'; did you mean 'SASRec'?"),
+        ("LightGBM99", "model: there is no sequential model 'LightGBM99'"),
+        (None, "model: name one, for example --model=Mamba4Rec"),
+    ],
+)
+def test_wrong_model_names(model, message):
+    with pytest.raises(UserError) as caught:
+        config(model)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not valid YAML: expected"),
+        ("- a\n- b\n", "must hold 'key: value' lines, got list"),
+        ("a: !!python/object/apply:os.mkdir ['x']", "line 1: not valid YAML"),
+    ],
+)
+def test_config_files_that_are_none(tmp_path, content, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        config(files=[str(file)])
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_absent_and_empty_config_files(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        config(files=["absent.yaml"])
+    (tmp_path / "empty.yaml").write_text("")
+    assert config(files=["empty.yaml"])["epochs"] == 10
+
+
+def test_dataset_must_be_a_name():
+    with pytest.raises(UserError, match="'../data/x' is a path; give its folder as data_path"):
+        config(dataset="../data/x")
+
+
+def test_every_model_is_found_and_has_properties():
+    assert {"Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec", "GRU4Rec", "BERT4Rec"} <= set(model_names())
+    for name, model in MODELS.items():
+        assert get_model(name) is model
+        for line in (PROPERTIES / "model" / f"{name}.yaml").read_text().splitlines():
+            assert line.startswith("# ") or "  # (" in line, line
+
+
+def test_every_properties_file_is_a_mapping():
+    for file in PROPERTIES.rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(file.read_text()), dict), file
+
+
+def test_frozen_keys():
+    """A new key is a promise: it belongs in the README and in CHANGELOG.md, and then here."""
+    ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
+    assert sorted(ours) == [
+        "d_conv", "d_state", "dropout_prob", "dt_init", "expand", "head_dim", "hidden_size", "initializer_range",
+        "loss_type", "n_groups", "num_layers", "readout", "residual",
+    ]  # fmt: skip
+    assert {"legacy_time_order", "ssm_backend"} <= set(yaml.safe_load((PROPERTIES / "overall.yaml").read_text()))

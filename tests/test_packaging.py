@@ -1,0 +1,46 @@
+"""What pip installs."""
+
+import configparser
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from setuptools import find_packages
+
+from recbole_ssm import __version__
+from tests.conftest import REPOSITORY
+
+
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(REPOSITORY / "setup.cfg")
+    return parser
+
+
+def test_every_package_is_listed():
+    listed = set(setup_cfg()["options"]["packages"].split())
+    assert listed == {*find_packages(str(REPOSITORY), include=["recbole_ssm*"]), "recbole_ssm.properties"}
+
+
+def test_version_has_one_place():
+    assert setup_cfg()["metadata"]["version"] == "attr: recbole_ssm.__version__"
+    assert f"## {__version__}" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_readme_names_the_line_that_installs_recbole():
+    from recbole_ssm.compat import INSTALL_RECBOLE
+
+    assert INSTALL_RECBOLE in (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_properties(tmp_path):
+    """Builds in an environment of its own, so it needs a package index."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(REPOSITORY)], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in ("properties/model/2Mamba4Rec.yaml", "properties/dataset/ml-1m.yaml", "properties/overall.yaml", "py.typed"):
+        assert f"recbole_ssm/{name}" in names
