@@ -25,7 +25,7 @@ DEFAULT_MODEL, DEFAULT_DATASET = "Hydra4Rec", "ml-100k"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
+    """Run a command; returns its exit status: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if any(argument in ("-h", "--help", "help") for argument in arguments):
@@ -62,7 +62,10 @@ def train(arguments: list[str]) -> None:
 
         for file in files:
             content = read_yaml(Path(file))
-            model, dataset = named["model"] or content.get("model", model), named["dataset"] or content.get("dataset", dataset)
+            model, dataset = (
+                named["model"] or content.get("model", model),
+                named["dataset"] or content.get("dataset", dataset),
+            )
     run_recbole_ssm(model or DEFAULT_MODEL, dataset or DEFAULT_DATASET, files, command_line=options)
 
 

@@ -90,8 +90,7 @@ def measure_lists_row_by_row() -> None:
 
     if int(pd.__version__.partition(".")[0]) < 3:
         return
-    import recbole.data.dataset.dataset as dataset
-    import recbole.data.dataset.sequential_dataset as sequential_dataset
+    from recbole.data.dataset import dataset, sequential_dataset
 
     def rows_len(x: Any) -> Any:
         return x.map(builtins.len) if isinstance(x, pd.Series) else builtins.len(x)
@@ -101,7 +100,7 @@ def measure_lists_row_by_row() -> None:
 
 
 def fill_missing_values_in_place() -> None:
-    """``feat[field].fillna(..., inplace=True)`` changes a copy under pandas 3: missing values stayed, without an error."""
+    """``feat[field].fillna(..., inplace=True)`` fills a copy under pandas 3: missing values stay, without an error."""
     from recbole.data.dataset.dataset import Dataset
     from recbole.utils import FeatureType
 

@@ -22,8 +22,12 @@ compat.install()
 
 import recbole.config  # noqa: E402
 from recbole.evaluator import metric_types  # noqa: E402
-from recbole.utils.argument_list import dataset_arguments  # noqa: E402
-from recbole.utils.argument_list import evaluation_arguments, general_arguments, training_arguments  # noqa: E402
+from recbole.utils.argument_list import (  # noqa: E402
+    dataset_arguments,
+    evaluation_arguments,
+    general_arguments,
+    training_arguments,
+)
 
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
@@ -150,7 +154,7 @@ class SSMConfig(recbole.config.Config):
     def _get_final_config_dict(self) -> dict[str, Any]:
         self._check_keys()
         merged: dict[str, Any] = super()._get_final_config_dict()
-        # one entry of eval_args given leaves the others at their defaults; RecBole falls back to an order that it refuses
+        # entries of eval_args that are not given keep their defaults; RecBole falls back to an order that it refuses
         merged["eval_args"] = {**self.internal_config_dict["eval_args"], **_mapping("eval_args", merged["eval_args"])}
         self._check_values(merged)
         return copy.deepcopy(merged)
@@ -220,7 +224,9 @@ class SSMConfig(recbole.config.Config):
         if name.lower() not in {str(metric).lower() for metric in metrics}:
             raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; add it there")
         if cutoff and not (cutoff.isdigit() and int(cutoff) in cutoffs):
-            raise UserError(f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there")
+            raise UserError(
+                f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"
+            )
 
 
 def literal(text: str) -> Any:

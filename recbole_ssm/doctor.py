@@ -18,7 +18,10 @@ INSTALL_KERNELS = "pip install --no-build-isolation 'recbole-ssm[cuda]'"
 
 def report() -> str:
     """The text that ``recbole-ssm doctor`` prints."""
-    lines = [f"recbole_ssm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", ""]
+    lines = [
+        f"recbole_ssm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "",
+    ]
     missing = []
     for package in NEEDED:
         try:

@@ -51,8 +51,14 @@ def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
         (["--epochz=3"], "epochz: there is no such key; did you mean 'epochs'?"),
         (["--config_files=absent.yaml"], "config file absent.yaml: No such file or directory"),
         (["--head_dim=24"], "head_dim: 24 does not divide expand * hidden_size = 128; try head_dim: 16"),
-        (["-m", "Hydra4Rec", "--d_conv", "4"], "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5"),
-        (["-m", "SASRec", "--n_heads=5"], "SASRec: The hidden size (64) is not a multiple of the number of attention heads (5)"),
+        (
+            ["-m", "Hydra4Rec", "--d_conv", "4"],
+            "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5",
+        ),
+        (
+            ["-m", "SASRec", "--n_heads=5"],
+            "SASRec: The hidden size (64) is not a multiple of the number of attention heads (5)",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys):
@@ -70,7 +76,9 @@ def test_config_files_name_model_and_data_set(tmp_path, capsys):
     assert list((tmp_path / "saved").glob("GRU4Rec-toy-*.safetensors"))
 
 
-@pytest.mark.parametrize("command", [[sys.executable, str(REPOSITORY / "run_recbole_ssm.py")], [sys.executable, "-m", "recbole_ssm"]])
+@pytest.mark.parametrize(
+    "command", [[sys.executable, str(REPOSITORY / "run_recbole_ssm.py")], [sys.executable, "-m", "recbole_ssm"]]
+)
 def test_end_to_end_on_ml_100k(command, tmp_path):
     """The main job in a process of its own, cut to a fraction of the interactions; then its checkpoint serves."""
     options = ["--model=2Mamba4Rec", "--epochs=1", "--user_inter_num_interval=[250,inf)", "--show_progress=False"]
@@ -87,14 +95,13 @@ print(len(load_recommender({str(next((tmp_path / "saved").glob("*.safetensors"))
 
 def test_same_seed_same_bytes(toy):
     """Two runs of one seed give the same weights, bit for bit."""
+    from pathlib import Path
+
     import torch
 
     from recbole_ssm import run_recbole_ssm
     from recbole_ssm.trainer import checkpoint
-    from pathlib import Path
 
     toy["config_dict"] |= {"epochs": 2}
-    first, second = (
-        checkpoint.read(Path(run_recbole_ssm("Hydra4Rec", **toy)["checkpoint"])).tensors for _ in range(2)
-    )
+    first, second = (checkpoint.read(Path(run_recbole_ssm("Hydra4Rec", **toy)["checkpoint"])).tensors for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

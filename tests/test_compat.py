@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from recbole_ssm import compat, run_recbole_ssm
 from recbole_ssm.config import SSMConfig
@@ -98,7 +98,8 @@ def test_missing_values_are_filled(write_dataset):
 def test_sequence_columns_of_items_load(write_dataset):
     """token_seq columns broke under pandas 3; ids that look like missing values stay ids."""
     options = write_dataset(
-        "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(f"u{u}\tNA{t}\t{t}\n" for u in range(3) for t in range(12))
+        "user_id:token\titem_id:token\ttimestamp:float\n"
+        + "".join(f"u{u}\tNA{t}\t{t}\n" for u in range(3) for t in range(12))
     )
     write_dataset("item_id:token\tclass:token_seq\n" + "".join(f"NA{t}\tx y{t}\n" for t in range(12)), suffix="item")
     options["config_dict"] |= {
@@ -151,7 +152,7 @@ def test_ml_100k_is_in_the_order_of_its_times(legacy, tmp_path):
     source = os.path.join(os.path.dirname(recbole.__file__), "dataset_example", "ml-100k", "ml-100k.inter")
     folder = tmp_path / "data" / "other"
     folder.mkdir(parents=True)
-    (folder / "other.inter").write_bytes(open(source, "rb").read())
+    shutil.copyfile(source, folder / "other.inter")
     options = {"data_path": str(tmp_path / "data"), "legacy_time_order": legacy}
     config = SSMConfig("GRU4Rec", "other", config_dict=options)
     _, _, test = create_dataset(config).build()
@@ -170,7 +171,8 @@ def test_ml_100k_is_in_the_order_of_its_times(legacy, tmp_path):
 def test_defaults_that_did_not_run_run(write_dataset):
     """Cross-entropy with RecBole's default negatives, and a data set whose times nobody asked to load."""
     options = write_dataset(
-        "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(f"u{u}\ti{(u + t) % 12}\t{t}\n" for u in range(9) for t in range(6))
+        "user_id:token\titem_id:token\ttimestamp:float\n"
+        + "".join(f"u{u}\ti{(u + t) % 12}\t{t}\n" for u in range(9) for t in range(6))
     )
     options["config_dict"] |= {"epochs": 1, "state": "WARNING"}
     assert run_recbole_ssm("SASRec", **options)["test_result"]

@@ -93,21 +93,30 @@ def test_options_with_equals_signs_in_their_value():
         ({"d_stat": 5}, "d_stat: there is no such key; did you mean 'd_state'?"),
         ({"eval_args": {"mod": "full"}}, "eval_args: there is no such entry 'mod'; did you mean 'mode'?"),
         ({"eval_args": "full"}, "eval_args: must be a mapping such as {'split': ...}, got 'full'"),
-        ({"epochs": "ten"}, "epochs: must be a whole number, got 'ten'; the default is 10"),
+        ({"epochs": "ten"}, "epochs: must be a whole number, got 'ten'; the default is 6"),
         ({"learning_rate": "fast"}, "learning_rate: must be a number, got 'fast'; the default is 0.001"),
         ({"shuffle": 3}, "shuffle: must be True or False, got 3; the default is True"),
         ({"eval_step": 0}, "eval_step: must be at least 1, got 0; try eval_step: 1"),
         ({"MAX_ITEM_LIST_LENGTH": 0}, "MAX_ITEM_LIST_LENGTH: must be at least 1, got 0; try MAX_ITEM_LIST_LENGTH: 1"),
         ({"num_layers": 0}, "num_layers: must be at least 1, got 0; try num_layers: 1"),
         ({"dropout_prob": 1.0}, "dropout_prob: must lie in [0, 1), got 1.0; try dropout_prob: 0.2"),
-        ({"learner": "adamm"}, "learner: 'adamm' is not one of adam, adamw, sgd, adagrad, rmsprop, sparse_adam; did you mean 'adam'?"),
+        (
+            {"learner": "adamm"},
+            "learner: 'adamm' is not one of adam, adamw, sgd, adagrad, rmsprop, sparse_adam; did you mean 'adam'?",
+        ),
         ({"loss_type": "BCE"}, "loss_type: 'BCE' is not one of CE, BPR"),
         ({"readout": "first"}, "readout: 'first' is not one of last, mean"),
         ({"residual": "yes"}, "residual: 'yes' is not one of auto, True, False"),
-        ({"ssm_backend": "torhc"}, "ssm_backend: 'torhc' is not one of auto, reference, torch, native, cuda; did you mean 'torch'?"),
+        (
+            {"ssm_backend": "torhc"},
+            "ssm_backend: 'torhc' is not one of auto, reference, torch, native, cuda; did you mean 'torch'?",
+        ),
         ({"metrics": ["Hitt"]}, "metrics: there is no metric 'Hitt'; did you mean 'hit'?"),
         ({"valid_metric": "NDCG@7"}, "valid_metric: 'NDCG@7' needs its cut-off in topk: [10]; add it there"),
-        ({"valid_metric": "Recall@10"}, "valid_metric: 'Recall@10' is not among metrics: ['Hit', 'NDCG', 'MRR']; add it there"),
+        (
+            {"valid_metric": "Recall@10"},
+            "valid_metric: 'Recall@10' is not among metrics: ['Hit', 'NDCG', 'MRR']; add it there",
+        ),
         ({"dataset_save_path": "x.pth"}, "dataset_save_path: refused, because a saved data set is a pickle"),
     ],
 )
@@ -153,7 +162,7 @@ def test_absent_and_empty_config_files(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         config(files=["absent.yaml"])
     (tmp_path / "empty.yaml").write_text("")
-    assert config(files=["empty.yaml"])["epochs"] == 10
+    assert config(files=["empty.yaml"])["epochs"] == 6
 
 
 def test_dataset_must_be_a_name():

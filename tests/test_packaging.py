@@ -42,5 +42,10 @@ def test_the_wheel_holds_the_properties(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("properties/model/2Mamba4Rec.yaml", "properties/dataset/ml-1m.yaml", "properties/overall.yaml", "py.typed"):
+    for name in (
+        "properties/model/2Mamba4Rec.yaml",
+        "properties/dataset/ml-1m.yaml",
+        "properties/overall.yaml",
+        "py.typed",
+    ):
         assert f"recbole_ssm/{name}" in names

@@ -143,7 +143,9 @@ def _check_lines(path: Path, width: int, separator: str, encoding: str) -> None:
                 if cells != width:
                     if not line.strip():
                         raise UserError(f"{path}, line {number}: the line is empty; drop it")
-                    raise UserError(f"{path}, line {number}: {cells} columns where the header has {width}: {line[:60]!r}")
+                    raise UserError(
+                        f"{path}, line {number}: {cells} columns where the header has {width}: {line[:60]!r}"
+                    )
                 if "\0" in line or "\r" in line[:-2]:
                     raise UserError(f"{path}, line {number}: a control character within the line: {line[:60]!r}")
     except UnicodeDecodeError as error:
@@ -160,7 +162,9 @@ def _floats(path: Path, name: str, cells: pd.Series, empty: np.ndarray, required
         faults |= np.isnan(values)
     if faults.any():
         line = _line(faults)
-        raise UserError(f"{path}, line {line}: {name} is {cells.iloc[line - 2]!r}, which is no finite number; correct it")
+        raise UserError(
+            f"{path}, line {line}: {name} is {cells.iloc[line - 2]!r}, which is no finite number; correct it"
+        )
     return values
 
 

@@ -60,6 +60,8 @@ class SSMDataset(SequentialDataset):
     - a data set that is missing is downloaded whole or not at all.
     """
 
+    inter_feat: Any  # a DataFrame while it is read and filtered, an Interaction afterwards
+
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
         needed = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or ()] or [f"{token}.inter"]
@@ -75,7 +77,9 @@ class SSMDataset(SequentialDataset):
         try:
             url = self._get_download_url("url")
         except ValueError as error:
-            raise UserError(f"{where}, and RecBole knows no download of that name; set data_path or correct it") from error
+            raise UserError(
+                f"{where}, and RecBole knows no download of that name; set data_path or correct it"
+            ) from error
         getLogger().info(f"{where}; downloading {url}")
         try:
             download(url, folder, self.dataset_name)
@@ -99,7 +103,9 @@ class SSMDataset(SequentialDataset):
         if load is not None:
             absent = sorted(load - set(header))
             if absent and source == FeatureSource.INTERACTION:
-                raise UserError(f"{path}, line 1: no column {absent[0]}, which load_col asks for; drop it from load_col")
+                raise UserError(
+                    f"{path}, line 1: no column {absent[0]}, which load_col asks for; drop it from load_col"
+                )
         columns = {
             name: kind
             for name, kind in header.items()

@@ -9,6 +9,8 @@ Parameters carry the names of the reference implementation, so weights can be ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,7 +62,7 @@ class Hydra(nn.Module):
         require_divisor("n_groups", n_groups, self.n_heads, "expand * hidden_size / head_dim")
         self.d_conv_in = self.d_inner + 4 * n_groups * d_state  # x, and B and C of either direction
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + 2 * self.n_heads, bias=False)
-        self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
+        self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.zeros(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
@@ -91,9 +93,7 @@ class Hydra(nn.Module):
             raise NotImplementedError(_NO_STATE)
         to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + 2 * self.n_heads])
         xBC, dt = F.linear(u, to_rest).split([self.d_conv_in, 2 * self.n_heads], -1)
-        xBC = centered_conv1d(
-            xBC, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens
-        )
+        xBC = centered_conv1d(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", cu_seqlens=cu_seqlens)
         x, *maps = xBC.split([self.d_inner, *[self.n_groups * self.d_state] * 4], -1)
         x = x.unflatten(-1, (self.n_heads, self.head_dim))  # [B, L, H, P]
         B_fwd, C_fwd, B_bwd, C_bwd = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in maps)

@@ -9,6 +9,7 @@ Parameters carry the names of the reference implementation, so weights can be ex
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Mamba(nn.Module):
         self.d_inner, self.d_state, self.d_conv, self.dt_init = expand * d_model, d_state, d_conv, dt_init
         self.dt_rank = math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the taps
+        self.conv1d: Any = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)  # holds the taps
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         # A_n = -n for every channel (S4D-real)
@@ -57,9 +58,7 @@ class Mamba(nn.Module):
 
     def alloc_state(self, batch: int) -> MixerState:
         """The state of ``batch`` sequences before their first event."""
-        return MixerState.alloc(
-            (batch, self.d_inner, self.d_conv), (batch, self.d_inner, self.d_state), self.A_log
-        )
+        return MixerState.alloc((batch, self.d_inner, self.d_conv), (batch, self.d_inner, self.d_state), self.A_log)
 
     def forward(
         self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False

@@ -8,6 +8,8 @@ Parameters carry the names of the reference implementation, so weights can be ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ class Mamba2(nn.Module):
         require_divisor("n_groups", n_groups, self.n_heads, "expand * hidden_size / head_dim")
         self.d_conv_in = self.d_inner + 2 * n_groups * d_state  # x, B and C pass through the convolution
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + self.n_heads, bias=False)
-        self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
+        self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.n_heads))

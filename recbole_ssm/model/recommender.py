@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Block, MixerState
-from recbole_ssm.ops.packing import cu_seqlens_of, last_of
+from recbole_ssm.ops.packing import cu_seqlens_of
 
 
 class SSMRecommender(SequentialRecommender):
@@ -47,12 +47,12 @@ class SSMRecommender(SequentialRecommender):
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
         self.dropout = nn.Dropout(self.dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             Block(self.build_mixer(config), self.hidden_size, self.dropout_prob, residual)
             for _ in range(self.num_layers)
         )
         if self.loss_type == "BPR":
-            self.loss_fct: nn.Module = BPRLoss()
+            self.loss_fct: Any = BPRLoss()
         elif self.loss_type == "CE":
             self.loss_fct = nn.CrossEntropyLoss()
         else:

@@ -1,6 +1,6 @@
 """The mathematics: pure functions of tensors, several backends behind each.
 
-Glossary, for the whole package. A tensor's name carries its dimensions where that helps: ``x_BLHP`` is ``[B, L, H, P]``.
+Glossary, for the whole package. A tensor's name carries its dimensions where that helps: ``x_BLD`` is ``[B, L, D]``.
 
     B  batch             S  packed sequences    L  length            D  inner channels    K  convolution width
     N  state size        H  heads               P  head dimension    G  groups of heads   V  items

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,12 +85,12 @@ def buckets(cu_seqlens: Tensor) -> list[Bucket]:
 
 
 def map_padded(
-    function: Callable[..., tuple[Tensor, Tensor | None]],
+    function: Callable[..., tuple[Tensor, Any]],
     packed: tuple[Tensor, ...],
     dt_packed: tuple[Tensor, ...],
     state: Tensor | None,
     cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Run ``function(*padded, *dt_padded, state) -> (y, state)`` over padded groups of a packed batch.
 
     Args:
@@ -128,15 +128,15 @@ def map_padded(
 
 
 def map_sequences(
-    function: Callable[..., tuple[Tensor, Tensor | None]],
+    function: Callable[..., tuple[Tensor, Any]],
     packed: tuple[Tensor, ...],
     state: Tensor | None,
     cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Run ``function(*sequence, state) -> (y, state)`` on one sequence after the other: the plain form of a packed call."""
+) -> tuple[Tensor, Any]:
+    """Run ``function(*sequence, state) -> (y, state)`` on one sequence after another: a packed call in plain form."""
     ys, finals = [], []
     for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
         y, final = function(*[t[:, begin:end] for t in packed], None if state is None else state[s : s + 1])
         ys.append(y)
         finals.append(final)
-    return torch.cat(ys, 1), None if finals[0] is None else torch.cat([f for f in finals if f is not None])
+    return torch.cat(ys, 1), None if finals[0] is None else torch.cat(finals)

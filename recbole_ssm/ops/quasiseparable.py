@@ -16,8 +16,8 @@ from torch import Tensor
 from recbole_ssm.ops.arguments import decay_of, expect_shape, widen
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import check_cu_seqlens, map_padded, map_sequences
-from recbole_ssm.ops.ssd import heads, log_decay, scores, ssd_padded, tiled
 from recbole_ssm.ops.ssd import _reference as ssd_reference
+from recbole_ssm.ops.ssd import heads, log_decay, scores, ssd_padded, tiled
 
 
 def quasiseparable(
@@ -115,9 +115,7 @@ def _reference(
 ONE_MATRIX = 160  # up to this length
 
 
-def _one_matrix(
-    x: Tensor, S_fwd: Tensor, S_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, *maps: Tensor
-) -> Tensor:
+def _one_matrix(x: Tensor, S_fwd: Tensor, S_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, *maps: Tensor) -> Tensor:
     """Both strict triangles in one ``[b, H, L, L]`` matrix; row t reads C and the decay of its neighbour t -+ 1."""
     B_fwd, C_fwd, B_bwd, C_bwd = maps
     _, L, H, _ = x.shape
@@ -131,7 +129,7 @@ def _one_matrix(
 
 
 def _padded(
-    x: Tensor, B_fwd: Tensor, C_fwd: Tensor, B_bwd: Tensor, C_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, A: Tensor
+    A: Tensor, x: Tensor, B_fwd: Tensor, C_fwd: Tensor, B_bwd: Tensor, C_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor
 ) -> Tensor:
     _, L, H, _ = x.shape
     if L <= ONE_MATRIX:
@@ -156,9 +154,9 @@ def _torch(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     if cu_seqlens is None:
-        return _padded(x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd, A)
+        return _padded(A, x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd)
 
-    def padded(*arguments: Tensor) -> tuple[Tensor, None]:
-        return _padded(*arguments[:-1], A), None
+    def padded(*tensors_and_state: Tensor) -> tuple[Tensor, None]:
+        return _padded(A, *tensors_and_state[:-1]), None
 
     return map_padded(padded, (x, B_fwd, C_fwd, B_bwd, C_bwd), (dt_fwd, dt_bwd), None, cu_seqlens)[0]

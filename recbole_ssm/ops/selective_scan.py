@@ -1,7 +1,7 @@
 """The selective scan of Mamba (Gu and Dao 2023, arXiv 2312.00752, equations 2a, 2b and 4).
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          one state of N for each channel
-    y_t = C_t h_t + D x_t,    then  y_t * SiLU(z_t)   where a gate z is given
+h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t          one state of N for each channel
+y_t = C_t h_t + D x_t,    then  y_t * SiLU(z_t)   where a gate z is given
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def selective_scan(
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts anew at each.
 
     Returns:
-        y ``[B, L, D]`` in the dtype of x, and the final state ``[B, D, N]`` (packed: ``[S, D, N]``) in float32 or wider.
+        y ``[B, L, D]`` in the dtype of x, and the final state, shaped as ``state_BDN``, in float32 or wider.
 
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit.
@@ -108,7 +108,9 @@ def _check(
     if x.dim() != 3 or A.dim() != 2:
         raise ValueError(f"{op}: x must be [B, L, D] and A [D, N], got {list(x.shape)} and {list(A.shape)}")
     (batch, L, D), N = x.shape, A.shape[1]
-    expect_shape(op, dt=(dt, (batch, L, D)), A=(A, (D, N)), B=(B, (batch, L, N)), D=(D_skip, (D,)), dt_bias=(dt_bias, (D,)))
+    expect_shape(
+        op, dt=(dt, (batch, L, D)), A=(A, (D, N)), B=(B, (batch, L, N)), D=(D_skip, (D,)), dt_bias=(dt_bias, (D,))
+    )
     if cu_seqlens is None:
         return batch
     check_cu_seqlens(op, cu_seqlens, batch, L)
@@ -142,9 +144,7 @@ def _reference(
 
 
 @implements("selective_scan_last", "reference")
-def _last_reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def _last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     C_everywhere = C[:, None].expand(-1, x.shape[1], -1)
     if cu_seqlens is not None:
         C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
@@ -281,9 +281,7 @@ def _scan_padded(
         y, final = _Scan.apply(x, dt, A_ND, B, C, h0)
         return y, final
     size = -(-L // pieces)
-    x, dt, B, C = (
-        F.pad(t, (0, 0, 0, size * pieces - L)).view(batch * pieces, size, -1) for t in (x, dt, B, C)
-    )
+    x, dt, B, C = (F.pad(t, (0, 0, 0, size * pieces - L)).view(batch * pieces, size, -1) for t in (x, dt, B, C))
     _, added = _Scan.apply(x, dt, A_ND, B, C, x.new_zeros(batch * pieces, *A_ND.shape))
     added = added.view(batch, pieces, *A_ND.shape)
     decay = decay_of(dt.sum(1)[:, None] * A_ND).view_as(added)

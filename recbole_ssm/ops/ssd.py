@@ -8,6 +8,8 @@ As a matrix (equation 3 of the paper): y = M x with M_ts = (C_t . B_s) exp(sum_{
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,9 +51,7 @@ def ssd(
     """
     sequences = _check("ssd", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
     _, _, H, P = x_BLHP.shape
-    expect_shape(
-        "ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3]))
-    )
+    expect_shape("ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3])))
     x, dt, B, C, state = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_BLGN, state_BHPN)
     y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, state, cu_seqlens)
     return skip(y, x, D_H).to(x_BLHP.dtype), final
@@ -157,7 +157,7 @@ TILE = 1 << 18  # elements of the matrices that are worked on at once
 
 
 def log_decay(dt_BLH: Tensor, A_H: Tensor) -> Tensor:
-    """Running sum of dt A, ``[B, H, L]``, in float64: differences of it are taken, and float32 would lose their digits."""
+    """Running sum of dt A, ``[B, H, L]``, in float64: it serves for its differences, and float32 would lose them."""
     return (dt_BLH.double() * A_H.double()).cumsum(1).transpose(1, 2)
 
 
@@ -180,7 +180,7 @@ def _matrix_form(x: Tensor, dt: Tensor, S: Tensor, B: Tensor, C: Tensor) -> Tens
     return ((heads(scores(C, B).tril(), H) * decay) @ v).transpose(1, 2)
 
 
-def tiled(function, elements_per_row: int, *tensors: Tensor) -> Tensor:
+def tiled(function: Callable[..., Tensor], elements_per_row: int, *tensors: Tensor) -> Tensor:
     """``function(*tensors)`` a few rows at a time, so that its temporaries stay in the cache."""
     rows = max(1, TILE // elements_per_row)
     if len(tensors[0]) <= rows:
@@ -188,9 +188,7 @@ def tiled(function, elements_per_row: int, *tensors: Tensor) -> Tensor:
     return torch.cat([function(*tile) for tile in zip(*[t.split(rows) for t in tensors])])
 
 
-def ssd_padded(
-    x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """SSD of a padded batch ``[b, L, ...]`` (listing 1 of the paper), with the final state ``[b, H, P, N]``."""
     batch, L, H, P = x.shape
     G, N = B.shape[2:]

@@ -40,15 +40,13 @@ class Recommender:
         self._device = config["device"]
         self._name = config["model"]
 
-    def recommend(
-        self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = False
-    ) -> list[tuple[str, float]]:
+    def recommend(self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = False) -> list[tuple[str, float]]:
         """The k items most likely to come next.
 
         Args:
             history: item tokens, oldest first; the newest MAX_ITEM_LIST_LENGTH of them are used.
             k: how many items; fewer come back where the catalogue is smaller.
-            exclude_seen: leave out the items of the history. RecBole's evaluation does not, and neither does the default.
+            exclude_seen: leave out the items of the history; RecBole's evaluation does not.
 
         Returns:
             ``[(item token, score), ...]``, best first.
@@ -89,7 +87,9 @@ class Recommender:
         try:
             scores: Tensor = self.model.full_sort_predict(rows)
         except KeyError as error:
-            raise UserError(f"{self._name} needs {error} beside the items; recommend() serves models of items alone") from error
+            raise UserError(
+                f"{self._name} needs {error} beside the items; recommend() serves models of items alone"
+            ) from error
         scores = scores.view(len(recent), -1)[:, : len(self.items)].clone()
         scores[:, 0] = -torch.inf
         return scores
@@ -101,7 +101,9 @@ class Recommender:
             return [self._ids[str(token)] for token in history]
         except KeyError as error:
             token = str(error.args[0])
-            raise UserError(f"history: item '{token}' is not in the catalogue{did_you_mean(token, self._ids)}") from None
+            raise UserError(
+                f"history: item '{token}' is not in the catalogue{did_you_mean(token, self._ids)}"
+            ) from None
 
 
 class _SavedConfig(dict[str, Any]):

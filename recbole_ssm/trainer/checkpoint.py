@@ -78,5 +78,7 @@ def read(path: Path) -> Checkpoint:
     if not isinstance(info, dict) or not isinstance(info.get("format"), int):
         raise UserError(f"checkpoint {path}: a safetensors file, but none that recbole_ssm wrote")
     if info["format"] > FORMAT:
-        raise UserError(f"checkpoint {path}: written by a later recbole_ssm (format {info['format']}); upgrade to read it")
+        raise UserError(
+            f"checkpoint {path}: written by a later recbole_ssm (format {info['format']}); upgrade to read it"
+        )
     return Checkpoint(tensors, info)

@@ -44,7 +44,7 @@ class SSMTrainer(Trainer):
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
     ) -> Any:
-        """As RecBole's; returns the metrics. With ``load_best_model`` the model takes the checkpoint's weights first."""
+        """As RecBole's; returns the metrics. ``load_best_model`` takes the checkpoint's weights first."""
         if load_best_model:
             path = Path(model_file or self.saved_model_file)
             load_weights(self.model, checkpoint.read(path), path)
@@ -131,8 +131,6 @@ def plain(value: Any) -> Any:
         return [plain(entry) for entry in value]
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if isinstance(value, float) or hasattr(value, "__float__") and not isinstance(value, torch.Tensor):
+    if isinstance(value, float) or (hasattr(value, "__float__") and not isinstance(value, torch.Tensor)):
         return float(value)
     return str(value)
-
-

@@ -19,8 +19,8 @@ def read(tmp_path, content, **options):
 
 
 def test_what_other_readers_lose_is_kept(tmp_path):
-    """Ids that look like missing values, numbers with zeros in front, quotation marks, accents, CRLF, a byte-order mark."""
-    lines = ['NA\t007\t1', 'null\t"a\t2', 'None\tb"\t3.5', "é\t1e5\t978300019"]
+    """Ids that look missing, zeros in front, quotation marks, accents, CRLF, a byte-order mark."""
+    lines = ["NA\t007\t1", 'null\t"a\t2', 'None\tb"\t3.5', "é\t1e5\t978300019"]
     frame = read(tmp_path, b"\xef\xbb\xbf" + (HEADER + "\n".join(lines) + "\n").replace("\n", "\r\n").encode())
     assert frame["user_id"].tolist() == ["NA", "null", "None", "é"]
     assert frame["item_id"].tolist() == ["007", '"a', 'b"', "1e5"]
@@ -28,7 +28,9 @@ def test_what_other_readers_lose_is_kept(tmp_path):
 
 
 def test_sequences_and_missing_features(tmp_path):
-    header = "user_id:token\titem_id:token\ttimestamp:float\ttags:token_seq\tvector:float_seq\trating:float\tkind:token\n"
+    header = (
+        "user_id:token\titem_id:token\ttimestamp:float\ttags:token_seq\tvector:float_seq\trating:float\tkind:token\n"
+    )
     frame = read(tmp_path, header + "u\ti\t1\ta b  c\t1 2.5\t\t\nu\tj\t2\t\t\t4\tk\n")
     assert [list(row) for row in frame["tags"]] == [["a", "b", "c"], []]
     assert [list(row) for row in frame["vector"]] == [[1.0, 2.5], []]
@@ -58,7 +60,10 @@ def test_sequences_and_missing_features(tmp_path):
         (HEADER + "u\ta\0b\t1\n", "line 2: a control character within the line"),
         (HEADER.encode() + b"u\ti\t1\nu\t\xff\t2\n", "not utf-8 text; set encoding"),
         (b"\xff\xfe\n", "line 1: not utf-8 text; set encoding"),
-        ("user_id:token\titem_id:token\ttimestamp:float\tv:float_seq\nu\ti\t1\ta b\n", "line 2: v is 'a b', which are no numbers"),
+        (
+            "user_id:token\titem_id:token\ttimestamp:float\tv:float_seq\nu\ti\t1\ta b\n",
+            "line 2: v is 'a b', which are no numbers",
+        ),
     ],
 )
 def test_every_fault_is_one_line(tmp_path, content, message):

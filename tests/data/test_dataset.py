@@ -49,9 +49,18 @@ def test_a_folder_without_inter_is_not_downloaded_over(write_dataset):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("user_id:token\titem:token\ttimestamp:float\nu\ti\t1\n", "no column item_id:token (there are user_id, item, timestamp; did you mean 'item'?); rename one, or set ITEM_ID_FIELD"),
-        ("user_id:token\titem_id:token\nu\ti\n", "no column timestamp:float (there are user_id, item_id); rename one, or set TIME_FIELD"),
-        ("user_id:token\titem_id:float\ttimestamp:float\nu\t1\t1\n", "column item_id must be item_id:token, got item_id:float"),
+        (
+            "user_id:token\titem:token\ttimestamp:float\nu\ti\t1\n",
+            "no column item_id:token (there are user_id, item, timestamp; did you mean 'item'?); rename one",
+        ),
+        (
+            "user_id:token\titem_id:token\nu\ti\n",
+            "no column timestamp:float (there are user_id, item_id); rename one, or set TIME_FIELD",
+        ),
+        (
+            "user_id:token\titem_id:float\ttimestamp:float\nu\t1\t1\n",
+            "column item_id must be item_id:token, got item_id:float",
+        ),
         (HEADER + "u\ti\t1\nu\tj\t2\n", "after filtering no user has 3 interactions"),
     ],
 )
@@ -93,7 +102,9 @@ def test_users_with_one_interaction_are_counted_and_skipped(write_dataset, caplo
 
 
 def test_ties_keep_the_order_of_the_file(write_dataset):
-    options = write_dataset(HEADER + "".join(f"u{u}\ti{t}\t5\n" for u in range(3) for t in (9, 2, 7, 4, *range(10, 20))))
+    options = write_dataset(
+        HEADER + "".join(f"u{u}\ti{t}\t5\n" for u in range(3) for t in (9, 2, 7, 4, *range(10, 20)))
+    )
     _, _, test = create(options).build()
     row = test.inter_feat["item_id_list"][0]
     assert [test.id2token("item_id", item) for item in row[:4].tolist()] == ["i9", "i2", "i7", "i4"]
@@ -117,7 +128,7 @@ def serve():
 
     def start(body, claimed=None):
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802
+            def do_GET(self):
                 self.send_response(200)
                 self.send_header("Content-Length", str(claimed or len(body)))
                 self.end_headers()

@@ -137,7 +137,10 @@ def test_step_sizes_start_as_asked(kind):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mamba2(16, 4, 4, 2, head_dim=12), "head_dim: 12 does not divide expand * hidden_size = 32; try head_dim: 8"),
+        (
+            lambda: Mamba2(16, 4, 4, 2, head_dim=12),
+            "head_dim: 12 does not divide expand * hidden_size = 32; try head_dim: 8",
+        ),
         (lambda: Mamba2(16, 4, 4, 2, 8, n_groups=3), "n_groups: 3 does not divide .* = 4; try n_groups: 2"),
         (lambda: Hydra(16, 4, 4, 2, 8), "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5"),
         (lambda: Mamba(16, 0, 4, 2), "d_state: must be a whole number above 0, got 0; try d_state: 1"),

@@ -115,7 +115,9 @@ class SSMContract(ModelContract):
         state = model.alloc_state(2)
         for t in range(7):
             output, state = model.step(torch.tensor([t + 1, 20 - t]), state)
-        expected = model.forward(torch.tensor([[1, 2, 3, 4, 5, 6, 7], [20, 19, 18, 17, 16, 15, 14]]), torch.tensor([7, 7]))
+        expected = model.forward(
+            torch.tensor([[1, 2, 3, 4, 5, 6, 7], [20, 19, 18, 17, 16, 15, 14]]), torch.tensor([7, 7])
+        )
         torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
 
     def test_residual_follows_the_published_rule(self, toy):
@@ -189,5 +191,11 @@ class TestGRU4Rec(ModelContract):
 
 class TestBERT4Rec(ModelContract):
     name = "BERT4Rec"
-    options = {"epochs": 60, "stopping_step": 60, "learning_rate": 0.003, "hidden_dropout_prob": 0, "attn_dropout_prob": 0}
+    options = {
+        "epochs": 60,
+        "stopping_step": 60,
+        "learning_rate": 0.003,
+        "hidden_dropout_prob": 0,
+        "attn_dropout_prob": 0,
+    }
     learned = 0.5  # masked items teach it the circle slowly; chance is 0.05

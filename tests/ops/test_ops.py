@@ -168,7 +168,9 @@ def test_quasiseparable_ignores_padding(backend, L):
     lengths = torch.tensor([L, 4, 1, 0])
     tensors, _ = arguments(ops.quasiseparable, 4, L, 4)
     changed = [
-        t if t.shape[:2] != (4, L) else torch.where((torch.arange(L) < lengths[:, None]).view(4, L, *[1] * (t.dim() - 2)), t, 9.0)
+        t
+        if t.shape[:2] != (4, L)
+        else torch.where((torch.arange(L) < lengths[:, None]).view(4, L, *[1] * (t.dim() - 2)), t, 9.0)
         for t in tensors
     ]
     with ops.use_backend(backend):
@@ -299,5 +301,7 @@ def test_unknown_or_absent_backend_is_named():
     with pytest.raises(UserError, match="'torhc' is not one of .*did you mean 'torch'"):
         ops.set_backend("torhc")
     if "cuda" not in available_backends():
-        with pytest.raises(UserError, match="'cuda' is not installed on this machine; use one of auto, reference, torch"):
+        with pytest.raises(
+            UserError, match="'cuda' is not installed on this machine; use one of auto, reference, torch"
+        ):
             ops.set_backend("cuda")

@@ -78,7 +78,9 @@ def test_bad_histories(recommender, arguments, message):
 def test_a_checkpoint_from_a_gpu_serves_without_one(path, tmp_path, recommender):
     saved = checkpoint.read(path)
     saved.info["config"] |= {"device": "cuda:3", "use_gpu": True, "gpu_id": "3"}
-    checkpoint.write(tmp_path / "gpu.safetensors", saved.tensors, {k: v for k, v in saved.info.items() if k != "format"})
+    checkpoint.write(
+        tmp_path / "gpu.safetensors", saved.tensors, {k: v for k, v in saved.info.items() if k != "format"}
+    )
     moved = load_recommender(tmp_path / "gpu.safetensors", device="cpu")
     assert moved.recommend(["i1", "i2"]) == recommender.recommend(["i1", "i2"])
 
