@@ -153,11 +153,11 @@ def seed_exhaustive_search() -> None:
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """recbole.quick_start imports ray.tune for one call; its pinned ray has no wheel for Python 3.12 and later.
+    """recbole.quick_start imports ray.tune for one call; its pinned ray fails to import beside current setuptools.
 
-    Where ray is absent, an empty stand-in lives just as long as that import.
+    An empty stand-in lives just as long as that import, unless ray has been imported already.
     """
-    if importlib.util.find_spec("ray") is not None:
+    if "ray" in sys.modules:
         yield
         return
     ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")

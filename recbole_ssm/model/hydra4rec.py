@@ -2,8 +2,8 @@
 Hydra4Rec
 ################################################
 Reference:
-    arXiv 2408.05606, 2024, names the model; its text defines no more than Mamba4Rec with the mixer of Hydra
-    (Hwang et al., arXiv 2407.09941). The reading is ours.
+    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec with the
+    mixer of Hydra (Hwang et al., arXiv 2407.09941).
 """
 
 from __future__ import annotations

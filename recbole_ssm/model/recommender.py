@@ -47,10 +47,11 @@ class SSMRecommender(SequentialRecommender):
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
         self.dropout = nn.Dropout(self.dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
-        self.blocks: Any = nn.ModuleList(
+        blocks = [
             Block(self.build_mixer(config), self.hidden_size, self.dropout_prob, residual)
             for _ in range(self.num_layers)
-        )
+        ]
+        self.blocks: Any = nn.ModuleList(blocks)
         if self.loss_type == "BPR":
             self.loss_fct: Any = BPRLoss()
         elif self.loss_type == "CE":
@@ -60,7 +61,7 @@ class SSMRecommender(SequentialRecommender):
 
         # parameters initialization
         self.apply(self._init_weights)
-        for block in self.blocks:
+        for block in blocks:
             block.mixer.reset_dt()
 
     def build_mixer(self, config: Any) -> nn.Module:

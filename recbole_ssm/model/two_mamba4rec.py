@@ -2,8 +2,8 @@
 2Mamba4Rec
 ################################################
 Reference:
-    "Efficient and Deployable Sequential Recommendation with State Space Models", arXiv 2408.05606, 2024, names the
-    model; its text defines no more than Mamba4Rec with the mixer of Mamba-2 (arXiv 2405.21060). The reading is ours.
+    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec with the
+    mixer of Mamba-2 (Dao and Gu, arXiv 2405.21060).
 """
 
 from __future__ import annotations
