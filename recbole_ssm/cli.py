@@ -21,8 +21,6 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing
 """
 
-DEFAULT_MODEL, DEFAULT_DATASET = "Hydra4Rec", "ml-100k"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
@@ -49,24 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 def train(arguments: list[str]) -> None:
     """Train and test a model on a data set."""
     options = _join_values(arguments)
-    named = {key: _take(options, key) for key in ("model", "dataset", "config_files")}
+    files = _take(options, "config_files")
 
     from recbole_ssm.quick_start import run_recbole_ssm
 
-    files = (named["config_files"] or "").split()
-    model, dataset = named["model"], named["dataset"]
-    if files:  # they may name the model and the data set
-        from pathlib import Path
-
-        from recbole_ssm.config import read_yaml
-
-        for file in files:
-            content = read_yaml(Path(file))
-            model, dataset = (
-                named["model"] or content.get("model", model),
-                named["dataset"] or content.get("dataset", dataset),
-            )
-    run_recbole_ssm(model or DEFAULT_MODEL, dataset or DEFAULT_DATASET, files, command_line=options)
+    run_recbole_ssm(config_file_list=files.split(), command_line=options)
 
 
 def doctor(arguments: list[str]) -> None:
@@ -99,10 +84,10 @@ def _join_values(arguments: list[str]) -> list[str]:
     return joined
 
 
-def _take(options: list[str], key: str) -> str | None:
-    """Remove ``--key=value`` from the options and return its value."""
+def _take(options: list[str], key: str) -> str:
+    """Remove ``--key=value`` from the options and return its value, "" if there is none."""
     values = [option.partition("=")[2] for option in options if option.startswith(f"--{key}=")]
     options[:] = [option for option in options if not option.startswith(f"--{key}=")]
-    if len(set(values)) > 1:
-        raise UserError(f"--{key} is given twice, as {values[0]} and as {values[1]}; keep one")
-    return values[0] if values else None
+    if len(values) > 1:
+        raise UserError(f"--{key} is given twice; name all files in one: --{key}='{' '.join(values)}'")
+    return values[0] if values else ""

@@ -75,8 +75,9 @@ class SSMConfig(recbole.config.Config):
     """The configuration of one run.
 
     Args:
-        model: name of one of our models or of a sequential model of RecBole's; None where the options name it.
-        dataset: name of the data set; None where the options name it.
+        model: name of one of our models or of a sequential model of RecBole's; None leaves it to the options, and they
+            to properties/overall.yaml.
+        dataset: name of the data set; None likewise.
         config_file_list: YAML files.
         config_dict: options as a dict.
         command_line: options as ``["--key=value", ...]``. RecBole reads ``sys.argv`` here; a library must not.
@@ -129,11 +130,11 @@ class SSMConfig(recbole.config.Config):
     # --- defaults ------------------------------------------------------------------------------------------------
 
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, Any, str]:
-        model = model or self.external_config_dict.get("model")
-        dataset = dataset or self.external_config_dict.get("dataset")
+        named = {**read_yaml(PROPERTIES / "overall.yaml"), **self.external_config_dict}
+        model, dataset = model or named["model"], dataset or named["dataset"]
         for key, value in (("model", model), ("dataset", dataset)):
-            if not isinstance(value, str) or not value:
-                raise UserError(f"{key}: name one, for example --{key}={'Mamba4Rec' if key == 'model' else 'ml-100k'}")
+            if not isinstance(value, str):
+                raise UserError(f"{key}: must be a name, got {value!r}")
         assert isinstance(model, str) and isinstance(dataset, str)
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")

@@ -37,8 +37,10 @@ def run_recbole_ssm(
     """Train and test a model on a data set, as recbole.quick_start.run_recbole does.
 
     Args:
-        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's.
-        dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter`` and so on.
+        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's. None takes it from the options,
+            or Hydra4Rec.
+        dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter`` and so on. None takes it
+            from the options, or ml-100k.
         config_file_list: YAML files; a later one wins.
         config_dict: options; they win over files.
         saved: keep the best checkpoint, and test with it. Otherwise the last weights are tested.

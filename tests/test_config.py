@@ -133,7 +133,7 @@ def test_errors_name_key_value_and_mend(options, message):
         ("Mamba4rec", "model: there is no sequential model 'Mamba4rec'; did you mean 'Mamba4Rec'?"),
         ("sasrec", "model: there is no sequential model 'sasrec'; did you mean 'SASRec'?"),
         ("LightGBM99", "model: there is no sequential model 'LightGBM99'"),
-        (None, "model: name one, for example --model=Mamba4Rec"),
+        (5, "model: must be a name, got 5"),
     ],
 )
 def test_wrong_model_names(model, message):
@@ -163,6 +163,11 @@ def test_absent_and_empty_config_files(tmp_path):
         config(files=["absent.yaml"])
     (tmp_path / "empty.yaml").write_text("")
     assert config(files=["empty.yaml"])["epochs"] == 6
+
+
+def test_the_main_job_needs_no_name():
+    found = config(None, None)
+    assert (found["model"], found["dataset"]) == ("Hydra4Rec", "ml-100k")
 
 
 def test_dataset_must_be_a_name():
