@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.layers.init import init_dt_bias, require_divisor, require_positive
+from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
 from recbole_ssm.ops import centered_conv1d, quasiseparable, ssd_last
 from recbole_ssm.ops.packing import cu_seqlens_of, last_of
@@ -51,15 +51,11 @@ class Hydra(nn.Module):
         dt_init: str = "log_uniform",
     ) -> None:
         super().__init__()
-        require_positive(
-            hidden_size=d_model, d_state=d_state, d_conv=d_conv, expand=expand, head_dim=head_dim, n_groups=n_groups
-        )
+        self.d_inner, self.n_heads = head_sizes(d_model, d_state, d_conv, expand, head_dim, n_groups)
         if d_conv % 2 == 0:
             raise UserError(f"d_conv: a centred convolution needs an odd width, got {d_conv}; try d_conv: {d_conv + 1}")
-        self.d_inner, self.d_state, self.d_conv, self.dt_init = expand * d_model, d_state, d_conv, dt_init
-        require_divisor("head_dim", head_dim, self.d_inner, "expand * hidden_size")
-        self.head_dim, self.n_heads, self.n_groups = head_dim, self.d_inner // head_dim, n_groups
-        require_divisor("n_groups", n_groups, self.n_heads, "expand * hidden_size / head_dim")
+        self.d_state, self.d_conv, self.dt_init = d_state, d_conv, dt_init
+        self.head_dim, self.n_groups = head_dim, n_groups
         self.d_conv_in = self.d_inner + 4 * n_groups * d_state  # x, and B and C of either direction
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + 2 * self.n_heads, bias=False)
         self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps

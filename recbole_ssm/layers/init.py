@@ -47,3 +47,20 @@ def require_divisor(key: str, divisor: int, whole: int, whole_name: str) -> None
     if divisor < 1 or whole % divisor:
         nearest = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - divisor), d))
         raise UserError(f"{key}: {divisor} does not divide {whole_name} = {whole}; try {key}: {nearest}")
+
+
+def head_sizes(
+    hidden_size: int, d_state: int, d_conv: int, expand: int, head_dim: int, n_groups: int
+) -> tuple[int, int]:
+    """Inner channels D and number of heads H of a mixer with heads, from its config keys.
+
+    Raises:
+        UserError: a size is below 1, head_dim does not divide D, or n_groups does not divide H.
+    """
+    require_positive(
+        hidden_size=hidden_size, d_state=d_state, d_conv=d_conv, expand=expand, head_dim=head_dim, n_groups=n_groups
+    )
+    d_inner = expand * hidden_size
+    require_divisor("head_dim", head_dim, d_inner, "expand * hidden_size")
+    require_divisor("n_groups", n_groups, d_inner // head_dim, "expand * hidden_size / head_dim")
+    return d_inner, d_inner // head_dim

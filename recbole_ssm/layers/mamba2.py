@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_ssm.layers.init import init_dt_bias, require_divisor, require_positive
+from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
 from recbole_ssm.ops import causal_conv1d, ssd, ssd_last
 from recbole_ssm.ops.packing import last_of
@@ -47,13 +47,9 @@ class Mamba2(nn.Module):
         dt_init: str = "log_uniform",
     ) -> None:
         super().__init__()
-        require_positive(
-            hidden_size=d_model, d_state=d_state, d_conv=d_conv, expand=expand, head_dim=head_dim, n_groups=n_groups
-        )
-        self.d_inner, self.d_state, self.d_conv, self.dt_init = expand * d_model, d_state, d_conv, dt_init
-        require_divisor("head_dim", head_dim, self.d_inner, "expand * hidden_size")
-        self.head_dim, self.n_heads, self.n_groups = head_dim, self.d_inner // head_dim, n_groups
-        require_divisor("n_groups", n_groups, self.n_heads, "expand * hidden_size / head_dim")
+        self.d_inner, self.n_heads = head_sizes(d_model, d_state, d_conv, expand, head_dim, n_groups)
+        self.d_state, self.d_conv, self.dt_init = d_state, d_conv, dt_init
+        self.head_dim, self.n_groups = head_dim, n_groups
         self.d_conv_in = self.d_inner + 2 * n_groups * d_state  # x, B and C pass through the convolution
         self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + self.n_heads, bias=False)
         self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
