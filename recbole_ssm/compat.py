@@ -56,7 +56,12 @@ def install() -> None:
 
 def restore_numpy_aliases() -> None:
     """RecBole's metrics and data set use np.float, np.object and others that NumPy 1.24 and 2.0 removed."""
-    aliases = {"float": np.float64, "float_": np.float64, "complex": np.complex128, "complex_": np.complex128}
+    aliases: dict[str, type] = {
+        "float": np.float64,
+        "float_": np.float64,
+        "complex": np.complex128,
+        "complex_": np.complex128,
+    }
     aliases |= {"int": np.int_, "bool8": np.bool_, "object": np.object_, "str": np.str_, "unicode": np.str_}
     aliases |= {"unicode_": np.str_}
     for name, target in aliases.items():

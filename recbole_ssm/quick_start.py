@@ -13,7 +13,7 @@ from recbole_ssm import compat
 compat.install()
 
 from recbole.data import data_preparation  # noqa: E402
-from recbole.utils import init_logger, init_seed  # noqa: E402
+from recbole.utils import dict2str, init_logger, init_seed  # noqa: E402
 
 from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
@@ -81,8 +81,8 @@ def run_recbole_ssm(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"]
     )
     test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
-    logger.info(f"best valid: {best_valid_result}")
-    logger.info(f"test result: {test_result}")
+    logger.info(f"best valid: {dict2str(best_valid_result)}")
+    logger.info(f"test result: {dict2str(test_result)}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
     return {
