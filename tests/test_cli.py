@@ -1,5 +1,6 @@
 """The command line, from the outside."""
 
+import errno
 import subprocess
 import sys
 
@@ -91,6 +92,16 @@ print(len(load_recommender({str(next((tmp_path / "saved").glob("*.safetensors"))
 """
     served = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert served.stdout.strip() == "10", served.stderr
+
+
+def test_a_failing_disk_is_one_line(monkeypatch, capsys):
+    def full(path, tensors, info):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("recbole_ssm.trainer.checkpoint.write", full)
+    options = ["--dataset=toy", f"--data_path={REPOSITORY / 'dataset'}", "--epochs=1", "--show_progress=False"]
+    assert main(options) == 1
+    assert "recbole_ssm: error: [Errno 28] No space left on device: 'saved" in capsys.readouterr().err
 
 
 def test_same_seed_same_bytes(toy):

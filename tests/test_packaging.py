@@ -1,6 +1,7 @@
 """What pip installs."""
 
 import configparser
+import re
 import subprocess
 import sys
 import zipfile
@@ -32,6 +33,20 @@ def test_readme_names_the_line_that_installs_recbole():
     from recbole_ssm.compat import INSTALL_RECBOLE
 
     assert INSTALL_RECBOLE in (REPOSITORY / "README.md").read_text()
+
+
+def test_ops_and_layers_need_no_recbole():
+    code = "import sys, recbole_ssm.layers; assert not [name for name in sys.modules if name.startswith('recbole.')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readmes_layers_run():
+    """Its example without RecBole, as it stands there."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "recbole_ssm.layers" in block]
+    names: dict = {}
+    exec(block, names)
+    assert names["y"].shape == (8, 50, 64) and names["y_next"].shape == (8, 64)
 
 
 @pytest.mark.slow
