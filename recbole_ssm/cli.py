@@ -23,7 +23,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0; 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
+    """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if any(argument in ("-h", "--help", "help") for argument in arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from logging import getLogger
 from typing import Any
@@ -77,10 +78,11 @@ def run_recbole_ssm(
     )
 
     trainer = get_trainer(config)(config, recommender)
-    best_valid_score, best_valid_result = trainer.fit(
-        train_data, valid_data, saved=saved, show_progress=config["show_progress"]
-    )
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    with contextlib.closing(trainer.tensorboard):
+        best_valid_score, best_valid_result = trainer.fit(
+            train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+        )
+        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
     logger.info(f"best valid: {dict2str(best_valid_result)}")
     logger.info(f"test result: {dict2str(test_result)}")
     if saved:
