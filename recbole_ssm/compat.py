@@ -62,7 +62,14 @@ def restore_numpy_aliases() -> None:
         "complex": np.complex128,
         "complex_": np.complex128,
     }
-    aliases |= {"int": np.int_, "bool8": np.bool_, "object": np.object_, "str": np.str_, "unicode": np.str_}
+    aliases |= {
+        "int": np.int_,
+        "long": np.int_,
+        "bool8": np.bool_,
+        "object": np.object_,
+        "str": np.str_,
+        "unicode": np.str_,
+    }
     aliases |= {"unicode_": np.str_}
     for name, target in aliases.items():
         if name not in np.__dict__:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from recbole_ssm import compat
@@ -22,6 +24,7 @@ compat.install()
 
 import recbole.config  # noqa: E402
 from recbole.evaluator import metric_types  # noqa: E402
+from recbole.utils import EvaluatorType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
     evaluation_arguments,
@@ -46,10 +49,14 @@ AT_LEAST_ONE = ("epochs", "train_batch_size", "eval_batch_size", "eval_step", "M
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
     "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
+    "save_dataset": "it would be a pickle, and loading one runs the code in it",
+    "save_dataloaders": "they would be a pickle, and loading one runs the code in it",
+    "config_file": "options are read from config_files",
+    "MODEL_TYPE": "it follows from the model",
 }
 # Keys that RecBole reads but for which it ships no default.
 UNLISTED = {
-    "model", "dataset", "config_files", "reg_weight", "discretization", "normalize_field", "device",
+    "model", "dataset", "encoding", "reg_weight", "discretization", "normalize_field",
     "local_rank", "nproc", "world_size", "offset", "ip", "port", "single_spec", "tensorboard",
     "MASK_ITEM_SEQ", "MASK_INDEX", "POS_ITEMS", "NEG_ITEMS", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
     "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ",
@@ -168,9 +175,13 @@ class SSMConfig(recbole.config.Config):
             self.final_config_dict["data_path"] = str(folder)
 
     def _init_device(self) -> None:
-        if not self.final_config_dict["use_gpu"]:  # RecBole's default device ignores use_gpu
-            self.final_config_dict["gpu_id"] = ""
-        super()._init_device()
+        if "gpu_id" not in self.external_config_dict and "CUDA_VISIBLE_DEVICES" in os.environ:
+            # RecBole overwrites the user's own choice of GPUs with its default
+            self.final_config_dict["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]
+        if self.final_config_dict["use_gpu"] or "local_rank" in self.final_config_dict:
+            super()._init_device()
+        else:  # RecBole's default device ignores use_gpu; to hide all GPUs would hide them from the process
+            self.final_config_dict |= {"device": torch.device("cpu"), "single_spec": True, "local_rank": 0}
 
     # --- checks --------------------------------------------------------------------------------------------------
 
@@ -179,7 +190,7 @@ class SSMConfig(recbole.config.Config):
         for key in self.external_config_dict:
             if key not in known and not str(key).startswith("alias_of_"):
                 raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known)}")
-            if self.external_config_dict[key] is not None and key in REFUSED:
+            if self.external_config_dict[key] and key in REFUSED:
                 raise UserError(f"{key}: refused, because {REFUSED[key]}; leave it empty")
         for key, names in NESTED.items():
             for name in _mapping(key, self.external_config_dict.get(key)):
@@ -189,7 +200,7 @@ class SSMConfig(recbole.config.Config):
     def _check_values(self, merged: dict[str, Any]) -> None:
         for key, default in self.internal_config_dict.items():
             value = merged[key]
-            if value is None or key in CHOICES:
+            if key in CHOICES:
                 continue
             if isinstance(default, bool):
                 fits, kind = isinstance(value, bool), "True or False"
@@ -212,6 +223,14 @@ class SSMConfig(recbole.config.Config):
         for key, value in merged.items():
             if key.endswith("dropout_prob") and not 0 <= value < 1:
                 raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
+        if merged["learning_rate"] <= 0:
+            raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
+        if merged["eval_args"]["order"] != "TO":
+            raise UserError(
+                f"eval_args: order must be TO (by time) for sequences, got {merged['eval_args']['order']!r}"
+            )
+        if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
+            raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         self._check_metrics(merged)
 
     @staticmethod
@@ -222,9 +241,10 @@ class SSMConfig(recbole.config.Config):
             if str(metric).lower() not in metric_types:
                 raise UserError(f"metrics: there is no metric '{metric}'{did_you_mean(str(metric), metric_types)}")
         name, _, cutoff = str(merged["valid_metric"]).partition("@")
+        ranking_metrics = {m for m, kind in metric_types.items() if kind == EvaluatorType.RANKING} - {"gauc"}
         if name.lower() not in {str(metric).lower() for metric in metrics}:
             raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; add it there")
-        if cutoff and not (cutoff.isdigit() and int(cutoff) in cutoffs):
+        if name.lower() in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):
             raise UserError(
                 f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"
             )

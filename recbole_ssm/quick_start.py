@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 from typing import Any
 
@@ -25,6 +25,17 @@ from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import get_trainer  # noqa: E402
 
 __all__ = ["load_recommender", "run_recbole_ssm"]
+
+
+@contextlib.contextmanager
+def recbole_refusals(what: str) -> Iterator[None]:
+    """Turn the errors by which RecBole, its models and PyTorch's optimisers refuse a setting into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def run_recbole_ssm(
@@ -63,13 +74,12 @@ def run_recbole_ssm(
 
     data = create_dataset(config)
     logger.info(data)
-    train_data, valid_data, test_data = data_preparation(config, data)
+    with recbole_refusals(config["dataset"]):
+        train_data, valid_data, test_data = data_preparation(config, data)
 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    try:
+    with recbole_refusals(config["model"]):
         recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    except (ValueError, NotImplementedError) as error:  # RecBole's models check their sizes and losses themselves
-        raise error if isinstance(error, UserError) else UserError(f"{config['model']}: {error}") from error
     logger.info(recommender)
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
     logger.info(
@@ -77,7 +87,8 @@ def run_recbole_ssm(
         f"{torch.get_num_threads()} CPU threads, seed {config['seed']}"
     )
 
-    trainer = get_trainer(config)(config, recommender)
+    with recbole_refusals(config["learner"]):
+        trainer = get_trainer(config)(config, recommender)
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]

@@ -117,6 +117,14 @@ def test_options_with_equals_signs_in_their_value():
             {"valid_metric": "Recall@10"},
             "valid_metric: 'Recall@10' is not among metrics: ['Hit', 'NDCG', 'MRR']; add it there",
         ),
+        ({"valid_metric": "Hit"}, "valid_metric: 'Hit' needs its cut-off in topk: [10]; add it there"),
+        ({"seed": None}, "seed: must be a whole number, got None; the default is 2020"),
+        ({"learning_rate": -1}, "learning_rate: must be above 0, got -1; try learning_rate: 0.001"),
+        ({"eval_args": {"order": "RO"}}, "eval_args: order must be TO (by time) for sequences, got 'RO'"),
+        ({"loss_type": "BPR", "train_neg_sample_args": None}, "train_neg_sample_args: BPR needs negative samples"),
+        ({"device": "cuda:7"}, "device: there is no such key"),
+        ({"config_file": "x.yaml"}, "config_file: refused, because options are read from config_files"),
+        ({"save_dataset": True}, "save_dataset: refused, because it would be a pickle"),
         ({"dataset_save_path": "x.pth"}, "dataset_save_path: refused, because a saved data set is a pickle"),
     ],
 )
@@ -132,6 +140,7 @@ def test_errors_name_key_value_and_mend(options, message):
     [
         ("Mamba4rec", "model: there is no sequential model 'Mamba4rec'; did you mean 'Mamba4Rec'?"),
         ("sasrec", "model: there is no sequential model 'sasrec'; did you mean 'SASRec'?"),
+        ("S3Rec", "model: S3Rec hands its pre-training on as a pickle, which is never loaded here"),
         ("LightGBM99", "model: there is no sequential model 'LightGBM99'"),
         (5, "model: must be a name, got 5"),
     ],

@@ -29,6 +29,8 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
             line = file.readline().rstrip("\r\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except LookupError as error:
+        raise UserError(f"encoding: there is no encoding '{encoding}'; try encoding: latin-1") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line 1: not {encoding} text; set encoding to what the file is written in") from error
     if not line:

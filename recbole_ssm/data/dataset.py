@@ -72,14 +72,12 @@ class SSMDataset(SequentialDataset):
 
     def _fetch(self, folder: Path, missing: str) -> None:
         where = f"dataset {self.dataset_name}: no file {missing} in {folder.absolute()}"
+        url = self._get_download_url("url", allow_none=True)
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{where}; put it there, or set data_path to the folder that holds {self.dataset_name}/")
-        try:
-            url = self._get_download_url("url")
-        except ValueError as error:
-            raise UserError(
-                f"{where}, and RecBole knows no download of that name; set data_path or correct it"
-            ) from error
+            source = f" (from {url})" if url else ""
+            raise UserError(f"{where}; put it there{source}, or set data_path to the folder above {self.dataset_name}/")
+        if url is None:
+            raise UserError(f"{where}, and RecBole knows no download of that name; set data_path or correct it")
         getLogger().info(f"{where}; downloading {url}")
         try:
             download(url, folder, self.dataset_name)
@@ -162,6 +160,12 @@ class SSMDataset(SequentialDataset):
                 f"{self.dataset_name}; try topk: [{self.item_num - 1}]"
             )
 
+    def _remove_duplication(self) -> None:
+        keep = self.config["rm_dup_inter"]
+        if keep is not None:  # RecBole sorts by time here too, unstably, and all that follows keeps that order
+            events = self.inter_feat.sort_values(self.time_field, kind="stable")
+            self.inter_feat = events.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
+
     def _change_feat_format(self) -> None:
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
             # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
@@ -197,7 +201,8 @@ def download(url: str, folder: Path, name: str) -> None:
         ready = scratch / name
         ready.mkdir()
         with zipfile.ZipFile(archive) as content:
-            members = [m for m in content.infolist() if Path(m.filename).suffix in (".inter", ".user", ".item")]
+            visible = [m for m in content.infolist() if not Path(m.filename).name.startswith(".")]
+            members = [m for m in visible if Path(m.filename).suffix in (".inter", ".user", ".item")]
             stems = {Path(m.filename).name.split(".")[0] for m in members if m.filename.endswith(".inter")}
             if len(stems) != 1:
                 raise zipfile.BadZipFile("the archive must hold one .inter file")

@@ -43,6 +43,8 @@ def get_model(name: str) -> Any:
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
+    if name == "S3Rec":
+        raise UserError("model: S3Rec hands its pre-training on as a pickle, which is never loaded here; take SASRec")
     found = MODELS.get(name) or _recbole_models().get(name)
     if found is None:
         hint = did_you_mean(name, model_names()) or f"; known are {', '.join(model_names())}"

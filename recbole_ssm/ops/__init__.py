@@ -9,7 +9,8 @@ Glossary, for the whole package. A tensor's name carries its dimensions where th
     D  skip weight       z  gate                h  the state
 
 A state goes in and comes out, so a sequence may be cut anywhere. A packed batch is ``[1, total, ...]`` with
-``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in float64, half precision in float32.
+``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in float64; half precision in float32, but for the
+convolutions, which keep it.
 """
 
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend

@@ -132,6 +132,8 @@ def _padded(
     A: Tensor, x: Tensor, B_fwd: Tensor, C_fwd: Tensor, B_bwd: Tensor, C_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor
 ) -> Tensor:
     _, L, H, _ = x.shape
+    if L == 0:
+        return x
     if L <= ONE_MATRIX:
         S_fwd = log_decay(dt_fwd, A)
         S_bwd = log_decay(dt_bwd.flip(1), A).flip(-1)

@@ -276,7 +276,7 @@ def _scan_padded(
     """
     batch, L, D = x.shape
     h0 = x.new_zeros(batch, *A_ND.shape) if state is None else state
-    pieces = min(L // 64, TILE // (batch * A_ND.numel()))
+    pieces = min(L // 64, TILE // max(batch * A_ND.numel(), 1))
     if pieces < 4:
         y, final = _Scan.apply(x, dt, A_ND, B, C, h0)
         return y, final

@@ -192,8 +192,10 @@ def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: 
     """SSD of a padded batch ``[b, L, ...]`` (listing 1 of the paper), with the final state ``[b, H, P, N]``."""
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
+    if L == 0:
+        return x, x.new_zeros(batch, H, P, N) if state is None else state
     Q = L if L <= ONE_CHUNK else CHUNK
-    chunks = max(-(-L // max(Q, 1)), 1)
+    chunks = -(-L // Q)
     if chunks * Q > L:
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, chunks * Q - L)) for t in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, chunks * Q - L))
@@ -203,18 +205,18 @@ def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: 
     y = tiled(_matrix_form, H * Q * Q, x, dt, S, B, C)
     # 2. what each chunk adds to the state by its end
     to_end = decay_of((S[..., -1:] - S).to(x.dtype)).transpose(1, 2) * dt  # [b c, Q, H]
-    added = (x * to_end[..., None]).view(batch * chunks, Q, G, (H // G) * P).permute(0, 2, 3, 1) @ B.transpose(1, 2)
-    added = added.view(batch, chunks, H, P, N)
+    added = (x * to_end[..., None]).reshape(batch * chunks, Q, G, (H // G) * P).permute(0, 2, 3, 1) @ B.transpose(1, 2)
+    added = added.reshape(batch, chunks, H, P, N)
     # 3. the state at the start of each chunk
-    whole = decay_of(S[..., -1].to(x.dtype)).view(batch, chunks, H, 1, 1)
+    whole = decay_of(S[..., -1].to(x.dtype)).reshape(batch, chunks, H, 1, 1)
     starts = [x.new_zeros(batch, H, P, N) if state is None else state]
     for c in range(chunks):
         starts.append(torch.addcmul(added[:, c], whole[:, c], starts[-1]))
     # 4. what that state gives within the chunk
     if chunks > 1 or state is not None:
-        start = torch.stack(starts[:-1], 1).view(batch * chunks, G, (H // G) * P, N)
+        start = torch.stack(starts[:-1], 1).reshape(batch * chunks, G, (H // G) * P, N)
         given = C.transpose(1, 2) @ start.transpose(2, 3)  # [b c, G, Q, (H / G) P]
-        given = given.view(batch * chunks, G, Q, H // G, P).permute(0, 2, 1, 3, 4).reshape(x.shape)
+        given = given.reshape(batch * chunks, G, Q, H // G, P).permute(0, 2, 1, 3, 4).reshape(x.shape)
         y = torch.addcmul(y, given, decay_of(S.to(x.dtype)).transpose(1, 2)[..., None])
     return y.reshape(batch, chunks * Q, H, P)[:, :L], starts[-1]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import compat
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.trainer import load_weights
 
@@ -101,9 +101,7 @@ class Recommender:
             return [self._ids[str(token)] for token in history]
         except KeyError as error:
             token = str(error.args[0])
-            raise UserError(
-                f"history: item '{token}' is not in the catalogue{did_you_mean(token, self._ids)}"
-            ) from None
+            raise UserError(f"history: item '{token}' is not in the catalogue of {len(self._ids)} items") from None
 
 
 class _SavedConfig(dict[str, Any]):

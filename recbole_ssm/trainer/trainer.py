@@ -19,6 +19,8 @@ compat.install()
 import recbole.utils  # noqa: E402
 from recbole.trainer import Trainer  # noqa: E402
 
+MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
+
 
 class SSMTrainer(Trainer):
     """recbole.trainer.Trainer, whose checkpoints are safetensors files (:mod:`recbole_ssm.trainer.checkpoint`).
@@ -55,8 +57,10 @@ class SSMTrainer(Trainer):
         """Take weights, optimiser, epoch and best score from a checkpoint of the same model."""
         path = Path(resume_file)
         saved = checkpoint.read(path)
+        training = saved.info.get("training")
+        if training is None or saved.info.get("model") != self.config["model"]:
+            raise UserError(f"checkpoint {path}: of {saved.info.get('model')}, cannot resume {self.config['model']}")
         load_weights(self.model, saved, path)
-        training = saved.info["training"]
         self.start_epoch, self.cur_step = training["epoch"] + 1, training["cur_step"]
         self.best_valid_result = training["best_valid_result"]
         if training["best_valid_score"] is not None:
@@ -71,6 +75,13 @@ class SSMTrainer(Trainer):
         self.saved_model_file = str(path)
         self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
 
+    def _check_nan(self, loss: torch.Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss.item()}; try a smaller learning_rate than {self.learning_rate} "
+                "or clip_grad_norm: {'max_norm': 5}"
+            )
+
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         if not self.config["single_spec"] and self.config["local_rank"] != 0:
             return
@@ -82,7 +93,7 @@ class SSMTrainer(Trainer):
         best = float(self.best_valid_score)
         info = {
             "model": self.config["model"],
-            "config": plain(self.config.final_config_dict),
+            "config": plain({k: v for k, v in self.config.final_config_dict.items() if k not in MACHINE_KEYS}),
             "catalogue": self.catalogue,
             "training": {
                 "epoch": epoch,
@@ -107,7 +118,7 @@ def load_weights(model: torch.nn.Module, saved: checkpoint.Checkpoint, path: Pat
     """Copy a checkpoint's weights into a model, wherever that lives.
 
     Raises:
-        UserError: the checkpoint is of another model, or of other sizes.
+        UserError: the names or sizes of the weights do not fit.
     """
     weights = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
     try:

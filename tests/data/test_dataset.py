@@ -42,7 +42,9 @@ def test_an_unknown_name_is_said_to_be_unknown(tmp_path):
 
 def test_a_folder_without_inter_is_not_downloaded_over(write_dataset):
     options = write_dataset("item_id:token\n", name="ml-1m", suffix="item")
-    with pytest.raises(UserError, match="no file ml-1m.inter in .*; put it there, or set data_path"):
+    with pytest.raises(
+        UserError, match="no file ml-1m.inter in .*; put it there .from https.*ml-1m.zip., or set data_path"
+    ):
         create(options)
 
 
@@ -83,6 +85,25 @@ def test_columns_that_are_asked_for_must_exist(write_dataset):
     options["config_dict"]["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "rating"]}
     with pytest.raises(UserError, match="no column rating, which load_col asks for"):
         create(options)
+
+
+def test_encoding_can_be_set(write_dataset):
+    options = write_dataset(GOOD.replace("u0", "é"), encoding="latin-1")
+    with pytest.raises(UserError, match="not utf-8 text; set encoding"):
+        create(options)
+    options["config_dict"]["encoding"] = "latin-1"
+    assert "é" in create(options).field2token_id["user_id"]
+    options["config_dict"]["encoding"] = "latin-99"
+    with pytest.raises(UserError, match="encoding: there is no encoding 'latin-99'"):
+        create(options)
+
+
+def test_duplicates_are_removed_in_the_order_of_the_file(write_dataset):
+    options = write_dataset(HEADER + "".join(f"u{u}\ti{t}\t5\n" for u in range(3) for t in (*range(20), 3, 2, 1)))
+    options["config_dict"]["rm_dup_inter"] = "first"
+    _, _, test = create(options).build()
+    row = test.inter_feat[0]
+    assert [test.id2token("item_id", item) for item in row["item_id_list"].tolist()[:4]] == ["i0", "i1", "i2", "i3"]
 
 
 def test_cutoffs_beyond_the_catalogue(write_dataset):
@@ -150,7 +171,7 @@ def serve():
 
 def test_download_renames_and_is_used(serve, tmp_path, monkeypatch):
     url = serve(archive(Some__inter=GOOD, Some__item="item_id:token\ni1\n", readme__txt="x"))
-    monkeypatch.setattr("recbole_ssm.data.dataset.SSMDataset._get_download_url", lambda self, file: url)
+    monkeypatch.setattr("recbole_ssm.data.dataset.SSMDataset._get_download_url", lambda self, file, allow_none: url)
     data = create({"dataset": "fresh", "config_dict": {"data_path": str(tmp_path / "data")}})
     assert data.item_num == 12
     assert sorted(f.name for f in (tmp_path / "data" / "fresh").iterdir()) == ["fresh.inter", "fresh.item"]

@@ -217,6 +217,27 @@ def test_half_precision_comes_back_as_it_went_in(op):
 
 
 @each_op
+def test_strides_do_not_count(op):
+    torch.manual_seed(0)
+    tensors, keywords = arguments(op, 2, 5, 2)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
+    found, expected = op(*strided, **keywords), op(*tensors, **keywords)
+    for f, e in zip(found, expected) if isinstance(found, tuple) else [(found, expected)]:
+        assert_close(f, e, 1e-12)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("op", [ops.selective_scan, ops.ssd, ops.causal_conv1d], ids=lambda op: op.__name__)
+def test_nothing_in_leaves_the_state_as_it_was(op, backend):
+    tensors, keywords = arguments(op, 2, 0, 2)
+    state = next(value for name, value in keywords.items() if name.startswith("state"))
+    with ops.use_backend(backend):
+        y, after = op(*tensors, **keywords)
+    assert y.shape == tensors[0].shape
+    assert torch.equal(after, state)
+
+
+@each_op
 def test_gradcheck(op):
     torch.manual_seed(0)
     tensors, keywords = arguments(op, 2, 4, 2)
