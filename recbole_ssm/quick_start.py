@@ -34,6 +34,8 @@ def recbole_refusals(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except KeyError as error:
+        raise UserError(f"{what}: the data has no field {error}; load it by load_col, or ask for another") from error
     except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"{what}: {error}") from error
 

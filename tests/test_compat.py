@@ -112,6 +112,11 @@ def test_sequence_columns_of_items_load(write_dataset):
     assert 0 <= result["test_result"]["hit@10"] <= 1
 
 
+def test_features_that_the_data_lacks_are_named(toy):
+    with pytest.raises(UserError, match=r"^SASRecF: the data has no field 'class'; load it by load_col"):
+        run_recbole_ssm("SASRecF", **toy)
+
+
 @pytest.mark.parametrize("name", ["toy-SequentialDataset.pth", "toy-SSMDataset.pth", "toy-for-GRU4Rec-dataloader.pth"])
 def test_no_pickle_of_the_checkpoint_folder_is_loaded(name, toy):
     os.mkdir("saved")
