@@ -150,11 +150,12 @@ class SSMConfig(recbole.config.Config):
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
         defaults = self.internal_config_dict
-        own_loading = {key: defaults[key] for key in ("load_col",) if len(defaults.get("load_col") or {}) > 1}
+        own_load_col = defaults["load_col"]
         for file in ("overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"):
             if (PROPERTIES / file).is_file():
                 defaults.update(read_yaml(PROPERTIES / file))
-        defaults.update(own_loading)  # models that read features of items or users
+        if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
+            defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
         if loss_type == "CE":  # RecBole's default samples negatives, and then refuses to run
             defaults["train_neg_sample_args"] = None

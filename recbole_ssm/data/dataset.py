@@ -26,7 +26,7 @@ compat.install()
 
 import recbole.data.dataset  # noqa: E402
 from recbole.data.dataset import SequentialDataset  # noqa: E402
-from recbole.utils import FeatureSource, FeatureType, ModelType  # noqa: E402
+from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
 TIMEOUT = 30  # seconds without a byte before a download counts as dead
 
@@ -40,8 +40,6 @@ def create_dataset(config: Any) -> Any:
         UserError: a file is missing or faulty, or the filters leave nothing.
     """
     base = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
-    if base is None and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
-        raise UserError(f"model: {config['model']} is no sequential model")
     kind = SSMDataset if base is None else type(base.__name__, (SSMDataset, base), {})
     try:
         return kind(config)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.arguments import expect_shape
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import check_cu_seqlens, map_sequences, positions_of
+from recbole_ssm.ops.packing import count_sequences, map_sequences, positions_of
 
 
 def causal_conv1d(
@@ -90,10 +90,8 @@ def _check(
         raise ValueError(f"{op}: x must be [B, L, D] and weight [D, K], got {list(x.shape)} and {list(weight.shape)}")
     B, L, D = x.shape
     K = weight.shape[1]
-    if cu_seqlens is not None:
-        check_cu_seqlens(op, cu_seqlens, B, L)
-        B = cu_seqlens.numel() - 1
-    expect_shape(op, weight=(weight, (D, K)), bias=(bias, (D,)), state=(state, (B, D, K)))
+    sequences = count_sequences(op, cu_seqlens, B, L)
+    expect_shape(op, weight=(weight, (D, K)), bias=(bias, (D,)), state=(state, (sequences, D, K)))
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be 'silu' or None, got '{activation}'")
 

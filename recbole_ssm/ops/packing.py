@@ -18,13 +18,20 @@ def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths_S.long().cumsum(0), (1, 0))
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: int, total: int) -> None:
-    """Raise a ``ValueError`` unless ``cu_seqlens`` describes a packed batch ``[batch, total, ...]``."""
+def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int) -> int:
+    """Number of sequences in ``[batch, total, ...]``: its rows, or what ``cu_seqlens`` bounds.
+
+    Raises:
+        ValueError: ``cu_seqlens`` does not describe a packed batch of that shape.
+    """
+    if cu_seqlens is None:
+        return batch
     if batch != 1 or total == 0:
         raise ValueError(f"{op}: a packed batch has shape [1, total > 0, ...], got [{batch}, {total}, ...]")
     rises = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1 and bool((cu_seqlens.diff() >= 0).all())
     if not rises or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {total}, got {cu_seqlens.tolist()}")
+    return cu_seqlens.numel() - 1
 
 
 def positions_of(cu_seqlens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.arguments import decay_of, expect_shape, widen
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import check_cu_seqlens, map_padded, map_sequences
+from recbole_ssm.ops.packing import count_sequences, map_padded, map_sequences
 from recbole_ssm.ops.ssd import _reference as ssd_reference
 from recbole_ssm.ops.ssd import heads, log_decay, scores, ssd_padded, tiled
 
@@ -67,10 +67,9 @@ def quasiseparable(
         **{name: (t, (batch, L, H)) for name, t in (("dt_fwd", dt_fwd), ("dt_bwd", dt_bwd))},
         **{name: (t, (batch, L, G, N)) for name, t in maps.items()},
     )
-    if cu_seqlens is not None:
-        if lengths_B is not None:
-            raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
-        check_cu_seqlens(op, cu_seqlens, batch, L)
+    if cu_seqlens is not None and lengths_B is not None:
+        raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
+    count_sequences(op, cu_seqlens, batch, L)
     if lengths_B is not None and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
         raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
     x, dt_fwd, dt_bwd, *maps_wide = widen(x_BLHP, dt_fwd, dt_bwd, *maps.values())

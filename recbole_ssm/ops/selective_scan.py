@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.arguments import decay_of, expect_shape, floor_of_exponent, step_size, widen
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import check_cu_seqlens, last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
 
 
 def selective_scan(
@@ -111,10 +111,7 @@ def _check(
     expect_shape(
         op, dt=(dt, (batch, L, D)), A=(A, (D, N)), B=(B, (batch, L, N)), D=(D_skip, (D,)), dt_bias=(dt_bias, (D,))
     )
-    if cu_seqlens is None:
-        return batch
-    check_cu_seqlens(op, cu_seqlens, batch, L)
-    return cu_seqlens.numel() - 1
+    return count_sequences(op, cu_seqlens, batch, L)
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -281,15 +278,15 @@ def _scan_padded(
         y, final = _Scan.apply(x, dt, A_ND, B, C, h0)
         return y, final
     size = -(-L // pieces)
-    x, dt, B, C = (F.pad(t, (0, 0, 0, size * pieces - L)).view(batch * pieces, size, -1) for t in (x, dt, B, C))
+    x, dt, B, C = (F.pad(t, (0, 0, 0, size * pieces - L)).reshape(batch * pieces, size, -1) for t in (x, dt, B, C))
     _, added = _Scan.apply(x, dt, A_ND, B, C, x.new_zeros(batch * pieces, *A_ND.shape))
-    added = added.view(batch, pieces, *A_ND.shape)
-    decay = decay_of(dt.sum(1)[:, None] * A_ND).view_as(added)
+    added = added.reshape(batch, pieces, *A_ND.shape)
+    decay = decay_of(dt.sum(1)[:, None] * A_ND).reshape(added.shape)
     starts = [h0]
     for piece in range(pieces - 1):
         starts.append(decay[:, piece] * starts[-1] + added[:, piece])
     y, ends = _Scan.apply(x, dt, A_ND, B, C, torch.stack(starts, 1).flatten(0, 1))
-    return y.view(batch, size * pieces, D)[:, :L], ends.view(batch, pieces, *A_ND.shape)[:, -1]
+    return y.reshape(batch, size * pieces, D)[:, :L], ends.reshape(batch, pieces, *A_ND.shape)[:, -1]
 
 
 @implements("selective_scan", "torch")

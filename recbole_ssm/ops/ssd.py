@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.arguments import decay_of, expect_shape, step_size, widen
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import check_cu_seqlens, last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
 
 
 def ssd(
@@ -105,10 +105,7 @@ def _check(
     expect_shape(
         op, dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)), D=(D_skip, (H,)), dt_bias=(dt_bias, (H,))
     )
-    if cu_seqlens is None:
-        return batch
-    check_cu_seqlens(op, cu_seqlens, batch, L)
-    return cu_seqlens.numel() - 1
+    return count_sequences(op, cu_seqlens, batch, L)
 
 
 def skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:

@@ -216,10 +216,11 @@ def test_half_precision_comes_back_as_it_went_in(op):
     assert state is None or state.dtype == (torch.bfloat16 if "conv" in op.__name__ else torch.float32)
 
 
+@pytest.mark.parametrize("L", [5, 320])
 @each_op
-def test_strides_do_not_count(op):
+def test_strides_do_not_count(op, L):
     torch.manual_seed(0)
-    tensors, keywords = arguments(op, 2, 5, 2)
+    tensors, keywords = arguments(op, 2, L, 2)
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     found, expected = op(*strided, **keywords), op(*tensors, **keywords)
     for f, e in zip(found, expected) if isinstance(found, tuple) else [(found, expected)]:
