@@ -19,6 +19,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing
+  recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
 """
 
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if any(argument in ("-h", "--help", "help") for argument in arguments):
+        if arguments[:1] != ["bench"] and any(argument in ("-h", "--help", "help") for argument in arguments):
             print(USAGE, end="")
         elif arguments and not arguments[0].startswith("-"):
             name = arguments[0]
@@ -66,7 +67,14 @@ def doctor(arguments: list[str]) -> None:
     print(report())
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"doctor": doctor, "train": train}
+def bench(arguments: list[str]) -> None:
+    """Measure, side by side in one run."""
+    from recbole_ssm.bench import main as run_bench
+
+    run_bench(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"bench": bench, "doctor": doctor, "train": train}
 
 
 def _join_values(arguments: list[str]) -> list[str]:
