@@ -255,8 +255,10 @@ class SSMConfig(recbole.config.Config):
                 raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}{hint}")
         for key in AT_LEAST_ONE:
             value = merged.get(key)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise UserError(f"{key}: must be a whole number of at least 1, got {value!r}; try {key}: 1")
+            if value is not None and not isinstance(value, int):
+                raise UserError(f"{key}: must be a whole number, got {value!r}; try {key}: 1")
+            if value is not None and value < 1:
+                raise UserError(f"{key}: must be at least 1, got {value}; try {key}: 1")
         for key, value in merged.items():
             if key.endswith("dropout_prob") and not 0 <= value < 1:
                 raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
@@ -265,7 +267,9 @@ class SSMConfig(recbole.config.Config):
         if merged.get("gbce_t") is not None and not 0 <= merged["gbce_t"] <= 1:
             raise UserError(f"gbce_t: must lie in [0, 1], got {merged['gbce_t']}; try gbce_t: 0.75")
         if merged.get("negative_power") is not None and merged["negative_power"] < 0:
-            raise UserError(f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75")
+            raise UserError(
+                f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75"
+            )
         if merged["learning_rate"] <= 0:
             raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
         if merged["eval_args"]["order"] != "TO":

@@ -211,7 +211,7 @@ class SSMDataset(SequentialDataset):
         if group_by is None:
             order = position = np.arange(len(self), dtype=np.int32)
             bounds = np.array([self._calcu_split_ids(len(self), shares)])
-            row_of_bounds = np.zeros(len(self), dtype=np.int8)
+            row_of_bounds = np.zeros(len(self), dtype=np.intp)
         else:
             order, position, count = self._groups(group_by)
             sizes, row_of_bounds = np.unique(count, return_inverse=True)

@@ -42,7 +42,10 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch elsewhere."""
-        return PackedBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        negative = None if self.negative is None else self.negative.to(device)
+        return PackedBatch(
+            self.items.to(device), self.cu_seqlens.to(device), self.at.to(device), self.target.to(device), negative
+        )
 
     @property
     def positions(self) -> int:
@@ -260,7 +263,7 @@ class TrainLoader(TrainDataLoader):
             parts = [events.target, events.length, events.events[self.iid_field].numpy()]
         digest = hashlib.sha256(str(self._dataset.item_num).encode())
         for part in parts:
-            digest.update(np.ascontiguousarray(part))
+            digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
     def gather(self, rows: np.ndarray) -> Any:
@@ -286,7 +289,7 @@ class _Gather(Dataset[Step]):
             return Step(number, seen, targets, [Part(weight, self.loader.gather(rows)) for weight, rows in parts])
 
 
-def _as_it_is(step: Step) -> Step:
+def _as_it_is(step: Any) -> Any:
     return step
 
 
@@ -339,4 +342,3 @@ def seeded(*seed: int) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-

@@ -68,8 +68,7 @@ class NextItemLoss(nn.Module):
             return self.bpr(positive, (output * items[negative]).sum(-1))
         if self.loss_type == "sampled_softmax":
             sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
-            # the expected count of item j in a sample without the target: K q_j / (1 - q_target)
-            expected = math.log(self.num_negatives) + self.log_q[sample] - torch.log1p(-self.log_q[target].exp())[:, None]
+            expected = math.log(self.num_negatives) + self.log_q[sample]  # log of K q_j, the count of item j
             logits = (output @ items[sample].T - expected).masked_fill(sample == target[:, None], -torch.inf)
             return (torch.logaddexp(positive, logits.logsumexp(-1)) - positive).mean()
         sample = torch.randint(1, self.n_items, (self.num_negatives,), device=output.device)

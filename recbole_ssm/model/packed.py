@@ -61,7 +61,7 @@ class PackedRecommender(SequentialRecommender):
         else:
             output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
             target = interaction[self.POS_ITEM_ID]
-            negative = interaction[self.NEG_ITEM_ID] if self.NEG_ITEM_ID in interaction else None
+            negative = interaction[self.NEG_ITEM_ID] if self.loss.loss_type == "BPR" else None
         loss: Tensor = self.loss(output, self.item_embedding.weight, target, negative)
         return loss
 

@@ -65,7 +65,7 @@ class SASRec(PackedRecommender):
 
     @staticmethod
     def window_and_context(max_length: int, window: int | None) -> tuple[int, int]:
-        """Positions are learned up to ``max_length``: what the context takes, the window lacks; half each by default."""
+        """Positions are learned up to ``max_length``, which window and context share; half each by default."""
         window = min(window or (max_length + 1) // 2, max_length)
         return window, max_length - window + 1
 

@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
     tensors: dict[str, Tensor]
-    """``model.<parameter>`` and, for going on with training, ``optimizer.<index>.<name>`` and ``rng...``; on the CPU."""
+    """``model.<parameter>`` and, for training on, ``optimizer.<index>.<name>`` and ``rng.<process>.<name>``; on the CPU."""
     info: dict[str, Any]
     """Everything else; JSON."""
 
@@ -185,5 +185,5 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -32,7 +32,7 @@ compat.install()
 
 from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
 from recbole.trainer import Trainer  # noqa: E402
-from recbole.utils import EvaluatorType, calculate_valid_score, dict2str, early_stopping  # noqa: E402
+from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Step, TrainLoader  # noqa: E402
 
@@ -72,6 +72,9 @@ class SSMTrainer(Trainer):
 
     def __init__(self, config: Any, model: Any, hooks: Iterable[Hook] = ()) -> None:
         super().__init__(config, model)
+        self.best_valid_score: float
+        self.cur_step: int
+        self.item_tensor: Any
         self.hooks = list(hooks)
         self.folder: Path | None = None
         self.catalogue: dict[str, Any] = {}
@@ -79,7 +82,7 @@ class SSMTrainer(Trainer):
         self.global_step = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
         self.scheduler = self._build_scheduler()
-        self._loss: nn.Module = _Loss(model)
+        self._loss: Any = _Loss(model)
         if distributed.world_size() > 1:
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
         # where the next step stands: epoch, steps and targets of it that are done, sum of their losses
@@ -224,7 +227,7 @@ class SSMTrainer(Trainer):
                 with torch.autocast(self.device.type, enabled=self.enable_amp):
                     losses = compute(batch)
                 losses = losses if isinstance(losses, tuple) else (losses,)
-                loss = sum(losses)
+                loss: Any = sum(losses)
                 self._check_nan(loss, step)
                 self.scaler.scale(weight * loss).backward()
             found = [weight * term.item() for term in losses]
@@ -431,7 +434,9 @@ class SSMTrainer(Trainer):
         name, arguments = self.config["lr_scheduler"], self.config["lr_scheduler_args"] or {}
         if name is None:
             return None
-        known = {n: c for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and hasattr(c, "step")}
+        known: dict[str, Any] = {
+            n: c for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and hasattr(c, "step")
+        }
         if name not in known:
             raise UserError(f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), known)}")
         try:
@@ -460,10 +465,10 @@ class SSMTrainer(Trainer):
 
         if saved:
             self.open_folder()
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except _Stop:
+        except _StopRequest:
             text = "nothing was saved"
             if saved:
                 self._save_step()
@@ -475,7 +480,7 @@ class SSMTrainer(Trainer):
 
     def _stop_if_asked(self) -> None:
         if distributed.any_of(bool(self._signal)):
-            raise _Stop
+            raise _StopRequest
 
 
 class _Loss(nn.Module):
@@ -490,7 +495,7 @@ class _Loss(nn.Module):
         return self.model.calculate_loss(batch)
 
 
-class _Stop(Exception):
+class _StopRequest(Exception):  # noqa: N818 (nothing failed)
     """A signal came, and this is a moment at which training can be saved."""
 
 
@@ -501,13 +506,14 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def random_states() -> dict[str, torch.Tensor]:
     """The global random states of Python, NumPy and PyTorch on all devices, as tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, gauss = tuple(np.random.get_state(legacy=True))
+    assert isinstance(keys, np.ndarray)
     version, words, next_gauss = random.getstate()
     states = {
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
         "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor(math.nan if next_gauss is None else next_gauss, dtype=torch.float64),
+        "python_gauss": torch.tensor([] if next_gauss is None else [next_gauss], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -520,8 +526,8 @@ def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
     version, *words = states["python"].tolist()
-    next_gauss = states["python_gauss"].item()
-    random.setstate((version, tuple(words), None if math.isnan(next_gauss) else next_gauss))
+    next_gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), next_gauss[0] if next_gauss else None))
     torch.set_rng_state(states["torch"])
     for index in range(torch.cuda.device_count()):
         if f"cuda{index}" in states:
