@@ -172,7 +172,9 @@ class SSMDataset(SequentialDataset):
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
             # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
             order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
-            self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+            for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
+                self.inter_feat[column] = self.inter_feat[column].array[order]
+            self.inter_feat.reset_index(drop=True, inplace=True)
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
@@ -238,10 +240,13 @@ class SSMDataset(SequentialDataset):
         key = self.inter_feat[field].numpy()
         rank = np.full(int(key.max(initial=0)) + 1, len(key), dtype=np.int32)
         rank[key[::-1]] = np.arange(len(key), dtype=np.int32)[::-1]  # of repeated keys the last one written stays
-        order = np.argsort(rank[key], kind="stable").astype(np.int32)
-        _, first, count = np.unique(rank[key[order]], return_index=True, return_counts=True)
-        position = np.arange(len(key), dtype=np.int32) - np.repeat(first.astype(np.int32), count)
-        return order, position, np.repeat(count.astype(np.int32), count)
+        group = rank[key]
+        del key  # these arrays are as long as the data; each kept one too many counts
+        order = np.argsort(group, kind="stable").astype(np.int32)
+        first = np.flatnonzero(np.diff(group[order], prepend=-1)).astype(np.int32)
+        count = np.diff(first, append=np.int32(len(group)))
+        position = np.arange(len(group), dtype=np.int32) - np.repeat(first, count)
+        return order, position, np.repeat(count, count)
 
     def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
         self._drop_unused_col()

@@ -134,10 +134,11 @@ class Windows:
         """Windows ``[W, 3]`` in the order of one epoch: first target, one past the last, targets up to its end."""
         runs = len(self._run_starts)
         offset = generator.integers(1, self.window + 1, runs) if self.shuffle else np.full(runs, self.window)
-        offset = np.where(self._whole, self._run_sizes, offset)
-        position = np.arange(self.total) - np.repeat(self._run_starts, self._run_sizes)
-        beyond = position - np.repeat(offset, self._run_sizes)
-        starts = np.flatnonzero((position == 0) | ((beyond >= 0) & (beyond % self.window == 0)))
+        offset = np.where(self._whole, self._run_sizes, np.minimum(offset, self._run_sizes))
+        count = 1 - (offset - self._run_sizes) // self.window  # of a run: the first window and the rest in full ones
+        number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        begin = np.where(number > 0, np.repeat(offset, count) + (number - 1) * self.window, 0)
+        starts = np.repeat(self._run_starts, count) + begin
         stops = np.append(starts[1:], self.total)
         order = generator.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
         return np.stack([starts[order], stops[order], (stops - starts)[order].cumsum()], 1)

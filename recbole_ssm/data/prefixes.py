@@ -84,7 +84,7 @@ class Prefixes:
         """The whole column of a name; or the rows of an index, a slice, a mask or a list, as an Interaction."""
         if isinstance(index, str):
             if index in self.events:
-                return self.events[index][self.target]
+                return self.events[index].index_select(0, torch.from_numpy(self.target))
             return self._gather(self.target, self.length)[index]
         if isinstance(index, int):
             return self[[index]][0]
@@ -133,11 +133,11 @@ class Prefixes:
         rows: dict[str, Tensor] = {field: values[targets] for field, values in self.events.items()}
         rows[self.length_field] = lengths
         position = torch.arange(self.max_length)
-        real = position < lengths[:, None]  # [rows, max_length]
-        source = ((targets - lengths)[:, None] + position)[real]
+        pad = position >= lengths[:, None]  # [rows, max_length]
+        source = ((targets - lengths)[:, None] + position).masked_fill_(pad, 0)
         for field, values in self.events.items():
             if field != self.user_field:
-                padded = values.new_zeros(*real.shape, *values.shape[1:])
-                padded[real] = values[source]
-                rows[field + self.list_suffix] = padded
+                listed = values[source]
+                listed[pad] = 0
+                rows[field + self.list_suffix] = listed
         return Interaction(rows)

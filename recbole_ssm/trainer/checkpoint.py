@@ -34,7 +34,7 @@ class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
     tensors: dict[str, Tensor]
-    """``model.<parameter>`` and, for training on, ``optimizer.<index>.<name>`` and ``rng.<process>.<name>``; on the CPU."""
+    """``model.<parameter>``; to train on, ``optimizer.<index>.<name>`` and ``rng.<process>.<name>``; on the CPU."""
     info: dict[str, Any]
     """Everything else; JSON."""
 
