@@ -95,6 +95,7 @@ class SSMConfig(recbole.config.Config):
         config_file_list: YAML files.
         config_dict: options as a dict.
         command_line: options as ``["--key=value", ...]``. RecBole reads ``sys.argv`` here; a library must not.
+        base: options that all the others win over, ``model`` and ``dataset`` among them: those of a run to go on with.
 
     Raises:
         UserError: an unknown key or name, an impossible value, or an unreadable file.
@@ -107,8 +108,10 @@ class SSMConfig(recbole.config.Config):
         config_file_list: Iterable[str] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Iterable[str] = (),
+        base: Mapping[str, Any] | None = None,
     ) -> None:
         self._command_line = list(command_line)
+        self._base = dict(base or {})
         try:
             super().__init__(model, dataset, config_file_list, dict(config_dict or {}))
         except UserError:
@@ -129,7 +132,7 @@ class SSMConfig(recbole.config.Config):
         return _Loader
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
-        options: dict[str, Any] = {}
+        options = dict(self._base)
         for file in file_list or ():
             options.update(read_yaml(Path(file)))
         return options
@@ -195,6 +198,9 @@ class SSMConfig(recbole.config.Config):
             )
         if options["transform"] is not None:
             refusal = f"transform: {options['transform']} changes prefixes one by one"
+        negatives = options["train_neg_sample_args"] or {}
+        if negatives.get("sample_num", 1) != 1 or negatives.get("dynamic"):
+            refusal = "train_neg_sample_args asks for more than one plain negative a target"
         if options["benchmark_filename"] is not None:
             refusal = "benchmark_filename names files whose prefixes are written out"
         if refusal and options["train_mode"] == "packed":
@@ -264,6 +270,11 @@ class SSMConfig(recbole.config.Config):
                 raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
         if merged.get("loss_type") not in (None, "CE", "BPR") and not issubclass(self.model_class, PackedRecommender):
             raise UserError(f"loss_type: {self.model} is RecBole's own and knows CE and BPR, got {merged['loss_type']}")
+        own_samples = merged.get("loss_type") in ("sampled_softmax", "gBCE")
+        if own_samples and merged["train_neg_sample_args"] is not None:
+            raise UserError(
+                f"train_neg_sample_args: {merged['loss_type']} draws its own samples; set num_negatives instead"
+            )
         if merged.get("gbce_t") is not None and not 0 <= merged["gbce_t"] <= 1:
             raise UserError(f"gbce_t: must lie in [0, 1], got {merged['gbce_t']}; try gbce_t: 0.75")
         if merged.get("negative_power") is not None and merged["negative_power"] < 0:

@@ -79,11 +79,15 @@ def run_recbole_ssm(
         UserError: something given is wrong; the message is one line that says what and how to mend it.
     """
     start = None if resume is None else _read_resume(Path(resume), allow_pickle)
+    base = {}
     if start is not None and "config" in start[1].info:
-        options = start[1].info["training"]["options"]
-        model, dataset = model or start[1].info["model"], dataset or start[1].info["config"]["dataset"]
-        config_dict = {**options, **(config_dict or {})}
-    config = SSMConfig(model, dataset, config_file_list, config_dict, command_line)
+        saved_run = start[1].info
+        base = {
+            **saved_run["training"]["options"],
+            "model": saved_run["model"],
+            "dataset": saved_run["config"]["dataset"],
+        }
+    config = SSMConfig(model, dataset, config_file_list, config_dict, command_line, base)
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
     if distributed.rank() == 0:
@@ -112,13 +116,14 @@ def run_recbole_ssm(
         trainer = SSMTrainer(config, recommender, hooks)
     if start is not None:
         trainer.restore(*start)
+        del start
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
         )
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
-    logger.info(f"best valid: {dict2str(best_valid_result)}")
-    logger.info(f"test result: {dict2str(test_result)}")
+    for name, metrics in (("best valid", best_valid_result), ("test result", test_result)):
+        logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
     distributed.stop()

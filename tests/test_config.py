@@ -225,6 +225,12 @@ def test_frozen_keys():
         ("SASRec", {"train_mode": "packed", "transform": "crop_itemseq"}, "because transform: crop_itemseq changes"),
         ("SASRec", {"train_mode": "paked"}, "train_mode: 'paked' is not one of None, packed, prefix; did you mean"),
         ("GRU4Rec", {"loss_type": "gBCE"}, "loss_type: GRU4Rec is RecBole's own and knows CE and BPR, got gBCE"),
+        (
+            "Mamba4Rec",
+            {"train_mode": "packed", "loss_type": "BPR", "train_neg_sample_args": {"sample_num": 4}},
+            "more than one",
+        ),
+        ("Mamba4Rec", {"loss_type": "gBCE", "train_neg_sample_args": {"sample_num": 4}}, "gBCE draws its own samples"),
         ("Mamba4Rec", {"gbce_t": 2.0}, "gbce_t: must lie in"),
         ("Mamba4Rec", {"negative_power": -1.0}, "negative_power: must be 0 or more"),
         ("Mamba4Rec", {"packed_window": 0}, "packed_window: must be at least 1, got 0"),

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str]) -> None:
         UserError: no such benchmark, no such option, or an impossible value.
     """
     names = "; ".join(f"{name}: {what}" for name, what in BENCHES.items())
+    if list(arguments) in (["--help"], ["-h"]):
+        print("recbole-ssm bench NAME [--json=FILE] [--help]\n" + "".join(f"\n  {n}: {w}" for n, w in BENCHES.items()))
+        return
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"bench: name one of {names}")
     name = arguments[0]

@@ -113,7 +113,7 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
 
 def _timed(step: Callable[[], Any], steps: int, budget: float) -> Iterator[float]:
     """Seconds of single steps until they sum to the budget, two at least; the warm-up is not among them."""
-    warm_up = 0.0
+    warm_up, timed = 0.0, 0
     for number in range(WARM_UP + steps):
         begin = time.perf_counter()
         step()
@@ -122,8 +122,9 @@ def _timed(step: Callable[[], Any], steps: int, budget: float) -> Iterator[float
             warm_up += seconds
             continue
         yield seconds
+        timed += 1
         budget -= seconds
-        if budget < 0 and number > 0:
+        if budget < 0 and timed > 1:
             return
 
 
@@ -160,6 +161,6 @@ def _recbole_step(config: Any) -> tuple[Callable[[], Any], int, int]:
     loader, _, _ = data_preparation(config, SequentialDataset(config))
     model = SASRec(config, loader._dataset).to(config["device"])
     trainer = Trainer(config, model)
-    batches = iter(loader)
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
     positions = len(loader._dataset) * config["MAX_ITEM_LIST_LENGTH"]
     return lambda: trainer._train_epoch([next(batches)], 0), len(loader), positions

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recbole_ssm import distributed
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.errors import UserError
 
 
 class PackedBatch(NamedTuple):
@@ -202,13 +203,14 @@ class Steps(Sampler[Any]):
     def __len__(self) -> int:
         return -(-(self.plan.total - self.start) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int, int, int, list[tuple[float, np.ndarray]]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], int, int, int, list[tuple[float, np.ndarray]]]]:
         epoch, number, start = self.epoch, self.number, self.start
         order = self.plan.epoch(np.random.default_rng([self.seed, epoch]))
         while start < self.plan.total:
             stop = min(start + self.batch_size, self.plan.total)
             taken = self.plan.take(order, start, stop)
-            yield epoch, number, stop, stop - start, self._parts(taken, stop - start)
+            seed = [self.seed, epoch, number, distributed.rank()]
+            yield seed, number, stop, stop - start, self._parts(taken, stop - start)
             start, number = stop, number + 1
 
     def _parts(self, taken: np.ndarray, targets: int) -> list[tuple[float, np.ndarray]]:
@@ -285,8 +287,8 @@ class _Gather(Dataset[Step]):
         self.loader = loader
 
     def __getitem__(self, step: Any) -> Step:
-        epoch, number, seen, targets, parts = step
-        with seeded(self.loader.steps.seed, epoch, number, distributed.rank()):
+        seed, number, seen, targets, parts = step
+        with seeded(*seed):
             return Step(number, seen, targets, [Part(weight, self.loader.gather(rows)) for weight, rows in parts])
 
 
@@ -294,22 +296,41 @@ def _as_it_is(step: Any) -> Any:
     return step
 
 
+class _SeededCollate:
+    """A loader's collate_fn, whose samples are a function of the seed and of the batch's first row."""
+
+    def __init__(self, collate: Any, *seed: int) -> None:
+        self.collate, self.seed = collate, seed
+
+    def __call__(self, rows: list[int]) -> Any:
+        with seeded(*self.seed, rows[0]):
+            return self.collate(rows)
+
+
 def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     """Split a data set; loaders for training, validation and test.
 
     As RecBole's data_preparation, which unpickles what it finds in the checkpoint folder. In a run of several
-    processes, full ranking is shared out row by row; ranking against samples is done by every process, so that all
-    see the same samples.
+    processes, full ranking is shared out row by row; ranking against samples is done by every process. The samples of
+    an evaluation are the same in every epoch, every process and any number of workers; RecBole draws new ones.
+
+    Raises:
+        UserError: there are fewer rows to evaluate than processes.
     """
     built = dataset.build()
     samplers = create_samplers(config, dataset, built)
     train = TrainLoader(config, built[0], samplers[0])
     evaluation = []
-    for phase, split, sampler in zip(("valid", "test"), built[1:], samplers[1:]):
-        if config["eval_args"]["mode"][phase] == "full" and distributed.world_size() > 1:
-            mine = np.arange(len(split))[distributed.rank() :: distributed.world_size()]
-            split = split.copy(split.inter_feat[mine])
-        evaluation.append(get_dataloader(config, phase)(config, split, sampler, shuffle=False))
+    world = distributed.world_size()
+    for number, (phase, split, sampler) in enumerate(zip(("valid", "test"), built[1:], samplers[1:])):
+        if 0 < len(split) < world:
+            raise UserError(f"{phase}: {len(split)} rows for {world} processes; start at most {len(split)} processes")
+        if config["eval_args"]["mode"][phase] == "full" and world > 1:
+            rows, mine = split.inter_feat, slice(distributed.rank(), None, world)
+            split = split.copy(rows.select(mine) if isinstance(rows, Prefixes) else rows[mine])
+        loader = get_dataloader(config, phase)(config, split, sampler, shuffle=False)
+        loader.collate_fn = _SeededCollate(loader.collate_fn, config["seed"], number)
+        evaluation.append(loader)
     return train, evaluation[0], evaluation[1]
 
 

@@ -83,10 +83,14 @@ class Prefixes:
     def __getitem__(self, index: Any) -> Any:
         """The whole column of a name; or the rows of an index, a slice, a mask or a list, as an Interaction."""
         if isinstance(index, str):
+            if index == self.length_field:
+                return torch.from_numpy(self.length).long()
             if index in self.events:
                 return self.events[index].index_select(0, torch.from_numpy(self.target))
-            return self._gather(self.target, self.length)[index]
-        if isinstance(index, int):
+            return self._list(
+                self.events[index.removesuffix(self.list_suffix)], *self._sources(self.target, self.length)
+            )
+        if isinstance(index, (int, np.integer)):
             return self[[index]][0]
         index = index if isinstance(index, slice) else np.asarray(index)
         return self._gather(self.target[index], self.length[index])
@@ -129,15 +133,24 @@ class Prefixes:
         self.target, self.length = self.target[order], self.length[order]
 
     def _gather(self, target: np.ndarray, length: np.ndarray) -> Interaction:
-        targets, lengths = torch.from_numpy(target).long(), torch.from_numpy(length).long()
+        targets = torch.from_numpy(target).long()
         rows: dict[str, Tensor] = {field: values[targets] for field, values in self.events.items()}
-        rows[self.length_field] = lengths
-        position = torch.arange(self.max_length)
-        pad = position >= lengths[:, None]  # [rows, max_length]
-        source = ((targets - lengths)[:, None] + position).masked_fill_(pad, 0)
+        rows[self.length_field] = torch.from_numpy(length).long()
+        source, pad = self._sources(target, length)
         for field, values in self.events.items():
             if field != self.user_field:
-                listed = values[source]
-                listed[pad] = 0
-                rows[field + self.list_suffix] = listed
+                rows[field + self.list_suffix] = self._list(values, source, pad)
         return Interaction(rows)
+
+    def _sources(self, target: np.ndarray, length: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The event in each cell of the lists, and which cells are padding, ``[rows, max_length]`` each."""
+        lengths = torch.from_numpy(length).long()[:, None]
+        position = torch.arange(self.max_length)
+        pad = position >= lengths
+        return (torch.from_numpy(target).long()[:, None] - lengths + position).masked_fill_(pad, 0), pad
+
+    @staticmethod
+    def _list(values: Tensor, source: Tensor, pad: Tensor) -> Tensor:
+        listed = values[source]
+        listed[pad] = 0
+        return listed

@@ -11,6 +11,8 @@ from recbole.model.loss import BPRLoss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recbole_ssm.errors import UserError
+
 LOSS_TYPES = ("CE", "BPR", "sampled_softmax", "gBCE")
 LARGEST_LOGITS = 2**26  # entries of [targets, items] that are held at once; 256 MiB in float32
 
@@ -28,13 +30,16 @@ class NextItemLoss(nn.Module):
       with calibration ``gbce_t``. The paper draws negatives for each target; that all targets of a batch share them
       is our choice.
 
-    Samples are drawn with replacement, in proportion to (occurrences in training) ** ``negative_power``: 0 is uniform.
-    A sample that is the target itself does not count.
+    Samples are drawn with replacement: uniformly for ``gBCE``; for ``sampled_softmax`` in proportion to (occurrences in
+    training, 1 at least) ** ``negative_power``. A sample that is the target itself does not count.
 
     Args:
         config: ``loss_type``, ``num_negatives``, ``negative_power``, ``gbce_t``.
         dataset: its item counts are read where ``negative_power`` is above 0.
         n_items: catalogue size, padding included.
+
+    Raises:
+        UserError: ``gBCE`` is to sample more items than there are beside the target.
     """
 
     def __init__(self, config: Any, dataset: Any, n_items: int) -> None:
@@ -43,6 +48,11 @@ class NextItemLoss(nn.Module):
         self.n_items = n_items
         self.num_negatives = config["num_negatives"]
         self.t = config["gbce_t"]
+        if self.loss_type == "gBCE" and self.num_negatives > n_items - 2:
+            raise UserError(
+                f"num_negatives: gBCE samples among the {n_items - 2} items that are not the target, got "
+                f"{self.num_negatives}; try num_negatives: {max((n_items - 2) // 2, 1)}"
+            )
         self.bpr = BPRLoss()
         counts = torch.ones(n_items)
         counts[0] = 0.0  # the padding item is never drawn

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
@@ -63,7 +64,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"checkpoint {path} was not written: {error.strerror or error}") from error
+        text = f"checkpoint {path} was not written: {error.strerror or error}"
+        raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,7 +81,8 @@ def read(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # cloned, because they lie in the mapped file, which then could not be replaced on Windows
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         text = metadata.get("recbole_ssm")
         info = json.loads(text) if text is not None else None
     except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError) as error:
@@ -138,9 +141,17 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` of a run's numbered checkpoints."""
-    for path in sorted(folder.glob(f"step-*{SUFFIX}"))[:-count]:
+    """Delete all but the newest ``count`` of a run's numbered checkpoints, and what killed writers left half done."""
+    for path in [*sorted(folder.glob(f"step-*{SUFFIX}"))[:-count], *folder.glob(f".*{SUFFIX}.*")]:
         path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename a run's checkpoints beyond a step: a run that goes on from there comes to those numbers again."""
+    for path in folder.glob(f"step-*{SUFFIX}"):
+        if path > step_file(folder, step):
+            path.rename(path.with_name(f"abandoned-{path.name}"))
+            getLogger().warning(f"{path} is further than where training goes on; kept as abandoned-{path.name}")
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,6 +176,24 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) 
             index, _, entry = rest.partition(".")
             state.setdefault(int(index), {})[entry] = tensor
     return {"state": state, "param_groups": info["param_groups"]}
+
+
+def keyed(value: Any) -> Any:
+    """:func:`plain`, but for dicts whose keys are whole numbers; :func:`unkeyed` gives those back."""
+    if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
+        return {"keys": list(value), "values": [keyed(entry) for entry in value.values()]}
+    if isinstance(value, dict):
+        return {str(key): keyed(entry) for key, entry in value.items()}
+    return [keyed(entry) for entry in value] if isinstance(value, (list, tuple)) else plain(value)
+
+
+def unkeyed(value: Any) -> Any:
+    """The inverse of :func:`keyed`. Schedulers keep milestones in a Counter, and so it becomes one."""
+    if isinstance(value, dict) and set(value) == {"keys", "values"}:
+        return Counter(dict(zip(value["keys"], map(unkeyed, value["values"]))))
+    if isinstance(value, dict):
+        return {key: unkeyed(entry) for key, entry in value.items()}
+    return [unkeyed(entry) for entry in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> Any:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Hook:
     """Override what you need; pass instances to :class:`SSMTrainer` as ``hooks``.
 
-    A hook with a state is saved in checkpoints and restored from them, by the name of its class. Hooks are called in
-    the order in which they were given, on every process.
+    A hook's state is saved in checkpoints and restored from them, by the name of its class; a hook that a checkpoint
+    does not know starts fresh. Hooks are called in the order in which they were given, on every process.
     """
 
     def on_fit_start(self, trainer: SSMTrainer, loader: Any) -> None:

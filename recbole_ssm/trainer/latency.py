@@ -27,7 +27,8 @@ class Latency(Hook):
     histories of an evaluation batch; ``score``, the products with all items; ``top_k``, the choice of the best;
     ``evaluate``, the three together. A model whose scores do not come from ``forward`` has no ``encode`` of its own.
 
-    After every evaluation the report is written to ``latency.json`` in the run's folder, if it has one.
+    Targets are those of all processes; positions, users and times are this one's. After every evaluation the report is
+    written to ``latency.json`` in the run's folder, if it has one.
     """
 
     def __init__(self) -> None:

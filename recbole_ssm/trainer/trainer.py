@@ -75,7 +75,11 @@ class SSMTrainer(Trainer):
         self.best_valid_score: float
         self.cur_step: int
         self.item_tensor: Any
+        self.tensorboard: Any
         self.hooks = list(hooks)
+        names = [type(hook).__name__ for hook in self.hooks]
+        if len(set(names)) < len(names):
+            raise UserError(f"hooks: two of one class, whose states would be one: {', '.join(names)}; subclass one")
         self.folder: Path | None = None
         self.catalogue: dict[str, Any] = {}
         self.fingerprint = ""
@@ -85,13 +89,16 @@ class SSMTrainer(Trainer):
         self._loss: Any = _Loss(model)
         if distributed.world_size() > 1:
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
-        # where the next step stands: epoch, steps and targets of it that are done, sum of their losses
-        self._position: dict[str, Any] = {"epoch": 0, "number": 0, "seen": 0, "loss": []}
+        # where training stands: epoch, steps and targets of it that are done, sum of their losses, nothing left of it
+        self._position = _start_of(0)
         self._rng: dict[str, torch.Tensor] | None = None  # the random states to save, where not those of the moment
+        self._saved = False
         self._signal = 0
-        self._finished = False
         if config["measure_latency"]:
             self.hooks.append(Latency())
+        if distributed.rank():
+            self.tensorboard.close()
+            self.tensorboard = _Silence()
 
     # --- fit ---------------------------------------------------------------------------------------------------------
 
@@ -118,38 +125,46 @@ class SSMTrainer(Trainer):
         self.eval_collector.data_collect(train_data)
         if self.config["train_neg_sample_args"].get("dynamic", False):
             train_data.get_model(self.model)
+        self._check_schedule(len(train_data.steps))
+        self._saved = saved
+        if saved:
+            self.open_folder()
         self._notify("on_fit_start", train_data)
-        with self._signals(saved):
+        with self._signals():
             if self._rng is not None:
                 set_random_states(self._rng)
                 self._rng = None
             for epoch in range(self._position["epoch"], self.epochs):
-                if self._finished:
+                if self.cur_step > self.stopping_step:
                     break
-                self._run_epoch(train_data, valid_data, epoch, verbose, saved, show_progress, callback_fn)
+                self._run_epoch(train_data, valid_data, epoch, verbose, show_progress, callback_fn)
+            self._stop_if_asked()
+        if saved and not distributed.broadcast(Path(self.saved_model_file).exists()):
+            self._save_checkpoint(self.epochs - 1, verbose=verbose)  # nothing was ever better than what came before
         self._add_hparam_to_tensorboard(self.best_valid_score)
         self._notify("on_fit_end")
         return self.best_valid_score, self.best_valid_result
 
     def _run_epoch(
-        self, train_data: Any, valid_data: Any, epoch: int, verbose: bool, saved: bool, progress: bool, callback: Any
+        self, train_data: Any, valid_data: Any, epoch: int, verbose: bool, progress: bool, callback: Any
     ) -> None:
         """Train, evaluate, and save what came of it."""
-        begin = time.time()
-        losses = self._train_epoch(train_data, epoch, show_progress=progress)
-        self.train_loss_dict[epoch] = sum(losses) if isinstance(losses, tuple) else losses
-        if verbose:
-            self.logger.info(self._generate_train_loss_output(epoch, begin, time.time(), losses))
-        self._add_train_loss_to_tensorboard(epoch, losses)
-        self.wandblogger.log_metrics({"epoch": epoch, "train_loss": losses, "train_step": epoch}, head="train")
+        if not self._position["ended"]:
+            begin = time.time()
+            losses = self._train_epoch(train_data, epoch, show_progress=progress)
+            self.train_loss_dict[epoch] = sum(losses) if isinstance(losses, tuple) else losses
+            if verbose:
+                self.logger.info(self._generate_train_loss_output(epoch, begin, time.time(), losses))
+            self._add_train_loss_to_tensorboard(epoch, losses)
+            self.wandblogger.log_metrics({"epoch": epoch, "train_loss": losses, "train_step": epoch}, head="train")
         improved, score = not valid_data, None
         if valid_data and (epoch + 1) % self.eval_step == 0:
             self._rng = random_states()  # a signal from here on repeats the evaluation
             improved, score = self._validate(valid_data, epoch, verbose, progress)
             self._rng = None
         self._schedule("epoch", score)
-        self._position = {"epoch": epoch + 1, "number": 0, "seen": 0, "loss": []}
-        if saved:
+        self._position = _start_of(epoch + 1)
+        if self._saved:
             if improved:
                 self._save_checkpoint(epoch, verbose=verbose)
             self._save_step()
@@ -159,7 +174,7 @@ class SSMTrainer(Trainer):
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
         score, result = self._valid_epoch(valid_data, show_progress=progress)
-        self.best_valid_score, self.cur_step, self._finished, improved = early_stopping(
+        self.best_valid_score, self.cur_step, stop, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
         )
         if improved:
@@ -167,7 +182,7 @@ class SSMTrainer(Trainer):
         if verbose:
             self.logger.info(f"epoch {epoch} evaluating [time: {time.time() - begin:.2f}s, valid_score: {score:f}]")
             self.logger.info(f"valid result: \n{dict2str(result)}")
-            if self._finished:
+            if stop:
                 best = epoch - self.cur_step * self.eval_step
                 self.logger.info(f"Finished training, best eval result in epoch {best}")
         self.tensorboard.add_scalar("Vaild_score", score, epoch)  # RecBole's spelling, which its users' plots read
@@ -200,17 +215,19 @@ class SSMTrainer(Trainer):
                 "number": step.number + 1,
                 "seen": step.seen,
                 "loss": [a + b for a, b in zip(before, losses)],
+                "ended": False,
             }
             if show_progress:
                 rate = (step.seen - first_seen) / (time.perf_counter() - begin)
                 memory = peak_memory(self.device) / 2**20
                 bar.set_postfix_str(f"loss {sum(losses):.4f}, {rate:,.0f} targets/s, {memory:,.0f} MiB", refresh=False)
             every = self.config["checkpoint_steps"]
-            if every and self.folder and self.global_step % every == 0:
+            if every and self._saved and self.global_step % every == 0:
                 self._save_step()
             self._stop_if_asked()
         total = position["loss"]
         self._notify("on_epoch_end", epoch_idx, sum(total) / max(position["number"], 1))
+        self._position = {**position, "ended": True}
         return tuple(total) if len(total) > 1 else (total[0] if total else 0.0)
 
     def _run_step(self, step: Step, loss_func: Any = None) -> list[float]:
@@ -248,7 +265,8 @@ class SSMTrainer(Trainer):
         if torch.isfinite(loss):
             return
         where = f"epoch {self._position['epoch']}, step {step.number}" if step else "training"
-        kept = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        written = self.folder is not None and any(self.folder.glob(f"*{checkpoint.SUFFIX}"))
+        kept = f"; the last good checkpoint is in {self.folder}" if written else ""
         raise UserError(
             f"{where}: the training loss became {loss.item()}; try a smaller learning_rate than {self.learning_rate} "
             f"or clip_grad_norm: {{'max_norm': 5}}{kept}"
@@ -337,12 +355,11 @@ class SSMTrainer(Trainer):
             **self._position,
             "global_step": self.global_step,
             "cur_step": self.cur_step,
-            "finished": self._finished,
             "best_valid_score": best if math.isfinite(best) else None,
             "best_valid_result": plain(self.best_valid_result),
             "train_losses": plain(self.train_loss_dict),
             "optimizer": optimizer,
-            "scheduler": plain(self.scheduler.state_dict()) if self.scheduler else None,
+            "scheduler": checkpoint.keyed(self.scheduler.state_dict()) if self.scheduler else None,
             "scaler": plain(self.scaler.state_dict()),
             "hooks": {type(hook).__name__: hook.state_dict() for hook in self.hooks},
             "fingerprint": self.fingerprint,
@@ -392,6 +409,8 @@ class SSMTrainer(Trainer):
         if saved.info.get("format"):
             self.folder = path.parent
             self.saved_model_file = str(path.parent / checkpoint.BEST)
+            if distributed.rank() == 0:
+                checkpoint.set_aside(path.parent, self.global_step)
         self.logger.info(
             f"Checkpoint loaded from {path}. Resume training from epoch {self._position['epoch']}, "
             f"step {self._position['number']}"
@@ -399,11 +418,10 @@ class SSMTrainer(Trainer):
 
     def _take_over(self, tensors: Mapping[str, torch.Tensor], training: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(checkpoint.unflatten_optimizer(tensors, training["optimizer"]))
-        self.cur_step, self._finished = training["cur_step"], training.get("finished", False)
+        self.cur_step = training["cur_step"]
         if training["best_valid_score"] is not None:
             self.best_valid_score = training["best_valid_score"]
-        self._position = {key: training.get(key, empty) for key, empty in (("epoch", 0), ("number", 0), ("seen", 0))}
-        self._position["loss"] = list(training.get("loss", ()))
+        self._position = {key: training.get(key, start) for key, start in _start_of(training["epoch"]).items()}
         self.start_epoch = self._position["epoch"]
         if "global_step" not in training:  # RecBole's own
             return
@@ -411,10 +429,11 @@ class SSMTrainer(Trainer):
         self.best_valid_result = training["best_valid_result"]
         self.train_loss_dict = {int(epoch): loss for epoch, loss in training["train_losses"].items()}
         if self.scheduler:
-            self.scheduler.load_state_dict(training["scheduler"])
+            self.scheduler.load_state_dict(checkpoint.unkeyed(training["scheduler"]))
         self.scaler.load_state_dict(training["scaler"])
         for hook in self.hooks:
-            hook.load_state_dict(training["hooks"].get(type(hook).__name__, {}))
+            if type(hook).__name__ in training["hooks"]:
+                hook.load_state_dict(training["hooks"][type(hook).__name__])
         states: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             if name.startswith("rng."):
@@ -439,6 +458,10 @@ class SSMTrainer(Trainer):
         }
         if name not in known:
             raise UserError(f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), known)}")
+        if name == "ReduceLROnPlateau":
+            if self.config["lr_scheduler_interval"] == "step":
+                raise UserError("lr_scheduler_interval: ReduceLROnPlateau looks at validation; take 'epoch'")
+            arguments = {"mode": "max" if self.valid_metric_bigger else "min", **arguments}
         try:
             return known[name](self.optimizer, **arguments)
         except (TypeError, ValueError) as error:
@@ -452,8 +475,15 @@ class SSMTrainer(Trainer):
         elif score is not None:
             self.scheduler.step(score)
 
+    def _check_schedule(self, steps: int) -> None:
+        """OneCycleLR refuses to go beyond its total_steps, and would do so in the middle of a run."""
+        total = getattr(self.scheduler, "total_steps", None)
+        planned = self.epochs * (steps if self.config["lr_scheduler_interval"] == "step" else 1)
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.OneCycleLR) and total < planned:
+            raise UserError(f"lr_scheduler_args: total_steps is {total}, but {planned} steps come; give {planned}")
+
     @contextlib.contextmanager
-    def _signals(self, saved: bool) -> Iterator[None]:
+    def _signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C wait for the end of a batch, and leave a checkpoint; a second one does not wait."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -463,18 +493,17 @@ class SSMTrainer(Trainer):
             signal.signal(number, before[number])
             self._signal = number
 
-        if saved:
-            self.open_folder()
         before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except _StopRequest:
             text = "nothing was saved"
-            if saved:
+            if self._saved:
                 self._save_step()
                 text = f"go on with --resume={self.folder}"
             raise Interrupted(self._signal or signal.SIGTERM, text) from None
         finally:
+            self._signal = 0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -497,6 +526,17 @@ class _Loss(nn.Module):
 
 class _StopRequest(Exception):  # noqa: N818 (nothing failed)
     """A signal came, and this is a moment at which training can be saved."""
+
+
+class _Silence:
+    """TensorBoard's writer on all processes but the first."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def _start_of(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "number": 0, "seen": 0, "loss": [], "ended": False}
 
 
 def settings_of(config: Any) -> dict[str, Any]:

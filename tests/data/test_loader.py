@@ -37,8 +37,8 @@ def test_windows_give_each_target_once_with_its_context(lengths, max_length, win
     windows = Windows(prefixes, window, context, shuffle=True)
     steps = Steps(windows, size, parts=1, seed=1)
     seen = []
-    for epoch, number, stop, targets, [(weight, rows)] in steps:
-        assert (epoch, weight) == (0, 1.0)
+    for seed, number, stop, targets, [(weight, rows)] in steps:
+        assert (seed, weight) == ([1, 0, number, 0], 1.0)
         assert targets == (size if stop < len(prefixes) else len(prefixes) - size * number)
         batch = windows.gather(rows, "item_id")
         assert len(batch.target) == len(batch.at) == targets

@@ -76,6 +76,7 @@ def test_it_answers_like_an_interaction(data):
     assert "item_id_list" in rows and "nothing" not in rows
     whole = rows[:]
     assert torch.equal(rows[3]["item_id_list"], whole["item_id_list"][3])
+    assert torch.equal(rows[np.int64(3)]["item_id_list"], whole["item_id_list"][3])
     mask = whole["item_length"] == 1
     assert torch.equal(rows[mask]["item_id"], whole["item_id"][mask])
     assert torch.equal(rows[[2, 0]]["item_id"], whole["item_id"][[2, 0]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recbole_ssm.errors import UserError
 from recbole_ssm.model.loss import NextItemLoss, cross_entropy
 
 
@@ -94,6 +95,11 @@ def test_gbce_is_its_definition():
         terms = terms + sum(torch.log(1 - torch.sigmoid(o @ items[j])) for j in sample if j != t)
         expected = expected - terms / 9
     torch.testing.assert_close(found, expected / 9)
+
+
+def test_gbce_cannot_sample_more_than_there_is():
+    with pytest.raises(UserError, match="num_negatives: gBCE samples among the 29 items .*try num_negatives: 14"):
+        build(loss_type="gBCE", num_negatives=30)
 
 
 def test_gbce_without_calibration_is_binary_cross_entropy():

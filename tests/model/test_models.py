@@ -2,17 +2,23 @@
 
 import itertools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 
 from recbole_ssm import load_recommender, ops, run_recbole_ssm
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
-from recbole_ssm.data.loader import PackedBatch
+from recbole_ssm.data.loader import PackedBatch, Steps, Windows
+from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.model import get_model
 from recbole_ssm.ops.packing import cu_seqlens_of
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def build(name, toy, **options):
@@ -73,6 +79,7 @@ class PackedContract(ModelContract):
 
     golden: tuple[float, float, float]
     no_dropout = {"dropout_prob": 0.0}
+    window = (40, 40)  # targets and context
 
     def test_any_width_of_padding_gives_the_same(self, toy):
         model, _ = build(self.name, toy)
@@ -122,6 +129,32 @@ class PackedContract(ModelContract):
         weights = [w for w in model.parameters() if w.requires_grad]
         for one, other in zip(torch.autograd.grad(packed, weights), torch.autograd.grad(in_rows, weights)):
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-11)
+
+    @settings(max_examples=10)
+    @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 99))
+    def test_windows_of_random_histories_give_recboles_loss(self, lengths, seed):
+        """The same with what the loader packs: histories that fit MAX_ITEM_LIST_LENGTH, and steps that cut them."""
+        if not self.causal:
+            pytest.skip("a bidirectional model would see its targets")
+        options = {"data_path": str(REPOSITORY / "dataset"), "MAX_ITEM_LIST_LENGTH": 40, **self.no_dropout}
+        model, _ = build(self.name, {"dataset": "toy", "config_dict": options})
+        model = model.double().train()
+        generator = torch.Generator().manual_seed(seed)
+        user = torch.repeat_interleave(torch.tensor(lengths))
+        events = {"user_id": user, "item_id": torch.randint(1, 20, (len(user),), generator=generator)}
+        prefixes = Prefixes.of_events(events, "user_id", 40, list_suffix="_list", length_field="item_length")
+        weights = [w for w in model.parameters() if w.requires_grad]
+        steps = Steps(Windows(prefixes, *self.window, shuffle=True), 17, parts=1, seed=seed)
+        packed = [0.0] * (len(weights) + 1)
+        for *_, targets, [(_, windows)] in steps:
+            loss = model.calculate_loss(steps.plan.gather(windows, "item_id"))
+            found = [loss, *torch.autograd.grad(loss, weights)]
+            packed = [a + targets * b for a, b in zip(packed, found)]
+        if not len(prefixes):
+            return
+        loss = model.calculate_loss(prefixes[:])
+        for one, other in zip(packed, [loss, *torch.autograd.grad(loss, weights)]):
+            torch.testing.assert_close(one / len(prefixes), other, rtol=1e-7, atol=1e-10)
 
     def test_golden_losses(self, toy):
         """Fifty steps from a fixed seed: losses 1, 25 and 50. A change here is a change of the model."""

@@ -1,5 +1,6 @@
 """Invariant 6: killed anywhere and resumed is never killed, byte for byte."""
 
+import json
 import os
 import pathlib
 import signal
@@ -13,8 +14,17 @@ import torch
 from recbole_ssm import run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
-from recbole_ssm.trainer import Hook, checkpoint
+from recbole_ssm.trainer import Hook, Interrupted, checkpoint
 
+SCHEDULES = {
+    "MultiStepLR": {"milestones": [2, 6], "gamma": 0.1},
+    "StepLR": {"step_size": 3},
+    "ReduceLROnPlateau": {"patience": 1},
+    "OneCycleLR": {"max_lr": 1.0, "total_steps": 9},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 3},
+    "LinearLR": {},
+}
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 
 
@@ -39,10 +49,32 @@ class KillAt(Hook):
                 raise KilledError
 
 
+class Count(Hook):
+    """Counts its moments; what it has counted is part of the run."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def note(self, moment):
+        self.counts[moment] = self.counts.get(moment, 0) + 1
+
+    def on_epoch_end(self, trainer, epoch, loss):
+        self.note(f"end {epoch} {loss}")
+
+    def on_step_end(self, trainer, step, loss):
+        self.note(f"step {step.number} {loss}")
+
+    def state_dict(self):
+        return self.counts
+
+    def load_state_dict(self, state):
+        self.counts = dict(state)
+
+
 def last_of(folder):
-    """The last checkpoint of a run, without what says how often a hook was there."""
+    """The last checkpoint of a run."""
     saved = checkpoint.newest(pathlib.Path(folder))[1]
-    saved.info["training"].pop("hooks")
+    saved.info["training"]["hooks"].pop("KillAt", None)
     saved.info["training"].pop("options")
     return saved
 
@@ -64,7 +96,7 @@ def straight(toy):
 
     def run(model, **more):
         options = options_of(toy, **more)
-        result = run_recbole_ssm(model, toy["dataset"], config_dict=options)
+        result = run_recbole_ssm(model, toy["dataset"], config_dict=options, hooks=[Count()])
         return options, result, last_of(pathlib.Path(result["checkpoint"]).parent)
 
     return run
@@ -72,9 +104,9 @@ def straight(toy):
 
 def kill_and_resume(model, options, **when):
     with pytest.raises(KilledError):
-        run_recbole_ssm(model, "toy", config_dict=options, hooks=[KillAt(**when)])
+        run_recbole_ssm(model, "toy", config_dict=options, hooks=[Count(), KillAt(**when)])
     folder = max(pathlib.Path("saved").iterdir(), key=lambda p: p.stat().st_mtime_ns)
-    return run_recbole_ssm(resume=folder), last_of(folder)
+    return run_recbole_ssm(resume=folder, hooks=[Count()]), last_of(folder)
 
 
 def test_killed_at_every_batch(straight):
@@ -91,7 +123,7 @@ def test_killed_at_every_batch(straight):
     [
         ("SASRec", {"gradient_accumulation_steps": 2, "learner": "adagrad"}),
         ("Mamba4Rec", {"loss_type": "sampled_softmax", "lr_scheduler": "ReduceLROnPlateau", "learner": "sgd"}),
-        ("Hydra4Rec", {"loss_type": "BPR"}),
+        ("Hydra4Rec", {"loss_type": "BPR", "lr_scheduler": "MultiStepLR", "lr_scheduler_args": {"milestones": [1]}}),
         ("BERT4Rec", {"worker": 1}),
         ("GRU4Rec", {"eval_args": {"mode": "uni20"}}),
     ],
@@ -109,6 +141,61 @@ def test_a_finished_run_only_tests_again(straight):
     assert again["checkpoint"] == result["checkpoint"]
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_schedule_survives_a_checkpoint(name):
+    def rates(kill):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULES[name])
+        found = []
+        for step in range(8):
+            if step == kill:
+                groups, state = optimizer.state_dict()["param_groups"], checkpoint.keyed(scheduler.state_dict())
+                optimizer = torch.optim.SGD([weight], lr=0.1)
+                scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULES[name])
+                optimizer.load_state_dict({"state": {}, "param_groups": groups})
+                scheduler.load_state_dict(checkpoint.unkeyed(json.loads(json.dumps(state))))
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step(*[0.5] * (name == "ReduceLROnPlateau"))
+        return found
+
+    assert rates(kill=4) == rates(kill=None)
+    assert len(set(rates(kill=None))) > 1
+
+
+def test_an_older_checkpoint_goes_on_and_the_newer_ones_are_kept_aside(straight):
+    _, first, expected = straight("2Mamba4Rec", checkpoint_steps=1, checkpoint_keep=20)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    run_recbole_ssm(resume=folder / "step-000000003.safetensors", hooks=[Count()])
+    assert_same(last_of(folder), expected)
+    names = sorted(p.name for p in folder.glob("abandoned-*"))
+    assert names == [f"abandoned-step-{n:09d}.safetensors" for n in range(4, 11)]
+
+
+def test_a_signal_at_the_very_end_is_an_interruption_too(toy):
+    class Late(Hook):
+        def on_evaluation_end(self, trainer, result):
+            if trainer.global_step == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="go on with --resume=saved") as caught:
+        run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options_of(toy), hooks=[Late()])
+    assert caught.value.status == 143
+    folder = next(pathlib.Path("saved").iterdir())
+    assert run_recbole_ssm(resume=folder)["test_result"]
+
+
+def test_more_patience_may_be_asked_for(straight):
+    options = {"epochs": 30, "stopping_step": 1, "checkpoint_steps": None, "learning_rate": 0.1}
+    _, first, _ = straight("2Mamba4Rec", **options)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    steps = checkpoint.newest(folder)[1].info["training"]["global_step"]
+    assert steps < 150
+    run_recbole_ssm(resume=folder, config_dict={"stopping_step": 100})
+    assert checkpoint.newest(folder)[1].info["training"]["global_step"] == 150
+
+
 def test_more_epochs_may_be_asked_for(straight, toy):
     _, _, expected = straight("2Mamba4Rec", epochs=3)
     _, first, _ = straight("2Mamba4Rec")
@@ -123,6 +210,12 @@ def test_other_settings_and_other_data_are_refused(straight, write_dataset):
         run_recbole_ssm(resume=result["checkpoint"], config_dict={"learning_rate": 0.5})
     with pytest.raises(UserError, match=r"of 2Mamba4Rec, cannot resume Mamba4Rec"):
         run_recbole_ssm("Mamba4Rec", resume=result["checkpoint"])
+    with pytest.raises(UserError, match=r"of 2Mamba4Rec, cannot resume GRU4Rec"):
+        run_recbole_ssm(resume=result["checkpoint"], command_line=["--model=GRU4Rec"])
+    with open("rate.yaml", "w") as file:
+        file.write("learning_rate: 0.7\n")
+    with pytest.raises(UserError, match=r"resume: learning_rate is 0.7 here"):
+        run_recbole_ssm(resume=result["checkpoint"], config_file_list=["rate.yaml"])
     lines = [f"u{u}\ti{(u + 2 * t) % 20}\t{t}\n" for u in range(4) for t in range(25)]
     other = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "".join(lines), name="toy")
     path = other["config_dict"]["data_path"]
