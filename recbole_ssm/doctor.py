@@ -10,12 +10,14 @@ import torch
 
 from recbole_ssm import __version__, ops
 from recbole_ssm.compat import INSTALL_RECBOLE
+from recbole_ssm.ops import native
 
 NEEDED = (
     "recbole", "torch", "numpy", "pandas", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard", "tqdm",
     "colorama", "colorlog", "texttable", "psutil",
 )  # fmt: skip
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+INSTALL_NATIVE = "pip install -v -e .   # in the folder of recbole_ssm, with g++ or clang++ on the PATH"
 INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
 
 
@@ -34,6 +36,9 @@ def report() -> str:
             missing.append(INSTALL_RECBOLE if package == "recbole" else f"pip install {package}")
     lines += ["", f"  device         {_device()}"]
     lines.append(f"  ssm_backend    usable: {', '.join(ops.available_backends())}; auto takes the fastest that fits")
+    lines.append(f"  native kernels {native.unusable or 'built; instruction set ' + native.instruction_set}")
+    if native.unusable:
+        missing.append(INSTALL_NATIVE)
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"

@@ -19,6 +19,8 @@ from recbole_ssm.ops.quasiseparable import quasiseparable
 from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
 
+from recbole_ssm.ops import native  # registers its implementations  # isort: skip
+
 __all__ = [
     "available_backends",
     "causal_conv1d",

@@ -67,7 +67,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``op`` for a tensor like ``x``; the first choice of each kind is logged with its reason."""
-    if _selected != "auto":
+    if _selected == "native" and not (x.dtype == torch.float32 and x.device.type == "cpu"):
+        order, reason = ["torch"], f"ssm_backend: native computes float32 on the CPU, not {x.dtype} on {x.device.type}"
+    elif _selected != "auto":
         order, reason = [_selected], f"ssm_backend: {_selected}"
     elif x.is_cuda:
         order, reason = ["cuda", "torch"], "first usable for a GPU tensor"

@@ -208,7 +208,7 @@ def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, cu_
 
 
 @implements("causal_conv1d", "torch")
-def _causal_torch(
+def torch_causal(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -243,7 +243,7 @@ def _last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
 
 
 @implements("centered_conv1d", "torch")
-def _centered_torch(
+def torch_centered(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     return _activate(_convolve(x, weight, bias, weight.shape[1] // 2, cu_seqlens), activation)

@@ -192,8 +192,9 @@ def test_quasiseparable_is_shift_flip_shift():
     assert_close(ops.quasiseparable(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b), forward + backward, 1e-9)
 
 
+@each_backend
 @each_op
-def test_extreme_steps_stay_finite(op):
+def test_extreme_steps_stay_finite(op, backend):
     """A decay underflows to 0 and never overflows."""
     if "conv" in op.__name__:
         pytest.skip("a convolution has no step size")
@@ -201,7 +202,7 @@ def test_extreme_steps_stay_finite(op):
     tensors, keywords = arguments(op, 2, 60, 2, torch.float32)
     for index in (1, 2) if op is ops.quasiseparable else (1,):
         tensors[index] = tensors[index].abs() * 1e4
-    for out in values_and_gradients(op, "torch", tensors, keywords, torch.float32, None):
+    for out in values_and_gradients(op, backend, tensors, keywords, torch.float32, None):
         assert torch.isfinite(out).all()
 
 
