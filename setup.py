@@ -12,10 +12,8 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = Path("recbole_ssm/csrc")
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti "
-    "-g0 -fno-math-errno -fno-trapping-math -ffp-contract=fast"  # no -ffast-math: it would undo the rounding in exp2_of
-).split()
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # -ffast-math would undo the rounding in exp2
 # name, floats in a vector, flags; all of them go into one library, which picks when it is loaded
 INSTRUCTION_SETS = [("baseline", 4, [])]
 if platform.machine() in ("x86_64", "AMD64"):
@@ -29,12 +27,15 @@ class BuildKernels(build_ext):
     """One shared library with a C interface: it belongs to no version of Python, and is loaded by ctypes."""
 
     def get_ext_filename(self, fullname):
+        """A name without the tag of a Python version."""
         return fullname.replace(".", "/") + ".so"
 
     def get_export_symbols(self, ext):
+        """No PyInit function: this is no module."""
         return []
 
     def build_extension(self, ext):
+        """Compile the kernels once for each instruction set and link all of it together; a failure is a notice."""
         try:
             objects = self.compiler.compile(
                 [str(SOURCES / "library.cpp")], output_dir=self.build_temp, extra_postargs=FLAGS
@@ -53,6 +54,7 @@ class BuildKernels(build_ext):
             print(f"recbole_ssm: the native kernels were not built ({error}); PyTorch's operations take their place")
 
     def get_outputs(self):
+        """The files that were built."""
         return [output for output in super().get_outputs() if Path(output).exists()]
 
 
@@ -60,6 +62,7 @@ class Wheel(bdist_wheel):
     """Any Python, this platform; any platform where nothing was built."""
 
     def get_tag(self):
+        """As the class says."""
         built = any(Path(self.bdist_dir or ".").rglob("_native.so"))
         return "py3", "none", super().get_tag()[2] if built else "any"
 

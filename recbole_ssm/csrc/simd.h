@@ -9,6 +9,9 @@
 #include <cstring>
 
 #include "kernels.h"
+#if defined(__AVX512DQ__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__has_builtin)
@@ -59,23 +62,38 @@ INLINE float sum(vec v) {
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-// 2^x for x <= 126, and 2^-126 below -126: nearly zero, never a denormal. Relative error 1.2e-7; exactly 1 at 0, so that
-// a silent step stays silent. The magic number rounds x to an integer, whose bits then become the exponent.
+// 2^x for x <= 126; towards minus infinity it falls to zero, or nearly so, and never becomes a denormal. Relative error
+// 1.2e-7; exactly 1 at 0, so that a silent step stays silent. A NaN stays one.
 INLINE vec exp2_of(vec x) {
-  const vec floor = all(-126.f), magic = all(12582912.f);
-  x = floor > x ? floor : x;  // in this order a NaN stays one
+#if defined(__AVX512DQ__)
+  __m512 wide, whole, rest;
+  memcpy(&wide, &x, sizeof x);
+  whole = _mm512_roundscale_ps(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  rest = _mm512_reduce_ps(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vec r;
+  memcpy(&r, &rest, sizeof r);
+#else
+  const vec floor = all(-126.f), magic = all(12582912.f);  // adding this number rounds to an integer
+  x = floor > x ? floor : x;                               // in this order a NaN stays one
   const vec t = x + magic, r = x - (t - magic);
+#endif
   vec p = all(1.540353039338e-4f) * r + 1.333355814643e-3f;
   p = p * r + 9.618129107629e-3f;
   p = p * r + 5.550410866482e-2f;
   p = p * r + 2.402265069591e-1f;
   p = p * r + 6.931471805599e-1f;
   p = p * r + 1.f;
-  ivec exponent, bits;
+#if defined(__AVX512DQ__)
+  memcpy(&rest, &p, sizeof p);
+  rest = _mm512_scalef_ps(rest, whole);
+  memcpy(&p, &rest, sizeof p);
+#else
+  ivec exponent, bits;  // the integer becomes the exponent
   memcpy(&exponent, &t, sizeof t);
   memcpy(&bits, &p, sizeof p);
   bits += exponent << 23;
   memcpy(&p, &bits, sizeof p);
+#endif
   return p;
 }
 

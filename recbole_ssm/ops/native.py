@@ -99,7 +99,7 @@ def select(name: str) -> str:
 
 
 def _rows(name: str, t: Tensor | None) -> dict[str, Any]:
-    """``[B, L, ...]`` whose rows (b, t) lie at one stride and are contiguous in themselves; a copy where t is not so."""
+    """t ``[B, L, ...]`` and the stride of its rows (b, t), which are contiguous in themselves; a copy if they are not."""
     if t is None:
         return {}
     inner = t[0, 0].numel() if t.numel() else 1
@@ -265,11 +265,7 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _scan_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
     *given, kept = ctx.saved_tensors
     if gy is None:
-        gy = (
-            torch.zeros_like(given[0])
-            if not ctx.flags[1]
-            else given[0].new_zeros(*given[4].shape[:-1], given[0].shape[2])
-        )
+        gy = torch.zeros_like(given[0])  # the final state alone was used, so this is not the last position's op
     gradients = _scan_backward_op(gy, None if ctx.flags[1] else gfinal, kept, *given, *ctx.flags)
     return *[_absent(g, t) for g, t in zip(gradients, given)], None, None, None, None
 

@@ -154,6 +154,7 @@ def torch_quasiseparable(
     C_bwd: Tensor,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
+    """:func:`quasiseparable` on any device and in any precision."""
     if cu_seqlens is None:
         return _padded(A, x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd)
 

@@ -242,6 +242,8 @@ def torch_ssd(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`ssd` on any device and in any precision, from step sizes as they are."""
+
     def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         return ssd_padded(x, B, C, dt, A, state)
 
@@ -256,6 +258,7 @@ def torch_ssd(
 def torch_ssd_last(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    """:func:`ssd_last` on any device and in any precision, from step sizes as they are."""
     batch, L, H, P = x.shape
     x_last = last_of(x, cu_seqlens)
     if cu_seqlens is None:
