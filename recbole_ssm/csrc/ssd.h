@@ -1,8 +1,8 @@
 // SSD, forward and backward, by chunks: the matrix form within a chunk, a state between them; and its last position.
 //
-//   y_t = sum_{s <= t} (C_t . B_s) 2^(S_t - S_s) dt_s x_s + 2^(S_t) C_t h        S: running sum of dt A log2(e)
+//   y_t = sum_{s <= t} (C_t . B_s) 2^(A2 (T_t - T_s)) dt_s x_s + 2^(A2 T_t) C_t h     T: running sum of dt, A2 = A log2(e)
 //
-// The sums S serve for their differences: they are taken in double and kept as a float and its remainder. Everything of
+// The sums T serve for their differences: they are taken in double and kept as a float and its remainder. Everything of
 // one chunk is copied into padded rows, so that the products below need no care for tails, strides or direction.
 
 #pragma once
@@ -181,24 +181,28 @@ void pack_map(const SsdUnit& u, const float* map, i64 stride, i64 first, i64 ste
   zero(out + steps * Np, (Q - steps) * Np);
 }
 
-// dt and S of a chunk and head: S = high + low. Behind the last position S stays and dt is 0.
+// dt and T of a chunk and head: T = high + low. Behind the last position T stays and dt is 0. Returns the last T.
 double pack_steps(const SsdUnit& u, i64 h, i64 first, i64 steps, float* dt, float* high, float* low) {
-  const double A2 = (double)u.a->A[h] * 1.4426950408889634;
-  double S = 0;
+  double T = 0;
   for (i64 t = 0; t < Q; t++) {
     dt[t] = t < steps ? u.a->dt[u.row(first + t) * u.a->sdt + h] : 0.f;
-    S += dt[t] * A2;
-    high[t] = (float)S;
-    low[t] = (float)(S - high[t]);
+    T += dt[t];
+    high[t] = (float)T;
+    low[t] = (float)(T - high[t]);
   }
-  return S;
+  return T;
 }
 
-INLINE vec decay_to(float high_t, float low_t, const float* high, const float* low) {
-  const vec zeros = all(0.f), x = (high_t - load(high)) + (low_t - load(low));
+// T_t - T_s for the positions s from `high` and `low` on
+INLINE vec gap(float high_t, float low_t, const float* high, const float* low) {
+  return (high_t - load(high)) + (low_t - load(low));
+}
+INLINE vec decay_over(vec time, float A2) {
+  const vec zeros = all(0.f), x = time * A2;
   return exp2_of(zeros < x ? zeros : x);
 }
-INLINE float decay_of(double exponent) { return exponent < -126 ? 0.f : exp2f((float)exponent); }
+INLINE float decay_over(double time, double A2) { return time * A2 < -126 ? 0.f : exp2f((float)(time * A2)); }
+const double LOG2E_DOUBLE = 1.4426950408889634;
 
 // Lanes from `count` on become 0.
 INLINE vec first_lanes(vec v, i64 count) {
@@ -250,7 +254,7 @@ void ssd_forward_unit(const SsdUnit& u, char* scratch) {
     transpose(columns, Np, B, Np, BT, Q);
     product(LOWER_OUT, steps, columns, N, C, Np, 1, BT, Q, G, Q, false);
     for (i64 h = u.h0; h < u.h1; h++) {
-      const double S = pack_steps(u, h, first, steps, dt, high, low);
+      const double T = pack_steps(u, h, first, steps, dt, high, low), A2 = a.A[h] * LOG2E_DOUBLE;
       float* state = states + (h - u.h0) * Np * Pp;
       if (first && a.kept) unpack_state(u, state, (float*)start_of(u, h, first));
       for (i64 t = 0; t < steps; t++) {
@@ -259,13 +263,13 @@ void ssd_forward_unit(const SsdUnit& u, char* scratch) {
       }
       for (i64 t = 0; t < steps; t++) {
         for (i64 j = 0; j <= t; j += VL)
-          store(M + t * Q + j, load(G + t * Q + j) * decay_to(high[t], low[t], high + j, low + j));
+          store(M + t * Q + j, load(G + t * Q + j) * decay_over(gap(high[t], low[t], high + j, low + j), (float)A2));
         for (i64 j = t + 1; j < min_of(Q, t / MR * MR + MR); j++) M[t * Q + j] = 0;
       }
       product(LOWER, steps, Pp, steps, M, Q, 1, V, Pp, Y, Pp, false);
       if (first || a.state) {
         for (i64 t = 0; t < steps; t++) {
-          const float decay = decay_of((double)high[t] + low[t]);
+          const float decay = decay_over((double)high[t] + low[t], A2);
           for (i64 n = 0; n < Np; n += VL) store(scaled + t * Np + n, decay * load(C + t * Np + n));
         }
         product(FULL, steps, Pp, N, scaled, Np, 1, state, Pp, Y, Pp, true);
@@ -280,10 +284,10 @@ void ssd_forward_unit(const SsdUnit& u, char* scratch) {
         }
       }
       if (!is_last || a.final) {
-        const float whole = decay_of(S);
+        const float whole = decay_over(T, A2);
         for (i64 i = 0; i < N * Pp; i += VL) store(state + i, whole * load(state + i));
         for (i64 t = 0; t < steps; t++) {
-          const float decay = decay_of(S - high[t] - low[t]);
+          const float decay = decay_over(T - high[t] - low[t], A2);
           for (i64 p = 0; p < Pp; p += VL) store(V + t * Pp + p, decay * load(V + t * Pp + p));
         }
         product(FULL, N, Pp, steps, B, 1, Np, V, Pp, state, Pp, true);
@@ -309,7 +313,7 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
   float *gM = arena.floats(Q * Q), *gG = arena.floats(Q * Q), *gY = arena.floats(Q * Pp), *gV = arena.floats(Q * Pp);
   float *XT = arena.floats(Pp * Q), *gB = arena.floats(Q * Np), *gC = arena.floats(Q * Np);
   float *start = arena.floats(Np * Pp), *stateT = arena.floats(Np * Pp), *columns_sum = arena.floats(Q);
-  double* gS = arena.take<double>(Q);
+  double* gT = arena.take<double>(Q);
 
   for (i64 h = u.h0; h < u.h1; h++)
     pack_state(u, a.gfinal ? a.gfinal + (u.s * a.H + h) * N * P : nullptr, gstates + (h - u.h0) * Np * Pp);
@@ -325,7 +329,7 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
     zero(gB, Q * Np);
     zero(gC, Q * Np);
     for (i64 h = u.h0; h < u.h1; h++) {
-      const double S = pack_steps(u, h, first, steps, dt, high, low);
+      const double T = pack_steps(u, h, first, steps, dt, high, low), A2 = a.A[h] * LOG2E_DOUBLE;
       const float skip = a.skip ? a.skip[h] : 0.f;
       double gsum = 0;
       for (i64 t = 0; t < steps; t++) {
@@ -348,11 +352,13 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
       transpose(columns, Pp, X, Pp, XT, Q);
       product(LOWER_OUT, steps, columns, P, gY, Pp, 1, XT, Q, gM, Q, false);
       zero(columns_sum, Q);
+      double sum_A = 0;  // flow times the time it decays over: taken apart, for in the sums of gT its digits cancel
       for (i64 t = 0; t < steps; t++) {
-        vec row_sum = all(0.f);
+        vec row_sum = all(0.f), row_A = all(0.f);
         for (i64 j = 0; j <= t; j += VL) {
           const i64 at = t * Q + j;
-          vec decay = decay_to(high[t], low[t], high + j, low + j);
+          const vec time = gap(high[t], low[t], high + j, low + j);
+          vec decay = decay_over(time, (float)A2);
           if (j + VL > t + 1) decay = first_lanes(decay, t + 1 - j);
           const vec m = decay * load(G + at), g = load(gM + at) * load(dt + j);
           vec flow = g * m;
@@ -361,22 +367,25 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
           store(gG + at, load(gG + at) + g * decay);
           store(columns_sum + j, load(columns_sum + j) + flow);
           row_sum += flow;
+          row_A += flow * time;
         }
         for (i64 j = padded(t + 1); j < min_of(Q, t / MR * MR + MR); j++) M[t * Q + j] = 0;
-        gS[t] = sum(row_sum);
+        gT[t] = sum(row_sum);
+        sum_A += sum(row_A);
       }
-      for (i64 t = 0; t < steps; t++) gS[t] -= columns_sum[t];
+      for (i64 t = 0; t < steps; t++) gT[t] -= columns_sum[t];
       product(LOWER_T, steps, Pp, steps, M, 1, Q, gY, Pp, gV, Pp, false);
 
       // through the states at either end
       float* gstate = gstates + (h - u.h0) * Np * Pp;
       const float* given = start_of(u, h, first);
-      double gwhole = 0;  // gradient of S at the chunk's end
+      double gwhole = 0;  // gradient of A T at the chunk's end
       if (flows_back) {
         product(FULL, steps, Pp, N, B, Np, 1, gstate, Pp, U, Pp, false);
         transpose(Np, Pp, gstate, Pp, stateT, Np);
         for (i64 t = 0; t < steps; t++) {
-          const float decay = decay_of(S - high[t] - low[t]), weight = decay * dt[t];
+          const double time = T - high[t] - low[t];
+          const float decay = decay_over(time, A2), weight = decay * dt[t];
           vec both = all(0.f);
           for (i64 p = 0; p < Pp; p += VL) {
             const vec x = load(X + t * Pp + p), g = load(U + t * Pp + p);
@@ -385,8 +394,9 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
             store(U + t * Pp + p, weight * x);
           }
           const double flow = weight * (double)sum(both);
-          gS[t] -= flow;
+          gT[t] -= flow;
           gwhole += flow;
+          sum_A += flow * time;
         }
         product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, gB, Np, true);
       }
@@ -394,7 +404,7 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
         pack_state(u, given, start);
         transpose(Np, Pp, start, Pp, stateT, Np);
         for (i64 t = 0; t < steps; t++) {
-          const float decay = decay_of((double)high[t] + low[t]);
+          const float decay = decay_over((double)high[t] + low[t], A2);
           for (i64 p = 0; p < Pp; p += VL) store(U + t * Pp + p, decay * load(gY + t * Pp + p));
         }
         product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, inner, Np, false);
@@ -405,24 +415,28 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
             both += load(inner + at) * load(C + at);
             store(gC + at, load(gC + at) + load(inner + at));
           }
-          gS[t] += sum(both);
+          const double flow = sum(both);
+          gT[t] += flow;
+          sum_A += flow * ((double)high[t] + low[t]);
         }
-        const float whole = decay_of(S);
+        const float whole = decay_over(T, A2);
         vec both = all(0.f);
         for (i64 i = 0; i < N * Pp; i += VL) {
           both += load(start + i) * load(gstate + i);
           store(gstate + i, whole * load(gstate + i));
         }
-        gwhole += whole * (double)sum(both);
+        const double flow = whole * (double)sum(both);
+        gwhole += flow;
+        sum_A += flow * T;
         product(FULL, N, Pp, steps, C, 1, Np, U, Pp, gstate, Pp, true);
       }
-      gS[steps - 1] += gwhole;
+      gT[steps - 1] += gwhole;
 
-      double later = 0;  // gradient of dt_t A: S carries it to all later positions
+      gA[h] += sum_A;
+      double later = 0;  // gradient of A dt_t: T carries it to all later positions
       for (i64 t = steps - 1; t >= 0; t--) {
         const i64 row = u.row(first + t);
-        later += gS[t];
-        gA[h] += later * dt[t];
+        later += gT[t];
         vec both = all(0.f);
         for (i64 p = 0; p < P; p += VL) {
           const vec gv = load(gV + t * Pp + p);
@@ -549,7 +563,7 @@ void ssd_last_forward_task(void* context, i64 s, i64 thread) {
     for (i64 g = 0; g < a.G; g++) score[g] = dot(a.B + row * a.sB + g * N, a.C + (s * a.G + g) * N, N);
     for (i64 h = 0; h < H; h++) {
       const float dt = a.dt[row * a.sdt + h];
-      const float weight = score[h / heads] * decay_of(later[h] * a.A[h] * 1.4426950408889634) * dt;
+      const float weight = score[h / heads] * decay_over(later[h], a.A[h] * LOG2E_DOUBLE) * dt;
       const float* x = a.x + row * a.sx + h * P;
       for (i64 p = 0; p < P; p += VL)
         store(y + h * P + p, load(y + h * P + p, P - p) + weight * load(x + p, P - p), P - p);
@@ -582,7 +596,7 @@ void ssd_last_backward_task(void* context, i64 group, i64 thread) {
       for (i64 h = 0; h < H; h++) {
         const float dt = a.dt[row * a.sdt + h];
         later[h] -= dt;
-        const float decay = decay_of(later[h] * a.A[h] * 1.4426950408889634), s_h = score[h / heads];
+        const float decay = decay_over(later[h], a.A[h] * LOG2E_DOUBLE), s_h = score[h / heads];
         const float *x = a.x + row * a.sx + h * P, *gy = a.gy + (s * H + h) * P;
         const float gweight = dot(x, gy, P), weight = s_h * decay * dt, in = weight + (is_last && a.skip ? a.skip[h] : 0.f);
         for (i64 p = 0; p < P; p += VL) store(a.gx + (row * H + h) * P + p, in * load(gy + p, P - p), P - p);

@@ -99,7 +99,7 @@ def select(name: str) -> str:
 
 
 def _rows(name: str, t: Tensor | None) -> dict[str, Any]:
-    """t ``[B, L, ...]`` and the stride of its rows (b, t), which are contiguous in themselves; a copy if they are not."""
+    """t ``[B, L, ...]`` and the stride of its rows (b, t), each contiguous in itself; a copy where t is not so."""
     if t is None:
         return {}
     inner = t[0, 0].numel() if t.numel() else 1
