@@ -16,7 +16,11 @@ from typing import Any, NoReturn
 
 from recbole_ssm.errors import UserError, did_you_mean
 
-BENCHES = {"train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec"}
+BENCHES = {
+    "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
+    "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
+    "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
+}
 
 Row = dict[str, Any]
 

@@ -60,7 +60,10 @@ def test_any_shape_equals_the_reference(op, instruction_set, data):
     expected = values_and_gradients(op, "torch", tensors, keywords, torch.float64, cu_seqlens)
     found = values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens)
     for f, e in zip(found, expected):
-        assert_close(f, e, 5e-5)  # sums over thousands of positions that cancel, in float32
+        # a gradient of one number may cancel to nearly nothing, so its digits count from 1 on
+        torch.testing.assert_close(
+            f.double(), e, rtol=0, atol=3e-5 * max(1.0, e.abs().max().item() if e.numel() else 0)
+        )
 
 
 @each_op
