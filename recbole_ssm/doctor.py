@@ -49,6 +49,32 @@ def report() -> str:
     return "\n".join(lines + [f"  {line}" for line in missing])
 
 
+def numerics() -> str:
+    """The text that ``recbole-ssm doctor --numerics`` prints: every backend against the float64 reference."""
+    from recbole_ssm.bench import table
+    from recbole_ssm.ops import selftest
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = selftest.run(device)
+    rows = [
+        {
+            "op": r.op,
+            "backend": r.backend,
+            "value error": r.value_error,
+            "gradient error": r.gradient_error,
+            "ms": r.milliseconds,
+            "": "ok" if r.passed else "FAILED",
+        }
+        for r in results
+    ]
+    verdict = "all backends agree with the float64 reference"
+    if not all(r.passed for r in results):
+        verdict = "a backend is wrong on this machine; choose another with ssm_backend, and please report this table"
+    return (
+        f"float32 on {device}, forward and backward; errors relative to the largest entry\n\n{table(rows)}\n\n{verdict}"
+    )
+
+
 def _device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -33,10 +33,20 @@ def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable
     return register
 
 
-def available_backends() -> list[str]:
-    """Names of the backends that have at least one implementation on this machine."""
-    present = {backend for _, backend in _implementations}
+def available_backends(op: str | None = None) -> list[str]:
+    """Names of the backends that have an implementation of ``op``, or of any op, on this machine."""
+    present = {backend for name, backend in _implementations if op in (None, name)}
     return [backend for backend in BACKENDS if backend in present]
+
+
+def switch_off(backend: str) -> None:
+    """Take a backend out of every following choice, in this process: a self-test has found it wrong."""
+    global _selected
+    for op, name in list(_implementations):
+        if name == backend:
+            del _implementations[op, name]
+    if _selected == backend:
+        _selected = "auto"
 
 
 def set_backend(name: str) -> None:
