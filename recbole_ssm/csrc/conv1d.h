@@ -85,6 +85,7 @@ void conv_forward_task(void* context, i64 task, i64) {
       if (K == 3) conv_forward_tile<3>(call, taps, begin + first, steps, d);
       else if (K == 4) conv_forward_tile<4>(call, taps, begin + first, steps, d);
       else if (K == 5) conv_forward_tile<5>(call, taps, begin + first, steps, d);
+      else if (K == 7) conv_forward_tile<7>(call, taps, begin + first, steps, d);
       else conv_forward_tile<0>(call, taps, begin + first, steps, d);
     }
   }
@@ -157,6 +158,7 @@ void conv_backward_task(void* context, i64 task, i64 thread) {
         if (K == 3) conv_backward_tile<3>(call, taps, s, begin, first, steps, length, d, carried, grads, partial);
         else if (K == 4) conv_backward_tile<4>(call, taps, s, begin, first, steps, length, d, carried, grads, partial);
         else if (K == 5) conv_backward_tile<5>(call, taps, s, begin, first, steps, length, d, carried, grads, partial);
+        else if (K == 7) conv_backward_tile<7>(call, taps, s, begin, first, steps, length, d, carried, grads, partial);
         else conv_backward_tile<0>(call, taps, s, begin, first, steps, length, d, carried, grads, partial);
       }
     }
