@@ -16,6 +16,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, GRU4Rec, BERT4Rec ...)
       --dataset   ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
                   amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files under data_path
+      --resume    a checkpoint, or the folder of a run: go on from its newest whole checkpoint, byte for byte
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
@@ -43,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"recbole_ssm: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("recbole_ssm: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"recbole_ssm: interrupted; {interrupt}".rstrip("; "), file=sys.stderr)
+        return getattr(interrupt, "status", 130)
     return 0
 
 
@@ -53,10 +54,16 @@ def train(arguments: list[str]) -> None:
     """Train and test a model on a data set."""
     options = _join_values(arguments)
     files = _take(options, "config_files")
+    resume, allow_pickle = _take(options, "resume"), _take(options, "allow_pickle")
 
     from recbole_ssm.quick_start import run_recbole_ssm
 
-    run_recbole_ssm(config_file_list=files.split(), command_line=options)
+    run_recbole_ssm(
+        config_file_list=files.split(),
+        command_line=options,
+        resume=resume or None,
+        allow_pickle=allow_pickle.lower() == "true",
+    )
 
 
 def doctor(arguments: list[str]) -> None:
@@ -101,5 +108,6 @@ def _take(options: list[str], key: str) -> str:
     values = [option.partition("=")[2] for option in options if option.startswith(f"--{key}=")]
     options[:] = [option for option in options if not option.startswith(f"--{key}=")]
     if len(values) > 1:
-        raise UserError(f"--{key} is given twice; name all files in one: --{key}='{' '.join(values)}'")
+        hint = f"; name all files in one: --{key}='{' '.join(values)}'" if key == "config_files" else "; keep one"
+        raise UserError(f"--{key} is given twice{hint}")
     return values[0] if values else ""

@@ -24,7 +24,7 @@ compat.install()
 
 import recbole.config  # noqa: E402
 from recbole.evaluator import metric_types  # noqa: E402
-from recbole.utils import EvaluatorType  # noqa: E402
+from recbole.utils import EvaluatorType, InputType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
     evaluation_arguments,
@@ -32,20 +32,27 @@ from recbole.utils.argument_list import (  # noqa: E402
     training_arguments,
 )
 
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm import distributed  # noqa: E402
+from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
+from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
 
 _beside_the_package = Path(__file__).parent / "properties"
 PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("CE", "BPR"),
+    "loss_type": LOSS_TYPES,
+    "train_mode": (None, "packed", "prefix"),
+    "lr_scheduler_interval": ("epoch", "step"),
     "learner": ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam"),
     "residual": ("auto", True, False),
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,
 }
-AT_LEAST_ONE = ("epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers")
+AT_LEAST_ONE = (
+    "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
+)  # fmt: skip
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
     "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
@@ -157,7 +164,7 @@ class SSMConfig(recbole.config.Config):
         if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
             defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
-        if loss_type == "CE":  # RecBole's default samples negatives, and then refuses to run
+        if loss_type not in (None, "BPR"):  # RecBole's default samples negatives, and then refuses to run
             defaults["train_neg_sample_args"] = None
 
     def _get_final_config_dict(self) -> dict[str, Any]:
@@ -174,8 +181,36 @@ class SSMConfig(recbole.config.Config):
         if self.dataset != "ml-100k" or (folder / f"{self.dataset}.inter").is_file():
             # RecBole sends ml-100k to its bundled copy, whatever data_path says
             self.final_config_dict["data_path"] = str(folder)
+        self.final_config_dict.setdefault("MODEL_INPUT_TYPE", InputType.POINTWISE)  # RecBole knows CE and BPR alone
+        self._set_train_mode()
+
+    def _set_train_mode(self) -> None:
+        """Packed wherever the model can learn from all positions at once, unless something else is asked for."""
+        options = self.final_config_dict
+        refusal: str | None = f"{self.model} is RecBole's own, which reads one position of a row"
+        if issubclass(self.model_class, PackedRecommender):
+            refusal = self.model_class.all_positions_refusal(options)
+            options["packed_window"], options["packed_context"] = self.model_class.window_and_context(
+                options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
+            )
+        if options["transform"] is not None:
+            refusal = f"transform: {options['transform']} changes prefixes one by one"
+        if options["benchmark_filename"] is not None:
+            refusal = "benchmark_filename names files whose prefixes are written out"
+        if refusal and options["train_mode"] == "packed":
+            raise UserError(f"train_mode: packed is not possible, because {refusal}; take train_mode: prefix")
+        options["train_mode"] = options["train_mode"] or ("prefix" if refusal else "packed")
 
     def _init_device(self) -> None:
+        if distributed.launched():
+            self.final_config_dict["device"] = distributed.start(
+                bool(self.final_config_dict["use_gpu"]) and torch.cuda.is_available()
+            )
+            # what RecBole does with several processes is not what is done here, so it is told of one
+            self.final_config_dict |= {"single_spec": True, "local_rank": distributed.rank()}
+            if distributed.rank():
+                self.final_config_dict |= {"state": "ERROR", "show_progress": False}
+            return
         if "gpu_id" not in self.external_config_dict and "CUDA_VISIBLE_DEVICES" in os.environ:
             # RecBole overwrites the user's own choice of GPUs with its default
             self.final_config_dict["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -219,11 +254,22 @@ class SSMConfig(recbole.config.Config):
                 hint = did_you_mean(str(value), [str(choice) for choice in choices])
                 raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}{hint}")
         for key in AT_LEAST_ONE:
-            if merged.get(key) is not None and merged[key] < 1:
-                raise UserError(f"{key}: must be at least 1, got {merged[key]}; try {key}: 1")
+            value = merged.get(key)
+            if value is not None and not isinstance(value, int):
+                raise UserError(f"{key}: must be a whole number, got {value!r}; try {key}: 1")
+            if value is not None and value < 1:
+                raise UserError(f"{key}: must be at least 1, got {value}; try {key}: 1")
         for key, value in merged.items():
             if key.endswith("dropout_prob") and not 0 <= value < 1:
                 raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
+        if merged.get("loss_type") not in (None, "CE", "BPR") and not issubclass(self.model_class, PackedRecommender):
+            raise UserError(f"loss_type: {self.model} is RecBole's own and knows CE and BPR, got {merged['loss_type']}")
+        if merged.get("gbce_t") is not None and not 0 <= merged["gbce_t"] <= 1:
+            raise UserError(f"gbce_t: must lie in [0, 1], got {merged['gbce_t']}; try gbce_t: 0.75")
+        if merged.get("negative_power") is not None and merged["negative_power"] < 0:
+            raise UserError(
+                f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75"
+            )
         if merged["learning_rate"] <= 0:
             raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
         if merged["eval_args"]["order"] != "TO":

@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from recbole_ssm import compat
+from recbole_ssm import compat, distributed
 
 compat.install()
 
-from recbole.data import data_preparation  # noqa: E402
 from recbole.utils import dict2str, init_logger, init_seed  # noqa: E402
 
 from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
+from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
-from recbole_ssm.trainer import get_trainer  # noqa: E402
+from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 
 __all__ = ["load_recommender", "run_recbole_ssm"]
 
@@ -47,6 +49,9 @@ def run_recbole_ssm(
     config_dict: Mapping[str, Any] | None = None,
     saved: bool = True,
     command_line: Iterable[str] = (),
+    resume: str | Path | None = None,
+    allow_pickle: bool = False,
+    hooks: Iterable[Hook] = (),
 ) -> dict[str, Any]:
     """Train and test a model on a data set, as recbole.quick_start.run_recbole does.
 
@@ -59,6 +64,12 @@ def run_recbole_ssm(
         config_dict: options; they win over files.
         saved: keep the best checkpoint, and test with it. Otherwise the last weights are tested.
         command_line: options as ``["--key=value", ...]``; they win over all else.
+        resume: go on from this checkpoint, or from the newest whole one of this folder. Model, data set and options
+            are those of its run; only what does not change the result (``epochs``, ``stopping_step``,
+            ``show_progress`` ...) may be given anew.
+        allow_pickle: let ``resume`` name one of RecBole's own ``.pth`` checkpoints, whose loading runs whatever code
+            the file holds. Take it only from whom you trust. Model, data set and options must then be given.
+        hooks: called during training and evaluation; see :class:`recbole_ssm.trainer.Hook`.
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
@@ -67,30 +78,40 @@ def run_recbole_ssm(
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to mend it.
     """
+    start = None if resume is None else _read_resume(Path(resume), allow_pickle)
+    if start is not None and "config" in start[1].info:
+        options = start[1].info["training"]["options"]
+        model, dataset = model or start[1].info["model"], dataset or start[1].info["config"]["dataset"]
+        config_dict = {**options, **(config_dict or {})}
     config = SSMConfig(model, dataset, config_file_list, config_dict, command_line)
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
-    init_logger(config)
+    if distributed.rank() == 0:
+        init_logger(config)
     logger = getLogger()
     logger.info(config)
 
     data = create_dataset(config)
     logger.info(data)
     with recbole_refusals(config["dataset"]):
-        train_data, valid_data, test_data = data_preparation(config, data)
+        train_data, valid_data, test_data = create_loaders(config, data)
 
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    init_seed(config["seed"], config["reproducibility"])
     with recbole_refusals(config["model"]):
         recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
     logger.info(recommender)
+    init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
     logger.info(
         f"{config['model']}: {parameters:,} trainable parameters on {config['device']}, "
-        f"{torch.get_num_threads()} CPU threads, seed {config['seed']}"
+        f"{torch.get_num_threads()} CPU threads, {distributed.world_size()} processes, seed {config['seed']}"
     )
+    logger.info(_training_plan(config, train_data))
 
     with recbole_refusals(config["learner"]):
-        trainer = get_trainer(config)(config, recommender)
+        trainer = SSMTrainer(config, recommender, hooks)
+    if start is not None:
+        trainer.restore(*start)
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -100,6 +121,7 @@ def run_recbole_ssm(
     logger.info(f"test result: {dict2str(test_result)}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
+    distributed.stop()
     return {
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
@@ -107,3 +129,29 @@ def run_recbole_ssm(
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
+
+
+def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:
+    if path.suffix != ".pth":
+        return checkpoint.newest(path) if path.is_dir() else (path, checkpoint.read(path))
+    if not allow_pickle:
+        raise UserError(
+            f"resume: {path} is a pickle, and loading one runs whatever code is in it; if you trust who made it, "
+            "say --allow_pickle=True"
+        )
+    getLogger().warning(f"{path} is a pickle: loading it runs whatever code is in it")
+    return path, checkpoint.read_pickle(path)
+
+
+def _training_plan(config: SSMConfig, loader: TrainLoader) -> str:
+    """What an epoch is, in words."""
+    plan = loader.plan
+    text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(loader.steps):,} steps of {loader.step}"
+    if not isinstance(plan, Windows):
+        return f"{text}, each with its own history"
+    order = plan.epoch(np.random.default_rng(0))
+    positions = int(plan.work(order[:, :2]).sum())
+    return (
+        f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
+        f"{config['packed_context']} events of context; {positions / plan.total:.2f} positions a target"
+    )

@@ -93,7 +93,7 @@ def test_config_files_name_model_and_data_set(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("model: GRU4Rec\ndataset: toy\nepochs: 1\nshow_progress: False\n")
     (tmp_path / "b.yaml").write_text(f"data_path: {REPOSITORY / 'dataset'}\n")
     assert main(["--config_files", "a.yaml b.yaml"]) == 0
-    assert list((tmp_path / "saved").glob("GRU4Rec-toy-*.safetensors"))
+    assert list((tmp_path / "saved").glob("GRU4Rec-toy-*/best.safetensors"))
 
 
 @pytest.mark.parametrize(

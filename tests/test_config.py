@@ -201,7 +201,51 @@ def test_frozen_keys():
     """A new key is a promise: it belongs in the README and in CHANGELOG.md, and then here."""
     ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
     assert sorted(ours) == [
-        "d_conv", "d_state", "dropout_prob", "dt_init", "expand", "head_dim", "hidden_size", "initializer_range",
-        "loss_type", "n_groups", "num_layers", "readout", "residual",
+        "d_conv", "d_state", "dropout_prob", "dt_init", "expand", "gbce_t", "head_dim", "hidden_size",
+        "initializer_range", "loss_type", "n_groups", "negative_power", "num_layers", "num_negatives", "readout",
+        "residual",
     ]  # fmt: skip
-    assert {"legacy_time_order", "ssm_backend"} <= set(yaml.safe_load((PROPERTIES / "overall.yaml").read_text()))
+    assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
+        "checkpoint_keep", "checkpoint_steps", "dataset", "eval_args", "gradient_accumulation_steps",
+        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
+        "measure_latency", "metrics", "model", "packed_window", "ssm_backend", "train_mode", "valid_metric",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            "Hydra4Rec",
+            {"train_mode": "packed"},
+            "train_mode: packed is not possible, because Hydra4Rec is bidirectional",
+        ),
+        ("2Mamba4Rec", {"train_mode": "packed", "readout": "mean"}, "because readout: mean takes a history as one"),
+        ("GRU4Rec", {"train_mode": "packed"}, "because GRU4Rec is RecBole's own, which reads one position of a row"),
+        ("SASRec", {"train_mode": "packed", "transform": "crop_itemseq"}, "because transform: crop_itemseq changes"),
+        ("SASRec", {"train_mode": "paked"}, "train_mode: 'paked' is not one of None, packed, prefix; did you mean"),
+        ("GRU4Rec", {"loss_type": "gBCE"}, "loss_type: GRU4Rec is RecBole's own and knows CE and BPR, got gBCE"),
+        ("Mamba4Rec", {"gbce_t": 2.0}, "gbce_t: must lie in"),
+        ("Mamba4Rec", {"negative_power": -1.0}, "negative_power: must be 0 or more"),
+        ("Mamba4Rec", {"packed_window": 0}, "packed_window: must be at least 1, got 0"),
+        ("Mamba4Rec", {"checkpoint_steps": "often"}, "checkpoint_steps: must be a whole number, got 'often'"),
+    ],
+)
+def test_training_keys_are_checked(model, options, message):
+    with pytest.raises(UserError) as caught:
+        config(model, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "window", "context"),
+    [
+        ("Mamba4Rec", "packed", 20, 20),
+        ("SASRec", "packed", 10, 11),
+        ("Hydra4Rec", "prefix", 20, 20),
+        ("GRU4Rec", "prefix", None, None),
+    ],
+)
+def test_train_mode_follows_the_model(model, mode, window, context):
+    found = config(model)
+    assert (found["train_mode"], found["packed_window"], found["packed_context"]) == (mode, window, context)

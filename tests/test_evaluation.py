@@ -8,7 +8,7 @@ from recbole.data import data_preparation
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.model import get_model
-from recbole_ssm.trainer import get_trainer
+from recbole_ssm.trainer import SSMTrainer
 
 
 def test_metrics_equal_recboles_and_their_definitions(toy):
@@ -19,7 +19,7 @@ def test_metrics_equal_recboles_and_their_definitions(toy):
     _, _, test = data_preparation(config, create_dataset(config))
     torch.manual_seed(3)
     model = get_model("Mamba4Rec")(config, test._dataset).eval()
-    found = get_trainer(config)(config, model).evaluate(test, load_best_model=False)
+    found = SSMTrainer(config, model).evaluate(test, load_best_model=False)
     assert found == Trainer(config, model).evaluate(test, load_best_model=False)
     hit = ndcg = mrr = 0.0
     data = test._dataset.inter_feat

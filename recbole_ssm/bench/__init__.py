@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.files import write_json
 
 BENCHES = {
+    "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
@@ -57,16 +57,6 @@ def table(rows: Sequence[Row]) -> str:
     cells = [list(rows[0])] + [[_text(row[key]) for key in rows[0]] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
-
-
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _text(value: Any) -> str:

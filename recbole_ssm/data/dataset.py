@@ -28,6 +28,8 @@ import recbole.data.dataset  # noqa: E402
 from recbole.data.dataset import SequentialDataset  # noqa: E402
 from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
+from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
+
 TIMEOUT = 30  # seconds without a byte before a download counts as dead
 
 
@@ -55,7 +57,9 @@ class SSMDataset(SequentialDataset):
     - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
     - events are sorted by time in float64, stably: events of one time keep the order of the file. RecBole rounds to
       float32 first, 64 s and coarser (``legacy_time_order: true`` brings that back);
-    - a data set that is missing is downloaded whole or not at all.
+    - a data set that is missing is downloaded whole or not at all;
+    - prefixes are gathered batch by batch (:class:`recbole_ssm.data.prefixes.Prefixes`), the same rows in the same
+      order; RecBole stores them all, padded.
     """
 
     inter_feat: Any  # a DataFrame while it is read and filtered, an Interaction afterwards
@@ -168,8 +172,85 @@ class SSMDataset(SequentialDataset):
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
             # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
             order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
-            self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+            for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
+                self.inter_feat[column] = self.inter_feat[column].array[order]
+            self.inter_feat.reset_index(drop=True, inplace=True)
         super()._change_feat_format()
+
+    def data_augmentation(self) -> None:
+        """Index every history and its next event, where RecBole writes them out."""
+        if super().data_augmentation.__func__ is not SequentialDataset.data_augmentation:
+            super().data_augmentation()  # a model whose rows hold more, such as DIEN's
+            return
+        self._aug_presets()
+        self._check_field("uid_field", "time_field")
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        self.inter_feat = Prefixes.of_events(
+            self.inter_feat.interaction,
+            self.uid_field,
+            self.max_item_list_len,
+            list_suffix=self.config["LIST_SUFFIX"],
+            length_field=self.item_list_length_field,
+        )
+
+    def leave_one_out(self, group_by: str, leave_one_mode: str) -> list[Any]:
+        """As RecBole's, without its lists of Python numbers."""
+        held_out = {"valid_and_test": 2, "valid_only": 1, "test_only": 1}.get(leave_one_mode)
+        if not isinstance(self.inter_feat, Prefixes) or held_out is None:
+            return super().leave_one_out(group_by, leave_one_mode)
+        order, position, count = self._groups(group_by)
+        part = held_out - (count - position) + 1  # the newest row of a group goes to the last part
+        part = np.where(position > 0, part.clip(min=0), 0)
+        if held_out == 1:
+            part *= 1 if leave_one_mode == "valid_only" else 2
+        return self._parts(order, part)
+
+    def split_by_ratio(self, ratios: list[float], group_by: str | None = None) -> list[Any]:
+        """As RecBole's, without its lists of Python numbers."""
+        if not isinstance(self.inter_feat, Prefixes):
+            return super().split_by_ratio(ratios, group_by)
+        shares = [ratio / sum(ratios) for ratio in ratios]
+        if group_by is None:
+            order = position = np.arange(len(self), dtype=np.int32)
+            bounds = np.array([self._calcu_split_ids(len(self), shares)])
+            row_of_bounds = np.zeros(len(self), dtype=np.intp)
+        else:
+            order, position, count = self._groups(group_by)
+            sizes, row_of_bounds = np.unique(count, return_inverse=True)
+            bounds = np.array([self._calcu_split_ids(int(size), shares) for size in sizes])
+        part = sum(position >= bound[row_of_bounds] for bound in bounds.T)
+        return self._parts(order, part, len(shares))
+
+    def time_based_split(self, ratios: list[float], group_by: str) -> list[Any]:
+        """As RecBole's: rows after a moment test, and of each user's earlier rows the last share validates."""
+        if not isinstance(self.inter_feat, Prefixes):
+            return super().time_based_split(ratios, group_by)
+        train, _, test = (ratio / sum(ratios) for ratio in ratios)
+        times = self.inter_feat[self.time_field].numpy()
+        boundary = np.percentile(times, 100 * (1 - test))
+        order, position, count = self._groups(group_by)
+        early = times[order] <= boundary
+        starts = np.flatnonzero(position == 0)
+        early_count = np.repeat(np.add.reduceat(early, starts, dtype=np.int64), count[starts])
+        part = np.where(early, position >= (early_count * (train / (1 - test))).astype(np.int64), 2)
+        return self._parts(order, part)
+
+    def _groups(self, field: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows group by group, groups in the order of their first row: (rows, position in the group, its size)."""
+        key = self.inter_feat[field].numpy()
+        rank = np.full(int(key.max(initial=0)) + 1, len(key), dtype=np.int32)
+        rank[key[::-1]] = np.arange(len(key), dtype=np.int32)[::-1]  # of repeated keys the last one written stays
+        group = rank[key]
+        del key  # these arrays are as long as the data; each kept one too many counts
+        order = np.argsort(group, kind="stable").astype(np.int32)
+        first = np.flatnonzero(np.diff(group[order], prepend=-1)).astype(np.int32)
+        count = np.diff(first, append=np.int32(len(group)))
+        position = np.arange(len(group), dtype=np.int32) - np.repeat(first, count)
+        return order, position, np.repeat(count, count)
+
+    def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
+        self._drop_unused_col()
+        return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
 
     def _dataframe_to_interaction(self, data: Any) -> Any:
         with warnings.catch_warnings():

@@ -14,16 +14,29 @@ import recbole.model.sequential_recommender as recbole_models  # noqa: E402
 from recbole_ssm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
 from recbole_ssm.model.mamba4rec import Mamba4Rec  # noqa: E402
+from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.recommender import SSMRecommender  # noqa: E402
+from recbole_ssm.model.sasrec import SASRec  # noqa: E402
 from recbole_ssm.model.two_mamba4rec import TwoMamba4Rec  # noqa: E402
 
-MODELS: dict[str, type[SSMRecommender]] = {
+MODELS: dict[str, type[PackedRecommender]] = {
     "Mamba4Rec": Mamba4Rec,
     "2Mamba4Rec": TwoMamba4Rec,
     "Hydra4Rec": Hydra4Rec,
+    "SASRec": SASRec,  # in place of RecBole's: the same weights and scores, packed
 }
 
-__all__ = ["MODELS", "Hydra4Rec", "Mamba4Rec", "SSMRecommender", "TwoMamba4Rec", "get_model", "model_names"]
+__all__ = [
+    "MODELS",
+    "Hydra4Rec",
+    "Mamba4Rec",
+    "PackedRecommender",
+    "SASRec",
+    "SSMRecommender",
+    "TwoMamba4Rec",
+    "get_model",
+    "model_names",
+]
 
 
 def _recbole_models() -> dict[str, Any]:
@@ -34,7 +47,7 @@ def _recbole_models() -> dict[str, Any]:
 
 def model_names() -> list[str]:
     """Every name that ``--model`` takes: ours, then RecBole's sequential models."""
-    return [*MODELS, *sorted(_recbole_models())]
+    return [*MODELS, *sorted(set(_recbole_models()) - set(MODELS))]
 
 
 def get_model(name: str) -> Any:

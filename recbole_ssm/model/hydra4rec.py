@@ -30,6 +30,11 @@ class Hydra4Rec(SSMRecommender):
                 "for a bidirectional model take num_layers: 2 or readout: mean"
             )
 
+    @staticmethod
+    def all_positions_refusal(config: Any) -> str | None:
+        """A bidirectional model would see its targets."""
+        return "Hydra4Rec is bidirectional: within a whole history every position sees the target that it must predict"
+
     def build_mixer(self, config: Any) -> Hydra:
         """Hydra, sized by the config."""
         return Hydra(

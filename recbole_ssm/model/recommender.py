@@ -13,20 +13,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.model.loss import BPRLoss
 from torch import Tensor, nn
 
-from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Block, MixerState
-from recbole_ssm.ops.packing import cu_seqlens_of
+from recbole_ssm.model.loss import NextItemLoss
+from recbole_ssm.model.packed import PackedRecommender, pack
 
 
-class SSMRecommender(SequentialRecommender):
+class SSMRecommender(PackedRecommender):
     """Item embedding, blocks of a state-space mixer, readout, dot product with the item embeddings.
 
-    Rows are packed before anything is computed: padding costs nothing and cannot influence a score. Where the readout
-    is the last position, the last block computes nothing else; this is exact.
+    Where the readout is the last position, the last block computes nothing else; this is exact.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -37,7 +34,6 @@ class SSMRecommender(SequentialRecommender):
         self.num_layers = config["num_layers"]
         self.dropout_prob = config["dropout_prob"]
         self.initializer_range = config["initializer_range"]
-        self.loss_type = config["loss_type"]
         self.readout = config["readout"]
         residual = config["residual"]
         if residual == "auto":  # Mamba4Rec's published rule
@@ -52,12 +48,7 @@ class SSMRecommender(SequentialRecommender):
             for _ in range(self.num_layers)
         ]
         self.blocks: Any = nn.ModuleList(blocks)
-        if self.loss_type == "BPR":
-            self.loss_fct: Any = BPRLoss()
-        elif self.loss_type == "CE":
-            self.loss_fct = nn.CrossEntropyLoss()
-        else:
-            raise UserError(f"loss_type: '{self.loss_type}' is not one of BPR, CE")
+        self.loss = NextItemLoss(config, dataset, self.n_items)
 
         # parameters initialization
         self.apply(self._init_weights)
@@ -81,17 +72,13 @@ class SSMRecommender(SequentialRecommender):
         embedded: Tensor = self.norm(self.dropout(self.item_embedding(items)))
         return embedded
 
+    @staticmethod
+    def all_positions_refusal(config: Any) -> str | None:
+        """A mean over the history is not what a position within it gives."""
+        return "readout: mean takes a history as one" if config["readout"] == "mean" else None
+
     def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
-        """Outputs of the last block for packed histories.
-
-        Args:
-            items_L: item ids of all histories, end to end ``[total]``.
-            cu_seqlens: bounds of the histories ``[S + 1]``.
-            last_only: give the last position of each history alone.
-
-        Returns:
-            ``[total, hidden_size]``, or ``[S, hidden_size]`` with ``last_only``.
-        """
+        """As :meth:`PackedRecommender.encode`."""
         u = self.embed(items_L)[None]  # [1, total, hidden_size]
         for block in self.blocks[:-1]:
             u, _ = block(u, cu_seqlens=cu_seqlens)
@@ -100,11 +87,9 @@ class SSMRecommender(SequentialRecommender):
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each ``[B, hidden_size]``."""
-        real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
-        cu_seqlens = cu_seqlens_of(item_seq_len)
         if self.readout == "last":
-            return self.encode(item_seq[real], cu_seqlens, last_only=True)
-        outputs = self.encode(item_seq[real], cu_seqlens)
+            return super().forward(item_seq, item_seq_len)
+        outputs = self.encode(*pack(item_seq, item_seq_len))
         row = torch.arange(len(item_seq), device=item_seq.device).repeat_interleave(item_seq_len)
         sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
         return sums / item_seq_len.clamp(min=1)[:, None]
@@ -124,26 +109,3 @@ class SSMRecommender(SequentialRecommender):
             u, new = block.step(u, before)
             after.append(new)
         return u, after
-
-    def calculate_loss(self, interaction: Any) -> Tensor:
-        """Mean loss of a batch: BPR against the sampled negatives, or cross-entropy over all items."""
-        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])  # [B, hidden_size]
-        target = interaction[self.POS_ITEM_ID]
-        loss: Tensor
-        if self.loss_type == "BPR":
-            positive = (output * self.item_embedding(target)).sum(-1)
-            negative = (output * self.item_embedding(interaction[self.NEG_ITEM_ID])).sum(-1)
-            loss = self.loss_fct(positive, negative)
-        else:
-            loss = self.loss_fct(output @ self.item_embedding.weight.T, target)
-        return loss
-
-    def predict(self, interaction: Any) -> Tensor:
-        """Scores ``[B]`` of one item a row."""
-        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return (output * self.item_embedding(interaction[self.ITEM_ID])).sum(-1)
-
-    def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores ``[B, V]`` of all items."""
-        output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return output @ self.item_embedding.weight.T

@@ -114,6 +114,8 @@ class _SavedConfig(dict[str, Any]):
 class _SavedCatalogue:
     """As much of a data set as a sequential model of items alone asks for."""
 
+    item_counter: dict[int, int] = {}  # only a training loss reads it
+
     def __init__(self, name: str, sizes: dict[str, int]) -> None:
         self._name, self._sizes = name, sizes
 

@@ -1,5 +1,7 @@
 """Training on recbole.trainer.Trainer."""
 
-from recbole_ssm.trainer.trainer import SSMTrainer, get_trainer
+from recbole_ssm.trainer.hooks import Hook
+from recbole_ssm.trainer.latency import Latency
+from recbole_ssm.trainer.trainer import Interrupted, SSMTrainer
 
-__all__ = ["SSMTrainer", "get_trainer"]
+__all__ = ["Hook", "Interrupted", "Latency", "SSMTrainer"]

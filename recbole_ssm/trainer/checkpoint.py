@@ -1,33 +1,40 @@
 """Checkpoints: one safetensors file, tensors and a JSON header; loading one never runs code.
 
-The header's metadata holds one entry, ``recbole_ssm``: JSON with the format's version, the model's name, its plain
-configuration, the item catalogue and the state of training. A file is whole or absent: it is written under a temporary
-name, flushed to the disk and renamed.
+The header's metadata holds two entries. ``recbole_ssm`` is JSON with the format's version, the model's name, its plain
+configuration, the item catalogue and the state of training; ``sha256`` is the digest of that text and of all tensors,
+so that a damaged file is known as such. A file is whole or absent: it is written under a temporary name, flushed to
+the disk and renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
+import re
 from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".safetensors"
+BEST = "best" + SUFFIX
 
 
 class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
     tensors: dict[str, Tensor]
-    """``model.<parameter>`` and, if training state was saved, ``optimizer.<index>.<name>``; on the CPU."""
+    """``model.<parameter>``; to train on, ``optimizer.<index>.<name>`` and ``rng.<process>.<name>``; on the CPU."""
     info: dict[str, Any]
     """Everything else; JSON."""
 
@@ -44,40 +51,139 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
         OSError: the disk is full or the folder cannot be written; a former file of that name is left whole.
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    content = save(plain, metadata={"recbole_ssm": json.dumps({"format": FORMAT, **info})})
+    text = json.dumps({"format": FORMAT, **info})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        try:
+            save_file(plain, temporary, metadata={"recbole_ssm": text, "sha256": _digest(plain, text)})
+        except SafetensorError as error:  # that is how its writer reports a failing disk
+            raise OSError(str(error)) from error
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, f"checkpoint {path} was not written: {error.strerror or error}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        UserError: the file is missing, cut short, damaged, of another kind, or of a later version of this package.
+        UserError: the file is missing, cut short, damaged, of another kind, or of another version of this package.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path}: there is no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get("recbole_ssm")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata.get("recbole_ssm")
         info = json.loads(text) if text is not None else None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"checkpoint {path}: cut short or damaged ({reason}); take another one") from error
-    if not isinstance(info, dict) or not isinstance(info.get("format"), int):
+    if text is None or not isinstance(info, dict) or not isinstance(info.get("format"), int):
         raise UserError(f"checkpoint {path}: a safetensors file, but none that recbole_ssm wrote")
-    if info["format"] > FORMAT:
+    if info["format"] != FORMAT:
+        other = "a later" if info["format"] > FORMAT else "an earlier"
         raise UserError(
-            f"checkpoint {path}: written by a later recbole_ssm (format {info['format']}); upgrade to read it"
+            f"checkpoint {path}: written by {other} recbole_ssm (format {info['format']}, here {FORMAT}); "
+            "read it with that version"
         )
+    if metadata.get("sha256") != _digest(tensors, text):
+        raise UserError(f"checkpoint {path}: damaged (its content is not what was written); take another one")
     return Checkpoint(tensors, info)
+
+
+def read_pickle(path: Path) -> Checkpoint:
+    """Read weights, optimiser and epoch from RecBole's own ``.pth``. This runs whatever code the file holds."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        weights, optimizer = saved["state_dict"], saved["optimizer"]
+        best = float(saved["best_valid_score"])
+        name, epoch, patience = saved["config"]["model"], int(saved["epoch"]), int(saved["cur_step"])
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path}: not one of RecBole's ({error})") from error
+    except (AttributeError, ImportError) as error:
+        raise UserError(f"checkpoint {path}: its pickle asks for code that is not here ({error})") from error
+    tensors = {f"model.{key}": value for key, value in weights.items()}
+    state_tensors, state = flatten_optimizer(optimizer)
+    training = {"epoch": epoch + 1, "cur_step": patience, "best_valid_score": best, "optimizer": state}
+    return Checkpoint({**tensors, **state_tensors}, {"model": name, "training": training})
+
+
+def newest(folder: Path) -> tuple[Path, Checkpoint]:
+    """The checkpoint of a run's folder that is furthest in training, and whole.
+
+    Raises:
+        UserError: there is none.
+    """
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(rf"step-(\d+){SUFFIX}", p.name))]
+    paths = [path for _, path in sorted(numbered, reverse=True)] + [folder / BEST]
+    for path in paths:
+        try:
+            return path, read(path)
+        except UserError as error:
+            if path.exists():
+                getLogger().warning(f"{error}; trying an earlier one")
+    raise UserError(f"folder {folder}: no checkpoint that could be read; a run's folder holds step-*{SUFFIX}")
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """The name of the checkpoint after so many steps of a run."""
+    return folder / f"step-{step:09d}{SUFFIX}"
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the newest ``count`` of a run's numbered checkpoints."""
+    for path in sorted(folder.glob(f"step-*{SUFFIX}"))[:-count]:
+        path.unlink(missing_ok=True)
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors, named ``optimizer.<index>.<name>``, and JSON for all else."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                others.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": plain(state_dict["param_groups"]), "others": plain(others)}
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in info["others"].items()}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, entry = rest.partition(".")
+            state.setdefault(int(index), {})[entry] = tensor
+    return {"state": state, "param_groups": info["param_groups"]}
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's terms; what JSON cannot hold (an enum, a device) becomes its text."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) or (hasattr(value, "__float__") and not isinstance(value, Tensor)):
+        return float(value)
+    return str(value)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,117 +1,537 @@
-"""RecBole's trainer, with checkpoints that are safe to load."""
+"""Training any sequential model: RecBole's Trainer, resumable at every step."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import itertools
+import inspect
 import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
-from recbole_ssm import compat
-from recbole_ssm.errors import UserError
+from recbole_ssm import compat, distributed
+from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.trainer import checkpoint
+from recbole_ssm.trainer.checkpoint import plain
+from recbole_ssm.trainer.hooks import Hook
+from recbole_ssm.trainer.latency import Latency, peak_memory
 
 compat.install()
 
-import recbole.utils  # noqa: E402
+from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
 from recbole.trainer import Trainer  # noqa: E402
+from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
+
+from recbole_ssm.data.loader import Step, TrainLoader  # noqa: E402
 
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
+# What a resumed run may change without being another run.
+FREE_KEYS = {
+    *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
+    "use_gpu", "checkpoint_steps", "checkpoint_keep", "measure_latency", "log_wandb", "wandb_project", "local_rank",
+    "metric_decimal_place", "loss_decimal_place",
+}  # fmt: skip
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came, and a checkpoint to go on from is written; ``status`` is the exit status."""
+
+    def __init__(self, signal_number: int, text: str) -> None:
+        super().__init__(text)
+        self.status = 128 + signal_number
 
 
 class SSMTrainer(Trainer):
-    """recbole.trainer.Trainer, whose checkpoints are safetensors files (:mod:`recbole_ssm.trainer.checkpoint`).
+    """recbole.trainer.Trainer for every sequential model, whose runs can be killed at any batch and go on.
 
-    A checkpoint is self-contained for recommending: it carries the catalogue, so that neither data set nor training
-    machine is needed to use it.
+    What differs: batches come from :class:`recbole_ssm.data.loader.TrainLoader`; gradients may be accumulated over the
+    parts of a step; the gradient scaler lives as long as the run and gradients are unscaled before they are clipped;
+    several processes divide each step and each evaluation, and give one process's metrics; checkpoints hold all that
+    the next step depends on. A checkpoint is also self-contained for recommending: it carries the catalogue.
+
+    A run has a folder ``<checkpoint_dir>/<model>-<dataset>-<time>/`` with ``best.safetensors`` and the newest
+    ``step-<n>.safetensors``.
+
+    Args:
+        config: the configuration.
+        model: the model, on its device.
+        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists.
     """
 
-    def __init__(self, config: Any, model: Any) -> None:
+    def __init__(self, config: Any, model: Any, hooks: Iterable[Hook] = ()) -> None:
         super().__init__(config, model)
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        stem = f"{config['model']}-{config['dataset']}-{stamp}"
-        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
-        paths = (Path(self.checkpoint_dir) / (name + checkpoint.SUFFIX) for name in names)
-        self.saved_model_file = str(next(path for path in paths if not path.exists()))
+        self.best_valid_score: float
+        self.cur_step: int
+        self.item_tensor: Any
+        self.hooks = list(hooks)
+        self.folder: Path | None = None
         self.catalogue: dict[str, Any] = {}
+        self.fingerprint = ""
+        self.global_step = 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
+        self.scheduler = self._build_scheduler()
+        self._loss: Any = _Loss(model)
+        if distributed.world_size() > 1:
+            self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
+        # where the next step stands: epoch, steps and targets of it that are done, sum of their losses
+        self._position: dict[str, Any] = {"epoch": 0, "number": 0, "seen": 0, "loss": []}
+        self._rng: dict[str, torch.Tensor] | None = None  # the random states to save, where not those of the moment
+        self._signal = 0
+        self._finished = False
+        if config["measure_latency"]:
+            self.hooks.append(Latency())
 
-    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """As RecBole's; returns (best validation score, best validation result)."""
+    # --- fit ---------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_data: TrainLoader,
+        valid_data: Any = None,
+        verbose: bool = True,
+        saved: bool = True,
+        show_progress: bool = False,
+        callback_fn: Any = None,
+    ) -> tuple[float, Any]:
+        """As RecBole's; returns (best validation score, best validation result).
+
+        Raises:
+            UserError: the loss is not finite, or the checkpoint to go on from is of other data.
+            Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment is there.
+        """
         self.catalogue = catalogue_of(train_data._dataset)
-        return super().fit(train_data, *args, **kwargs)
+        fingerprint = train_data.fingerprint()
+        if self.fingerprint not in ("", fingerprint):
+            raise UserError("resume: the training data is not what it was when the checkpoint was written")
+        self.fingerprint = fingerprint
+        self.eval_collector.data_collect(train_data)
+        if self.config["train_neg_sample_args"].get("dynamic", False):
+            train_data.get_model(self.model)
+        self._notify("on_fit_start", train_data)
+        with self._signals(saved):
+            if self._rng is not None:
+                set_random_states(self._rng)
+                self._rng = None
+            for epoch in range(self._position["epoch"], self.epochs):
+                if self._finished:
+                    break
+                self._run_epoch(train_data, valid_data, epoch, verbose, saved, show_progress, callback_fn)
+        self._add_hparam_to_tensorboard(self.best_valid_score)
+        self._notify("on_fit_end")
+        return self.best_valid_score, self.best_valid_result
 
+    def _run_epoch(
+        self, train_data: Any, valid_data: Any, epoch: int, verbose: bool, saved: bool, progress: bool, callback: Any
+    ) -> None:
+        """Train, evaluate, and save what came of it."""
+        begin = time.time()
+        losses = self._train_epoch(train_data, epoch, show_progress=progress)
+        self.train_loss_dict[epoch] = sum(losses) if isinstance(losses, tuple) else losses
+        if verbose:
+            self.logger.info(self._generate_train_loss_output(epoch, begin, time.time(), losses))
+        self._add_train_loss_to_tensorboard(epoch, losses)
+        self.wandblogger.log_metrics({"epoch": epoch, "train_loss": losses, "train_step": epoch}, head="train")
+        improved, score = not valid_data, None
+        if valid_data and (epoch + 1) % self.eval_step == 0:
+            self._rng = random_states()  # a signal from here on repeats the evaluation
+            improved, score = self._validate(valid_data, epoch, verbose, progress)
+            self._rng = None
+        self._schedule("epoch", score)
+        self._position = {"epoch": epoch + 1, "number": 0, "seen": 0, "loss": []}
+        if saved:
+            if improved:
+                self._save_checkpoint(epoch, verbose=verbose)
+            self._save_step()
+        if callback and score is not None:
+            callback(epoch, score)
+
+    def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
+        begin = time.time()
+        score, result = self._valid_epoch(valid_data, show_progress=progress)
+        self.best_valid_score, self.cur_step, self._finished, improved = early_stopping(
+            score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
+        )
+        if improved:
+            self.best_valid_result = result
+        if verbose:
+            self.logger.info(f"epoch {epoch} evaluating [time: {time.time() - begin:.2f}s, valid_score: {score:f}]")
+            self.logger.info(f"valid result: \n{dict2str(result)}")
+            if self._finished:
+                best = epoch - self.cur_step * self.eval_step
+                self.logger.info(f"Finished training, best eval result in epoch {best}")
+        self.tensorboard.add_scalar("Vaild_score", score, epoch)  # RecBole's spelling, which its users' plots read
+        self.wandblogger.log_metrics({**result, "valid_step": epoch // self.eval_step}, head="valid")
+        return improved, score
+
+    def _train_epoch(
+        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
+    ) -> float | tuple[float, ...]:
+        """The steps that are left of an epoch; the sum of their losses, of each term where a model gives several."""
+        self.model.train()
+        self._notify("on_epoch_start", epoch_idx)
+        position = self._position
+        train_data.steps.begin(epoch_idx, position["number"], position["seen"])
+        done = position["number"]
+        bar = tqdm(
+            train_data,
+            initial=done,
+            total=done + len(train_data.steps),
+            desc=f"Train {epoch_idx:>5}",
+            unit="step",
+            disable=not show_progress,
+        )
+        begin, first_seen = time.perf_counter(), position["seen"]
+        for step in bar:
+            losses = self._run_step(step, loss_func)
+            before = position["loss"] or [0.0] * len(losses)
+            self._position = position = {
+                "epoch": epoch_idx,
+                "number": step.number + 1,
+                "seen": step.seen,
+                "loss": [a + b for a, b in zip(before, losses)],
+            }
+            if show_progress:
+                rate = (step.seen - first_seen) / (time.perf_counter() - begin)
+                memory = peak_memory(self.device) / 2**20
+                bar.set_postfix_str(f"loss {sum(losses):.4f}, {rate:,.0f} targets/s, {memory:,.0f} MiB", refresh=False)
+            every = self.config["checkpoint_steps"]
+            if every and self.folder and self.global_step % every == 0:
+                self._save_step()
+            self._stop_if_asked()
+        total = position["loss"]
+        self._notify("on_epoch_end", epoch_idx, sum(total) / max(position["number"], 1))
+        return tuple(total) if len(total) > 1 else (total[0] if total else 0.0)
+
+    def _run_step(self, step: Step, loss_func: Any = None) -> list[float]:
+        """One step of the optimiser; the terms of its loss."""
+        compute = loss_func or self._loss
+        step = step._replace(parts=[part._replace(batch=part.batch.to(self.device)) for part in step.parts])
+        self._notify("on_step_start", step)
+        self.optimizer.zero_grad()
+        terms: list[float] = []
+        for number, (weight, batch) in enumerate(step.parts):
+            last = number == len(step.parts) - 1
+            alone = contextlib.nullcontext() if last or not hasattr(compute, "no_sync") else compute.no_sync()
+            with alone:  # the processes' gradients meet in the last part
+                with torch.autocast(self.device.type, enabled=self.enable_amp):
+                    losses = compute(batch)
+                losses = losses if isinstance(losses, tuple) else (losses,)
+                loss: Any = sum(losses)
+                self._check_nan(loss, step)
+                self.scaler.scale(weight * loss).backward()
+            found = [weight * term.item() for term in losses]
+            terms = [a + b for a, b in zip(terms, found)] if terms else found
+        self.scaler.unscale_(self.optimizer)
+        self._notify("on_gradients", step)
+        if self.clip_grad_norm:
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.global_step += 1
+        self._schedule("step")
+        terms = distributed.mean(terms)
+        self._notify("on_step_end", step, sum(terms))
+        return terms
+
+    def _check_nan(self, loss: torch.Tensor, step: Step | None = None) -> None:
+        if torch.isfinite(loss):
+            return
+        where = f"epoch {self._position['epoch']}, step {step.number}" if step else "training"
+        kept = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        raise UserError(
+            f"{where}: the training loss became {loss.item()}; try a smaller learning_rate than {self.learning_rate} "
+            f"or clip_grad_norm: {{'max_norm': 5}}{kept}"
+        )
+
+    # --- evaluate ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
     ) -> Any:
         """As RecBole's; returns the metrics. ``load_best_model`` takes the checkpoint's weights first."""
+        if not eval_data:
+            return None
         if load_best_model:
-            path = Path(model_file or self.saved_model_file)
+            path = Path(distributed.broadcast(model_file or self.saved_model_file))
             load_weights(self.model, checkpoint.read(path), path)
             self.logger.info(f"Loading model structure and parameters from {path}")
-        return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
+        self.model.eval()
+        full = isinstance(eval_data, FullSortEvalDataLoader)
+        score_batch = self._full_sort_batch_eval if full else self._neg_sample_batch_eval
+        if full and self.item_tensor is None:
+            self.item_tensor = eval_data._dataset.get_item_feature().to(self.device)
+        if self.config["eval_type"] == EvaluatorType.RANKING:
+            self.tot_item_num = eval_data._dataset.item_num
+        self._notify("on_evaluation_start")
+        for batch in tqdm(eval_data, desc="Evaluate", unit="batch", disable=not show_progress):
+            self._notify("on_evaluation_batch_start")
+            interaction, scores, positive_u, positive_i = score_batch(batch)
+            self._notify("on_scores", len(scores))
+            self.eval_collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
+            self._notify("on_evaluation_batch_end", len(scores))
+            if distributed.world_size() == 1:  # several need not have the same number of batches
+                self._stop_if_asked()
+        self.eval_collector.model_collect(self.model)
+        collected = self.eval_collector.get_data_struct()
+        if full:
+            for key in ("rec.topk", "rec.items", "rec.meanrank", "rec.score"):
+                if key in collected:
+                    collected.set(key, distributed.gather_rows(collected.get(key)))
+        result = self.evaluator.evaluate(collected)
+        self.wandblogger.log_eval_metrics(result, head="eval")
+        self._notify("on_evaluation_end", result)
+        return result
 
-    def resume_checkpoint(self, resume_file: str) -> None:
-        """Take weights, optimiser, epoch and best score from a checkpoint of the same model."""
-        path = Path(resume_file)
-        saved = checkpoint.read(path)
-        training = saved.info.get("training")
-        if training is None or saved.info.get("model") != self.config["model"]:
-            raise UserError(f"checkpoint {path}: of {saved.info.get('model')}, cannot resume {self.config['model']}")
-        load_weights(self.model, saved, path)
-        self.start_epoch, self.cur_step = training["epoch"] + 1, training["cur_step"]
-        self.best_valid_result = training["best_valid_result"]
-        if training["best_valid_score"] is not None:
-            self.best_valid_score = training["best_valid_score"]
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in saved.tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                index, _, entry = rest.partition(".")
-                state.setdefault(int(index), {})[entry] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": training["param_groups"]})
-        self.saved_model_file = str(path)
-        self.logger.info(f"Checkpoint loaded. Resume training from epoch {self.start_epoch}")
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _check_nan(self, loss: torch.Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the training loss became {loss.item()}; try a smaller learning_rate than {self.learning_rate} "
-                "or clip_grad_norm: {'max_norm': 5}"
-            )
+    def open_folder(self) -> Path:
+        """The folder of this run, made on the first call; no two runs share one."""
+        if self.folder is None and distributed.rank() == 0:
+            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+            stem = f"{self.config['model']}-{self.config['dataset']}-{stamp}"
+            for attempt in range(1, 1000):
+                folder = Path(self.checkpoint_dir) / (stem if attempt == 1 else f"{stem}-{attempt}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True)
+                    self.folder = folder
+                    break
+        self.folder = distributed.broadcast(self.folder)
+        self.saved_model_file = str(self.folder / checkpoint.BEST)
+        return self.folder
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        if not self.config["single_spec"] and self.config["local_rank"] != 0:
-            return
-        path = Path(kwargs.pop("saved_model_file", self.saved_model_file))
-        optimizer = self.optimizer.state_dict()
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for index, entries in optimizer["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-        best = float(self.best_valid_score)
-        info = {
-            "model": self.config["model"],
-            "config": plain({k: v for k, v in self.config.final_config_dict.items() if k not in MACHINE_KEYS}),
-            "catalogue": self.catalogue,
-            "training": {
-                "epoch": epoch,
-                "cur_step": self.cur_step,
-                "best_valid_score": best if math.isfinite(best) else None,
-                "best_valid_result": plain(self.best_valid_result),
-                "param_groups": plain(optimizer["param_groups"]),
-            },
-        }
-        checkpoint.write(path, tensors, info)
+        """Write the best checkpoint."""
+        path = self.open_folder() / checkpoint.BEST
+        self._write(path)
         if verbose:
             self.logger.info(f"Saving current: {path}")
 
+    def _save_step(self) -> None:
+        """Write the checkpoint of this moment, and drop the oldest."""
+        folder = self.open_folder()
+        self._write(checkpoint.step_file(folder, self.global_step))
+        if distributed.rank() == 0:
+            checkpoint.keep_newest(folder, self.config["checkpoint_keep"])
 
-def get_trainer(config: Any) -> type[SSMTrainer]:
-    """The trainer of a model: SSMTrainer, in front of RecBole's special one where the model has one."""
-    base = recbole.utils.get_trainer(config["MODEL_TYPE"], config["model"])
-    return SSMTrainer if base is Trainer else type(base.__name__, (SSMTrainer, base), {})
+    def _write(self, path: Path) -> None:
+        states = distributed.gather(self._rng or random_states())
+        if distributed.rank():
+            return
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        optimizer_tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
+        rng_tensors = {f"rng.{rank}.{name}": t for rank, state in enumerate(states) for name, t in state.items()}
+        best = float(self.best_valid_score)
+        training = {
+            **self._position,
+            "global_step": self.global_step,
+            "cur_step": self.cur_step,
+            "finished": self._finished,
+            "best_valid_score": best if math.isfinite(best) else None,
+            "best_valid_result": plain(self.best_valid_result),
+            "train_losses": plain(self.train_loss_dict),
+            "optimizer": optimizer,
+            "scheduler": plain(self.scheduler.state_dict()) if self.scheduler else None,
+            "scaler": plain(self.scaler.state_dict()),
+            "hooks": {type(hook).__name__: hook.state_dict() for hook in self.hooks},
+            "fingerprint": self.fingerprint,
+            "options": plain(getattr(self.config, "external_config_dict", {})),
+        }
+        info = {
+            "model": self.config["model"],
+            "config": settings_of(self.config),
+            "catalogue": self.catalogue,
+            "training": training,
+        }
+        checkpoint.write(path, {**tensors, **optimizer_tensors, **rng_tensors}, info)
+
+    def resume_checkpoint(self, resume_file: str | Path) -> None:
+        """Take over everything from a checkpoint of this model, so that :meth:`fit` goes on as if never stopped.
+
+        Args:
+            resume_file: a checkpoint, or a run's folder: its newest checkpoint that is whole. RecBole's own ``.pth``
+                is refused; see :func:`recbole_ssm.trainer.checkpoint.read_pickle`.
+
+        Raises:
+            UserError: it cannot be read, or is of another model or of other settings.
+        """
+        path = Path(resume_file)
+        path, saved = checkpoint.newest(path) if path.is_dir() else (path, checkpoint.read(path))
+        self.restore(path, saved)
+
+    def restore(self, path: Path, saved: checkpoint.Checkpoint) -> None:
+        """Take over what a checkpoint holds, which was read from ``path``."""
+        training = saved.info.get("training")
+        if training is None or saved.info.get("model") != self.config["model"]:
+            raise UserError(f"checkpoint {path}: of {saved.info.get('model')}, cannot resume {self.config['model']}")
+        if "config" in saved.info:
+            now = settings_of(self.config)
+            for key in sorted(set(now) | set(saved.info["config"])):
+                before, here = saved.info["config"].get(key), now.get(key)
+                if before != here and key not in FREE_KEYS:
+                    raise UserError(
+                        f"resume: {key} is {here!r} here and was {before!r} in {path}; leave it as it was, "
+                        "or start anew"
+                    )
+        load_weights(self.model, saved, path)
+        try:
+            self._take_over(saved.tensors, training)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"checkpoint {path}: its training state does not fit ({error})") from error
+        if saved.info.get("format"):
+            self.folder = path.parent
+            self.saved_model_file = str(path.parent / checkpoint.BEST)
+        self.logger.info(
+            f"Checkpoint loaded from {path}. Resume training from epoch {self._position['epoch']}, "
+            f"step {self._position['number']}"
+        )
+
+    def _take_over(self, tensors: Mapping[str, torch.Tensor], training: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(checkpoint.unflatten_optimizer(tensors, training["optimizer"]))
+        self.cur_step, self._finished = training["cur_step"], training.get("finished", False)
+        if training["best_valid_score"] is not None:
+            self.best_valid_score = training["best_valid_score"]
+        self._position = {key: training.get(key, empty) for key, empty in (("epoch", 0), ("number", 0), ("seen", 0))}
+        self._position["loss"] = list(training.get("loss", ()))
+        self.start_epoch = self._position["epoch"]
+        if "global_step" not in training:  # RecBole's own
+            return
+        self.global_step, self.fingerprint = training["global_step"], training["fingerprint"]
+        self.best_valid_result = training["best_valid_result"]
+        self.train_loss_dict = {int(epoch): loss for epoch, loss in training["train_losses"].items()}
+        if self.scheduler:
+            self.scheduler.load_state_dict(training["scheduler"])
+        self.scaler.load_state_dict(training["scaler"])
+        for hook in self.hooks:
+            hook.load_state_dict(training["hooks"].get(type(hook).__name__, {}))
+        states: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("rng."):
+                _, rank, kind = name.split(".", 2)
+                states.setdefault(int(rank), {})[kind] = tensor
+        if len(states) != distributed.world_size():
+            raise ValueError(f"it was written by {len(states)} processes, here are {distributed.world_size()}")
+        self._rng = states[distributed.rank()]
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _notify(self, moment: str, *what: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, moment)(self, *what)
+
+    def _build_scheduler(self) -> Any:
+        name, arguments = self.config["lr_scheduler"], self.config["lr_scheduler_args"] or {}
+        if name is None:
+            return None
+        known: dict[str, Any] = {
+            n: c for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and hasattr(c, "step")
+        }
+        if name not in known:
+            raise UserError(f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), known)}")
+        try:
+            return known[name](self.optimizer, **arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"lr_scheduler_args: {name} does not take {arguments} ({error})") from error
+
+    def _schedule(self, interval: str, score: float | None = None) -> None:
+        if self.scheduler is None or self.config["lr_scheduler_interval"] != interval:
+            return
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+        elif score is not None:
+            self.scheduler.step(score)
+
+    @contextlib.contextmanager
+    def _signals(self, saved: bool) -> Iterator[None]:
+        """SIGTERM and Ctrl-C wait for the end of a batch, and leave a checkpoint; a second one does not wait."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            signal.signal(number, before[number])
+            self._signal = number
+
+        if saved:
+            self.open_folder()
+        before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except _StopRequest:
+            text = "nothing was saved"
+            if saved:
+                self._save_step()
+                text = f"go on with --resume={self.folder}"
+            raise Interrupted(self._signal or signal.SIGTERM, text) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        if distributed.any_of(bool(self._signal)):
+            raise _StopRequest
+
+
+class _Loss(nn.Module):
+    """calculate_loss as a module's forward, around which DistributedDataParallel puts its own."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Any:
+        """The loss, or its terms."""
+        return self.model.calculate_loss(batch)
+
+
+class _StopRequest(Exception):  # noqa: N818 (nothing failed)
+    """A signal came, and this is a moment at which training can be saved."""
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as JSON, without what belongs to the machine."""
+    return plain({k: v for k, v in config.final_config_dict.items() if k not in MACHINE_KEYS})
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """The global random states of Python, NumPy and PyTorch on all devices, as tensors."""
+    _, keys, position, has_gauss, gauss = tuple(np.random.get_state(legacy=True))
+    assert isinstance(keys, np.ndarray)
+    version, words, next_gauss = random.getstate()
+    states = {
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if next_gauss is None else [next_gauss], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    """Bring back what :func:`random_states` gave."""
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
+    version, *words = states["python"].tolist()
+    next_gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), next_gauss[0] if next_gauss else None))
+    torch.set_rng_state(states["torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{index}"], index)
 
 
 def load_weights(model: torch.nn.Module, saved: checkpoint.Checkpoint, path: Path) -> None:
@@ -132,16 +552,3 @@ def catalogue_of(dataset: Any) -> dict[str, Any]:
     """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for."""
     sizes = {field: dataset.num(field) for field in dataset.field2type if field in dataset.field2id_token}
     return {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]], "sizes": sizes}
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's terms; what JSON cannot hold (an enum, a device) becomes its text."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(entry) for entry in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) or (hasattr(value, "__float__") and not isinstance(value, torch.Tensor)):
-        return float(value)
-    return str(value)

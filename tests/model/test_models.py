@@ -1,5 +1,6 @@
 """The contract that every model keeps, on a catalogue whose right answer is known; and their golden losses."""
 
+import itertools
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ from recbole.data.interaction import Interaction
 from recbole_ssm import load_recommender, ops, run_recbole_ssm
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
+from recbole_ssm.data.loader import PackedBatch
 from recbole_ssm.model import get_model
 from recbole_ssm.ops.packing import cu_seqlens_of
 
@@ -66,10 +68,11 @@ class ModelContract:
             torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-6)
 
 
-class SSMContract(ModelContract):
-    """What our own models promise beyond that."""
+class PackedContract(ModelContract):
+    """What models over packed histories promise beyond that."""
 
     golden: tuple[float, float, float]
+    no_dropout = {"dropout_prob": 0.0}
 
     def test_any_width_of_padding_gives_the_same(self, toy):
         model, _ = build(self.name, toy)
@@ -100,6 +103,45 @@ class SSMContract(ModelContract):
         found = model.calculate_loss(rows(HISTORIES, item_id=target, neg_item_id=negative))
         torch.testing.assert_close(found, expected)
 
+    @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
+    def test_all_positions_at_once_give_recboles_loss(self, toy, loss_type):
+        """Invariant 3: the packed loss and its gradients equal the prefix loss over the same targets."""
+        if not self.causal:
+            pytest.skip("a bidirectional model would see its targets")
+        model, _ = build(self.name, toy, loss_type=loss_type, **self.no_dropout)
+        model = model.double().train()
+        lengths = [len(h) for h in HISTORIES[1:]]
+        items, cu_seqlens = torch.cat([torch.tensor(h) for h in HISTORIES[1:]]), cu_seqlens_of(torch.tensor(lengths))
+        prefixes = [(h[:n], h[n]) for h in HISTORIES[1:] for n in range(1, len(h))]
+        target = torch.tensor([t for _, t in prefixes])
+        at = torch.cat([torch.arange(b, e - 1) for b, e in itertools.pairwise(cu_seqlens.tolist())])
+        negative = target % 20 + 1
+        packed = model.calculate_loss(PackedBatch(items, cu_seqlens, at, target, negative))
+        in_rows = model.calculate_loss(rows([h for h, _ in prefixes], item_id=target, neg_item_id=negative))
+        torch.testing.assert_close(packed, in_rows, rtol=1e-9, atol=1e-12)
+        weights = [w for w in model.parameters() if w.requires_grad]
+        for one, other in zip(torch.autograd.grad(packed, weights), torch.autograd.grad(in_rows, weights)):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-11)
+
+    def test_golden_losses(self, toy):
+        """Fifty steps from a fixed seed: losses 1, 25 and 50. A change here is a change of the model."""
+        model, _ = build(self.name, toy, **self.no_dropout)
+        model.train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+        target = torch.tensor([4, 4, 14, 1, 6])
+        losses = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = model.calculate_loss(rows(HISTORIES, item_id=target))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert (losses[0], losses[24], losses[49]) == pytest.approx(self.golden, rel=1e-3)
+
+
+class SSMContract(PackedContract):
+    """What state-space models promise beyond that."""
+
     @pytest.mark.parametrize("readout", ["last", "mean"])
     def test_backends_agree(self, toy, readout):
         model, _ = build(self.name, toy, readout=readout)
@@ -124,21 +166,6 @@ class SSMContract(ModelContract):
         for num_layers, expected in ((1, False), (2, True)):
             assert build(self.name, toy, num_layers=num_layers)[0].blocks[0].residual is expected
         assert build(self.name, toy, num_layers=1, residual=True)[0].blocks[0].residual is True
-
-    def test_golden_losses(self, toy):
-        """Fifty steps from a fixed seed: losses 1, 25 and 50. A change here is a change of the model."""
-        model, _ = build(self.name, toy, dropout_prob=0.0)
-        model.train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-        target = torch.tensor([4, 4, 14, 1, 6])
-        losses = []
-        for _ in range(50):
-            optimizer.zero_grad()
-            loss = model.calculate_loss(rows(HISTORIES, item_id=target))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert (losses[0], losses[24], losses[49]) == pytest.approx(self.golden, rel=1e-3)
 
 
 class TestMamba4Rec(SSMContract):
@@ -181,8 +208,27 @@ class TestHydra4Rec(SSMContract):
         assert "never uses its backward half" in caplog.text
 
 
-class TestSASRec(ModelContract):
-    name = "SASRec"
+class TestSASRec(PackedContract):
+    name, golden = "SASRec", (3.010217, 0.911157, 0.244655)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
+
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_weights_and_scores_are_recboles(self, toy, seed):
+        from recbole.model.sequential_recommender import SASRec
+
+        config = SSMConfig("SASRec", **toy)
+        data = create_dataset(config)
+        torch.manual_seed(seed)
+        ours = get_model("SASRec")(config, data)
+        torch.manual_seed(seed)
+        recboles = SASRec(config, data)
+        expected = recboles.state_dict()
+        assert list(ours.state_dict()) == list(expected)
+        assert all(torch.equal(weight, expected[name]) for name, weight in ours.state_dict().items())
+        one, other = ours.eval().double(), recboles.eval().double()
+        torch.testing.assert_close(
+            one.full_sort_predict(rows(HISTORIES)), other.full_sort_predict(rows(HISTORIES)), rtol=1e-9, atol=1e-9
+        )
 
 
 class TestGRU4Rec(ModelContract):

@@ -1,0 +1,109 @@
+"""Memory and seconds from the raw columns to the last batch of an epoch, on generated interactions, beside RecBole.
+
+Each row is a process of its own: it holds the raw columns (user, item, time), builds the splits and the loaders, and
+reads --steps batches; what counts is the most memory in use meanwhile, above that of the raw columns. RecBole's
+expansion is measured on a hundredth of the interactions, because it takes some 800 bytes each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import multiprocessing
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from recbole_ssm.bench import Row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--interactions", type=int, default=20_000_000, help="default 20,000,000")
+    parser.add_argument("--max_length", type=int, default=200, help="MAX_ITEM_LIST_LENGTH; default 200")
+    parser.add_argument("--steps", type=int, default=100, help="batches of 2048 targets that are read; default 100")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Rows with name, interactions, raw_bytes, above_raw_bytes, bytes_per_interaction, build_s, batch_s."""
+    jobs = [("packed", options.interactions), ("prefix", options.interactions)]
+    jobs.append(("RecBole", max(options.interactions // 100, 1000)))
+    rows = []
+    for name, interactions in jobs:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(_measure, (name, interactions, options.max_length, options.steps)))
+    return rows
+
+
+def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
+    """One row, in this process."""
+    import psutil
+    from recbole.data import data_preparation
+    from recbole.data.dataset import SequentialDataset
+
+    from recbole_ssm.config import SSMConfig
+    from recbole_ssm.data.loader import create_loaders
+
+    options = {"MAX_ITEM_LIST_LENGTH": max_length, "state": "ERROR"}
+    if name != "RecBole":
+        options["train_mode"] = name
+    dataset = _generated(SSMConfig("Mamba4Rec", "generated", config_dict=options), interactions)
+    if name == "RecBole":
+        type(dataset).data_augmentation = SequentialDataset.data_augmentation  # type: ignore[method-assign]
+    raw = sum(dataset.inter_feat[field].nbytes for field in dataset.inter_feat)
+    gc.collect()
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    prepare = data_preparation if name == "RecBole" else create_loaders
+    train, _, _ = prepare(dataset.config, dataset)
+    built = time.perf_counter()
+    read = sum(1 for _ in itertools.islice(train, steps))
+    end = time.perf_counter()
+    done.set()
+    watcher.join()
+    return {
+        "name": name,
+        "interactions": interactions,
+        "raw_bytes": raw,
+        "above_raw_bytes": peak - before,
+        "bytes_per_interaction": (peak - before) / interactions,
+        "build_s": built - begin,
+        "batch_s": (end - built) / read,
+    }
+
+
+def _generated(config: Any, interactions: int) -> Any:
+    """A data set that never was a file: histories of about 150 events, popular and rare items, random times."""
+    import pandas as pd
+    from recbole.utils import FeatureSource, FeatureType
+
+    from recbole_ssm.data.dataset import SSMDataset
+
+    class Generated(SSMDataset):
+        def _load_data(self, token: str, dataset_path: str) -> None:
+            rng = np.random.default_rng(0)
+            self.inter_feat = pd.DataFrame(
+                {
+                    self.uid_field: rng.integers(0, max(interactions // 150, 10), interactions, dtype=np.int32),
+                    self.iid_field: np.minimum(rng.zipf(1.3, interactions), 50_000).astype(np.int32),
+                    self.time_field: rng.random(interactions) * 1e9,
+                }
+            )
+            self.user_feat = self.item_feat = None
+            for field, kind in zip(self.inter_feat, (FeatureType.TOKEN, FeatureType.TOKEN, FeatureType.FLOAT)):
+                self._register(field, kind, FeatureSource.INTERACTION, self.inter_feat)
+
+    return Generated(config)

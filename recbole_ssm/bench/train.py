@@ -1,0 +1,165 @@
+"""Seconds, computed positions and memory of a training epoch, beside RecBole's own SASRec on its own trainer.
+
+Every row runs in a process of its own, one after the other, on the same threads, with the same targets and the same
+number of steps an epoch. A step's time is the median over the steps that fit --seconds, after a warm-up, and an epoch
+is that times its steps; RecBole's steps on long histories take most of a minute, so few of them are timed. RecBole's
+row has autograd anomaly detection off, which makes it faster than RecBole as shipped (second row).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from recbole_ssm.bench import Row
+from recbole_ssm.errors import UserError
+
+RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
+OURS = (
+    ("SASRec", "prefix"),
+    ("SASRec", "packed"),
+    ("Mamba4Rec", "prefix"),
+    ("Mamba4Rec", "packed"),
+    ("2Mamba4Rec", "prefix"),
+    ("2Mamba4Rec", "packed"),
+    ("Hydra4Rec", "prefix"),
+)
+MAX_LENGTH = {"ml-1m": 200}  # otherwise 50, RecBole's default
+WARM_UP = 2  # steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument(
+        "--datasets", default="ml-100k", help="comma-separated; default ml-100k, which needs no download"
+    )
+    parser.add_argument("--data_path", default="dataset/", help="folder of data sets")
+    parser.add_argument("--max_length", type=int, help="MAX_ITEM_LIST_LENGTH; default 50, on ml-1m 200")
+    parser.add_argument("--batch_size", type=int, default=2048, help="targets of a step; default 2048, RecBole's own")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's steps; default 20")
+    parser.add_argument("--models", help="comma-separated; default all, with RecBole's SASRec in front")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Rows with name, dataset, train_mode, seconds_per_epoch, positions, peak_memory_bytes, ratio_to_recbole."""
+    wanted = options.models.split(",") if options.models else [model for model, _ in OURS]
+    unknown = [model for model in wanted if model not in dict(OURS)]
+    if unknown:
+        raise UserError(f"bench train: --models knows {', '.join(dict(OURS))}; got {unknown[0]}")
+    jobs: list[tuple[str, str]] = [(RECBOLE, "prefix"), (AS_SHIPPED, "prefix")]
+    jobs += [(model, mode) for model, mode in OURS if model in wanted]
+    rows: list[Row] = []
+    datasets = options.datasets.split(",")
+    with tqdm(total=len(jobs) * len(datasets), desc="bench train", unit="row") as bar:
+        for dataset in datasets:
+            first: Row | None = None
+            for name, mode in jobs:
+                bar.set_postfix_str(f"{dataset}: {name}, {mode}")
+                row = _in_a_process(name, dataset, mode, options)
+                first = first or row
+                row["ratio_to_recbole"] = first["seconds_per_epoch"] / row["seconds_per_epoch"]
+                rows.append(row)
+                bar.update()
+    return rows
+
+
+def _in_a_process(name: str, dataset: str, mode: str, options: argparse.Namespace) -> Row:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (name, dataset, mode, vars(options)))
+
+
+def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
+    """One row, in this process."""
+    from recbole_ssm.config import SSMConfig
+    from recbole_ssm.trainer.latency import peak_memory
+
+    length = options["max_length"] or MAX_LENGTH.get(dataset, 50)
+    theirs = name in (RECBOLE, AS_SHIPPED)
+    keys = {
+        "data_path": options["data_path"],
+        "MAX_ITEM_LIST_LENGTH": length,
+        "train_batch_size": options["batch_size"],
+        "train_mode": mode,
+        "show_progress": False,
+    }
+    config = SSMConfig("SASRec" if theirs else name, dataset, config_dict=keys)
+    torch.manual_seed(0)
+    step, steps, positions = (_recbole_step if theirs else _our_step)(config)
+    with torch.autograd.set_detect_anomaly(name == AS_SHIPPED, check_nan=name == AS_SHIPPED):
+        seconds = list(_timed(step, steps, options["seconds"]))
+    return {
+        "name": name,
+        "dataset": dataset,
+        "train_mode": mode,
+        "seconds_per_epoch": statistics.median(seconds) * steps,
+        "positions": positions,
+        "peak_memory_bytes": peak_memory(config["device"]),
+        "ratio_to_recbole": 0.0,
+        "steps": steps,
+        "timed_steps": len(seconds),
+        "max_length": length,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _timed(step: Callable[[], Any], steps: int, budget: float) -> Iterator[float]:
+    """Seconds of single steps until they sum to the budget, two at least; the warm-up is not among them."""
+    warm_up = 0.0
+    for number in range(WARM_UP + steps):
+        begin = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - begin
+        if number < WARM_UP and warm_up + seconds < budget:
+            warm_up += seconds
+            continue
+        yield seconds
+        budget -= seconds
+        if budget < 0 and number > 0:
+            return
+
+
+def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
+    """A function that takes one step; steps and positions of an epoch."""
+    from recbole_ssm.data import create_dataset
+    from recbole_ssm.data.loader import create_loaders
+    from recbole_ssm.model import get_model
+    from recbole_ssm.trainer import SSMTrainer
+
+    loader, _, _ = create_loaders(config, create_dataset(config))
+    model = get_model(config["model"])(config, loader._dataset).to(config["device"])
+    trainer = SSMTrainer(config, model)
+    order = loader.plan.epoch(np.random.default_rng(0))
+    positions = int(loader.plan.work(order[:, :2] if order.ndim == 2 else order).sum())
+    model.train()
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+
+    def step() -> None:
+        trainer._run_step(next(batches))
+        if config["device"].type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, len(loader.steps), positions
+
+
+def _recbole_step(config: Any) -> tuple[Callable[[], Any], int, int]:
+    """The same of RecBole's data set, loader, model and trainer."""
+    from recbole.data import data_preparation
+    from recbole.data.dataset import SequentialDataset
+    from recbole.model.sequential_recommender import SASRec
+    from recbole.trainer import Trainer
+
+    loader, _, _ = data_preparation(config, SequentialDataset(config))
+    model = SASRec(config, loader._dataset).to(config["device"])
+    trainer = Trainer(config, model)
+    batches = iter(loader)
+    positions = len(loader._dataset) * config["MAX_ITEM_LIST_LENGTH"]
+    return lambda: trainer._train_epoch([next(batches)], 0), len(loader), positions

@@ -1,0 +1,345 @@
+"""Batches for training and evaluation.
+
+An epoch visits every target once, in an order that is a function of the seed and the epoch alone; the random part of a
+batch (negatives, masks) is a function of the seed, the epoch and the batch's number. So a run can go on from any batch,
+and the number of worker processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from logging import getLogger
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from recbole.data.dataloader import TrainDataLoader
+from recbole.data.transform import construct_transform
+from recbole.data.utils import create_samplers, get_dataloader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from recbole_ssm import distributed
+from recbole_ssm.data.prefixes import Prefixes
+
+
+class PackedBatch(NamedTuple):
+    """Histories end to end, without padding, and the targets at their positions."""
+
+    items: Tensor
+    """Item ids of all windows ``[total]``."""
+    cu_seqlens: Tensor
+    """Bounds of the windows ``[S + 1]``."""
+    at: Tensor
+    """The positions in ``items`` after which a target comes ``[n]``."""
+    target: Tensor
+    """Item ids of the targets ``[n]``."""
+    negative: Tensor | None
+    """A sampled item for each target ``[n]``, where the loss asks for one."""
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch elsewhere."""
+        negative = None if self.negative is None else self.negative.to(device)
+        return PackedBatch(
+            self.items.to(device), self.cu_seqlens.to(device), self.at.to(device), self.target.to(device), negative
+        )
+
+    @property
+    def positions(self) -> int:
+        """How many events the model computes."""
+        return self.items.numel()
+
+
+class Part(NamedTuple):
+    """What one forward and backward pass sees of a step."""
+
+    weight: float
+    """Its share of the step's loss: the step's gradient is the sum of weight x gradient over all its parts, averaged
+    over the processes."""
+    batch: Any
+    """A :class:`PackedBatch`, or RecBole's Interaction of rows."""
+
+
+class Step(NamedTuple):
+    """What one step of the optimiser sees; in a run of several processes, what this process sees of it."""
+
+    number: int
+    """Its number within the epoch, from 0."""
+    seen: int
+    """Targets of the epoch up to and with this step."""
+    targets: int
+    """Targets of this step, of all processes together."""
+    parts: list[Part]
+
+
+class Rows:
+    """An epoch's order over prefixes, one row each."""
+
+    def __init__(self, prefixes: Any, shuffle: bool) -> None:
+        self.total = len(prefixes)
+        self.shuffle = shuffle
+        self._lengths = prefixes.length if isinstance(prefixes, Prefixes) else np.ones(self.total, dtype=np.int64)
+
+    def epoch(self, generator: np.random.Generator) -> np.ndarray:
+        """Row numbers ``[total]`` in the order of one epoch."""
+        return generator.permutation(self.total) if self.shuffle else np.arange(self.total)
+
+    def take(self, order: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Rows that hold targets start to stop."""
+        return order[start:stop]
+
+    def work(self, rows: np.ndarray) -> np.ndarray:
+        """Positions that each row costs."""
+        return self._lengths[rows]
+
+    def targets(self, rows: np.ndarray) -> int:
+        """How many targets the rows hold."""
+        return len(rows)
+
+
+class Windows:
+    """An epoch's order over whole histories, for models that learn from every position.
+
+    Consecutive targets of a user form a run. A run whose inputs fit ``max_length`` is one window, and every target
+    sees exactly what RecBole's prefix would show it. A longer run is cut into windows of at most ``window`` targets, at
+    an offset drawn anew every epoch; each window starts with the ``context`` events before its first target (fewer at
+    the start of the history), which carry no loss. So each target is predicted once an epoch, from at least
+    ``min(history, context)`` events and at most ``context + window - 1``. A step may end within a window: the rest of
+    it opens the next step, with its own context.
+
+    Args:
+        prefixes: the rows of the training set.
+        window: targets of a window.
+        context: events before its first target.
+        shuffle: whether the order of windows and their offsets change with the epoch.
+    """
+
+    def __init__(self, prefixes: Prefixes, window: int, context: int, shuffle: bool) -> None:
+        order = np.argsort(prefixes.target, kind="stable")
+        self.target = prefixes.target[order]
+        self.context = np.minimum(prefixes.length[order], context)
+        self.total = len(order)
+        self.window = window
+        self.shuffle = shuffle
+        self._run_starts = np.flatnonzero(np.diff(self.target, prepend=-2) != 1)
+        self._run_sizes = np.diff(np.append(self._run_starts, self.total))
+        inputs = prefixes.length[order][self._run_starts] + self._run_sizes - 1
+        self._whole = inputs <= prefixes.max_length
+        self._items = prefixes.events
+
+    def epoch(self, generator: np.random.Generator) -> np.ndarray:
+        """Windows ``[W, 3]`` in the order of one epoch: first target, one past the last, targets up to its end."""
+        runs = len(self._run_starts)
+        offset = generator.integers(1, self.window + 1, runs) if self.shuffle else np.full(runs, self.window)
+        offset = np.where(self._whole, self._run_sizes, np.minimum(offset, self._run_sizes))
+        count = 1 - (offset - self._run_sizes) // self.window  # of a run: the first window and the rest in full ones
+        number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        begin = np.where(number > 0, np.repeat(offset, count) + (number - 1) * self.window, 0)
+        starts = np.repeat(self._run_starts, count) + begin
+        stops = np.append(starts[1:], self.total)
+        order = generator.permutation(len(starts)) if self.shuffle else np.arange(len(starts))
+        return np.stack([starts[order], stops[order], (stops - starts)[order].cumsum()], 1)
+
+    def take(self, order: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Windows ``[W, 2]`` that hold targets start to stop, cut where those begin and end."""
+        first, last = np.searchsorted(order[:, 2], [start, stop - 1], side="right")
+        taken = order[first : last + 1, :2].copy()
+        taken[-1, 1] -= order[last, 2] - stop
+        taken[0, 0] = order[first, 1] - (order[first, 2] - start)
+        return taken
+
+    def work(self, windows: np.ndarray) -> np.ndarray:
+        """Positions that each window costs."""
+        return self.context[windows[:, 0]] + windows[:, 1] - windows[:, 0] - 1
+
+    def targets(self, windows: np.ndarray) -> int:
+        """How many targets the windows hold."""
+        return int((windows[:, 1] - windows[:, 0]).sum())
+
+    def gather(self, windows: np.ndarray, item_field: str) -> PackedBatch:
+        """The packed batch of some windows."""
+        inputs = self.work(windows)
+        sizes = windows[:, 1] - windows[:, 0]
+        first_input = self.target[windows[:, 0]] - self.context[windows[:, 0]]
+        bounds = np.concatenate([[0], inputs.cumsum()])
+        within = np.arange(bounds[-1]) - np.repeat(bounds[:-1], inputs)
+        items = self._items[item_field]
+        before = np.arange(sizes.sum()) - np.repeat(sizes.cumsum(), sizes)  # -size .. -1 in each window
+        at = np.repeat(bounds[1:], sizes) + before
+        target = self.target[np.repeat(windows[:, 1], sizes) + before]
+        return PackedBatch(
+            items[np.repeat(first_input, inputs) + within],
+            torch.from_numpy(bounds),
+            torch.from_numpy(at),
+            items[target],
+            None,
+        )
+
+
+class Steps(Sampler[Any]):
+    """The steps of an epoch, from any target on.
+
+    Args:
+        plan: the epoch's order.
+        batch_size: targets of a step, of all processes and parts together. It may change between steps.
+        parts: into how many parts, one forward and backward pass each, a process cuts its share of a step.
+        seed: with the epoch it fixes the order.
+    """
+
+    def __init__(self, plan: Rows | Windows, batch_size: int, parts: int, seed: int) -> None:
+        self.plan, self.batch_size, self.parts, self.seed = plan, batch_size, parts, seed
+        self.epoch = 0
+        self.number = 0
+        self.start = 0
+
+    def begin(self, epoch: int, number: int = 0, start: int = 0) -> None:
+        """Let the next iteration give this epoch, from step ``number`` and target ``start`` on."""
+        self.epoch, self.number, self.start = epoch, number, start
+
+    def __len__(self) -> int:
+        return -(-(self.plan.total - self.start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int, list[tuple[float, np.ndarray]]]]:
+        epoch, number, start = self.epoch, self.number, self.start
+        order = self.plan.epoch(np.random.default_rng([self.seed, epoch]))
+        while start < self.plan.total:
+            stop = min(start + self.batch_size, self.plan.total)
+            taken = self.plan.take(order, start, stop)
+            yield epoch, number, stop, stop - start, self._parts(taken, stop - start)
+            start, number = stop, number + 1
+
+    def _parts(self, taken: np.ndarray, targets: int) -> list[tuple[float, np.ndarray]]:
+        """This process's parts of a step: even in positions over processes and parts, each with its weight."""
+        world = distributed.world_size()
+        shares = share_evenly(self.plan.work(taken), world * self.parts)[distributed.rank() :: world]
+        mine = [taken[share] for share in shares if len(share)]
+        weighted = [(self.plan.targets(part) * world / targets, part) for part in mine]
+        # a process without a share goes through the motions, so that the others' gradients meet it
+        return weighted or [(0.0, taken[:1])]
+
+
+class TrainLoader(TrainDataLoader):
+    """RecBole's TrainDataLoader over :class:`Steps`; it yields :class:`Step`.
+
+    Args:
+        config: the configuration.
+        dataset: the training set.
+        sampler: RecBole's negative sampler, or None.
+    """
+
+    def __init__(self, config: Any, dataset: Any, sampler: Any) -> None:
+        # RecBole's own constructors write out list(range(rows)) and fix an order of their own
+        self.logger = getLogger()
+        self.config, self._dataset, self._sampler, self.model = config, dataset, sampler, None
+        self.shuffle = config["shuffle"]
+        self._set_neg_sample_args(config, dataset, config["MODEL_INPUT_TYPE"], config["train_neg_sample_args"])
+        self._init_batch_size_and_step()
+        self.transform = construct_transform(config)
+        self.is_sequential = True
+        self.sample_size = len(dataset)
+        self.plan: Rows | Windows
+        if config["train_mode"] == "packed":
+            self.plan = Windows(dataset.inter_feat, config["packed_window"], config["packed_context"], self.shuffle)
+        else:
+            self.plan = Rows(dataset.inter_feat, self.shuffle)
+        self.steps = Steps(self.plan, self.step, config["gradient_accumulation_steps"], config["seed"])
+        DataLoader.__init__(
+            self,
+            dataset=_Gather(self),
+            sampler=self.steps,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=config["worker"],
+            generator=torch.Generator(),  # of its own: the global one belongs to the model
+        )
+
+    def fingerprint(self) -> str:
+        """A digest of what the epochs are made of: the targets, their histories, and the catalogue's size."""
+        events = self._dataset.inter_feat
+        parts = [events[self.iid_field].numpy()]
+        if isinstance(events, Prefixes):
+            parts = [events.target, events.length, events.events[self.iid_field].numpy()]
+        digest = hashlib.sha256(str(self._dataset.item_num).encode())
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+    def gather(self, rows: np.ndarray) -> Any:
+        """The batch of some rows or windows of the plan."""
+        if not isinstance(self.plan, Windows):
+            return TrainDataLoader.collate_fn(self, rows)  # the attribute of that name is PyTorch's
+        batch = self.plan.gather(rows, self.iid_field)
+        if self._sampler is None:
+            return batch
+        ones = np.ones(len(batch.target), dtype=np.int64)
+        return batch._replace(negative=self._sampler.sample_by_user_ids(ones, batch.target.numpy(), 1))
+
+
+class _Gather(Dataset[Step]):
+    """Steps by their description; in a worker process too."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, step: Any) -> Step:
+        epoch, number, seen, targets, parts = step
+        with seeded(self.loader.steps.seed, epoch, number, distributed.rank()):
+            return Step(number, seen, targets, [Part(weight, self.loader.gather(rows)) for weight, rows in parts])
+
+
+def _as_it_is(step: Any) -> Any:
+    return step
+
+
+def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
+    """Split a data set; loaders for training, validation and test.
+
+    As RecBole's data_preparation, which unpickles what it finds in the checkpoint folder. In a run of several
+    processes, full ranking is shared out row by row; ranking against samples is done by every process, so that all
+    see the same samples.
+    """
+    built = dataset.build()
+    samplers = create_samplers(config, dataset, built)
+    train = TrainLoader(config, built[0], samplers[0])
+    evaluation = []
+    for phase, split, sampler in zip(("valid", "test"), built[1:], samplers[1:]):
+        if config["eval_args"]["mode"][phase] == "full" and distributed.world_size() > 1:
+            mine = np.arange(len(split))[distributed.rank() :: distributed.world_size()]
+            split = split.copy(split.inter_feat[mine])
+        evaluation.append(get_dataloader(config, phase)(config, split, sampler, shuffle=False))
+    return train, evaluation[0], evaluation[1]
+
+
+def share_evenly(work: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Indices into ``work`` for each part, so that the parts' sums are near each other; the order is kept.
+
+    The largest goes first, always to the part that has least (Graham 1969).
+    """
+    if parts == 1:
+        return [np.arange(len(work))]
+    loads = np.zeros(parts, dtype=np.int64)
+    owner = np.empty(len(work), dtype=np.int64)
+    for index in np.argsort(-work, kind="stable"):
+        owner[index] = loads.argmin()
+        loads[owner[index]] += work[index]
+    return [np.flatnonzero(owner == part) for part in range(parts)]
+
+
+@contextlib.contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Python's and NumPy's global random states fixed by ``seed`` for a while, and put back.
+
+    RecBole's negatives are drawn from NumPy's, its masks from Python's.
+    """
+    before = random.getstate(), np.random.get_state()
+    mixed = np.random.SeedSequence(seed).generate_state(2)
+    random.seed(int(mixed[0]))
+    np.random.seed(mixed[1])
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

@@ -1,0 +1,100 @@
+"""The loss of next-item prediction, over the whole catalogue or against samples; ``loss_type`` names it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recbole.model.loss import BPRLoss
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOSS_TYPES = ("CE", "BPR", "sampled_softmax", "gBCE")
+LARGEST_LOGITS = 2**26  # entries of [targets, items] that are held at once; 256 MiB in float32
+
+
+class NextItemLoss(nn.Module):
+    """Mean loss over targets, from the vectors that predict them and the item embeddings.
+
+    - ``CE``: cross-entropy over all items.
+    - ``BPR``: RecBole's BPRLoss against one sampled item for each target.
+    - ``sampled_softmax``: cross-entropy over the target and ``num_negatives`` sampled items, which all targets of a
+      batch share. An item's logit is lowered by the logarithm of how often it is expected in the sample (logQ
+      correction; Bengio and Senecal 2008, Yi et al. 2019), so that the sum over samples estimates the sum over all
+      other items without bias. The target's own logit stays: it is in the sum for certain.
+    - ``gBCE``: generalised binary cross-entropy of gSASRec (Petrov and Macdonald, RecSys 2023, equations 11 to 13),
+      with calibration ``gbce_t``. The paper draws negatives for each target; that all targets of a batch share them
+      is our choice.
+
+    Samples are drawn with replacement, in proportion to (occurrences in training) ** ``negative_power``: 0 is uniform.
+    A sample that is the target itself does not count.
+
+    Args:
+        config: ``loss_type``, ``num_negatives``, ``negative_power``, ``gbce_t``.
+        dataset: its item counts are read where ``negative_power`` is above 0.
+        n_items: catalogue size, padding included.
+    """
+
+    def __init__(self, config: Any, dataset: Any, n_items: int) -> None:
+        super().__init__()
+        self.loss_type = config["loss_type"]
+        self.n_items = n_items
+        self.num_negatives = config["num_negatives"]
+        self.t = config["gbce_t"]
+        self.bpr = BPRLoss()
+        counts = torch.ones(n_items)
+        counts[0] = 0.0  # the padding item is never drawn
+        if self.loss_type == "sampled_softmax" and config["negative_power"]:
+            for item, count in dataset.item_counter.items():
+                counts[item] = float(count) ** config["negative_power"]
+        self.register_buffer("log_q", (counts / counts.sum()).log(), persistent=False)
+        self.log_q: Tensor
+
+    def forward(self, output: Tensor, items: Tensor, target: Tensor, negative: Tensor | None = None) -> Tensor:
+        """The mean loss, a scalar.
+
+        Args:
+            output: vectors that predict ``[n, d]``.
+            items: item embeddings ``[V, d]``.
+            target: ids of the items that came ``[n]``.
+            negative: for BPR, an id of an item that did not ``[n]``.
+        """
+        if self.loss_type == "CE":
+            return cross_entropy(output, items, target)
+        positive = (output * items[target]).sum(-1)
+        if self.loss_type == "BPR":
+            return self.bpr(positive, (output * items[negative]).sum(-1))
+        if self.loss_type == "sampled_softmax":
+            sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
+            expected = math.log(self.num_negatives) + self.log_q[sample]  # log of K q_j, the count of item j
+            logits = (output @ items[sample].T - expected).masked_fill(sample == target[:, None], -torch.inf)
+            return (torch.logaddexp(positive, logits.logsumexp(-1)) - positive).mean()
+        sample = torch.randint(1, self.n_items, (self.num_negatives,), device=output.device)
+        alpha = self.num_negatives / (self.n_items - 2)  # the share of the other items that is sampled
+        beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
+        against = F.softplus(output @ items[sample].T).masked_fill(sample == target[:, None], 0.0).sum(-1)
+        return ((beta * F.softplus(-positive) + against) / (self.num_negatives + 1)).mean()
+
+
+def cross_entropy(output: Tensor, items: Tensor, target: Tensor, largest: int = LARGEST_LOGITS) -> Tensor:
+    """Mean cross-entropy of ``output [n, d] @ items [V, d].T`` against ``target [n]``.
+
+    The logits are never held whole where they have more than ``largest`` entries: then they are made and dropped chunk
+    by chunk, and made again for the gradient.
+    """
+    if len(output) * len(items) <= largest:
+        return F.cross_entropy(output @ items.T, target)
+    chunk = max(1, largest // len(items))
+    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13 and later
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+        return F.linear_cross_entropy(output, items, target, options=options)
+    total = output.new_zeros(())
+    for part, wanted in zip(output.split(chunk), target.split(chunk)):
+        total = total + checkpoint(_summed, part, items, wanted, use_reentrant=False)
+    return total / len(output)
+
+
+def _summed(output: Tensor, items: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output @ items.T, target, reduction="sum")

@@ -1,0 +1,104 @@
+"""
+SASRec
+################################################
+Reference:
+    Wang-Cheng Kang and Julian McAuley. "Self-Attentive Sequential Recommendation." ICDM 2018, arXiv 1808.09781;
+    in RecBole's form (Transformer layers of BERT, post-norm, GELU).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recbole.model.layers import TransformerEncoder
+from torch import Tensor, nn
+
+from recbole_ssm.model.loss import NextItemLoss
+from recbole_ssm.model.packed import PackedRecommender
+from recbole_ssm.ops.packing import buckets, last_of, positions_of
+
+
+class SASRec(PackedRecommender):
+    """SASRec as RecBole has it, over packed histories: the baseline in the same terms as the state-space models.
+
+    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding); what is ours is
+    that no padding is computed, that the last layer computes the last position alone where only that is read, and that
+    it can be trained on all positions at once, as the paper does and RecBole does not.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        self.hidden_size = config["hidden_size"]
+        self.n_heads = config["n_heads"]
+        self.attn_dropout_prob = config["attn_dropout_prob"]
+        self.initializer_range = config["initializer_range"]
+
+        # define layers and loss
+        self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
+        self.position_embedding = nn.Embedding(self.max_seq_length, self.hidden_size)
+        self.trm_encoder = TransformerEncoder(
+            n_layers=config["n_layers"],
+            n_heads=self.n_heads,
+            hidden_size=self.hidden_size,
+            inner_size=config["inner_size"],
+            hidden_dropout_prob=config["hidden_dropout_prob"],
+            attn_dropout_prob=self.attn_dropout_prob,
+            hidden_act=config["hidden_act"],
+            layer_norm_eps=config["layer_norm_eps"],
+        )
+        self.LayerNorm = nn.LayerNorm(self.hidden_size, eps=config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.loss = NextItemLoss(config, dataset, self.n_items)
+
+        # parameters initialization
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def window_and_context(max_length: int, window: int | None) -> tuple[int, int]:
+        """Positions are learned up to ``max_length``, which window and context share; half each by default."""
+        window = min(window or (max_length + 1) // 2, max_length)
+        return window, max_length - window + 1
+
+    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+        """As :meth:`PackedRecommender.encode`; no history is longer than ``MAX_ITEM_LIST_LENGTH``."""
+        x = self.item_embedding(items_L) + self.position_embedding(positions_of(cu_seqlens))
+        x = self.dropout(self.LayerNorm(x))  # [total, hidden_size]
+        layers = self.trm_encoder.layer
+        for number, layer in enumerate(layers):
+            at_last = last_only and number == len(layers) - 1
+            attention = layer.multi_head_attention
+            rest = last_of(x[None], cu_seqlens) if at_last else x  # what goes on: [S or total, hidden_size]
+            context = self._attend(attention.query(rest), attention.key(x), attention.value(x), cu_seqlens, at_last)
+            y = attention.LayerNorm(attention.out_dropout(attention.dense(context)) + rest)
+            x = layer.feed_forward(y)
+        return x
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, at_last: bool) -> Tensor:
+        """Causal attention within each history, ``[total, hidden_size]`` each; with ``at_last`` one query a history."""
+        dropout = self.attn_dropout_prob if self.training else 0.0
+        context = torch.zeros_like(query)
+        for bucket in buckets(cu_seqlens):
+            k, v = self._heads(key[bucket.index_bl]), self._heads(value[bucket.index_bl])  # [b, heads, l, head_dim]
+            if at_last:
+                q, mask = self._heads(query[bucket.rows_b, None]), bucket.mask_bl[:, None, None]
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+                context = context.index_put((bucket.rows_b,), y.flatten(1))
+            else:  # pads stand behind all that is real, where causal attention does not look
+                q = self._heads(query[bucket.index_bl])
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+                y = y.transpose(1, 2).flatten(2)[bucket.mask_bl]
+                context = context.index_put((bucket.index_bl[bucket.mask_bl],), y)
+        return context
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

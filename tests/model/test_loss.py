@@ -1,0 +1,115 @@
+"""Losses against their definitions, values and gradients, in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from recbole_ssm.model.loss import NextItemLoss, cross_entropy
+
+
+def tensors(n=9, v=31, d=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    output = torch.randn(n, d, dtype=torch.float64, generator=generator).requires_grad_()
+    items = torch.randn(v, d, dtype=torch.float64, generator=generator).requires_grad_()
+    return output, items, torch.randint(1, v, (n,), generator=generator)
+
+
+def build(n_items=31, counts=None, **options):
+    config = {"loss_type": "CE", "num_negatives": 8, "negative_power": 0.0, "gbce_t": 0.75, **options}
+    return NextItemLoss(config, SimpleNamespace(item_counter=counts or {}), n_items).double()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("largest", [1, 31, 100, 10**6])
+def test_cross_entropy_in_chunks_is_cross_entropy(monkeypatch, largest, fused):
+    if not fused:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    elif not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this PyTorch has no fused linear cross-entropy")
+    output, items, target = tensors()
+    expected = F.cross_entropy(output @ items.T, target)
+    wanted = torch.autograd.grad(expected, (output, items))
+    found = cross_entropy(output, items, target, largest)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (output, items)), wanted)
+
+
+def test_large_catalogues_are_never_held_whole(monkeypatch):
+    """No tensor of [targets, items] is made, forward or backward."""
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    output, items, target = tensors(n=64, v=1000)
+    with Watch():
+        cross_entropy(output, items, target, largest=8000).backward()
+    assert largest <= 8000 < 64 * 1000
+
+
+def test_bpr_is_recboles():
+    output, items, target = tensors()
+    negative = torch.randint(1, 31, (9,))
+    difference = (output * (items[target] - items[negative])).sum(-1)
+    expected = -torch.log(1e-10 + torch.sigmoid(difference)).mean()
+    torch.testing.assert_close(build(loss_type="BPR")(output, items, target, negative), expected)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_sampled_softmax_estimates_the_sum_over_all_items(power):
+    """Over many samples, exp(loss) averages to that of the full softmax: the correction leaves no bias."""
+    output, items, target = tensors(n=3)
+    counts = {item: item for item in range(1, 31)}
+    sampled = build(loss_type="sampled_softmax", num_negatives=2000, negative_power=power, counts=counts)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        scores = output @ items.T
+        full = scores[:, 1:].exp().sum(1)  # the padding item is never drawn
+        wanted = (full / scores[torch.arange(3), target].exp()).log().mean()
+        found = torch.stack([sampled(output, items, target) for _ in range(300)]).mean()
+    assert abs(found - wanted) < 0.01
+
+
+def test_gbce_is_its_definition():
+    """-(1 / (K + 1)) (log sigma(s+)^beta + sum log(1 - sigma(s-))), beta = a (t (1 - 1/a) + 1/a)."""
+    output, items, target = tensors()
+    generalised = build(loss_type="gBCE")
+    torch.manual_seed(4)
+    found = generalised(output, items, target)
+    torch.manual_seed(4)
+    sample = torch.randint(1, 31, (8,))
+    alpha = 8 / 29
+    beta = alpha * (0.75 * (1 - 1 / alpha) + 1 / alpha)
+    expected = 0.0
+    for o, t in zip(output, target):
+        terms = beta * torch.log(torch.sigmoid(o @ items[t]))
+        terms = terms + sum(torch.log(1 - torch.sigmoid(o @ items[j])) for j in sample if j != t)
+        expected = expected - terms / 9
+    torch.testing.assert_close(found, expected / 9)
+
+
+def test_gbce_without_calibration_is_binary_cross_entropy():
+    output, items, target = tensors()
+    torch.manual_seed(4)
+    found = build(loss_type="gBCE", gbce_t=0.0)(output, items, target)
+    torch.manual_seed(4)
+    sample = torch.randint(1, 31, (8,))
+    against = F.softplus(output @ items[sample].T).masked_fill(sample == target[:, None], 0).sum(-1)
+    positive = F.softplus(-(output * items[target]).sum(-1))
+    torch.testing.assert_close(found, ((positive + against) / 9).mean())
+
+
+@pytest.mark.parametrize("loss_type", ["CE", "BPR", "sampled_softmax", "gBCE"])
+def test_extreme_scores_stay_finite(loss_type):
+    output, items, target = tensors()
+    loss = build(loss_type=loss_type)(1e4 * output, items, target, target.flip(0))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(output.grad).all() and torch.isfinite(items.grad).all()

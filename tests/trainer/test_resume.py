@@ -1,0 +1,189 @@
+"""Invariant 6: killed anywhere and resumed is never killed, byte for byte."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from recbole_ssm import run_recbole_ssm
+from recbole_ssm.cli import main
+from recbole_ssm.errors import UserError
+from recbole_ssm.trainer import Hook, checkpoint
+
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+
+
+class KilledError(Exception):
+    pass
+
+
+class KillAt(Hook):
+    """Dies after so many steps, or in so many-th evaluation."""
+
+    def __init__(self, step=None, evaluation=None):
+        self.step, self.evaluation = step, evaluation
+
+    def on_step_end(self, trainer, step, loss):
+        if trainer.global_step == self.step:
+            raise KilledError
+
+    def on_evaluation_batch_end(self, trainer, rows):
+        if self.evaluation is not None:
+            self.evaluation -= 1
+            if self.evaluation == 0:
+                raise KilledError
+
+
+def last_of(folder):
+    """The last checkpoint of a run, without what says how often a hook was there."""
+    saved = checkpoint.newest(pathlib.Path(folder))[1]
+    saved.info["training"].pop("hooks")
+    saved.info["training"].pop("options")
+    return saved
+
+
+def assert_same(one, other):
+    assert one.info == other.info
+    assert list(one.tensors) == list(other.tensors)
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+
+
+def options_of(toy, **more):
+    return {**toy["config_dict"], "epochs": 2, "checkpoint_steps": 2, **more}
+
+
+@pytest.fixture
+def straight(toy):
+    """A run never killed, and the options that made it."""
+
+    def run(model, **more):
+        options = options_of(toy, **more)
+        result = run_recbole_ssm(model, toy["dataset"], config_dict=options)
+        return options, result, last_of(pathlib.Path(result["checkpoint"]).parent)
+
+    return run
+
+
+def kill_and_resume(model, options, **when):
+    with pytest.raises(KilledError):
+        run_recbole_ssm(model, "toy", config_dict=options, hooks=[KillAt(**when)])
+    folder = max(pathlib.Path("saved").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    return run_recbole_ssm(resume=folder), last_of(folder)
+
+
+def test_killed_at_every_batch(straight):
+    options, result, expected = straight("2Mamba4Rec", lr_scheduler="ExponentialLR", lr_scheduler_args={"gamma": 0.9})
+    for step in range(3, 11):  # the first checkpoint is that of step 2
+        resumed, found = kill_and_resume("2Mamba4Rec", options, step=step)
+        assert_same(found, expected)
+        assert resumed["test_result"] == result["test_result"]
+        assert resumed["best_valid_result"] == result["best_valid_result"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("SASRec", {"gradient_accumulation_steps": 2, "learner": "adagrad"}),
+        ("Mamba4Rec", {"loss_type": "sampled_softmax", "lr_scheduler": "ReduceLROnPlateau", "learner": "sgd"}),
+        ("Hydra4Rec", {"loss_type": "BPR"}),
+        ("BERT4Rec", {"worker": 1}),
+        ("GRU4Rec", {"eval_args": {"mode": "uni20"}}),
+    ],
+)
+def test_killed_once_whatever_the_model_draws(straight, model, more):
+    options, _, expected = straight(model, **more)
+    assert_same(kill_and_resume(model, options, step=7)[1], expected)
+    assert_same(kill_and_resume(model, options, evaluation=2)[1], expected)
+
+
+def test_a_finished_run_only_tests_again(straight):
+    _, result, _ = straight("2Mamba4Rec")
+    again = run_recbole_ssm(resume=pathlib.Path(result["checkpoint"]).parent)
+    assert again["test_result"] == result["test_result"]
+    assert again["checkpoint"] == result["checkpoint"]
+
+
+def test_more_epochs_may_be_asked_for(straight, toy):
+    _, _, expected = straight("2Mamba4Rec", epochs=3)
+    _, first, _ = straight("2Mamba4Rec")
+    run_recbole_ssm(resume=pathlib.Path(first["checkpoint"]).parent, config_dict={"epochs": 3})
+    found = last_of(pathlib.Path(first["checkpoint"]).parent)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_other_settings_and_other_data_are_refused(straight, write_dataset):
+    _, result, _ = straight("2Mamba4Rec")
+    with pytest.raises(UserError, match=r"resume: learning_rate is 0.5 here and was 0.01 in .*; leave it as it was"):
+        run_recbole_ssm(resume=result["checkpoint"], config_dict={"learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"of 2Mamba4Rec, cannot resume Mamba4Rec"):
+        run_recbole_ssm("Mamba4Rec", resume=result["checkpoint"])
+    lines = [f"u{u}\ti{(u + 2 * t) % 20}\t{t}\n" for u in range(4) for t in range(25)]
+    other = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "".join(lines), name="toy")
+    path = other["config_dict"]["data_path"]
+    with pytest.raises(UserError, match="resume: the training data is not what it was"):
+        run_recbole_ssm(resume=result["checkpoint"], config_dict={"data_path": path})
+
+
+def test_recboles_own_checkpoint_needs_a_flag(toy, tmp_path, caplog):
+    """RecBole writes it, its pickle is refused, and with the flag training goes on from it."""
+    from recbole.trainer import Trainer
+
+    from recbole_ssm.config import SSMConfig
+    from recbole_ssm.data import create_dataset
+    from recbole_ssm.model import get_model
+
+    config = SSMConfig("GRU4Rec", toy["dataset"], config_dict={**toy["config_dict"], "epochs": 2})
+    model = get_model("GRU4Rec")(config, create_dataset(config))
+    trainer = Trainer(config, model)
+    trainer.saved_model_file = "theirs.pth"
+    trainer._save_checkpoint(0)
+    with pytest.raises(UserError, match=r"resume: theirs.pth is a pickle, .*say --allow_pickle=True"):
+        run_recbole_ssm("GRU4Rec", **toy, resume="theirs.pth")
+    toy["config_dict"]["epochs"] = 2
+    result = run_recbole_ssm("GRU4Rec", **toy, resume="theirs.pth", allow_pickle=True)
+    assert "loading it runs whatever code is in it" in caplog.text
+    saved = checkpoint.read(pathlib.Path(result["checkpoint"]))
+    assert list(saved.info["training"]["train_losses"]) == ["1"]  # epoch 0 was theirs
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(UserError, match="junk.pth: not one of RecBole's"):
+        run_recbole_ssm("GRU4Rec", **toy, resume="junk.pth", allow_pickle=True)
+
+
+def launch(tmp_path, *options):
+    command = [sys.executable, "-m", "recbole_ssm", "train", "--model=2Mamba4Rec", "--dataset=toy"]
+    command += [f"--data_path={REPOSITORY / 'dataset'}", "--show_progress=False", "--checkpoint_steps=1", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(tmp_path, pattern, process):
+    while not (found := list(tmp_path.glob(pattern))):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return found[0].parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_is_told_to_stop(tmp_path, toy, number):
+    """Really killed, at a moment that is nobody's choice; then resumed by the command line."""
+    process = launch(tmp_path, "--epochs=20")
+    folder = wait_for(tmp_path, "saved/*/step-*", process)
+    time.sleep(0.2)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error[-500:]
+    if number != signal.SIGKILL:
+        assert f"interrupted; go on with --resume=saved/{folder.name}" in error
+    assert main([f"--resume={folder}", "--show_progress=False", f"--data_path={REPOSITORY / 'dataset'}"]) == 0
+    found = last_of(folder)
+    result = run_recbole_ssm(
+        "2Mamba4Rec", "toy", config_dict={**toy["config_dict"], "epochs": 20, "checkpoint_steps": 1, "state": "INFO"}
+    )
+    expected = last_of(pathlib.Path(result["checkpoint"]).parent)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
