@@ -105,9 +105,10 @@ def test_end_to_end_on_ml_100k(command, tmp_path):
     found = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "test result" in found.stderr + found.stdout
+    checkpoint = next((tmp_path / "saved").glob("*/best.safetensors"))
     code = f"""
 from recbole_ssm import load_recommender
-print(len(load_recommender({str(next((tmp_path / "saved").glob("*.safetensors")))!r}).recommend(["50", "172"], k=10)))
+print(len(load_recommender({str(checkpoint)!r}).recommend(["50", "172"], k=10)))
 """
     served = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert served.stdout.strip() == "10", served.stderr
