@@ -19,7 +19,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --resume    a checkpoint, or the folder of a run: go on from its newest whole checkpoint, byte for byte
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
-  recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing
+  recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
+                        --numerics compares every backend with the float64 reference on this machine
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
 """
 
@@ -66,12 +67,12 @@ def train(arguments: list[str]) -> None:
 
 
 def doctor(arguments: list[str]) -> None:
-    """Print what this machine has, and how to install what it lacks."""
-    if arguments:
-        raise UserError(f"doctor takes no arguments, got {' '.join(arguments)}")
-    from recbole_ssm.doctor import report
+    """Print what this machine has, and how to install what it lacks; with ``--numerics`` compare the backends on it."""
+    if arguments not in ([], ["--numerics"]):
+        raise UserError(f"doctor takes no arguments but --numerics, got {' '.join(arguments)}")
+    from recbole_ssm.doctor import numerics, report
 
-    print(report())
+    print(numerics() if arguments else report())
 
 
 def bench(arguments: list[str]) -> None:

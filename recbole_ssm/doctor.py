@@ -10,12 +10,14 @@ import torch
 
 from recbole_ssm import __version__, ops
 from recbole_ssm.compat import INSTALL_RECBOLE
+from recbole_ssm.ops import native
 
 NEEDED = (
     "recbole", "torch", "numpy", "pandas", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard", "tqdm",
     "colorama", "colorlog", "texttable", "psutil",
 )  # fmt: skip
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+INSTALL_NATIVE = "pip install -v -e .   # in the folder of recbole_ssm, with g++ or clang++ on the PATH"
 INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
 
 
@@ -34,6 +36,9 @@ def report() -> str:
             missing.append(INSTALL_RECBOLE if package == "recbole" else f"pip install {package}")
     lines += ["", f"  device         {_device()}"]
     lines.append(f"  ssm_backend    usable: {', '.join(ops.available_backends())}; auto takes the fastest that fits")
+    lines.append(f"  native kernels {native.unusable or 'built; instruction set ' + native.instruction_set}")
+    if native.unusable:
+        missing.append(INSTALL_NATIVE)
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"
@@ -42,6 +47,32 @@ def report() -> str:
             missing.append(INSTALL_KERNELS)
     lines += ["", "nothing is missing" if not missing else "to install what is missing:"]
     return "\n".join(lines + [f"  {line}" for line in missing])
+
+
+def numerics() -> str:
+    """The text that ``recbole-ssm doctor --numerics`` prints: every backend against the float64 reference."""
+    from recbole_ssm.bench import table
+    from recbole_ssm.ops import selftest
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = selftest.run(device)
+    rows = [
+        {
+            "op": r.op,
+            "backend": r.backend,
+            "value error": r.value_error,
+            "gradient error": r.gradient_error,
+            "ms": r.milliseconds,
+            "": "ok" if r.passed else "FAILED",
+        }
+        for r in results
+    ]
+    verdict = "all backends agree with the float64 reference"
+    if not all(r.passed for r in results):
+        verdict = "a backend is wrong on this machine; choose another with ssm_backend, and please report this table"
+    return (
+        f"float32 on {device}, forward and backward; errors relative to the largest entry\n\n{table(rows)}\n\n{verdict}"
+    )
 
 
 def _device() -> str:

@@ -24,6 +24,24 @@ def test_doctor_names_versions_device_and_kernels(capsys):
         assert word in out
 
 
+def test_doctor_compares_the_backends(capsys, monkeypatch, caplog):
+    assert main(["doctor", "--numerics"]) == 0
+    assert "all backends agree" in capsys.readouterr().out
+
+
+def test_a_wrong_backend_is_switched_off(capsys, monkeypatch, caplog):
+    from recbole_ssm.ops import backend
+
+    right = backend._implementations["ssd", "torch"]
+    monkeypatch.setattr(backend, "_implementations", dict(backend._implementations))
+    backend.implements("ssd", "cuda")(lambda *arguments: (right(*arguments)[0] * 1.001, None))
+    assert "cuda" in backend.available_backends()
+    assert main(["doctor", "--numerics"]) == 0
+    assert "FAILED" in capsys.readouterr().out
+    assert "backend cuda is switched off: it computes ssd wrongly" in caplog.text
+    assert "cuda" not in backend.available_backends()
+
+
 def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
     import importlib.metadata
 
@@ -44,7 +62,7 @@ def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
     ("arguments", "message"),
     [
         (["dotcor"], "there is no command 'dotcor'; did you mean 'doctor'?"),
-        (["doctor", "x"], "doctor takes no arguments, got x"),
+        (["doctor", "x"], "doctor takes no arguments but --numerics, got x"),
         (["--model=SASrec"], "model: there is no sequential model 'SASrec'; did you mean 'SASRec'?"),
         (["--model=SASRec", "--model=GRU4Rec"], "--model is given twice, as SASRec and as GRU4Rec; keep one"),
         (["--learning_rate=1", "--learning_rate=2"], "--learning_rate is given twice"),
@@ -87,9 +105,10 @@ def test_end_to_end_on_ml_100k(command, tmp_path):
     found = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "test result" in found.stderr + found.stdout
+    checkpoint = next((tmp_path / "saved").glob("*/best.safetensors"))
     code = f"""
 from recbole_ssm import load_recommender
-print(len(load_recommender({str(next((tmp_path / "saved").glob("*.safetensors")))!r}).recommend(["50", "172"], k=10)))
+print(len(load_recommender({str(checkpoint)!r}).recommend(["50", "172"], k=10)))
 """
     served = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert served.stdout.strip() == "10", served.stderr

@@ -17,6 +17,8 @@ from recbole_ssm.files import write_json
 
 BENCHES = {
     "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
+    "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
+    "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
 }
 

@@ -13,6 +13,7 @@ A state goes in and comes out, so a sequence may be cut anywhere. A packed batch
 convolutions, which keep it.
 """
 
+from recbole_ssm.ops import native  # noqa: F401  it registers its implementations
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.quasiseparable import quasiseparable

@@ -33,10 +33,20 @@ def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable
     return register
 
 
-def available_backends() -> list[str]:
-    """Names of the backends that have at least one implementation on this machine."""
-    present = {backend for _, backend in _implementations}
+def available_backends(op: str | None = None) -> list[str]:
+    """Names of the backends that have an implementation of ``op``, or of any op, on this machine."""
+    present = {backend for name, backend in _implementations if op in (None, name)}
     return [backend for backend in BACKENDS if backend in present]
+
+
+def switch_off(backend: str) -> None:
+    """Take a backend out of every following choice, in this process: a self-test has found it wrong."""
+    global _selected
+    for op, name in list(_implementations):
+        if name == backend:
+            del _implementations[op, name]
+    if _selected == backend:
+        _selected = "auto"
 
 
 def set_backend(name: str) -> None:
@@ -67,7 +77,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``op`` for a tensor like ``x``; the first choice of each kind is logged with its reason."""
-    if _selected != "auto":
+    if _selected == "native" and not (x.dtype == torch.float32 and x.device.type == "cpu"):
+        order, reason = ["torch"], f"ssm_backend: native computes float32 on the CPU, not {x.dtype} on {x.device.type}"
+    elif _selected != "auto":
         order, reason = [_selected], f"ssm_backend: {_selected}"
     elif x.is_cuda:
         order, reason = ["cuda", "torch"], "first usable for a GPU tensor"

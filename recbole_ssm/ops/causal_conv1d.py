@@ -208,7 +208,7 @@ def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, cu_
 
 
 @implements("causal_conv1d", "torch")
-def _causal_torch(
+def torch_causal(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -217,6 +217,7 @@ def _causal_torch(
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """:func:`causal_conv1d` on any device and in any precision."""
     K = weight.shape[1]
     seen, bounds = x, cu_seqlens
     if state_BDK is not None:  # lay the carried inputs in front of each sequence
@@ -243,7 +244,8 @@ def _last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
 
 
 @implements("centered_conv1d", "torch")
-def _centered_torch(
+def torch_centered(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    """:func:`centered_conv1d` on any device and in any precision."""
     return _activate(_convolve(x, weight, bias, weight.shape[1] // 2, cu_seqlens), activation)

@@ -101,8 +101,8 @@ def _reference(
 ) -> Tensor:
     def one(x: Tensor, *rest: Tensor | None) -> tuple[Tensor, None]:
         dt_f, dt_b, B_f, C_f, B_b, C_b = (t for t in rest if t is not None)
-        forward, _ = ssd_reference(x, dt_f, A, B_f, C_f, None, None)
-        backward, _ = ssd_reference(x.flip(1), dt_b.flip(1), A, B_b.flip(1), C_b.flip(1), None, None)
+        forward, _ = ssd_reference(x, dt_f, A, B_f, C_f, None, None, None)
+        backward, _ = ssd_reference(x.flip(1), dt_b.flip(1), A, B_b.flip(1), C_b.flip(1), None, None, None)
         return _shift(forward) + _shift(backward).flip(1), None
 
     arguments = (x, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
@@ -143,7 +143,7 @@ def _padded(
 
 
 @implements("quasiseparable", "torch")
-def _torch(
+def torch_quasiseparable(
     x: Tensor,
     dt_fwd: Tensor,
     dt_bwd: Tensor,
@@ -154,6 +154,7 @@ def _torch(
     C_bwd: Tensor,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
+    """:func:`quasiseparable` on any device and in any precision."""
     if cu_seqlens is None:
         return _padded(A, x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd)
 

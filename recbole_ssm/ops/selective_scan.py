@@ -6,6 +6,7 @@ y_t = C_t h_t + D x_t,    then  y_t * SiLU(z_t)   where a gate z is given
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def selective_scan(
         z=(z_BLD, tuple(x_BLD.shape)),
         state=(state_BDN, (sequences, D, N)),
     )
-    x, dt, B, C, state = widen(x_BLD, step_size(dt_BLD, dt_bias, dt_softplus), B_BLN, C_BLN, state_BDN)
-    y, final = dispatch("selective_scan", x_BLD)(x, dt, A_DN.to(x.dtype), B, C, state, cu_seqlens)
-    return _skip_and_gate(y, x, D_D, z_BLD).to(x_BLD.dtype), final
+    y, final = dispatch("selective_scan", x_BLD)(
+        x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, dt_bias, dt_softplus, state_BDN, cu_seqlens
+    )
+    return y, final
 
 
 def selective_scan_last(
@@ -89,9 +91,10 @@ def selective_scan_last(
     sequences = _check("selective_scan_last", x_BLD, dt_BLD, A_DN, B_BLN, D_D, dt_bias, cu_seqlens)
     D, N = A_DN.shape
     expect_shape("selective_scan_last", C=(C_SN, (sequences, N)), z=(z_SD, (sequences, D)))
-    x, dt, B, C = widen(x_BLD, step_size(dt_BLD, dt_bias, dt_softplus), B_BLN, C_SN)
-    y = dispatch("selective_scan_last", x_BLD)(x, dt, A_DN.to(x.dtype), B, C, cu_seqlens)
-    return _skip_and_gate(y, last_of(x, cu_seqlens), D_D, z_SD).to(x_BLD.dtype)
+    y: Tensor = dispatch("selective_scan_last", x_BLD)(
+        x_BLD, dt_BLD, A_DN, B_BLN, C_SN, D_D, z_SD, dt_bias, dt_softplus, cu_seqlens
+    )
+    return y
 
 
 def _check(
@@ -120,10 +123,54 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
+def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+    """A backend of ``selective_scan`` from its recurrence alone; a native one fuses what is added here."""
+
+    def scan(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        dt_softplus: bool,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        wide, dt, B, C, state = widen(x, step_size(dt, dt_bias, dt_softplus), B, C, state)
+        y, final = recurrence(wide, dt, A.to(wide.dtype), B, C, state, cu_seqlens)
+        return _skip_and_gate(y, wide, D, z).to(x.dtype), final
+
+    return scan
+
+
+def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As :func:`_around`, for ``selective_scan_last``."""
+
+    def scan(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        dt_softplus: bool,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        wide, dt, B, C = widen(x, step_size(dt, dt_bias, dt_softplus), B, C)
+        y = recurrence(wide, dt, A.to(wide.dtype), B, C, cu_seqlens)
+        return _skip_and_gate(y, last_of(wide, cu_seqlens), D, z).to(x.dtype)
+
+    return scan
+
+
 # --- reference: the recurrence as it is written -------------------------------------------------------------------
 
 
-@implements("selective_scan", "reference")
 def _reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -140,13 +187,16 @@ def _reference(
     return map_sequences(one, (x, dt, B, C), state, cu_seqlens)
 
 
-@implements("selective_scan_last", "reference")
 def _last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     C_everywhere = C[:, None].expand(-1, x.shape[1], -1)
     if cu_seqlens is not None:
         C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
     y, _ = _reference(x, dt, A, B, C_everywhere, None, cu_seqlens)
     return last_of(y, cu_seqlens)
+
+
+implements("selective_scan", "reference")(_around(_reference))
+implements("selective_scan_last", "reference")(_around_last(_last_reference))
 
 
 # --- torch: a loop over time on tiles of rows whose state stays in the cache --------------------------------------
@@ -289,7 +339,6 @@ def _scan_padded(
     return y.reshape(batch, size * pieces, D)[:, :L], ends.reshape(batch, pieces, *A_ND.shape)[:, -1]
 
 
-@implements("selective_scan", "torch")
 def _torch(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -306,7 +355,6 @@ def _torch(
     return y, final.transpose(1, 2)
 
 
-@implements("selective_scan_last", "torch")
 def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     batch, L, D = x.shape
     if cu_seqlens is None:
@@ -319,3 +367,7 @@ def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqle
     v, CB = (x * dt).flatten(0, 1), B.flatten(0, 1) * C[sequence]
     y = _ScanLast.apply(v, w, A.t().contiguous(), CB)
     return x.new_zeros(len(C), D).index_add(0, sequence, y)
+
+
+torch_scan = implements("selective_scan", "torch")(_around(_torch))
+torch_scan_last = implements("selective_scan_last", "torch")(_around_last(_last_torch))

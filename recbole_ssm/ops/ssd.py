@@ -53,8 +53,9 @@ def ssd(
     _, _, H, P = x_BLHP.shape
     expect_shape("ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3])))
     x, dt, B, C, state = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_BLGN, state_BHPN)
-    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, state, cu_seqlens)
-    return skip(y, x, D_H).to(x_BLHP.dtype), final
+    D_H = None if D_H is None else D_H.to(x.dtype)
+    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, state, cu_seqlens)
+    return y.to(x_BLHP.dtype), final
 
 
 def ssd_last(
@@ -82,8 +83,9 @@ def ssd_last(
     sequences = _check("ssd_last", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
     expect_shape("ssd_last", C=(C_SGN, (sequences, *B_BLGN.shape[2:])))
     x, dt, B, C = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_SGN)
-    y = dispatch("ssd_last", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, cu_seqlens)
-    return skip(y, last_of(x, cu_seqlens), D_H).to(x_BLHP.dtype)
+    D_H = None if D_H is None else D_H.to(x.dtype)
+    y: Tensor = dispatch("ssd_last", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, cu_seqlens)
+    return y.to(x_BLHP.dtype)
 
 
 def _check(
@@ -108,9 +110,9 @@ def _check(
     return count_sequences(op, cu_seqlens, batch, L)
 
 
-def skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
+def _skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
     """y + D x, with one weight a head."""
-    return y if D_H is None else torch.addcmul(y, x, D_H.to(y.dtype)[:, None])
+    return y if D_H is None else torch.addcmul(y, x, D_H[:, None])
 
 
 # --- reference: the recurrence as it is written -------------------------------------------------------------------
@@ -118,7 +120,14 @@ def skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
 
 @implements("ssd", "reference")
 def _reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     H = x.shape[2]
     B, C = (t.repeat_interleave(H // t.shape[2], 2) for t in (B, C))  # [B, L, H, N]
@@ -133,16 +142,20 @@ def _reference(
         return (torch.stack(ys, 1) if ys else x), h
 
     if cu_seqlens is None:
-        return one(x, dt, B, C, state)
-    return map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+        y, final = one(x, dt, B, C, state)
+    else:
+        y, final = map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+    return _skip(y, x, D), final
 
 
 @implements("ssd_last", "reference")
-def _last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _last_reference(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
     C_everywhere = C[:, None].expand(-1, x.shape[1], -1, -1)
     if cu_seqlens is not None:
         C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
-    y, _ = _reference(x, dt, A, B, C_everywhere, None, cu_seqlens)
+    y, _ = _reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens)
     return last_of(y, cu_seqlens)
 
 
@@ -219,20 +232,35 @@ def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: 
 
 
 @implements("ssd", "torch")
-def _torch(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+def torch_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`ssd` on any device and in any precision, from step sizes as they are."""
+
     def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         return ssd_padded(x, B, C, dt, A, state)
 
     if cu_seqlens is None:
-        return padded(x, B, C, dt, state)
-    return map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
+        y, final = padded(x, B, C, dt, state)
+    else:
+        y, final = map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
+    return _skip(y, x, D), final
 
 
 @implements("ssd_last", "torch")
-def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def torch_ssd_last(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """:func:`ssd_last` on any device and in any precision, from step sizes as they are."""
     batch, L, H, P = x.shape
+    x_last = last_of(x, cu_seqlens)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(batch + 1, device=x.device) * L
     sequence = torch.arange(len(C), device=x.device).repeat_interleave(cu_seqlens.diff())
@@ -240,4 +268,4 @@ def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqle
     weight = decay_of(segment_sum_after(dt * A, cu_seqlens)) * dt  # [total, H]
     score = (B * C[sequence]).sum(-1).repeat_interleave(H // B.shape[1], 1)  # [total, H]
     y = x * (weight * score)[..., None]
-    return x.new_zeros(len(C), H, P).index_add(0, sequence, y)
+    return _skip(x.new_zeros(len(C), H, P).index_add(0, sequence, y), x_last, D)

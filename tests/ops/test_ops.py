@@ -12,11 +12,12 @@ from recbole_ssm import ops
 from recbole_ssm.ops.backend import available_backends
 from recbole_ssm.ops.packing import buckets, cu_seqlens_of, last_of, segment_sum_after
 
-D, N, H, P, G, K = 6, 5, 4, 3, 2, 4
+SIZES = D, N, H, P, G, K = 6, 5, 4, 3, 2, 4
 
 
-def arguments(op, batch, L, S, dtype=torch.float64):
+def arguments(op, batch, L, S, dtype=torch.float64, sizes=SIZES):
     """Random tensors for an op: positional ones and keyword ones. S states or last positions."""
+    D, N, H, P, G, K = sizes
 
     def r(*shape):
         return torch.randn(*shape, dtype=dtype)
@@ -42,7 +43,7 @@ def arguments(op, batch, L, S, dtype=torch.float64):
         return [r(batch, L, H, P), *steps, decay(H), *[r(batch, L, G, N) for _ in range(4)]], {}
     if op is ops.causal_conv1d:
         return [r(batch, L, D), r(D, K), r(D)], {"activation": "silu", "state_BDK": r(S, D, K)}
-    return [r(batch, L, D), r(D, 5), r(D)], {"activation": "silu"}
+    return [r(batch, L, D), r(D, K + 1 - K % 2), r(D)], {"activation": "silu"}
 
 
 OPS = [
@@ -192,8 +193,9 @@ def test_quasiseparable_is_shift_flip_shift():
     assert_close(ops.quasiseparable(x, dt_f, dt_b, A, B_f, C_f, B_b, C_b), forward + backward, 1e-9)
 
 
+@each_backend
 @each_op
-def test_extreme_steps_stay_finite(op):
+def test_extreme_steps_stay_finite(op, backend):
     """A decay underflows to 0 and never overflows."""
     if "conv" in op.__name__:
         pytest.skip("a convolution has no step size")
@@ -201,7 +203,7 @@ def test_extreme_steps_stay_finite(op):
     tensors, keywords = arguments(op, 2, 60, 2, torch.float32)
     for index in (1, 2) if op is ops.quasiseparable else (1,):
         tensors[index] = tensors[index].abs() * 1e4
-    for out in values_and_gradients(op, "torch", tensors, keywords, torch.float32, None):
+    for out in values_and_gradients(op, backend, tensors, keywords, torch.float32, None):
         assert torch.isfinite(out).all()
 
 

@@ -1,0 +1,209 @@
+"""Milliseconds and memory of every op on every backend, forward and forward + backward, over four lengths.
+
+Sizes are those of this field: 128 inner channels, states of 32 (selective scan) and 64 (SSD, two heads of 64). Each
+length has about the same number of tokens, so ns_token shows whether time grows with the length alone. x_native is a
+ratio of medians of this run. floor_share is the share of the machine's roof that is reached: the least time that the
+operations (at the rate of a large matrix product, measured beside it; an exponential counts as 14) and the bytes that
+must be moved (at the rate of a copy) allow, over the time taken. On a busy machine it can pass 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm import ops
+from recbole_ssm.bench.measure import medians, peak_memory, roofs
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.ops.backend import available_backends
+
+LENGTHS = (50, 200, 2_000, 16_000)
+REFERENCE_UP_TO = 200  # the plain loop stores every state: beyond this it takes minutes and gigabytes
+D, N, H, P, N_SSD, K = 128, 32, 2, 64, 64, 4
+
+
+class Case(NamedTuple):
+    """One op at one shape, with what it costs at least: float operations and floats moved, forward and backward."""
+
+    call: Callable[..., Tensor]
+    tensors: list[Tensor]
+    operations: tuple[float, float]
+    floats: tuple[float, float]
+
+
+def _scan(B: int, L: int) -> Case:
+    tensors = [
+        torch.randn(B, L, D), torch.randn(B, L, D), -torch.arange(1.0, N + 1).repeat(D, 1), torch.randn(B, L, N),
+        torch.randn(B, L, N), torch.ones(D), torch.randn(B, L, D), torch.full((D,), -3.0),
+    ]  # fmt: skip
+
+    def call(*t: Tensor) -> Tensor:
+        return ops.selective_scan(*t[:7], dt_bias=t[7], dt_softplus=True)[0]
+
+    tokens = B * L
+    return Case(call, tensors, (20.0 * tokens * D * N, 34.0 * tokens * D * N), _moved(tokens, 3 * D + 2 * N, D))
+
+
+def _scan_last(B: int, L: int) -> Case:
+    tensors = _scan(B, L).tensors
+
+    def call(*t: Tensor) -> Tensor:
+        x, dt, A, B_, C, skip, z, bias = t
+        return ops.selective_scan_last(x, dt, A, B_, C[:, -1], skip, z[:, -1], dt_bias=bias, dt_softplus=True)
+
+    tokens = B * L
+    return Case(call, tensors, (17.0 * tokens * D * N, 25.0 * tokens * D * N), _moved(tokens, 2 * D + N, 0))
+
+
+def _ssd(B: int, L: int) -> Case:
+    maps = [torch.randn(B, L, 1, N_SSD) for _ in range(2)]
+    tensors = [torch.randn(B, L, H, P), torch.randn(B, L, H) - 3, -1 - 15 * torch.rand(H), *maps, torch.ones(H)]
+
+    def call(*t: Tensor) -> Tensor:
+        return ops.ssd(*t, dt_softplus=True)[0]
+
+    tokens, pairs, states = B * L, min(L, 64) / 2, 2.0 * N_SSD * H * P
+    forward = 2 * pairs * (N_SSD + H * P) + states * (1 if L <= 64 else 2)
+    backward = 2 * pairs * (3 * N_SSD + 2 * H * P) + (0 if L <= 64 else 4 * states)
+    return Case(call, tensors, (forward * tokens, backward * tokens), _moved(tokens, H * P + H + 2 * N_SSD, H * P))
+
+
+def _ssd_last(B: int, L: int) -> Case:
+    tensors = _ssd(B, L).tensors
+
+    def call(*t: Tensor) -> Tensor:
+        x, dt, A, B_, C, skip = t
+        return ops.ssd_last(x, dt, A, B_, C[:, -1], skip, dt_softplus=True)
+
+    tokens = B * L
+    work = 2.0 * tokens * (N_SSD + H * P)
+    return Case(call, tensors, (work, 3 * work), _moved(tokens, H * P + H + N_SSD, 0))
+
+
+def _quasiseparable(B: int, L: int) -> Case:
+    steps = [F.softplus(torch.randn(B, L, H) - 3) for _ in range(2)]
+    maps = [torch.randn(B, L, 1, N_SSD) for _ in range(4)]
+
+    def call(*t: Tensor) -> Tensor:
+        return ops.quasiseparable(*t)
+
+    tokens, pairs, states = B * L, min(L, 64) / 2, 0.0 if L <= 64 else 2.0 * N_SSD * H * P
+    forward = 2 * (2 * pairs * (N_SSD + H * P) + 2 * states)
+    backward = 2 * (2 * pairs * (3 * N_SSD + 2 * H * P) + 4 * states)
+    tensors = [torch.randn(B, L, H, P), *steps, -1 - torch.rand(H), *maps]
+    return Case(call, tensors, (forward * tokens, backward * tokens), _moved(tokens, H * P + 2 * H + 4 * N_SSD, H * P))
+
+
+def _conv(op: Callable[..., Any], taps: int) -> Callable[[int, int], Case]:
+    def case(B: int, L: int) -> Case:
+        def call(*t: Tensor) -> Tensor:
+            out = op(*t, activation="silu")
+            return out[0] if isinstance(out, tuple) else out
+
+        elements = B * L * D
+        work = (2.0 * taps + 20) * elements
+        tensors = [torch.randn(B, L, D), torch.randn(D, taps), torch.randn(D)]
+        return Case(call, tensors, (work, work + 4.0 * taps * elements), _moved(B * L, D, D))
+
+    return case
+
+
+def _moved(tokens: int, read: int, written: int) -> tuple[float, float]:
+    """Floats that a forward, and a backward, cannot but move: its inputs and outputs, each once."""
+    return float(tokens * (read + written)), float(tokens * (2 * read + written))
+
+
+CASES: dict[str, Callable[[int, int], Case]] = {
+    "selective_scan": _scan,
+    "selective_scan_last": _scan_last,
+    "ssd": _ssd,
+    "ssd_last": _ssd_last,
+    "quasiseparable": _quasiseparable,
+    "causal_conv1d": _conv(ops.causal_conv1d, K),
+    "centered_conv1d": _conv(ops.centered_conv1d, 7),
+}
+
+
+def _plain_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same convolution as everybody writes it, with torch.conv1d."""
+    K, L = weight.shape[1], x.shape[1]
+    y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=K - 1, groups=x.shape[2])
+    return F.silu(y[..., :L]).transpose(1, 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--ops", default=",".join(CASES), help="which, separated by commas (default: all)")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="separated by commas")
+    parser.add_argument("--tokens", type=int, default=12_800, help="of a batch; a longer sequence is taken whole")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements, of which the median counts")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure; one row an op, length, direction and backend."""
+    names = options.ops.split(",")
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"--ops: '{name}' is not one of {', '.join(CASES)}{did_you_mean(name, CASES)}")
+    try:
+        lengths = [int(length) for length in options.lengths.split(",")]
+    except ValueError:
+        raise UserError(f"--lengths: must be whole numbers with commas, got {options.lengths}") from None
+    if min(*lengths, options.tokens, options.rounds) < 1:
+        raise UserError("--lengths, --tokens and --rounds: must be at least 1")
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads; native kernels: {ops.native.unusable or ops.native.instruction_set}")
+    rows = []
+    for name in names:
+        for L in lengths:
+            B = max(1, options.tokens // L)
+            rows += _rows(name, B, L, CASES[name](B, L), options.rounds)
+    return rows
+
+
+def _rows(name: str, B: int, L: int, case: Case, rounds: int) -> list[dict[str, Any]]:
+    inputs = [t.requires_grad_() for t in case.tensors]
+    calls = {b: case.call for b in available_backends() if b != "reference" or L <= REFERENCE_UP_TO}
+    if name == "causal_conv1d":
+        calls["conv1d"] = _plain_conv1d
+    with torch.no_grad():
+        gradient = torch.randn_like(case.call(*inputs))
+
+    def forward(backend: str) -> None:
+        with torch.no_grad(), ops.use_backend(backend if backend in available_backends() else "auto"):
+            calls[backend](*inputs)
+
+    def both(backend: str) -> None:
+        with ops.use_backend(backend if backend in available_backends() else "auto"):
+            torch.autograd.grad(calls[backend](*inputs), inputs, gradient)
+
+    rows = []
+    rate, bandwidth = roofs(rounds)
+    least = [max(o / rate, 4 * f / bandwidth) for o, f in zip(case.operations, case.floats)]
+    for direction, function, floor in (("forward", forward, least[0]), ("forward+backward", both, sum(least))):
+        seconds = medians({backend: partial(function, backend) for backend in calls}, rounds)
+        for backend, value in seconds.items():
+            memory = peak_memory(partial(function, backend))
+            rows.append(
+                {
+                    "op": name,
+                    "B": B,
+                    "L": L,
+                    "direction": direction,
+                    "backend": backend,
+                    "ms": value * 1e3,
+                    "x_native": value / seconds["native"] if "native" in seconds else "",
+                    "ns_token": value / (B * L) * 1e9,
+                    "MiB": "" if memory is None else memory,
+                    "floor_share": floor / value,
+                    "GFLOP_s_roof": rate / 1e9,
+                    "GB_s_roof": bandwidth / 1e9,
+                }
+            )
+    return rows

@@ -1,0 +1,13 @@
+// All kernels for one instruction set: compiled with its flags, VL (floats in a vector) and KERNELS (the table's name).
+
+#include "simd.h"
+
+#include "conv1d.h"
+#include "selective_scan.h"
+#include "ssd.h"
+
+extern const Kernels KERNELS;
+const Kernels KERNELS = {
+    scan_forward,   scan_backward, ssd_forward,   ssd_backward,       ssd_last_forward, ssd_last_backward,
+    conv_forward,   conv_backward, scan_workspace, ssd_workspace,     ssd_last_workspace, conv_workspace,
+};

@@ -1,0 +1,100 @@
+// The C interface between the Python side (ops/native.py) and the kernels.
+//
+// No header of PyTorch or Python: one build serves every version of either. All fields are eight bytes wide, so that
+// the structures look the same from ctypes. Python checks every shape; pointers may be null where a comment says so.
+// Sequence s owns rows [offsets[s], offsets[s + 1]), or [s L, (s + 1) L) where offsets is null. A row stride is counted
+// in floats and belongs to the field before it; rows without one are contiguous.
+
+#pragma once
+#include <cstdint>
+
+typedef int64_t i64;
+
+enum { ABI = 1 };     // raise with every change here; Python refuses a library of another number
+enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
+
+// selective scan: D channels with a state of N each; states are stored [S, N, D]
+struct Scan {
+  i64 S, L, D, N, threads, softplus, last;   // last: only y of each sequence's last position, C and z have S rows
+  const i64* offsets;                        // or null
+  const float *x; i64 sx; const float *dt; i64 sdt;
+  const float* A;                            // [D, N]
+  const float *B; i64 sB; const float *C; i64 sC;
+  const float *skip, *z; i64 sz;             // or null
+  const float *bias, *state;                 // or null
+  float *y, *final, *kept;                   // kept (or null): state at the start of each chunk but the first
+  const float *gy; i64 sgy;                  // or null
+  const float* gfinal;                       // or null
+  float *gx, *gdt, *gA, *gB, *gC;
+  float *gskip, *gz, *gbias, *gstate;        // or null
+  char* workspace;
+};
+
+// SSD: H heads of P channels in G groups; states are stored [S, H, N, P]
+struct Ssd {
+  i64 S, L, H, P, G, N, threads;
+  i64 reverse, shift;                        // time runs backward; y_t lands one place later in time, zeros first
+  i64 accumulate;                            // add to y (forward) or gx and gA (backward) instead of writing
+  const i64* offsets;                        // or null
+  const float *x; i64 sx; const float *dt; i64 sdt;
+  const float* A;                            // [H]
+  const float *B; i64 sB; const float *C; i64 sC;
+  const float *skip, *state;                 // or null
+  float *y, *final, *kept;                   // final, kept: or null
+  const float *gy; i64 sgy;
+  const float* gfinal;                       // or null
+  float *gx, *gdt, *gB, *gC;
+  double *gA, *gskip;                        // gskip or null
+  float* gstate;                             // or null
+  char* workspace;
+};
+
+// y of SSD at the last position of each sequence
+struct SsdLast {
+  i64 S, L, H, P, G, N, threads;
+  const i64* offsets;                        // or null
+  const float *x; i64 sx; const float *dt; i64 sdt;
+  const float* A;
+  const float *B; i64 sB;
+  const float* C;                            // [S, G, N]
+  const float* skip;                         // or null
+  float* y;                                  // [S, H, P]
+  const float* gy;
+  float *gx, *gdt, *gB, *gC;
+  double *gA, *gskip;                        // gskip or null
+  char* workspace;
+};
+
+// depthwise convolution of K taps, `lead` of them before the present; states are stored [S, K, D]
+struct Conv {
+  i64 S, L, D, K, lead, silu, threads;
+  const i64* offsets;                        // or null
+  const float *x; i64 sx;
+  const float* weight;                       // [D, K]
+  const float *bias, *state;                 // or null
+  float *y, *final;                          // final or null
+  const float *gy; i64 sgy;
+  const float* gfinal;                       // or null
+  float *gx, *gweight;
+  float *gbias, *gstate;                     // or null
+  char* workspace;
+};
+
+// What one instruction set offers. workspace_*: bytes that a call needs.
+struct Kernels {
+  void (*scan_forward)(const Scan&);
+  void (*scan_backward)(const Scan&);
+  void (*ssd_forward)(const Ssd&);
+  void (*ssd_backward)(const Ssd&);
+  void (*ssd_last_forward)(const SsdLast&);
+  void (*ssd_last_backward)(const SsdLast&);
+  void (*conv_forward)(const Conv&);
+  void (*conv_backward)(const Conv&);
+  i64 (*scan_workspace)(const Scan&, i64 backward);
+  i64 (*ssd_workspace)(const Ssd&, i64 backward);
+  i64 (*ssd_last_workspace)(const SsdLast&, i64 backward);
+  i64 (*conv_workspace)(const Conv&, i64 backward);
+};
+
+// Run task(0) ... task(tasks - 1) on several threads, each task once, in any order. `run(context, task, thread)`.
+__attribute__((visibility("hidden"))) void parallel(i64 threads, i64 tasks, void (*run)(void*, i64, i64), void* context);

@@ -1,0 +1,49 @@
+"""bench ops and bench step, at sizes of no interest."""
+
+import json
+import re
+
+import pytest
+
+from recbole_ssm.bench.ops import CASES
+from recbole_ssm.cli import main
+from recbole_ssm.ops.backend import available_backends
+
+
+def test_every_op_is_measured_on_every_backend(tmp_path, capsys):
+    out = tmp_path / "ops.json"
+    assert main(["bench", "ops", "--lengths=3,300", "--tokens=300", "--rounds=1", f"--json={out}"]) == 0
+    rows = json.loads(out.read_text())
+    assert "selective_scan" in capsys.readouterr().out
+    for op in CASES:
+        short = {row["backend"] for row in rows if row["op"] == op and row["L"] == 3}
+        long = {row["backend"] for row in rows if row["op"] == op and row["L"] == 300}
+        assert set(available_backends()) <= short
+        assert set(available_backends()) - {"reference"} <= long and "reference" not in long
+    assert all(row["ms"] > 0 and row["floor_share"] > 0 for row in rows)
+
+
+def test_every_step_is_measured(tmp_path):
+    out = tmp_path / "step.json"
+    assert main(["bench", "step", "--batch=2", "--length=5", "--items=20", "--rounds=1", f"--json={out}"]) == 0
+    rows = json.loads(out.read_text())
+    assert {row["model"] for row in rows} == {"SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"}
+    assert {row["step"] for row in rows} == {"train", "evaluate", "one event"}
+    assert all(row["x_sasrec"] == 1 for row in rows if row["model"] == "SASRec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--ops=sdd"], "--ops: 'sdd' is not one of selective_scan, .*; did you mean 'ssd'"),
+        (["ops", "--lengths=x"], "--lengths: must be whole numbers with commas, got x"),
+        (["ops", "--rounds=0"], "must be at least 1"),
+        (["step", "--models=SASrec"], "--models: 'SASrec' is not one of .*; did you mean 'SASRec'"),
+        (["step", "--items=1"], "--items at least 2"),
+    ],
+)
+def test_impossible_options_are_one_line(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)

@@ -1,0 +1,258 @@
+"""The C++ kernels: every instruction set of this machine, odd shapes and memory, threads, processes, sanitizers."""
+
+import copy
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from recbole_ssm import ops
+from recbole_ssm.layers import Hydra, Mamba, Mamba2
+from recbole_ssm.ops import native
+from recbole_ssm.ops.packing import cu_seqlens_of
+from tests.conftest import REPOSITORY
+from tests.ops.test_ops import OPS, arguments, assert_close, each_op, values_and_gradients
+
+pytestmark = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
+
+SETS = [] if native.unusable else [name for name in ("baseline", "avx2", "avx512") if not native.select(name)]
+if SETS:
+    native.select("")
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    native.select(request.param)
+    yield request.param
+    native.select("")
+
+
+def a_call(data, op):
+    """Arguments of random sizes, with a vector's whole and broken widths, and bounds or None."""
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    G = data.draw(st.integers(1, 3))
+    sizes = (
+        data.draw(st.sampled_from([1, 3, 8, 16, 17, 40])),
+        data.draw(st.sampled_from([1, 2, 5, 16, 33])),
+        G * data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 3, 16, 20])),
+        G,
+        data.draw(st.integers(1, 7)),
+    )
+    if data.draw(st.booleans(), label="packed"):
+        lengths = data.draw(st.lists(st.integers(0, 150), min_size=1, max_size=40).filter(any))
+        return *arguments(op, 1, sum(lengths), len(lengths), sizes=sizes), cu_seqlens_of(torch.tensor(lengths))
+    batch, L = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 2, 63, 64, 65, 130]))
+    return *arguments(op, batch, L, batch, sizes=sizes), None
+
+
+@each_op
+@given(data=st.data())
+def test_any_shape_equals_the_reference(op, instruction_set, data):
+    tensors, keywords, cu_seqlens = a_call(data, op)
+    expected = values_and_gradients(op, "torch", tensors, keywords, torch.float64, cu_seqlens)
+    found = values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens)
+    for f, e in zip(found, expected):
+        # a gradient of one number may cancel to nearly nothing, so its digits count from 1 on
+        torch.testing.assert_close(
+            f.double(), e, rtol=0, atol=3e-5 * max(1.0, e.abs().max().item() if e.numel() else 0)
+        )
+
+
+@each_op
+@given(data=st.data())
+def test_threads_do_not_change_a_byte(op, data):
+    tensors, keywords, cu_seqlens = a_call(data, op)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens))
+    torch.set_num_threads(1)
+    for one, *others in zip(*results):
+        for other in others:
+            assert torch.equal(one, other)
+
+
+def crooked(t):
+    """The same values in rows that begin at no whole float."""
+    raw = bytearray(t.numel() * 4 + 1)
+    view = torch.frombuffer(raw, dtype=torch.uint8)[1:].view(-1)
+    view.copy_(t.contiguous().view(-1).view(torch.uint8))
+    return torch.frombuffer(raw, dtype=torch.float32, offset=1).view(t.shape)
+
+
+@each_op
+def test_memory_may_lie_anyhow(op, instruction_set):
+    torch.manual_seed(0)
+    tensors, keywords = arguments(op, 3, 20, 3, torch.float32)
+    forms = {
+        "one float off": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+        "no whole float": crooked,
+        "a slice of wider rows": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        "every second row": lambda t: t.repeat_interleave(2, 0)[::2],
+    }
+    with ops.use_backend("native"):
+        expected = op(*tensors, **keywords)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for form in forms.values():
+            found = op(*map(form, tensors), **{k: form(v) if torch.is_tensor(v) else v for k, v in keywords.items()})
+            for f, e in zip(found if isinstance(found, tuple) else (found,), expected):
+                assert_close(f, e, 1e-6)  # softplus before ssd is PyTorch's, and differs with the layout
+        row = tensors[0][:, :1].expand_as(tensors[0])
+        for f, e in zip(op(row, *tensors[1:], **keywords), op(row.contiguous(), *tensors[1:], **keywords)):
+            assert torch.equal(f, e)
+
+
+@each_op
+def test_nan_stays_visible(op, instruction_set):
+    for index in range(4):
+        tensors, keywords = arguments(op, 1, 5, 1, torch.float32)
+        if index < len(tensors):
+            tensors[index].view(-1)[tensors[index].numel() // 2] = torch.nan
+            with ops.use_backend("native"):
+                out = op(*tensors, **keywords)
+            assert (out[0] if isinstance(out, tuple) else out).isnan().any(), index
+
+
+@each_op
+def test_torch_sees_through_the_operators(op):
+    """Fake kernels, autograd registration and compilation without a graph break."""
+    tensors, keywords = arguments(op, 2, 6, 2, torch.float32)
+    tensors = [t.requires_grad_() for t in tensors]
+
+    def loss(*tensors):
+        out = op(*tensors, **keywords)
+        return (out[0] if isinstance(out, tuple) else out).square().sum()
+
+    with ops.use_backend("native"):
+        expected = torch.autograd.grad(loss(*tensors), tensors)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for f, e in zip(torch.autograd.grad(compiled(*tensors), tensors), expected):
+            torch.testing.assert_close(f, e)
+
+
+def test_operators_keep_the_rules_of_torch_library():
+    x, weight, bias = arguments(ops.causal_conv1d, 2, 6, 2, torch.float32)[0]
+    torch.library.opcheck(
+        torch.ops.recbole_ssm.conv1d.default,
+        (x.requires_grad_(), weight.requires_grad_(), bias, None, None, 3, True, True),
+    )
+    x, dt, A, B, C, skip, z = (t.requires_grad_() for t in arguments(ops.selective_scan, 2, 6, 2, torch.float32)[0])
+    scan = torch.ops.recbole_ssm.selective_scan.default
+    torch.library.opcheck(scan, (x, dt, A, B, C, skip, z, None, None, None, True, False, True))
+    x, dt, A, B, C, skip = (t.requires_grad_() for t in arguments(ops.ssd, 2, 6, 2, torch.float32)[0])
+    torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True))
+
+
+def test_operators_refuse_what_does_not_fit():
+    """Whoever calls them past the public functions gets an error, not a crash."""
+    x, weight, bias = arguments(ops.causal_conv1d, 2, 6, 2, torch.float32)[0]
+    with pytest.raises(ValueError, match="bias must have shape"):
+        torch.ops.recbole_ssm.conv1d(x, weight, bias[:-1], None, None, 3, True, True)
+    with pytest.raises(ValueError, match="no kernel for 4 taps of which 4 lead"):
+        torch.ops.recbole_ssm.conv1d(x, weight, bias, None, None, 4, True, True)
+    for bounds in ([0, 4, 3, 6], [0, 7], [1, 6], [-1, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the total length 6"):
+            torch.ops.recbole_ssm.conv1d(x[:1], weight, bias, None, torch.tensor(bounds), 3, True, True)
+
+
+@pytest.mark.parametrize("mixer", [Mamba(8, 4, 4, 2), Mamba2(8, 4, 4, 2, 8), Hydra(8, 4, 7, 2, 8)])
+def test_models_copy_and_pickle(mixer):
+    u = torch.randn(2, 9, 8)
+    y = mixer(u)[0]
+    y.sum().backward()
+    for twin in (copy.deepcopy(mixer), pickle.loads(pickle.dumps(mixer))):
+        assert torch.equal(twin(u)[0], y)
+
+
+class Outputs(torch.utils.data.Dataset):
+    """Runs every op where it is read: in a DataLoader's worker."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        torch.manual_seed(index)
+        calls = [(op, *arguments(op, 2, 70, 2, torch.float32)) for op in OPS]
+        outs = [op(*tensors, **keywords) for op, tensors, keywords in calls]
+        return torch.cat([(out[0] if isinstance(out, tuple) else out).flatten() for out in outs])
+
+
+def test_works_in_forked_workers():
+    torch.set_num_threads(2)
+    here = [Outputs()[i] for i in range(4)]  # threads have run before the fork
+    torch.set_num_threads(1)
+    loader = DataLoader(Outputs(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    for found, expected in zip(loader, here):
+        assert torch.equal(found, expected)
+
+
+RUNS_WITHOUT = """
+import torch
+from recbole_ssm import doctor, ops
+assert ops.available_backends() == ["reference", "torch"], ops.available_backends()
+y, _ = ops.causal_conv1d(torch.ones(1, 3, 2), torch.ones(2, 4))
+assert y[0, :, 0].tolist() == [1, 2, 3]
+print(doctor.report())
+"""
+
+
+def python(code, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(cwd), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("damage", ["absent", "garbage", "other sources", "no such instruction set"])
+def test_without_the_library_torch_takes_over(tmp_path, damage):
+    for folder in ("recbole_ssm", "properties"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    library, environment = tmp_path / "recbole_ssm" / "_native.so", {}
+    if damage == "garbage":
+        library.write_bytes(b"not a library")
+    elif damage != "absent":
+        shutil.copy(native.LIBRARY, library)
+    if damage == "other sources":
+        source = tmp_path / "recbole_ssm" / "ops" / "native.py"
+        source.write_text(source.read_text().replace("ABI = ", "ABI = 999", 1))
+    elif damage == "no such instruction set":
+        environment = {"RECBOLE_SSM_ISA": "avx9"}
+    result = python(RUNS_WITHOUT, tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    words = {"absent": "not built", "garbage": "cannot be loaded", "other sources": "built from other sources"}
+    assert words.get(damage, "no instruction set 'avx9'") in result.stdout
+    assert (damage == "absent") != ("native kernels:" in result.stderr)
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """The tests of the ops again, on a build with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    repository = tmp_path / "repository"
+    shutil.copytree(REPOSITORY, repository, ignore=shutil.ignore_patterns("*.so", "__pycache__", ".git", "build"))
+    conftest = repository / "tests" / "conftest.py"
+    conftest.write_text(
+        conftest.read_text().replace("max_examples=25", "max_examples=6")
+    )  # each takes ten times as long
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "PYTHONPATH": str(repository)}
+    subprocess.run(build, cwd=repository, env=environment, check=True, capture_output=True)
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment |= {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    tests = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-x", "-k", "not compile and not forked and not see"]
+    result = subprocess.run(tests, cwd=repository, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    found = python("from recbole_ssm.ops import native; print(native.unusable)", repository, **{
+        key: environment[key] for key in ("LD_PRELOAD", "ASAN_OPTIONS")
+    })  # fmt: skip
+    assert found.stdout.strip() == "", found.stdout + found.stderr
