@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "residual": ("auto", True, False),
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,
+    "on_bad_lines": ("error", "skip"),
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",

@@ -19,7 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_ssm import compat
-from recbole_ssm.data.atomic import read_atomic, read_header, require_column
+from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
+from recbole_ssm.data.events import Events, oddities
+from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
 
 compat.install()
@@ -114,14 +116,24 @@ class SSMDataset(SequentialDataset):
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
-        frame = read_atomic(
-            path,
-            columns,
-            required=required,
-            separator=separator,
-            seq_separator=self.config["seq_separator"],
-            encoding=encoding,
-        )
+        side = Path(self.config["checkpoint_dir"]) / f"{path.name}.skipped"
+        with BadLines(path, self.config["on_bad_lines"], side) as bad:
+            found = read_columns(
+                path,
+                columns,
+                required=required,
+                separator=separator,
+                seq_separator=self.config["seq_separator"],
+                encoding=encoding,
+                bad=bad,
+            )
+        if len(bad):
+            self.logger.warning(bad)
+        if required:
+            user, item, time = required
+            for level, oddity in oddities(Events(found[user], found[item], found[time]), (user, item, time), bad):
+                self.logger.log(level, oddity)
+        frame = as_frame(found)
         for name, kind in columns.items():
             self._register(name, FeatureType(kind), source, frame)
         return frame

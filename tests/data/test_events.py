@@ -1,0 +1,101 @@
+"""Filters against RecBole's own, and the notes on odd files."""
+
+import logging
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.atomic import Tokens
+from recbole_ssm.data.events import Events, k_core, oddities, without_repeats
+from recbole_ssm.data.lines import BadLines
+from recbole_ssm.errors import UserError
+
+HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
+
+
+def tokens(ids):
+    encoded = pa.array(ids, pa.string()).dictionary_encode()
+    return Tokens(encoded.indices.to_numpy(), encoded.dictionary)
+
+
+def events(rows):
+    users, items, times = zip(*rows)
+    return Events(tokens(users), tokens(items), np.array(times, dtype=np.float64))
+
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from("abcdefg"), st.sampled_from("uvwxyz"), st.integers(0, 9)), min_size=1, max_size=60
+)
+
+
+@given(rows=ROWS, k=st.integers(1, 4), keep=st.sampled_from([None, "first", "last"]))
+def test_filters_leave_what_recbole_leaves(tmp_path_factory, rows, k, keep):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "made").mkdir()
+    text = HEADER + "".join(f"{user}\t{item}\t{time}\n" for user, item, time in rows)
+    (folder / "made" / "made.inter").write_text(text)
+    options = {"data_path": str(folder), "topk": 1, "valid_metric": "NDCG@1", "rm_dup_inter": keep}
+    options |= dict.fromkeys(("user_inter_num_interval", "item_inter_num_interval"), f"[{k},inf)")
+    found = events(rows)
+    found = found if keep is None else found.take(without_repeats(found, keep))
+    found = found.take(k_core(found.users.codes, found.items.codes, k))
+    ours = sorted(zip(found.users.objects(), found.items.objects(), found.times))
+    try:
+        data = create_dataset(SSMConfig("GRU4Rec", "made", config_dict=options))
+    except UserError:
+        assert not ours or max(Counter(user for user, _, _ in ours).values()) < 3
+        return
+    frame = data.inter_feat
+    raw = [data.id2token(field, frame[field].to_numpy()) for field in ("user_id", "item_id")]
+    assert sorted(zip(*raw, frame["timestamp"])) == ours
+
+
+def test_k_core_of_a_chain_falls_apart_to_the_end():
+    """Each round only frees the next link: a filter that stops after one round keeps too much."""
+    users = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
+    items = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4])
+    assert len(k_core(users, items, 2)) == 0
+    block = np.repeat(np.arange(3), 3)
+    grid = np.tile(np.arange(3), 3)
+    kept = k_core(np.concatenate([users + 3, block]), np.concatenate([items + 3, grid]), 3)
+    assert kept.tolist() == list(range(len(users), len(users) + 9))
+
+
+def test_order_is_by_first_appearance_then_time_then_row():
+    found = events([("b", "x", 3), ("a", "x", 2), ("b", "y", 1), ("a", "y", 2), ("b", "z", 3)])
+    assert found.by_user_and_time().tolist() == [2, 0, 4, 1, 3]
+
+
+def test_oddities_name_line_value_and_mend():
+    bad = BadLines("x.inter", "skip")
+    bad.numbers = [3]
+    rows = [("u", "7.0", 5), ("u", "8", 4), ("u", "8", 4), ("v", "9.00", 1), ("v", "7.0", 0), ("u", "b1.0", 9)]
+    notes = list(oddities(events(rows), ("user_id", "item_id", "timestamp"), bad))
+    assert [level for level, _ in notes] == [logging.WARNING, logging.WARNING, logging.INFO]
+    ids, again, back = (text for _, text in notes)
+    assert ids.startswith("x.inter, line 2: item_id is '7.0': 2 ids look like floats")
+    assert again.startswith("x.inter, line 5: the same user_id, item_id and timestamp as an earlier line, and 1 such")
+    assert back.startswith("x.inter, line 4: timestamp goes back to 4 for user_id 'u', and 2 such lines in all")
+    assert not any("\n" in text for _, text in notes)
+    assert list(oddities(events([("u", "1", 1), ("v", "1", 0)]), ("u", "i", "t"), bad)) == []
+
+
+def test_a_run_notes_oddities_and_skips_bad_lines(write_dataset, caplog, tmp_path):
+    text = (
+        HEADER
+        + "".join(f"u{u}\ti{(u + t) % 15}.0\t{t}\n" for u in range(4) for t in range(8))
+        + "u1\ti2\nu1\t12.0\t7\n"
+    )
+    options = write_dataset(text)
+    options["config_dict"] |= {"on_bad_lines": "skip", "checkpoint_dir": str(tmp_path / "kept")}
+    with caplog.at_level(logging.WARNING):
+        data = create_dataset(SSMConfig("GRU4Rec", **options))
+    assert len(data.inter_feat) == 33
+    assert "made.inter: 1 lines skipped, the first because line 34: 2 columns where the header has 3" in caplog.text
+    assert (tmp_path / "kept" / "made.inter.skipped").read_text().endswith("\tu1\ti2\n")
+    assert "line 35: item_id is '12.0': 1 ids look like floats" in caplog.text
