@@ -6,6 +6,7 @@ quotation marks and fills what it cannot read; all silently.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
 
 
 def _add(
-    builders: dict[str, _Words | _Values],
+    builders: dict[str, Words | Values],
     columns: dict[str, str],
     lines: bytes,
     numbers: np.ndarray,
@@ -199,7 +200,7 @@ def _add(
     return int(keep.sum())
 
 
-class _Words:
+class Words:
     """Collects a column of tokens; cells wait as dictionary arrays until their words are merged into one list."""
 
     def __init__(self, seq_separator: str = " ") -> None:
@@ -245,7 +246,7 @@ class _Words:
         return Tokens(codes, self._words)
 
 
-class _Values:
+class Values:
     """Collects a column whose cells are parsed one block at a time."""
 
     def __init__(self, seq_separator: str = " ") -> None:
@@ -266,12 +267,22 @@ class _Values:
         return np.concatenate(self._blocks)
 
 
-class _Floats(_Values):
+class Floats(Values):
+    """Collects a column of numbers; an empty cell and ``NA``, ``null``, ``None`` or ``nan`` are NaN."""
+
+    def number(self, cell: str) -> float:
+        """The number that a cell spells; NaN if it spells none. Python would read 1_0 as 10."""
+        try:
+            return math.nan if "_" in cell else float(cell)
+        except ValueError:
+            return math.nan
+
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
         try:
             self._parsed = cells.cast(pa.float64()).to_numpy()
         except pa.ArrowInvalid:  # an empty cell, a number that Arrow writes otherwise (+1), or none
-            self._parsed = np.array([_number(cell) for cell in cells.to_pylist()])
+            self._parsed = np.array([self.number(cell) for cell in cells.to_pylist()])
         doubtful = np.flatnonzero(~np.isfinite(self._parsed))
         faults = {}
         for row in doubtful:
@@ -283,36 +294,34 @@ class _Floats(_Values):
         return faults
 
 
-class _TokenLists(_Values):
+class TokenLists(Values):
+    """Collects a column of lists of tokens."""
+
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
         self._parsed, faults = _lists(cells, self._seq_separator, object)
         return faults
 
 
-class _FloatLists(_Values):
+class FloatLists(Values):
+    """Collects a column of lists of numbers."""
+
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
         self._parsed, faults = _lists(cells, self._seq_separator, np.float64)
         return faults
 
 
-_BUILDERS: dict[str, type[_Words] | type[_Values]] = {
-    "token": _Words,
-    "float": _Floats,
-    "token_seq": _TokenLists,
-    "float_seq": _FloatLists,
+_BUILDERS: dict[str, type[Words] | type[Values]] = {
+    "token": Words,
+    "float": Floats,
+    "token_seq": TokenLists,
+    "float_seq": FloatLists,
 }
 
 
 def _rows(mask: pa.BooleanArray) -> list[int]:
     return [int(row) for row in np.flatnonzero(mask.to_numpy(zero_copy_only=False))]
-
-
-def _number(cell: str) -> float:
-    """The number that a cell spells; NaN if it spells none. Python would read 1_0 as 10."""
-    try:
-        return float("nan") if "_" in cell else float(cell)
-    except ValueError:
-        return float("nan")
 
 
 def _lists(cells: pa.StringArray, separator: str, kind: type) -> tuple[np.ndarray, dict[int, str]]:

@@ -56,17 +56,9 @@ class Events:
         return self.users.codes.astype(np.int64) * len(self.items.names) + self.items.codes
 
     def by_user_and_time(self) -> np.ndarray:
-        """[rows] the order by user (as they first appear) and time; events of one time keep the order of the file."""
+        """[rows] the order by user (as the file first names them) and time; events of one time keep their order."""
         order = np.argsort(self.times, kind="stable")
-        first = first_rows(self.users.codes, len(self.users.names))
-        return order[np.argsort(first[self.users.codes[order]], kind="stable")]
-
-
-def first_rows(codes: np.ndarray, size: int) -> np.ndarray:
-    """[size] the first row at which each code stands; the number of rows if it stands nowhere."""
-    first = np.full(size, len(codes), dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)
-    return first
+        return order[np.argsort(self.users.codes[order], kind="stable")]
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
