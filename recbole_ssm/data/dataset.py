@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_ssm import compat
+from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, oddities
 from recbole_ssm.data.lines import BadLines
@@ -61,7 +62,9 @@ class SSMDataset(SequentialDataset):
       float32 first, 64 s and coarser (``legacy_time_order: true`` brings that back);
     - a data set that is missing is downloaded whole or not at all;
     - prefixes are gathered batch by batch (:class:`recbole_ssm.data.prefixes.Prefixes`), the same rows in the same
-      order; RecBole stores them all, padded.
+      order; RecBole stores them all, padded;
+    - ``eval_args: {split: {GTS: [0.8, 0.1, 0.1]}}`` splits all events by two moments in time, and leave-one-out says in
+      the log how much of the future it trains on.
     """
 
     inter_feat: Any  # a DataFrame while it is read and filtered, an Interaction afterwards
@@ -187,6 +190,7 @@ class SSMDataset(SequentialDataset):
             for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
                 self.inter_feat[column] = self.inter_feat[column].array[order]
             self.inter_feat.reset_index(drop=True, inplace=True)
+        self._look_at_times()
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
@@ -263,6 +267,38 @@ class SSMDataset(SequentialDataset):
     def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
         self._drop_unused_col()
         return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
+
+    def _look_at_times(self) -> None:
+        """Split by time, or say what leave-one-out leaks, while times are at full precision."""
+        if self.benchmark_filename_list is not None or self.time_field not in self.inter_feat:
+            return
+        split = self.config["eval_args"]["split"]
+        fields = (self.uid_field, self.iid_field, self.time_field)
+        users, items, times = (self.inter_feat[field].to_numpy() for field in fields)
+        if temporal.NAME in split:
+            parts = temporal.split_by_time(times, temporal.check_ratios(split[temporal.NAME]))
+            self._part_of_row = temporal.parts_of_targets(parts, users, times)
+            self.logger.info(f"split by time: {temporal.sentence(temporal.describe(parts, users, items, times))}")
+            if temporal.is_position(users, times):
+                self.logger.warning(
+                    f"{self.time_field} only counts each user's events: a split by time compares nothing across users"
+                )
+        elif "LS" in split and (warning := temporal.leave_one_out_warning(users, times)):
+            self.logger.warning(warning)
+
+    def build(self) -> list[Any]:
+        """RecBole's build, and the split by time that eval_args names GTS.
+
+        An event of validation or test is predicted from all that its user did before, as it would be at that moment;
+        a user's first event is no target, as there is nothing to predict it from.
+        """
+        if self.benchmark_filename_list is not None or temporal.NAME not in self.config["eval_args"]["split"]:
+            return super().build()
+        self._change_feat_format()
+        assert len(self._part_of_row) == len(self.inter_feat), "a part for each row"
+        self._drop_unused_col()
+        pick = self.inter_feat.select if isinstance(self.inter_feat, Prefixes) else self.inter_feat.__getitem__
+        return [self.copy(pick(np.flatnonzero(self._part_of_row == part))) for part in range(3)]
 
     def _dataframe_to_interaction(self, data: Any) -> Any:
         with warnings.catch_warnings():

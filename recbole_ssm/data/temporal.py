@@ -56,6 +56,30 @@ def split_by_time(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
     return parts
 
 
+def parts_of_targets(parts: np.ndarray, users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The part of each row that RecBole makes of events: by user and time, without the first event of each user.
+
+    Args:
+        parts: [events] as of :func:`split_by_time`. users: [events] codes. times: [events].
+
+    Returns:
+        [events - users].
+
+    Raises:
+        UserError: a part has no row, as all its events are the first of their users.
+    """
+    order = np.lexsort((times, users))
+    users = users[order]
+    rows = parts[order][1:][users[1:] == users[:-1]]
+    for part, name in enumerate(("training", "validation", "test")):
+        if not np.any(rows == part):
+            raise UserError(
+                f"eval_args: {NAME} leaves {name} with nothing but first events of users, which cannot be predicted; "
+                "choose other shares"
+            )
+    return rows
+
+
 def is_position(users: np.ndarray, times: np.ndarray) -> bool:
     """Whether times only count the events of each user (0, 1, 2 ... or 1, 2, 3 ...), and tell nothing across users.
 
