@@ -130,7 +130,7 @@ def convert(
             events = events.take(without_repeats(events, duplicates))  # type: ignore[arg-type]
             steps.append({"step": f"{duplicates} of each user and item", **events.counts()})
         if k_core > 1:
-            events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core))
+            events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))
             steps.append({"step": f"{k_core}-core", **events.counts()})
         if not len(events):
             raise UserError(f"{raw.files[0]}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")

@@ -61,15 +61,15 @@ class Events:
         return order[np.argsort(self.users.codes[order], kind="stable")]
 
 
-def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
-    """Rows of the largest part in which every user and every item has at least ``k`` rows.
+def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> np.ndarray:
+    """Rows of the largest part in which every user has at least ``k_users`` rows and every item ``k_items``.
 
     This is what RecBole leaves for ``user_inter_num_interval`` and ``item_inter_num_interval`` of ``[k,inf)``: users
-    and items below ``k`` are dropped together, again and again until none is left to drop.
+    and items with too few are dropped together, again and again until none is left to drop.
 
     Args:
         users: [rows] codes. items: [rows] codes.
-        k: rows that each needs.
+        k_users: rows that each user needs. k_items: and each item.
 
     Returns:
         Indices of the rows that stay, ascending.
@@ -77,7 +77,7 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     rows = np.arange(len(users))
     while len(rows):
         enough = np.ones(len(rows), dtype=bool)
-        for codes in (users[rows], items[rows]):
+        for codes, k in ((users[rows], k_users), (items[rows], k_items)):
             enough &= np.bincount(codes)[codes] >= k
         if enough.all():
             break
@@ -114,13 +114,15 @@ def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iter
                 f"{suspects.sum():,} ids look like floats, as some programs write whole numbers in a column with gaps; "
                 "they match no other file; write them as whole numbers",
             )
-    again = pd.DataFrame({"pair": events.pairs(), "time": events.times}).duplicated().to_numpy()
-    if again.any():
-        row = int(np.argmax(again))
+    pairs = pd.Series(events.pairs())
+    repeated = np.flatnonzero(pairs.duplicated(keep=False))  # few, as a rule
+    doubled = pd.DataFrame({"pair": pairs.to_numpy()[repeated], "time": events.times[repeated]}).duplicated().to_numpy()
+    if doubled.any():
+        row = int(repeated[np.argmax(doubled)])
         yield (
             logging.WARNING,
             f"{bad.path}, line {bad.line_of(row)}: the same {user}, {item} and {time} as an earlier line, and "
-            f"{again.sum():,} such lines in all; drop them, or set rm_dup_inter: first",
+            f"{doubled.sum():,} such lines in all; drop them, or set rm_dup_inter: first",
         )
     backwards = rows_back_in_time(events)
     if len(backwards):

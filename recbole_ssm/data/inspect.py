@@ -123,7 +123,7 @@ def inspect(events: Events, k: int = 0, ratios: Sequence[float] | None = None) -
         UserError: the k-core is empty, or the split has an empty part.
     """
     if k > 1:
-        events = events.take(k_core(events.users.codes, events.items.codes, k))
+        events = events.take(k_core(events.users.codes, events.items.codes, k, k))
     if not len(events):
         raise UserError(f"--k_core: the {k}-core is empty; choose a smaller one")
     sorted_events = events.take(events.by_user_and_time())
