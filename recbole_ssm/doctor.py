@@ -12,8 +12,8 @@ from recbole_ssm import __version__, ops
 from recbole_ssm.compat import INSTALL_RECBOLE
 
 NEEDED = (
-    "recbole", "torch", "numpy", "pandas", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard", "tqdm",
-    "colorama", "colorlog", "texttable", "psutil",
+    "recbole", "torch", "numpy", "pandas", "pyarrow", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard",
+    "tqdm", "colorama", "colorlog", "texttable", "psutil",
 )  # fmt: skip
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"

@@ -155,7 +155,7 @@ def read_columns(
                 rows += _add(builders, columns, lines, numbers, names, cut, required, bad)
     if not rows:
         if len(bad):
-            raise UserError(f"{path}: every line has a fault; {bad.first}")
+            raise UserError(f"{path}: every line has a fault; the first is {bad.first}")
         raise UserError(f"{path}: there is a header but no line below it")
     return {name: builder.finish() for name, builder in builders.items()}
 

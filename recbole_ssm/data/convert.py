@@ -182,15 +182,17 @@ def read_events(raw: Raw, bad: BadLines) -> Events:
             for row, fault in builder.parse(rows.cells[field].combine_chunks(), field != "rating").items():
                 faults.setdefault(row, f"{raw.fields[field]} {fault}")
         keep = np.ones(len(rows.numbers), dtype=bool)
+        raw_lines = rows.lines() if faults else ()
         for row in sorted(faults):
             keep[row] = False
-            bad.add(int(rows.numbers[row]), faults[row], rows.raw(row))
+            bad.add(int(rows.numbers[row]), faults[row], raw_lines[row])
         for builder in builders.values():
             builder.take(keep)
         seen += int(keep.sum())
     if not seen:
         raise UserError(
-            f"{raw.files[0]}: " + (f"every line has a fault; {bad.first}" if len(bad) else "no event in it")
+            f"{raw.files[0]}: "
+            + (f"every line has a fault; the first is {bad.first}" if len(bad) else "no event in it")
         )
     found: dict[str, Any] = {field: builder.finish() for field, builder in builders.items()}
     return Events(found["user"], found["item"], found["time"], found.get("rating"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class BadLines:
         if mode not in ("error", "skip"):
             raise UserError(f"on_bad_lines: must be error or skip, got {mode!r}")
         self.path, self.mode, self.side = path, mode, side
-        self.first = ""  # the first fault, as one line
-        self.numbers: list[int] = []
+        self.first = ""  # the first fault and its line
+        self.numbers = array("q")  # of the lines that were skipped
         self._file: IO[bytes] | None = None
 
     def add(self, line: int, fault: str, raw: bytes) -> None:
@@ -60,10 +61,9 @@ class BadLines:
         Raises:
             UserError: in mode ``error``.
         """
-        message = f"{self.path}, line {line}: {fault}"
         if self.mode == "error":
-            raise UserError(message)
-        self.first = self.first or message
+            raise UserError(f"{self.path}, line {line}: {fault}")
+        self.first = self.first or f"line {line}: {fault}"
         self.numbers.append(line)
         if self.side is not None:
             if self._file is None:
@@ -76,11 +76,11 @@ class BadLines:
 
     def __str__(self) -> str:
         kept = f"; they are kept in {self.side}" if self.side else ""
-        return f"{self.path}: {len(self)} lines skipped, the first because {self.first.partition(', ')[2]}{kept}"
+        return f"{self.path}: {len(self):,} lines skipped, the first because {self.first}{kept}"
 
     def line_of(self, row: int) -> int:
         """Number in the file of the ``row``-th line (from 0) that was read; line 1 is the header."""
-        skipped = np.sort(np.array(self.numbers, dtype=np.int64))
+        skipped = np.sort(self.numbers)
         return row + 2 + int(np.searchsorted(skipped - np.arange(len(skipped)) - 2, row, side="right"))
 
     @property
@@ -173,18 +173,16 @@ def sound_lines(block: Block, width: int, separator: bytes, encoding: str, bad: 
     starts = np.append(0, ends[:-1] + 1)
     cells = np.diff(np.searchsorted(np.flatnonzero(data == separator[0]), ends), prepend=0) + 1
     control = _lines_with(data, b"\0\r", ends)
-    foreign = _undecodable(block.data, ends, encoding)
-    faulty = (cells != width) | (starts == ends)
-    faulty[control] = True
-    faulty[foreign] = True
+    foreign = _undecodable(block.data, len(ends), encoding)
+    faulty = (cells != width) | (starts == ends) | control | foreign
     for row in np.flatnonzero(faulty):
         raw = block.data[starts[row] : ends[row]]
         shown = repr(raw[:60].decode(encoding, "replace"))
-        if row in foreign:
+        if foreign[row]:
             fault = f"not {encoding} text; set encoding to what the file is written in: {shown}"
         elif not raw.strip():
             fault = "the line is empty; drop it"
-        elif row in control:
+        elif control[row]:
             fault = f"a control character within the line: {shown}; drop it"
         else:
             fault = f"{cells[row]} columns where the header has {width}: {shown}; correct the line or drop it"
@@ -225,25 +223,27 @@ def is_utf8(encoding: str) -> bool:
 
 
 def _lines_with(data: np.ndarray, characters: bytes, ends: np.ndarray) -> np.ndarray:
-    found = [np.flatnonzero(data == character) for character in characters]
-    return np.unique(np.searchsorted(ends, np.concatenate(found)))
+    """[lines] whether one of those characters is in the line."""
+    found = np.zeros(len(ends), dtype=bool)
+    for character in characters:
+        found[np.searchsorted(ends, np.flatnonzero(data == character))] = True
+    return found
 
 
-def _undecodable(data: bytes, ends: np.ndarray, encoding: str) -> np.ndarray:
-    """Indices of the lines that are no text in that encoding."""
+def _undecodable(data: bytes, lines: int, encoding: str) -> np.ndarray:
+    """[lines] whether the line is no text in that encoding."""
     name = "utf-8" if is_utf8(encoding) else encoding
 
-    def decodes(raw: bytes) -> bool:
+    def fails(raw: bytes) -> bool:
         try:
             raw.decode(name)
         except UnicodeDecodeError:
-            return False
-        return True
+            return True
+        return False
 
-    if decodes(data):
-        return np.empty(0, dtype=np.int64)
-    lines = data.split(b"\n")[: len(ends)]
-    return np.array([row for row, raw in enumerate(lines) if not decodes(raw)], dtype=np.int64)
+    if not fails(data):
+        return np.zeros(lines, dtype=bool)
+    return np.array([fails(raw) for raw in data.split(b"\n")[:lines]])
 
 
 class _Transcoded:

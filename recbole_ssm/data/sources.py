@@ -18,7 +18,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -148,12 +148,12 @@ class Rows:
     Attributes:
         cells: one column of strings a field that was asked for; a cell without content is "".
         numbers: [rows] the line of each in the source, from 1.
-        raw: gives the whole line of a row, as bytes.
+        lines: gives the whole line of each row, as bytes.
     """
 
     cells: pa.Table
     numbers: np.ndarray
-    raw: Callable[[int], bytes]
+    lines: Callable[[], Sequence[bytes]]
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Text:
             if len(numbers):
                 cells = split_columns(lines, list(names), list(dict.fromkeys(fields.values())), cut)
                 cells = pa.table({name: cells[column] for name, column in fields.items()})
-                yield Rows(cells, numbers, partial(_line, lines))
+                yield Rows(cells, numbers, partial(lines.split, b"\n"))
 
     def _quoted(
         self, blocks: Iterable[Block], names: tuple[str, ...], fields: Mapping[str, str], bad: BadLines
@@ -572,12 +572,8 @@ def _strings(column: pa.Array) -> pa.StringArray:
     return column.cast(pa.string()).fill_null("")
 
 
-def _line(lines: bytes, row: int) -> bytes:
-    return lines.split(b"\n")[row]
-
-
-def _shown(cells: pa.Table, row: int) -> bytes:
-    return "\t".join(column[row].as_py() for column in cells.columns).encode()
+def _shown(cells: pa.Table) -> list[bytes]:
+    return ["\t".join(row).encode() for row in zip(*(column.to_pylist() for column in cells.columns))]
 
 
 def _below(blocks: Iterator[Block], header: int) -> Iterator[Block]:
@@ -638,6 +634,6 @@ class _Batch:
     def rows(self) -> Rows:
         """What was added since the last call."""
         cells = pa.table({name: pa.array(column, pa.string()) for name, column in self._columns.items()})
-        rows = Rows(cells, np.array(self._numbers), self._raw.__getitem__)
+        rows = Rows(cells, np.array(self._numbers), self._raw.copy)
         self.__init__(self._columns)  # type: ignore[misc]
         return rows
