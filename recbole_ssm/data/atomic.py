@@ -76,36 +76,17 @@ class Tokens:
         return names[self.codes]
 
 
-def read_atomic(
-    path: Path,
-    columns: dict[str, str],
-    *,
-    required: Container[str] = (),
-    separator: str = "\t",
-    seq_separator: str = " ",
-    encoding: str = "utf-8",
-    bad: BadLines | None = None,
-) -> pd.DataFrame:
-    """Read the given columns of an atomic file, as :func:`read_columns` does, into a frame.
-
-    Returns:
-        One column a field, in the order of ``columns``: tokens as ``str`` (missing: NaN), floats as float64, sequences
-        as arrays. Tokens such as ``NA`` and quotation marks are kept as they stand.
-    """
-    found = read_columns(
-        path,
-        columns,
-        required=required,
-        separator=separator,
-        seq_separator=seq_separator,
-        encoding=encoding,
-        bad=bad,
-    )
-    return as_frame(found)
+def read_atomic(path: Path, columns: dict[str, str], **options: Any) -> pd.DataFrame:
+    """What :func:`read_columns` reads, with its options, as a frame: the form that RecBole works on."""
+    return as_frame(read_columns(path, columns, **options))
 
 
 def as_frame(columns: dict[str, Any]) -> pd.DataFrame:
-    """Columns as RecBole wants them."""
+    """Columns of :func:`read_columns` as RecBole wants them.
+
+    Tokens become ``str`` (missing: NaN), floats float64, sequences arrays. Tokens such as ``NA`` and quotation marks
+    are kept as they stand.
+    """
     cells = {name: column.objects() if isinstance(column, Tokens) else column for name, column in columns.items()}
     return pd.DataFrame({name: pd.Series(column, copy=False) for name, column in cells.items()}, copy=False)
 

@@ -127,7 +127,7 @@ def convert(
             events = read_events(raw, bad)
         steps = [{"step": "read", **events.counts()}]
         if duplicates != "keep":
-            events = events.take(without_repeats(events, duplicates))  # type: ignore[arg-type]
+            events = events.take(without_repeats(events, duplicates))
             steps.append({"step": f"{duplicates} of each user and item", **events.counts()})
         if k_core > 1:
             events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -85,7 +84,7 @@ def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> 
     return rows
 
 
-def without_repeats(events: Events, keep: Literal["first", "last"]) -> np.ndarray:
+def without_repeats(events: Events, keep: str) -> np.ndarray:
     """Rows with one event of each pair of user and item, the first or last by time, then by row; as rm_dup_inter."""
     order = np.argsort(events.times, kind="stable")
     repeated = pd.Series(events.pairs()[order]).duplicated(keep=keep).to_numpy()

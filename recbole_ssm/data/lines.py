@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import os
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.csv
 from tqdm import tqdm
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.files import whole
 
 BLOCK = 1 << 24  # bytes that are read at a time
 LONGEST = 1 << 26  # bytes of a line; beyond, the file is no text
@@ -54,6 +55,7 @@ class BadLines:
         self.first = ""  # the first fault and its line
         self.numbers = array("q")  # of the lines that were skipped
         self._file: IO[bytes] | None = None
+        self._stack = ExitStack()
 
     def add(self, line: int, fault: str, raw: bytes) -> None:
         """Refuse a line.
@@ -68,7 +70,8 @@ class BadLines:
         if self.side is not None:
             if self._file is None:
                 self.side.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by __exit__)
+                temporary = self._stack.enter_context(whole(self.side))
+                self._file = self._stack.enter_context(temporary.open("wb"))
             self._file.write(f"{line}\t{fault}\t".encode() + raw + b"\n")
 
     def __len__(self) -> int:
@@ -83,23 +86,11 @@ class BadLines:
         skipped = np.sort(self.numbers)
         return row + 2 + int(np.searchsorted(skipped - np.arange(len(skipped)) - 2, row, side="right"))
 
-    @property
-    def _temporary(self) -> Path:
-        assert self.side is not None
-        return self.side.with_name(f".{self.side.name}.{os.getpid()}")
-
     def __enter__(self) -> BadLines:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _trace: object) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        assert self.side is not None
-        if kind is None:
-            os.replace(self._temporary, self.side)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def progress(what: str, size: int, unit: str = "B") -> tqdm[NoReturn]:

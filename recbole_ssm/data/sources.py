@@ -177,7 +177,11 @@ class Text:
             cells = next(csv.reader([line], delimiter=self.separator)) if self.quoted else line.split(self.separator)
         except csv.Error as error:
             raise UserError(f"{self.file}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
-        return tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
+        names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{self.file}, line 1: column '{twice}' stands twice; rename one")
+        return names
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows; ``fields`` is ``{field: column}``."""
@@ -441,18 +445,23 @@ def _movielens(file: File) -> Raw:
 
 def _movies(table: Text) -> Callable[[BadLines], Iterator[tuple[str, dict[str, str]]]]:
     names = table.columns()
+    wanted = dict(zip(("item", "title", "genres"), names if table.names else ("movieId", "title", "genres")))
+    if "Western" in names:  # 100K: a column for each genre
+        wanted = {name: name for name in (*ML_100K_ITEM[:2], *ML_100K_GENRES)}
+    if absent := [name for name in wanted.values() if name not in names]:
+        raise UserError(f"{table.file}, line 1: no column '{absent[0]}'; MovieLens has movieId,title,genres")
 
     def items(bad: BadLines) -> Iterator[tuple[str, dict[str, str]]]:
-        for rows in table.rows({name: name for name in names}, bad):
-            for cells in zip(*(column.to_pylist() for column in rows.cells.columns)):
-                title, year = cells[1], ""
+        for rows in table.rows(wanted, bad):
+            for item, title, *genres in zip(*(column.to_pylist() for column in rows.cells.columns)):
+                year = ""
                 if dated := re.fullmatch(r"(.*\S)\s*\((\d{4})\)\s*", title):
                     title, year = dated.groups()
-                if len(cells) > 3:
-                    genres = [genre for genre, flag in zip(ML_100K_GENRES, cells[5:]) if flag == "1"]
+                if len(genres) > 1:
+                    genres = [genre for genre, flag in zip(ML_100K_GENRES, genres) if flag == "1"]
                 else:
-                    genres = [] if cells[2] == "(no genres listed)" else cells[2].split("|")
-                yield cells[0], {"movie_title": title, "release_year": year, "genre": " ".join(genres)}
+                    genres = genres[0].replace("(no genres listed)", "").split("|")
+                yield item, {"movie_title": title, "release_year": year, "genre": " ".join(genres)}
 
     return items
 

@@ -194,6 +194,7 @@ def test_filters_and_card(tmp_path):
 BAD = [
     ("x.csv", "a,b,c\n1,2,3\n", "name its columns by --user, --item, --time (there are a, b, c)"),
     ("x.csv", "", "x.csv: the file is empty"),
+    ("x.csv", "user_id,item_id,timestamp,user_id\nu,i,1,v\n", "x.csv, line 1: column 'user_id' stands twice"),
     ("x.csv", "user_id,item_id,timestamp\n", "x.csv: no event in it"),
     ("x.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", "x.csv, line 3: 2 columns where the header has 3"),
     ("x.csv", 'user_id,item_id,timestamp\nu,"i,1\nu,i,2\n', "x.csv, line 2: not a row of cells"),
@@ -248,6 +249,9 @@ def test_damaged_and_ambiguous_archives(tmp_path):
     (tmp_path / "hurt.zip").write_bytes(good[:middle] + b"????" + good[middle + 4 :])
     with pytest.raises(UserError, match="hurt.zip:ml-20m/ratings.csv: damaged or cut short .Bad CRC"):
         convert(tmp_path / "hurt.zip", "made", tmp_path / "out")
+    odd = movielens("20m", ratings()) | {"ml-20m/movies.csv": "movieId,title\n1,x\n"}
+    with pytest.raises(UserError, match="odd.zip:ml-20m/movies.csv, line 1: no column 'genres'"):
+        convert(zipped(tmp_path / "odd.zip", odd), "made", tmp_path / "out")
     two = zipped(tmp_path / "two.zip", {"a.csv": "x", "b.csv": "y"})
     with pytest.raises(UserError, match="which file holds the interactions.* it has a.csv, b.csv"):
         convert(two, "made", tmp_path / "out")
