@@ -290,6 +290,8 @@ class SSMDataset(SequentialDataset):
         split = self.config["eval_args"]["split"]
         fields = (self.uid_field, self.iid_field, self.time_field)
         users, items, times = (self.inter_feat[field].to_numpy() for field in fields)
+        if self.config["legacy_time_order"]:
+            times = times.astype(np.float32)  # as RecBole will sort them
         if temporal.NAME in split:
             parts = temporal.split_by_time(times, temporal.check_ratios(split[temporal.NAME]))
             self._part_of_row = temporal.parts_of_targets(parts, users, times)

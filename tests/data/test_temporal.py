@@ -103,6 +103,16 @@ def test_each_event_is_a_target_of_its_part_with_its_whole_past(write_dataset, c
         assert sorted(found) == sorted(expected)
 
 
+def test_rows_get_the_part_of_their_own_time_in_recboles_order_too(write_dataset):
+    rows = [(user, item, 978_300_000 + 17 * (time - 978_300_000)) for user, item, time in events(seed=3)]
+    options = write_dataset(text(rows))
+    options["config_dict"] |= {**GTS, "legacy_time_order": True}
+    parts = create_dataset(SSMConfig("GRU4Rec", **options)).build()
+    times = [part.inter_feat["timestamp"] for part in parts]
+    assert times[0].max() < times[1].min() and times[1].max() < times[2].min()
+    assert sum(map(len, times)) == len(rows) - len({user for user, _, _ in rows})
+
+
 def test_leave_one_out_warns_of_what_it_leaks(write_dataset, caplog):
     with caplog.at_level(logging.WARNING):
         create_dataset(SSMConfig("GRU4Rec", **write_dataset(text(events())))).build()
