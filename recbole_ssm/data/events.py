@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.lines import BadLines
 
+AT_ONCE = 1 << 21  # events whose pairs are looked up in one table
+
 
 @dataclass
 class Events:
@@ -50,10 +52,6 @@ class Events:
             ratings=None if self.ratings is None else self.ratings[rows],
         )
 
-    def pairs(self) -> np.ndarray:
-        """[rows] int64, one number for each pair of a user and an item."""
-        return self.users.codes.astype(np.int64) * len(self.items.names) + self.items.codes
-
     def by_user_and_time(self) -> np.ndarray:
         """[rows] the order by user (as the file first names them) and time; events of one time keep their order."""
         order = np.argsort(self.times, kind="stable")
@@ -85,10 +83,30 @@ def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> 
 
 
 def without_repeats(events: Events, keep: str) -> np.ndarray:
-    """Rows with one event of each pair of user and item, the first or last by time, then by row; as rm_dup_inter."""
-    order = np.argsort(events.times, kind="stable")
-    repeated = pd.Series(events.pairs()[order]).duplicated(keep=keep).to_numpy()
-    return np.sort(order[~repeated])
+    """Rows with one event of each pair of user and item: its ``first`` or ``last`` by time, as ``rm_dup_inter``."""
+    kept = [rows[~pd.Series(pairs).duplicated(keep=keep).to_numpy()] for rows, pairs in _few_users_at_a_time(events)]
+    return np.sort(np.concatenate(kept))
+
+
+def doubled(events: Events) -> np.ndarray:
+    """Rows whose user, item and time an earlier row has."""
+    found = []
+    for rows, pairs in _few_users_at_a_time(events):
+        found.append(rows[pd.DataFrame({"pair": pairs, "time": events.times[rows]}).duplicated().to_numpy()])
+    return np.sort(np.concatenate(found))
+
+
+def _few_users_at_a_time(events: Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``(rows, pairs)`` of a few million events at a time, by user and time: what is looked up in them stays small."""
+    order = events.by_user_and_time()
+    users = events.users.codes[order]
+    start = 0
+    while start < len(order):
+        last = users[min(start + AT_ONCE, len(order)) - 1]
+        end = int(np.searchsorted(users, last, side="right"))  # all of that user
+        rows = order[start:end]
+        yield rows, users[start:end].astype(np.int64) * len(events.items.names) + events.items.codes[rows]
+        start = end
 
 
 def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iterator[tuple[int, str]]:
@@ -113,15 +131,13 @@ def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iter
                 f"{suspects.sum():,} ids look like floats, as some programs write whole numbers in a column with gaps; "
                 "they match no other file; write them as whole numbers",
             )
-    pairs = pd.Series(events.pairs())
-    repeated = np.flatnonzero(pairs.duplicated(keep=False))  # few, as a rule
-    doubled = pd.DataFrame({"pair": pairs.to_numpy()[repeated], "time": events.times[repeated]}).duplicated().to_numpy()
-    if doubled.any():
-        row = int(repeated[np.argmax(doubled)])
+    again = doubled(events)
+    if len(again):
+        row = int(again[0])
         yield (
             logging.WARNING,
             f"{bad.path}, line {bad.line_of(row)}: the same {user}, {item} and {time} as an earlier line, and "
-            f"{doubled.sum():,} such lines in all; drop them, or set rm_dup_inter: first",
+            f"{len(again):,} such lines in all; drop them, or set rm_dup_inter: first",
         )
     backwards = rows_back_in_time(events)
     if len(backwards):

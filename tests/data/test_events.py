@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import SSMDataset, create_dataset
 from recbole_ssm.data.atomic import Tokens
-from recbole_ssm.data.events import Events, k_core, oddities, without_repeats
+from recbole_ssm.data.events import Events, doubled, k_core, oddities, without_repeats
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
 
@@ -76,6 +76,18 @@ def test_filters_leave_what_recbole_leaves(tmp_path_factory, rows, users, items,
         found = found if keep is None else found.take(without_repeats(found, keep))
         found = found.take(k_core(found.users.codes, found.items.codes, least[users], least[items]))
         assert ours[1] == sorted(zip(found.users.objects(), found.items.objects(), found.times))
+
+
+@given(rows=ROWS, keep=st.sampled_from(["first", "last"]), at_once=st.integers(1, 20))
+def test_repeats_are_found_a_few_users_at_a_time(rows, keep, at_once):
+    found = events(rows)
+    by_time = sorted(range(len(rows)), key=lambda row: rows[row][2])
+    chosen = {rows[row][:2]: row for row in (by_time if keep == "last" else by_time[::-1])}
+    seen = [row for row in range(len(rows)) if rows[row] in rows[:row]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recbole_ssm.data.events.AT_ONCE", at_once)
+        assert without_repeats(found, keep).tolist() == sorted(chosen.values())
+        assert doubled(found).tolist() == seen
 
 
 def test_k_core_of_a_chain_falls_apart_to_the_end():
