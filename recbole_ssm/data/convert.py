@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, progress
 from recbole_ssm.data.sources import EVENT, Raw, open_raw, seconds
 from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.files import write_json
 
 WRITTEN_AT_ONCE = 1 << 20  # rows
 TIES = "events of one user and one time keep the order of the source"
@@ -159,7 +159,7 @@ def convert(
             },
             "by": f"recbole_ssm {__version__}",
         }
-        (scratch / f"{name}.card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        write_json(scratch / f"{name}.card.json", card)
         scratch.chmod(0o755)  # mkdtemp keeps others out
         os.replace(scratch, target)
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +17,7 @@ from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_c
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_json
 
 UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"), (1e8, 1.0, "seconds"))
 BAR = 50  # characters of the longest bar
@@ -68,8 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.plot:
         plot(options.plot, found)
     if options.json:
-        with whole(options.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, found)
 
 
 def find(dataset: str, data_path: Path) -> Path:
