@@ -473,14 +473,14 @@ def _amazon_items(table: JsonLines) -> Callable[[BadLines], Iterator[tuple[str, 
             if not isinstance(item, str):
                 bad.add(number, "neither parent_asin nor asin; correct the line or drop it", line)
                 continue
-            groups = found.get("categories") or found.get("category") or []
-            if groups and isinstance(groups[0], list):  # 2014: a list of paths
-                groups = [name for path in groups for name in path]
+            groups = found.get("categories") or found.get("category")
+            paths = groups if isinstance(groups, list) else []
+            names = [name for path in paths for name in (path if isinstance(path, list) else [path])]  # 2014: of paths
             yield (
                 item,
                 {
                     "title": _cell(found.get("title")),
-                    "categories": ", ".join(dict.fromkeys(map(str, groups))) if isinstance(groups, list) else "",
+                    "categories": ", ".join(dict.fromkeys(map(str, names))),
                     "brand": _cell(found.get("brand") or found.get("store")),
                 },
             )
@@ -526,8 +526,7 @@ def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
     """The columns of Amazon's ratings without a header: user first in 2014, item first in 2018."""
     _, _, time, rating = KNOWN["Amazon Reviews 2014 or 2018"]
     user_first, item_first = (
-        bool(AMAZON_USER.fullmatch(user) and ASIN.fullmatch(item) and not (ASIN.fullmatch(user) and item[0] == "A"))
-        for user, item in (cells[:2], cells[1::-1])
+        bool(AMAZON_USER.fullmatch(user) and ASIN.fullmatch(item)) for user, item in (cells[:2], cells[1::-1])
     )
     if user_first == item_first:
         raise UserError(

@@ -132,6 +132,28 @@ def test_amazon(tmp_path, form, year, packed):
     }
 
 
+def test_metadata_of_odd_shapes(tmp_path):
+    rows = ratings(amazon=True)
+    (tmp_path / "B.csv").write_text("".join(f"{u},{i},{r},{t}\n" for u, i, r, t in rows))
+    odd = [
+        {"categories": {"a": 1}},
+        {"categories": "x"},
+        {"categories": [1, ["y", None]]},
+        {"title": [1]},
+        {"title": 7},
+        {},
+    ]
+    seen = sorted({row[1] for row in rows})
+    meta = [{"asin": asin, **one} for asin, one in zip(seen, odd)] + [{"asin": seen[0], "title": "again"}]
+    (tmp_path / "other.json").write_text("".join(json.dumps(one) + "\n" for one in meta))
+    convert(tmp_path / "B.csv", "b", tmp_path / "out", meta=tmp_path / "other.json")
+    found = [(" ".join(row[1]), " ".join(row[2])) for row in written(tmp_path / "out" / "b", "item")]
+    assert found == [("", ""), ("", ""), ("", "1, y, None"), ("", ""), ("7", "")]
+    (tmp_path / "other.json").write_text('{"asin": 5}\n')
+    with pytest.raises(UserError, match="other.json, line 1: neither parent_asin nor asin"):
+        convert(tmp_path / "B.csv", "c", tmp_path / "out", meta=tmp_path / "other.json")
+
+
 @pytest.mark.parametrize("form", ["csv", "quoted", "tsv", "semicolon", "parquet", "dates", "inter", "utf-16"])
 def test_tables(tmp_path, form):
     rows = [(f"ü {u}", i, r, t) for u, i, r, t in ratings()]
@@ -202,6 +224,7 @@ BAD = [
     ("x.csv", "user_id,item_id,timestamp\nu,i,soon\n", "x.csv, line 2: timestamp is 'soon', which is no finite number"),
     ("x.csv", 'user_id,item_id,timestamp\nu,"i\tj",1\n', "line 2: item_id is 'i\\tj', with a character that no atomic"),
     ("x.csv", b'user_id,item_id,timestamp\n"u",\xff,1\n', "x.csv, line 2: not utf-8 text"),
+    ("x.csv", "A123456789,A987654321,5.0,1369699200\n", "'A123456789' and 'A987654321' do not tell user from item"),
     ("x.csv", "AA,BB,5.0,1369699200\n", "line 1: no header, and 'AA' and 'BB' do not tell user from item"),
     ("x.jsonl", '{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n{bad}\n', "x.jsonl, line 2: no JSON object"),
     (
