@@ -195,7 +195,9 @@ class SSMDataset(SequentialDataset):
                 least.append(math.ceil(low) if bracket == "[" else math.floor(low) + 1)
         if len(least) == 2:
             users, items = (pd.factorize(self.inter_feat[field])[0] for field in (self.uid_field, self.iid_field))
-            self.inter_feat = self.inter_feat.iloc[k_core(users, items, *least)]
+            rows = k_core(users, items, *least)
+            if len(rows) < len(users):
+                self.inter_feat = self.inter_feat.iloc[rows]
         super()._filter_by_inter_num()
 
     def _change_feat_format(self) -> None:
