@@ -19,6 +19,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --resume    a checkpoint, or the folder of a run: go on from its newest whole checkpoint, byte for byte
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
+  recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
+  recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] != ["bench"] and any(argument in ("-h", "--help", "help") for argument in arguments):
+        if not set(arguments[:1]) & WITH_HELP and any(argument in ("-h", "--help", "help") for argument in arguments):
             print(USAGE, end="")
         elif arguments and not arguments[0].startswith("-"):
             name = arguments[0]
@@ -82,7 +84,28 @@ def bench(arguments: list[str]) -> None:
     run_bench(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"bench": bench, "doctor": doctor, "train": train}
+def convert(arguments: list[str]) -> None:
+    """Write a raw data set as checked atomic files."""
+    from recbole_ssm.data.convert import main as run_convert
+
+    run_convert(arguments)
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print what a data set holds, and what is wrong with it."""
+    from recbole_ssm.data.inspect import main as run_inspect
+
+    run_inspect(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "bench": bench,
+    "convert": convert,
+    "doctor": doctor,
+    "inspect": inspect,
+    "train": train,
+}
+WITH_HELP = {"bench", "convert", "inspect"}  # these answer --help themselves
 
 
 def _join_values(arguments: list[str]) -> list[str]:

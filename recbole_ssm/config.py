@@ -33,6 +33,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 )
 
 from recbole_ssm import distributed  # noqa: E402
+from recbole_ssm.data import temporal  # noqa: E402
 from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
@@ -48,6 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "residual": ("auto", True, False),
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,
+    "on_bad_lines": ("error", "skip"),
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
@@ -68,6 +70,8 @@ UNLISTED = {
     "MASK_ITEM_SEQ", "MASK_INDEX", "POS_ITEMS", "NEG_ITEMS", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
     "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ",
 }  # fmt: skip
+# eval_args.split: RecBole's ratios, leave-one-out and ratios before a moment, and our split by two moments.
+SPLITS = {"RS": (), "LS": ("valid_and_test", "valid_only", "test_only"), "TS": (), temporal.NAME: ()}
 NESTED = {
     "eval_args": ("split", "order", "group_by", "mode"),
     "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
@@ -287,9 +291,22 @@ class SSMConfig(recbole.config.Config):
             raise UserError(
                 f"eval_args: order must be TO (by time) for sequences, got {merged['eval_args']['order']!r}"
             )
+        self._check_split(merged["eval_args"]["split"])
         if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         self._check_metrics(merged)
+
+    @staticmethod
+    def _check_split(split: Any) -> None:
+        if not isinstance(split, dict) or len(split) != 1:
+            raise UserError(f"eval_args: split must be one entry such as {{'LS': 'valid_and_test'}}, got {split!r}")
+        name, value = next(iter(split.items()))
+        if name not in SPLITS:
+            raise UserError(f"eval_args: there is no split {name!r}; known are {', '.join(SPLITS)}")
+        if name == temporal.NAME:
+            temporal.check_ratios(value)
+        elif name == "LS" and value not in SPLITS["LS"]:
+            raise UserError(f"eval_args: LS must be one of {', '.join(SPLITS['LS'])}, got {value!r}")
 
     @staticmethod
     def _check_metrics(merged: dict[str, Any]) -> None:

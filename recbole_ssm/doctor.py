@@ -13,8 +13,8 @@ from recbole_ssm.compat import INSTALL_RECBOLE
 from recbole_ssm.ops import native
 
 NEEDED = (
-    "recbole", "torch", "numpy", "pandas", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard", "tqdm",
-    "colorama", "colorlog", "texttable", "psutil",
+    "recbole", "torch", "numpy", "pandas", "pyarrow", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard",
+    "tqdm", "colorama", "colorlog", "texttable", "psutil",
 )  # fmt: skip
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 INSTALL_NATIVE = "pip install -v -e .   # in the folder of recbole_ssm, with g++ or clang++ on the PATH"

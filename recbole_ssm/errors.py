@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Something outside the program is wrong and its user can put it right.
 
     The command line prints the message as one line and exits with status 2; every other exception is a
-    defect of ours and keeps its traceback.
+    defect of ours and keeps its traceback. Line ends, as a name or another library's message may hold, become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -19,3 +24,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser of a command's arguments whose errors are :class:`UserError`; options are never abbreviated."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a UserError."""
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")

@@ -208,7 +208,8 @@ def test_frozen_keys():
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "checkpoint_keep", "checkpoint_steps", "dataset", "eval_args", "gradient_accumulation_steps",
         "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
-        "measure_latency", "metrics", "model", "packed_window", "ssm_backend", "train_mode", "valid_metric",
+        "measure_latency", "metrics", "model", "on_bad_lines", "packed_window", "ssm_backend", "train_mode",
+        "valid_metric",
     ]  # fmt: skip
 
 

@@ -6,13 +6,12 @@ returns rows. Times on a shared machine are noise, so a row carries ratios withi
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 from recbole_ssm.files import write_json
 
 BENCHES = {
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     if name not in BENCHES:
         raise UserError(f"bench: there is no benchmark '{name}'{did_you_mean(name, BENCHES)}; {names}")
     module = importlib.import_module(f"recbole_ssm.bench.{name}")
-    parser = _Parser(prog=f"recbole-ssm bench {name}", description=module.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(f"recbole-ssm bench {name}", module.__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
     module.add_arguments(parser)
     options = parser.parse_args(list(arguments[1:]))
@@ -66,8 +65,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")

@@ -1,5 +1,19 @@
-"""RecBole's atomic files in, RecBole's data sets out."""
+"""RecBole's atomic files in, RecBole's data sets out; raw downloads in, atomic files out."""
 
-from recbole_ssm.data.dataset import SSMDataset, create_dataset
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recbole_ssm.data.dataset import SSMDataset, create_dataset
 
 __all__ = ["SSMDataset", "create_dataset"]
+
+
+def __getattr__(name: str) -> Any:
+    # convert and inspect need neither RecBole nor PyTorch
+    if name in __all__:
+        from recbole_ssm.data import dataset
+
+        return getattr(dataset, name)
+    raise AttributeError(f"module 'recbole_ssm.data' has no attribute '{name}'")

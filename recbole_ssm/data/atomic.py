@@ -6,16 +6,24 @@ quotation marks and fills what it cannot read; all silently.
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from recbole_ssm.data.lines import BadLines, Block, is_utf8, one_byte, progress, read_blocks, sound_lines, split_columns
 from recbole_ssm.errors import UserError, did_you_mean
 
 TYPES = ("token", "token_seq", "float", "float_seq")
+HEADER = 1 << 16  # bytes that are read to find the first line
+MISSING_NUMBERS = ("", "nan", "na", "null", "none")
+MERGE_AT = 4_000_000  # cells that wait for the words of a column to be merged
 
 
 def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> dict[str, str]:
@@ -25,13 +33,12 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
         UserError: the file is missing, empty or not text, or its first line is no header.
     """
     try:
-        with open(path, encoding=_without_mark(encoding), newline="") as file:
-            line = file.readline().rstrip("\r\n")
+        with open(path, "rb") as file:
+            first = next(read_blocks(file, path, encoding, size=HEADER), Block(1, b""))
+        line = first.data.partition(b"\n")[0].decode("utf-8" if is_utf8(encoding) else encoding)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except LookupError as error:
-        raise UserError(f"encoding: there is no encoding '{encoding}'; try encoding: latin-1") from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise UserError(f"{path}, line 1: not {encoding} text; set encoding to what the file is written in") from error
     if not line:
         raise UserError(f"{path}: the file is empty; its first line must name the columns, as user_id:token")
@@ -49,7 +56,42 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
     return columns
 
 
-def read_atomic(
+@dataclass
+class Tokens:
+    """A column of ids, each distinct one kept once.
+
+    Attributes:
+        codes: [rows] int32, index into ``names``; -1 where the cell is empty.
+        names: the distinct ids, in the order in which they first appear.
+    """
+
+    codes: np.ndarray
+    names: pa.StringArray
+
+    def objects(self) -> np.ndarray:
+        """[rows] ``str``, NaN where the cell is empty; equal ids are one object, so a row costs 8 bytes."""
+        names = np.empty(len(self.names) + 1, dtype=object)
+        names[:-1] = self.names.to_numpy(zero_copy_only=False)
+        names[-1] = np.nan
+        return names[self.codes]
+
+
+def read_atomic(path: Path, columns: dict[str, str], **options: Any) -> pd.DataFrame:
+    """What :func:`read_columns` reads, with its options, as a frame: the form that RecBole works on."""
+    return as_frame(read_columns(path, columns, **options))
+
+
+def as_frame(columns: dict[str, Any]) -> pd.DataFrame:
+    """Columns of :func:`read_columns` as RecBole wants them.
+
+    Tokens become ``str`` (missing: NaN), floats float64, sequences arrays. Tokens such as ``NA`` and quotation marks
+    are kept as they stand.
+    """
+    cells = {name: column.objects() if isinstance(column, Tokens) else column for name, column in columns.items()}
+    return pd.DataFrame({name: pd.Series(column, copy=False) for name, column in cells.items()}, copy=False)
+
+
+def read_columns(
     path: Path,
     columns: dict[str, str],
     *,
@@ -57,8 +99,9 @@ def read_atomic(
     separator: str = "\t",
     seq_separator: str = " ",
     encoding: str = "utf-8",
-) -> pd.DataFrame:
-    """Read the given columns of an atomic file.
+    bad: BadLines | None = None,
+) -> dict[str, Any]:
+    """Read the given columns of an atomic file, block by block.
 
     Args:
         path: the file.
@@ -67,50 +110,35 @@ def read_atomic(
         separator: between columns.
         seq_separator: between the entries of a sequence.
         encoding: of the text; a byte-order mark is passed over.
+        bad: what becomes of faulty lines; by default the first one is an error.
 
     Returns:
-        One column a field, in the order of ``columns``: tokens as ``str`` (missing: NaN), floats as float64, sequences
-        as arrays. Tokens such as ``NA`` and quotation marks are kept as they stand.
+        ``{name: column}`` in the order of ``columns``: tokens as :class:`Tokens`, floats as float64 [rows], sequences
+        as an object array [rows] of arrays.
 
     Raises:
-        UserError: the first fault, with its line.
+        UserError: the first fault, with its line; or no line remains.
     """
-    header = read_header(path, separator, encoding)
-    _check_lines(path, len(header), separator, encoding)
-    frame = pd.read_csv(
-        path,
-        sep=separator,
-        names=list(header),
-        usecols=list(columns),
-        header=None,
-        skiprows=1,
-        index_col=False,
-        dtype=object,
-        quoting=csv.QUOTE_NONE,
-        keep_default_na=False,
-        na_filter=False,
-        skip_blank_lines=False,
-        encoding=_without_mark(encoding),
-        engine="c",
-    )[list(columns)]
-    if frame.empty:
+    bad = BadLines(path) if bad is None else bad
+    names = list(read_header(path, separator, encoding))
+    builders = {name: _BUILDERS[kind](seq_separator) for name, kind in columns.items()}
+    rows = 0
+    with open(path, "rb") as file, progress(f"Read {path.name}", path.stat().st_size) as bar:
+        for block in read_blocks(file, path, encoding):
+            bar.update(len(block.data))
+            if block.first == 1:
+                block = Block(2, block.data.partition(b"\n")[2])
+                if not block.data:
+                    continue
+            block, cut = one_byte(block, separator, encoding)
+            lines, numbers = sound_lines(block, len(names), cut, encoding, bad)
+            if len(numbers):
+                rows += _add(builders, columns, lines, numbers, names, cut, required, bad)
+    if not rows:
+        if len(bad):
+            raise UserError(f"{path}: every line has a fault; the first is {bad.first}")
         raise UserError(f"{path}: there is a header but no line below it")
-    for name, kind in columns.items():
-        cells = frame[name]
-        empty = (cells == "").to_numpy()
-        if name in required and empty.any():
-            raise UserError(f"{path}, line {_line(empty)}: {name} is empty; fill it in or drop the line")
-        if kind == "float":
-            frame[name] = _floats(path, name, cells, empty, name in required)
-        elif kind == "token":
-            padding = (cells == "[PAD]").to_numpy()
-            if padding.any():
-                raise UserError(f"{path}, line {_line(padding)}: {name} is '[PAD]', RecBole's padding; rename that id")
-            frame[name] = cells.where(~empty, np.nan)
-        else:
-            entries = [[entry for entry in cell.split(seq_separator) if entry] for cell in cells]
-            frame[name] = _sequences(path, name, kind, entries)
-    return frame
+    return {name: builder.finish() for name, builder in builders.items()}
 
 
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
@@ -126,60 +154,164 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
         raise UserError(f"{path}, line 1: column {name} must be {name}:{kind}, got {name}:{header[name]}")
 
 
-def _without_mark(encoding: str) -> str:
-    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+def _add(
+    builders: dict[str, Words | Values],
+    columns: dict[str, str],
+    lines: bytes,
+    numbers: np.ndarray,
+    names: list[str],
+    separator: bytes,
+    required: Container[str],
+    bad: BadLines,
+) -> int:
+    """Add sound lines to their columns, but for those with a faulty cell; returns how many were added."""
+    table = split_columns(lines, names, list(columns), separator)
+    faults: dict[int, str] = {}
+    for name in columns:
+        for row, fault in builders[name].parse(table[name].combine_chunks(), name in required).items():
+            faults.setdefault(row, f"{name} {fault}")
+    keep = np.ones(len(numbers), dtype=bool)
+    if faults:
+        raw = lines.split(b"\n")
+        for row in sorted(faults):
+            keep[row] = False
+            bad.add(int(numbers[row]), faults[row], raw[row])
+    for builder in builders.values():
+        builder.take(keep)
+    return int(keep.sum())
 
 
-def _line(faults: np.ndarray) -> int:
-    """Line number of the first fault; line 1 is the header."""
-    return int(np.flatnonzero(faults)[0]) + 2
+class Words:
+    """Collects a column of tokens; cells wait as dictionary arrays until their words are merged into one list."""
+
+    def __init__(self, seq_separator: str = " ") -> None:
+        self._parsed: pa.StringArray
+        self._waiting: list[pa.DictionaryArray] = []
+        self._words = pa.array([], pa.string())
+        self._codes: list[np.ndarray] = []
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Look at the cells of a block; the faults by row."""
+        self._parsed = cells
+        faults = dict.fromkeys(_rows(pc.equal(cells, "[PAD]")), "is '[PAD]', RecBole's padding; rename that id")
+        if required:
+            faults |= dict.fromkeys(_rows(pc.equal(cells, "")), "is empty; fill it in or drop the line")
+        return faults
+
+    def take(self, keep: np.ndarray) -> None:
+        """Add those cells of the block."""
+        cells = self._parsed if keep.all() else self._parsed.filter(pa.array(keep))
+        self.add(cells)
+
+    def add(self, cells: pa.StringArray) -> None:
+        """Add cells without a look at them."""
+        self._waiting.append(cells.dictionary_encode())
+        if sum(map(len, self._waiting)) >= MERGE_AT:
+            self._merge()
+
+    def _merge(self) -> None:
+        known = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), self._words)
+        merged = pa.chunked_array([known, *self._waiting]).unify_dictionaries()
+        self._waiting = []
+        self._words = merged.chunk(0).dictionary
+        self._codes += [chunk.indices.to_numpy() for chunk in merged.chunks[1:]]
+
+    def finish(self) -> Tokens:
+        """The whole column."""
+        self._merge()
+        codes = np.concatenate(self._codes) if self._codes else np.empty(0, dtype=np.int32)
+        self._codes = []
+        empty = pc.index(self._words, "").as_py()
+        if empty >= 0:
+            codes[codes == empty] = -1
+        return Tokens(codes, self._words)
 
 
-def _check_lines(path: Path, width: int, separator: str, encoding: str) -> None:
-    """Every line must have as many cells as the header: pandas would shift, cut or fill silently."""
-    number = 1
-    try:
-        with open(path, encoding=_without_mark(encoding), newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                cells = line.count(separator) + 1
-                if cells != width:
-                    if not line.strip():
-                        raise UserError(f"{path}, line {number}: the line is empty; drop it")
-                    raise UserError(
-                        f"{path}, line {number}: {cells} columns where the header has {width}: {line[:60]!r}"
-                    )
-                if "\0" in line or "\r" in line[:-2]:
-                    raise UserError(f"{path}, line {number}: a control character within the line: {line[:60]!r}")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, after line {number}: not {encoding} text; set encoding to what the file is written in"
-        ) from error
+class Values:
+    """Collects a column whose cells are parsed one block at a time."""
+
+    def __init__(self, seq_separator: str = " ") -> None:
+        self._seq_separator = seq_separator
+        self._parsed: np.ndarray
+        self._blocks: list[np.ndarray] = []
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        raise NotImplementedError
+
+    def take(self, keep: np.ndarray) -> None:
+        """Add those cells of the block."""
+        self._blocks.append(self._parsed if keep.all() else self._parsed[keep])
+
+    def finish(self) -> np.ndarray:
+        """The whole column."""
+        return np.concatenate(self._blocks)
 
 
-def _floats(path: Path, name: str, cells: pd.Series, empty: np.ndarray, required: bool) -> np.ndarray:
-    values = pd.to_numeric(cells.where(~empty, "nan"), errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    known_nan = empty | cells.str.lower().isin(["nan", "na", "null", "none"]).to_numpy()
-    faults = (np.isnan(values) & ~known_nan) | np.isinf(values)
-    if required:
-        faults |= np.isnan(values)
-    if faults.any():
-        line = _line(faults)
-        raise UserError(
-            f"{path}, line {line}: {name} is {cells.iloc[line - 2]!r}, which is no finite number; correct it"
-        )
-    return values
+class Floats(Values):
+    """Collects a column of numbers; an empty cell and ``NA``, ``null``, ``None`` or ``nan`` are NaN."""
+
+    def number(self, cell: str) -> float:
+        """The number that a cell spells; NaN if it spells none. Python would read 1_0 as 10."""
+        try:
+            return math.nan if "_" in cell else float(cell)
+        except ValueError:
+            return math.nan
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        try:
+            self._parsed = cells.cast(pa.float64()).to_numpy()
+        except pa.ArrowInvalid:  # an empty cell, a number that Arrow writes otherwise (+1), or none
+            self._parsed = np.array([self.number(cell) for cell in cells.to_pylist()])
+        doubtful = np.flatnonzero(~np.isfinite(self._parsed))
+        faults = {}
+        for row in doubtful:
+            cell = cells[int(row)].as_py()
+            if not cell and required:
+                faults[int(row)] = "is empty; fill it in or drop the line"
+            elif required or cell.strip().lower() not in MISSING_NUMBERS:
+                faults[int(row)] = f"is {cell!r}, which is no finite number; correct it or drop the line"
+        return faults
 
 
-def _sequences(path: Path, name: str, kind: str, entries: list[list[str]]) -> pd.Series:
-    if kind == "token_seq":
-        rows = [np.array(row, dtype=object) for row in entries]
-    else:
-        rows = []
-        for number, row in enumerate(entries, 2):
-            try:
-                rows.append(np.array(row, dtype=np.float64))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {name} is {' '.join(row)!r}, which are no numbers") from error
-    column = np.empty(len(rows), dtype=object)
-    column[:] = rows
-    return pd.Series(column)
+class TokenLists(Values):
+    """Collects a column of lists of tokens."""
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        self._parsed, faults = _lists(cells, self._seq_separator, object)
+        return faults
+
+
+class FloatLists(Values):
+    """Collects a column of lists of numbers."""
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        self._parsed, faults = _lists(cells, self._seq_separator, np.float64)
+        return faults
+
+
+_BUILDERS: dict[str, type[Words] | type[Values]] = {
+    "token": Words,
+    "float": Floats,
+    "token_seq": TokenLists,
+    "float_seq": FloatLists,
+}
+
+
+def _rows(mask: pa.BooleanArray) -> list[int]:
+    return [int(row) for row in np.flatnonzero(mask.to_numpy(zero_copy_only=False))]
+
+
+def _lists(cells: pa.StringArray, separator: str, kind: type) -> tuple[np.ndarray, dict[int, str]]:
+    column = np.empty(len(cells), dtype=object)
+    faults = {}
+    for row, cell in enumerate(cells.to_pylist()):
+        entries = [entry for entry in cell.split(separator) if entry]
+        try:
+            column[row] = np.array(entries, dtype=kind)
+        except ValueError:
+            faults[row] = f"is {' '.join(entries)!r}, which are no numbers; correct it or drop the line"
+    return column, faults

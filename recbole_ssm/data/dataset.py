@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import os
 import shutil
 import tempfile
@@ -16,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from recbole_ssm import compat
-from recbole_ssm.data.atomic import read_atomic, read_header, require_column
+from recbole_ssm.data import temporal
+from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
+from recbole_ssm.data.events import Events, k_core, oddities
+from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
 
 compat.install()
@@ -59,7 +64,9 @@ class SSMDataset(SequentialDataset):
       float32 first, 64 s and coarser (``legacy_time_order: true`` brings that back);
     - a data set that is missing is downloaded whole or not at all;
     - prefixes are gathered batch by batch (:class:`recbole_ssm.data.prefixes.Prefixes`), the same rows in the same
-      order; RecBole stores them all, padded.
+      order; RecBole stores them all, padded;
+    - ``eval_args: {split: {GTS: [0.8, 0.1, 0.1]}}`` splits all events by two moments in time, and leave-one-out says in
+      the log how much of the future it trains on.
     """
 
     inter_feat: Any  # a DataFrame while it is read and filtered, an Interaction afterwards
@@ -114,14 +121,24 @@ class SSMDataset(SequentialDataset):
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
-        frame = read_atomic(
-            path,
-            columns,
-            required=required,
-            separator=separator,
-            seq_separator=self.config["seq_separator"],
-            encoding=encoding,
-        )
+        side = Path(self.config["checkpoint_dir"]) / f"{path.name}.skipped"
+        with BadLines(path, self.config["on_bad_lines"], side) as bad:
+            found = read_columns(
+                path,
+                columns,
+                required=required,
+                separator=separator,
+                seq_separator=self.config["seq_separator"],
+                encoding=encoding,
+                bad=bad,
+            )
+        if len(bad):
+            self.logger.warning(bad)
+        if required:
+            user, item, time = required
+            for level, oddity in oddities(Events(found[user], found[item], found[time]), (user, item, time), bad):
+                self.logger.log(level, oddity)
+        frame = as_frame(found)
         for name, kind in columns.items():
             self._register(name, FeatureType(kind), source, frame)
         return frame
@@ -168,6 +185,21 @@ class SSMDataset(SequentialDataset):
             events = self.inter_feat.sort_values(self.time_field, kind="stable")
             self.inter_feat = events.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
+    def _filter_by_inter_num(self) -> None:
+        """RecBole's filter, after one that leaves the same and takes the bulk away by array operations."""
+        least = []
+        for key in ("user_inter_num_interval", "item_inter_num_interval"):
+            intervals = self._parse_intervals_str(self.config[key]) or [("[", 0, np.inf, ")")]
+            bracket, low, high, _ = intervals[0]
+            if len(intervals) == 1 and high == np.inf:  # with an upper bound, the order of dropping counts
+                least.append(math.ceil(low) if bracket == "[" else math.floor(low) + 1)
+        if len(least) == 2:
+            users, items = (pd.factorize(self.inter_feat[field])[0] for field in (self.uid_field, self.iid_field))
+            rows = k_core(users, items, *least)
+            if len(rows) < len(users):
+                self.inter_feat = self.inter_feat.iloc[rows]
+        super()._filter_by_inter_num()
+
     def _change_feat_format(self) -> None:
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
             # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
@@ -175,6 +207,7 @@ class SSMDataset(SequentialDataset):
             for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
                 self.inter_feat[column] = self.inter_feat[column].array[order]
             self.inter_feat.reset_index(drop=True, inplace=True)
+        self._look_at_times()
         super()._change_feat_format()
 
     def data_augmentation(self) -> None:
@@ -251,6 +284,40 @@ class SSMDataset(SequentialDataset):
     def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
         self._drop_unused_col()
         return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
+
+    def _look_at_times(self) -> None:
+        """Split by time, or say what leave-one-out leaks, while times are at full precision."""
+        if self.benchmark_filename_list is not None or self.time_field not in self.inter_feat:
+            return
+        split = self.config["eval_args"]["split"]
+        fields = (self.uid_field, self.iid_field, self.time_field)
+        users, items, times = (self.inter_feat[field].to_numpy() for field in fields)
+        if self.config["legacy_time_order"]:
+            times = times.astype(np.float32)  # as RecBole will sort them
+        if temporal.NAME in split:
+            parts = temporal.split_by_time(times, temporal.check_ratios(split[temporal.NAME]))
+            self._part_of_row = temporal.parts_of_targets(parts, users, times)
+            self.logger.info(f"split by time: {temporal.sentence(temporal.describe(parts, users, items, times))}")
+            if temporal.is_position(users, times):
+                self.logger.warning(
+                    f"{self.time_field} only counts each user's events: a split by time compares nothing across users"
+                )
+        elif "LS" in split and (warning := temporal.leave_one_out_warning(users, times)):
+            self.logger.warning(warning)
+
+    def build(self) -> list[Any]:
+        """RecBole's build, and the split by time that eval_args names GTS.
+
+        An event of validation or test is predicted from all that its user did before, as it would be at that moment;
+        a user's first event is no target, as there is nothing to predict it from.
+        """
+        if self.benchmark_filename_list is not None or temporal.NAME not in self.config["eval_args"]["split"]:
+            return super().build()
+        self._change_feat_format()
+        assert len(self._part_of_row) == len(self.inter_feat), "a part for each row"
+        self._drop_unused_col()
+        pick = self.inter_feat.select if isinstance(self.inter_feat, Prefixes) else self.inter_feat.__getitem__
+        return [self.copy(pick(np.flatnonzero(self._part_of_row == part))) for part in range(3)]
 
     def _dataframe_to_interaction(self, data: Any) -> Any:
         with warnings.catch_warnings():

@@ -1,0 +1,281 @@
+"""``recbole-ssm convert``: a raw download becomes a checked data set, with a card that says what was done to it.
+
+Nothing of the source is changed, and the data set appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recbole_ssm import __version__
+from recbole_ssm.data.atomic import Floats, Words
+from recbole_ssm.data.events import Events, without_repeats
+from recbole_ssm.data.events import k_core as rows_of_core
+from recbole_ssm.data.lines import BadLines, progress
+from recbole_ssm.data.sources import EVENT, Raw, open_raw, seconds
+from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.files import write_json
+
+WRITTEN_AT_ONCE = 1 << 20  # rows
+TIES = "events of one user and one time keep the order of the source"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("source", type=Path, help="file, folder or zip: MovieLens, Amazon Reviews, CSV, TSV, Parquet")
+    parser.add_argument("--name", required=True, help="of the data set that is written: OUT/NAME/NAME.inter ...")
+    parser.add_argument("--out", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)")
+    for field in (*EVENT, "text"):
+        what = {"text": "words that describe an item, for .item"}.get(field, f"{field} (default: guessed)")
+        parser.add_argument(f"--{field}", metavar="COLUMN", help=f"name of the column with the {what}")
+    parser.add_argument("--meta", type=Path, metavar="FILE", help="Amazon's metadata (default: meta_... beside SOURCE)")
+    parser.add_argument(
+        "--k_core", type=int, default=0, metavar="K", help="keep users and items with K events, repeated"
+    )
+    parser.add_argument(
+        "--duplicates",
+        choices=("keep", "first", "last"),
+        default="keep",
+        help="of events of one user and one item, keep all (default), the first or the last by time",
+    )
+    parser.add_argument(
+        "--on_bad_lines",
+        choices=("error", "skip"),
+        default="error",
+        help="a line that cannot be used stops the command (default), or is skipped, counted and kept in NAME.skipped",
+    )
+    parser.add_argument("--separator", help="between columns of text (default: guessed)")
+    parser.add_argument("--encoding", default="utf-8", help="of text (default: utf-8)")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command and print what became of the data at each step."""
+    parser = ArgumentParser("recbole-ssm convert", __doc__)
+    add_arguments(parser)
+    options = parser.parse_args(list(arguments))
+    card = convert(**vars(options))
+    for step in card["steps"]:
+        print("{step:<32}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
+    if card["skipped_lines"]:
+        print(f"{card['skipped_lines']:,} lines were skipped; they are in {options.out / options.name}")
+    print(f"wrote {options.out / options.name}: {', '.join(card['written'])} and the card, {options.name}.card.json")
+    print(f"look at it: recbole-ssm inspect {options.name} --data_path={options.out}")
+
+
+def convert(
+    source: Path,
+    name: str,
+    out: Path = Path("dataset"),
+    *,
+    meta: Path | None = None,
+    k_core: int = 0,
+    duplicates: str = "keep",
+    on_bad_lines: str = "error",
+    separator: str | None = None,
+    encoding: str = "utf-8",
+    **named: str | None,
+) -> dict[str, Any]:
+    """Write ``out/name/`` with ``name.inter``, ``name.item`` where the source describes its items, and the card.
+
+    Args:
+        source: what :func:`recbole_ssm.data.sources.open_raw` knows.
+        name: of the data set.
+        out: the folder of data sets.
+        meta: a file that describes the items.
+        k_core: keep users and items with so many events, until all have them; 0 or 1 keeps all. After ``duplicates``,
+            as in RecBole.
+        duplicates: ``keep``, or ``first`` or ``last`` of each pair of user and item.
+        on_bad_lines: ``error``, or ``skip``.
+        separator: between columns; None guesses.
+        encoding: of text.
+        named: ``user``, ``item``, ``time``, ``rating``, ``text``: columns of the source; None guesses.
+
+    Returns:
+        The card, as written to ``name.card.json``.
+
+    Raises:
+        UserError: the source is missing, unknown or faulty; the data set is there already; or nothing would remain.
+    """
+    if not re.fullmatch(r"[\w][\w.\-]*", name):
+        raise UserError(f"--name: {name!r} is no name of a folder; use letters, digits, - and _")
+    if k_core < 0:
+        raise UserError(f"--k_core: must be 0 or more, got {k_core}")
+    target = out / name
+    if target.exists():
+        raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
+    asked = {field: column for field, column in named.items() if column is not None}
+    reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
+    raw = open_raw(source, asked, meta, encoding=encoding, **reading)
+
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
+    try:
+        with BadLines(str(raw.files[0]), on_bad_lines, scratch / f"{name}.skipped") as bad:
+            events = read_events(raw, bad)
+        steps = [{"step": "read", **events.counts()}]
+        if duplicates != "keep":
+            events = events.take(without_repeats(events, duplicates))
+            steps.append({"step": f"{duplicates} of each user and item", **events.counts()})
+        if k_core > 1:
+            events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))
+            steps.append({"step": f"{k_core}-core", **events.counts()})
+        if not len(events):
+            raise UserError(f"{raw.files[0]}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
+        events = events.take(events.by_user_and_time())
+        write_inter(scratch / f"{name}.inter", events)
+        skipped = len(bad)
+        if raw.items is not None:
+            side = scratch / f"{name}.item.skipped"
+            with BadLines(str(raw.item_file), on_bad_lines, side) as bad:
+                write_items(scratch / f"{name}.item", raw, events, bad)
+            skipped += len(bad)
+        card = {
+            "name": name,
+            "source": [
+                {"file": str(file), "bytes": file.path.stat().st_size, "sha256": sha256(file.path)}
+                for file in raw.files
+            ],
+            "kind": raw.kind,
+            "columns": raw.fields,
+            "steps": steps,
+            "skipped_lines": skipped,
+            "ties": TIES,
+            "time": {"first": float(events.times.min()), "last": float(events.times.max())},
+            "written": {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(scratch.iterdir())
+            },
+            "by": f"recbole_ssm {__version__}",
+        }
+        write_json(scratch / f"{name}.card.json", card)
+        scratch.chmod(0o755)  # mkdtemp keeps others out
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return card
+
+
+def read_events(raw: Raw, bad: BadLines) -> Events:
+    """All events of a source, checked.
+
+    Raises:
+        UserError: the first faulty row (or none, if ``bad`` skips), or there is no row at all.
+    """
+    builders: dict[str, Any] = {"user": Ids(), "item": Ids(), "time": Times(), "rating": Floats()}
+    builders = {field: builders[field] for field in raw.fields}
+    seen = 0
+    for rows in raw.events.rows(raw.fields, bad):
+        faults: dict[int, str] = {}
+        for field, builder in builders.items():
+            for row, fault in builder.parse(rows.cells[field].combine_chunks(), field != "rating").items():
+                faults.setdefault(row, f"{raw.fields[field]} {fault}")
+        keep = np.ones(len(rows.numbers), dtype=bool)
+        raw_lines = rows.lines() if faults else ()
+        for row in sorted(faults):
+            keep[row] = False
+            bad.add(int(rows.numbers[row]), faults[row], raw_lines[row])
+        for builder in builders.values():
+            builder.take(keep)
+        seen += int(keep.sum())
+    if not seen:
+        raise UserError(
+            f"{raw.files[0]}: "
+            + (f"every line has a fault; the first is {bad.first}" if len(bad) else "no event in it")
+        )
+    found: dict[str, Any] = {field: builder.finish() for field, builder in builders.items()}
+    return Events(found["user"], found["item"], found["time"], found.get("rating"))
+
+
+class Ids(Words):
+    """A column of ids; what would break the lines of an atomic file is refused."""
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Look at the cells of a batch; the faults by row."""
+        faults = super().parse(cells, required)
+        for row in np.flatnonzero(pc.match_substring_regex(cells, "[\t\r\n\\x00]").to_numpy(zero_copy_only=False)):
+            faults[int(row)] = f"is {cells[int(row)].as_py()!r}, with a character that no atomic file can hold"
+        return faults
+
+
+class Times(Floats):
+    """A column of times: numbers, or ISO dates, which become seconds since 1970."""
+
+    def number(self, cell: str) -> float:
+        """The time that a cell spells; NaN if it spells none."""
+        try:
+            return seconds(cell)
+        except (ValueError, OverflowError):
+            return math.nan
+
+
+def write_inter(path: Path, events: Events) -> None:
+    """Write events as an atomic file; whole numbers stand without a point."""
+    columns = {"user_id:token": events.users, "item_id:token": events.items}
+    ratings = events.ratings
+    with open(path, "wb") as file, progress(f"Write {path.name}", len(events), "rows") as bar:
+        header = [*columns, *(["rating:float"] if ratings is not None else []), "timestamp:float"]
+        file.write("\t".join(header).encode() + b"\n")
+        for start in range(0, len(events), WRITTEN_AT_ONCE):
+            rows = slice(start, start + WRITTEN_AT_ONCE)
+            cells = [ids.names.take(pa.array(ids.codes[rows])) for ids in columns.values()]
+            cells += [_spelt(ratings[rows])] if ratings is not None else []
+            cells += [_spelt(events.times[rows])]
+            # Arrow's writer of CSV refuses quotation marks where it may not quote
+            lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*cells, "\t"), "", "\n")
+            _, ends, characters = lines.buffers()
+            file.write(memoryview(characters)[: np.frombuffer(ends, np.int32)[len(lines)]])
+            bar.update(len(cells[0]))
+
+
+def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> None:
+    """Write the descriptions of those items that events have; the first one of an item counts.
+
+    RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
+    """
+    assert raw.items is not None
+    wanted = {events.items.names[int(code)].as_py() for code in np.unique(events.items.codes)}
+    columns = raw.item_columns
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.write("\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in columns.items())]) + "\n")
+        for item, cells in raw.items(bad):
+            if item in wanted:
+                wanted.remove(item)
+                file.write("\t".join([item, *(_one_line(cells[name]) for name in columns)]) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in _pieces(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pieces(file: Any) -> Iterator[bytes]:
+    while block := file.read(1 << 22):
+        yield block
+
+
+def _spelt(values: np.ndarray) -> pa.StringArray:
+    """Numbers as text: whole ones without a point, others in the fewest digits that give them back, missing as ""."""
+    if np.all(np.isfinite(values)) and np.all(values == np.round(values)) and np.all(np.abs(values) < 2**53):
+        return pa.array(values.astype(np.int64)).cast(pa.string())
+    text = ["" if math.isnan(value) else repr(value).removesuffix(".0") for value in values.tolist()]
+    return pa.array(text, pa.string())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).encode("utf-8", "replace").decode()

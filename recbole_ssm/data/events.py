@@ -1,0 +1,158 @@
+"""Who met what when, as flat arrays: the filters of RecBole, and what looks odd about a file.
+
+The functions here take and return arrays of rows; the ids stay what they are, and nothing is copied per event.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from recbole_ssm.data.atomic import Tokens
+from recbole_ssm.data.lines import BadLines
+
+AT_ONCE = 1 << 21  # events whose pairs are looked up in one table
+
+
+@dataclass
+class Events:
+    """Interactions, in the order of their file.
+
+    Attributes:
+        users: who. items: what; no cell of either is empty.
+        times: [rows] float64, in whatever unit the file has.
+        ratings: [rows] float64, or None.
+    """
+
+    users: Tokens
+    items: Tokens
+    times: np.ndarray
+    ratings: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def counts(self) -> dict[str, int]:
+        """``users``, ``items`` and ``interactions``."""
+        seen = [int(np.count_nonzero(np.bincount(ids.codes))) for ids in (self.users, self.items)]
+        return {"users": seen[0], "items": seen[1], "interactions": len(self)}
+
+    def take(self, rows: np.ndarray) -> Events:
+        """The events at those rows (indices or a mask)."""
+        return replace(
+            self,
+            users=Tokens(self.users.codes[rows], self.users.names),
+            items=Tokens(self.items.codes[rows], self.items.names),
+            times=self.times[rows],
+            ratings=None if self.ratings is None else self.ratings[rows],
+        )
+
+    def by_user_and_time(self) -> np.ndarray:
+        """[rows] the order by user (as the file first names them) and time; events of one time keep their order."""
+        order = np.argsort(self.times, kind="stable")
+        return order[np.argsort(self.users.codes[order], kind="stable")]
+
+
+def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> np.ndarray:
+    """Rows of the largest part in which every user has at least ``k_users`` rows and every item ``k_items``.
+
+    This is what RecBole leaves for ``user_inter_num_interval`` and ``item_inter_num_interval`` of ``[k,inf)``: users
+    and items with too few are dropped together, again and again until none is left to drop.
+
+    Args:
+        users: [rows] codes. items: [rows] codes.
+        k_users: rows that each user needs. k_items: and each item.
+
+    Returns:
+        Indices of the rows that stay, ascending.
+    """
+    rows = np.arange(len(users))
+    while len(rows):
+        enough = np.ones(len(rows), dtype=bool)
+        for codes, k in ((users[rows], k_users), (items[rows], k_items)):
+            enough &= np.bincount(codes)[codes] >= k
+        if enough.all():
+            break
+        rows = rows[enough]
+    return rows
+
+
+def without_repeats(events: Events, keep: str) -> np.ndarray:
+    """Rows with one event of each pair of user and item: its ``first`` or ``last`` by time, as ``rm_dup_inter``."""
+    kept = [rows[~pd.Series(pairs).duplicated(keep=keep).to_numpy()] for rows, pairs in _few_users_at_a_time(events)]
+    return np.sort(np.concatenate(kept))
+
+
+def doubled(events: Events) -> np.ndarray:
+    """Rows whose user, item and time an earlier row has."""
+    found = []
+    for rows, pairs in _few_users_at_a_time(events):
+        found.append(rows[pd.DataFrame({"pair": pairs, "time": events.times[rows]}).duplicated().to_numpy()])
+    return np.sort(np.concatenate(found))
+
+
+def _few_users_at_a_time(events: Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``(rows, pairs)`` of a few million events at a time, by user and time: what is looked up in them stays small."""
+    order = events.by_user_and_time()
+    users = events.users.codes[order]
+    start = 0
+    while start < len(order):
+        last = users[min(start + AT_ONCE, len(order)) - 1]
+        end = int(np.searchsorted(users, last, side="right"))  # all of that user
+        rows = order[start:end]
+        yield rows, users[start:end].astype(np.int64) * len(events.items.names) + events.items.codes[rows]
+        start = end
+
+
+def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iterator[tuple[int, str]]:
+    """What a file may hold, but hardly means: one line each, with file, line, value and mend.
+
+    Args:
+        events: as they were read.
+        names: of the columns for user, item and time.
+        bad: the lines that were skipped on the way.
+
+    Yields:
+        ``(level, message)``, the level as of :mod:`logging`.
+    """
+    user, item, time = names
+    for name, ids in ((user, events.users), (item, events.items)):
+        suspects = pc.match_substring_regex(ids.names, r"^[0-9]+\.0+$").to_numpy(zero_copy_only=False)
+        if suspects.any():
+            row = int(np.argmax(suspects[ids.codes]))
+            yield (
+                logging.WARNING,
+                f"{bad.path}, line {bad.line_of(row)}: {name} is {ids.names[int(ids.codes[row])].as_py()!r}: "
+                f"{suspects.sum():,} ids look like floats, as some programs write whole numbers in a column with gaps; "
+                "they match no other file; write them as whole numbers",
+            )
+    again = doubled(events)
+    if len(again):
+        row = int(again[0])
+        yield (
+            logging.WARNING,
+            f"{bad.path}, line {bad.line_of(row)}: the same {user}, {item} and {time} as an earlier line, and "
+            f"{len(again):,} such lines in all; drop them, or set rm_dup_inter: first",
+        )
+    backwards = rows_back_in_time(events)
+    if len(backwards):
+        row = int(backwards.min())
+        who = events.users.names[int(events.users.codes[row])].as_py()
+        yield (
+            logging.INFO,
+            f"{bad.path}, line {bad.line_of(row)}: {time} goes back to {events.times[row]:.15g} for {user} {who!r}, "
+            f"and {len(backwards):,} such lines in all; events are sorted by time here, and those of one time keep the "
+            "order of the file",
+        )
+
+
+def rows_back_in_time(events: Events) -> np.ndarray:
+    """Rows that are earlier than the row of the same user before them in the file."""
+    order = np.argsort(events.users.codes, kind="stable")
+    codes, times = events.users.codes[order], events.times[order]
+    return order[1:][(codes[1:] == codes[:-1]) & (times[1:] < times[:-1])]

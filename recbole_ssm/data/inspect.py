@@ -1,0 +1,300 @@
+"""``recbole-ssm inspect``: what a data set holds, whether its order can be trusted, and what a split of it leaks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recbole_ssm.data import temporal
+from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
+from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
+from recbole_ssm.data.lines import BadLines
+from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.files import whole, write_json
+
+UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"), (1e8, 1.0, "seconds"))
+BAR = 50  # characters of the longest bar
+SUSPICIOUS = 0.5  # share of histories in the order of their item ids, beyond which the order is hardly that of time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("dataset", help="name of a data set, or a file NAME.inter")
+    parser.add_argument(
+        "--data_path", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)"
+    )
+    parser.add_argument("--k_core", type=int, default=0, metavar="K", help="look at what K-core filtering leaves")
+    parser.add_argument(
+        "--split", default="LS", help=f"what may leak: LS (default), or {temporal.EXAMPLE.split(': ', 1)[1]}"
+    )
+    parser.add_argument("--on_bad_lines", choices=("error", "skip"), default="error", help="stop at one, or count them")
+    for key, default in (("user", "user_id"), ("item", "item_id"), ("time", "timestamp")):
+        parser.add_argument(f"--{key}", default=default, metavar="COLUMN", help=f"(default: {default})")
+    parser.add_argument("--separator", default="\t", help="between columns (default: tab)")
+    parser.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the lengths of histories there (.png, .svg, .pdf)"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command and print what it found."""
+    parser = ArgumentParser("recbole-ssm inspect", __doc__)
+    add_arguments(parser)
+    options = parser.parse_args(list(arguments))
+    for key in ("json", "plot"):
+        file = getattr(options, key)
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"--{key}: there is no folder {file.absolute().parent}")
+    ratios = _ratios(options.split)
+    path = find(options.dataset, options.data_path)
+    names = (options.user, options.item, options.time)
+    with BadLines(path, options.on_bad_lines) as bad:
+        events = read(path, names, bad, options.separator.replace("\\t", "\t"), options.encoding)
+    found = inspect(events, k=options.k_core, ratios=ratios)
+    notes = [text for _, text in oddities(events, names, bad)]
+    found = {"dataset": path.stem, "file": str(path), **found, "skipped_lines": len(bad)}
+    found["warnings"] = ([str(bad)] if len(bad) else []) + notes + found["warnings"]
+    print(text(found))
+    if options.plot:
+        plot(options.plot, found)
+    if options.json:
+        write_json(options.json, found)
+
+
+def find(dataset: str, data_path: Path) -> Path:
+    """The .inter file of a data set.
+
+    Raises:
+        UserError: there is none.
+    """
+    if dataset.endswith(".inter"):
+        return Path(dataset)
+    path = data_path / dataset / f"{dataset}.inter"
+    if not path.is_file() and dataset == "ml-100k":
+        from importlib.util import find_spec
+
+        spec = find_spec("recbole")
+        if spec and spec.submodule_search_locations:
+            path = Path(spec.submodule_search_locations[0]) / "dataset_example" / dataset / f"{dataset}.inter"
+    if not path.is_file():
+        raise UserError(f"no file {path}; set --data_path to the folder above {dataset}/, or name the file")
+    return path
+
+
+def read(path: Path, names: tuple[str, str, str], bad: BadLines, separator: str, encoding: str) -> Events:
+    """The interactions of an atomic file.
+
+    Raises:
+        UserError: a fault, or one of the three columns is missing.
+    """
+    header = read_header(path, separator, encoding)
+    for key, name, kind in zip(("--user", "--item", "--time"), names, ("token", "token", "float")):
+        require_column(path, header, key, name, kind)
+    columns = {name: header[name] for name in names}
+    found = read_columns(path, columns, required=names, separator=separator, encoding=encoding, bad=bad)
+    return Events(*(found[name] for name in names))
+
+
+def inspect(events: Events, k: int = 0, ratios: Sequence[float] | None = None) -> dict[str, Any]:
+    """The figures of a data set.
+
+    Args:
+        events: in the order of their file.
+        k: look at the k-core; 0 at all events.
+        ratios: of a split by time; None looks at leave-one-out.
+
+    Returns:
+        ``users``, ``items``, ``interactions``, ``sparsity``, ``length`` (of histories), ``repeated_pairs`` (events
+        beyond the first of their user and item), ``ties`` (consecutive events of one user at one time), ``time``,
+        ``order``, ``split`` and ``warnings``.
+
+    Raises:
+        UserError: the k-core is empty, or the split has an empty part.
+    """
+    if k > 1:
+        events = events.take(k_core(events.users.codes, events.items.codes, k, k))
+    if not len(events):
+        raise UserError(f"--k_core: the {k}-core is empty; choose a smaller one")
+    sorted_events = events.take(events.by_user_and_time())
+    users, times = sorted_events.users.codes, sorted_events.times
+    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
+    lengths = np.diff(np.append(starts, len(users)))
+    counts = events.counts()
+    same = users[1:] == users[:-1]
+    tied = int((same & (times[1:] == times[:-1])).sum())
+    positions = temporal.is_position(users, times)
+    found: dict[str, Any] = {
+        "k_core": k,
+        **counts,
+        "sparsity": 1 - counts["interactions"] / counts["users"] / counts["items"],
+        "length": _lengths(lengths),
+        "repeated_pairs": len(events) - len(without_repeats(events, "first")),
+        "ties": {"events": tied, "share": tied / max(int(same.sum()), 1)},
+        "time": _time(times, positions),
+        "order": _order(events, sorted_events, starts, lengths),
+    }
+    warnings = _doubts(found)
+    if ratios is not None:
+        parts = temporal.split_by_time(times, ratios)
+        found["split"] = {temporal.NAME: temporal.describe(parts, users, sorted_events.items.codes, times)}
+        if positions:
+            warnings.append("a split by time compares nothing across users here")
+    else:
+        found["split"] = {"LS": None if positions else temporal.leak_of_leave_one_out(users, times)}
+        if not positions and (warning := temporal.leave_one_out_warning(users, times)):
+            warnings.append(warning)
+    return {**found, "warnings": warnings}
+
+
+def text(found: dict[str, Any]) -> str:
+    """The figures for people, with the lengths of histories as bars."""
+    length, time, order = found["length"], found["time"], found["order"]
+    when = f"{time['first']:.15g} to {time['last']:.15g}"
+    if time["unit"] in [unit for _, _, unit in UNITS]:
+        when = f"{time['from']} to {time['to']} ({time['unit']} since 1970)"
+    elif time["unit"]:
+        when += f" ({time['unit']})"
+    core = f", {found['k_core']}-core" if found["k_core"] > 1 else ""
+    lines = [
+        f"{found['dataset']}{core}: {found['users']:,} users, {found['items']:,} items, {found['interactions']:,} "
+        f"interactions, sparsity {found['sparsity']:.4%}",
+        f"history length   min {length['min']:,}, median {length['median']:g}, mean {length['mean']:.2f}, 99 % up to "
+        f"{length['p99']:g}, max {length['max']:,}",
+    ]
+    most = max(bin["users"] for bin in length["histogram"])
+    for bin in length["histogram"]:
+        span = f"{bin['from']:,}" if bin["from"] == bin["to"] else f"{bin['from']:,}-{bin['to']:,}"
+        lines.append(f"  {span:>14} {bin['users']:>12,} {'#' * round(BAR * bin['users'] / most)}".rstrip())
+    lines += [
+        f"repeated pairs   {found['repeated_pairs']:,} events beyond the first of their user and item",
+        f"ties             {found['ties']['events']:,} events at the time of the one before them "
+        f"({found['ties']['share']:.1%} of consecutive pairs)",
+        f"time             {when}",
+        f"order            {order['back_in_time']:,} lines go back in time for their user; "
+        f"{order['sorted_by_item']:.1%} of the histories of 3 and more are in the order of their item ids "
+        f"({order['sorted_by_chance']:.1%} would be by chance)",
+    ]
+    if by_time := found["split"].get(temporal.NAME):
+        lines.append(f"split by time    {temporal.sentence(by_time)}")
+    lines += [f"warning: {warning}" for warning in found["warnings"]]
+    return "\n".join(lines)
+
+
+def plot(path: Path, found: dict[str, Any]) -> None:
+    """Draw how many users have histories of which length, both axes logarithmic.
+
+    Raises:
+        UserError: Matplotlib is not installed, or knows no such file.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--plot: needs Matplotlib; run: pip install matplotlib") from error
+    bins = found["length"]["histogram"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if path.suffix[1:] not in canvas.get_supported_filetypes():
+        raise UserError(f"--plot: {path.name} must end in .png, .svg or .pdf")
+    axes = figure.subplots()
+    edges = [bin["from"] - 0.5 for bin in bins] + [bins[-1]["to"] + 0.5]
+    axes.stairs([bin["users"] for bin in bins], edges, fill=True)
+    axes.set(xscale="log", yscale="log", xlabel="interactions of a user", ylabel="users")
+    axes.set_title(f"{found['dataset']}: {found['users']:,} users, {found['interactions']:,} interactions")
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def _ratios(split: str) -> list[float] | None:
+    if split == "LS":
+        return None
+    from recbole_ssm.config import literal
+
+    named = literal(split)
+    if not isinstance(named, dict) or list(named) != [temporal.NAME]:
+        raise UserError(f"--split: must be LS or {temporal.EXAMPLE.split(': ', 1)[1]}, got {split}")
+    return temporal.check_ratios(named[temporal.NAME])
+
+
+def _lengths(lengths: np.ndarray) -> dict[str, Any]:
+    """Figures of the lengths, and how many users lie between powers of two."""
+    edges = [1]
+    while edges[-1] <= lengths.max():
+        edges.append(edges[-1] * 2)
+    counts, _ = np.histogram(lengths, edges)
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": float(lengths.mean()),
+        "p99": float(np.quantile(lengths, 0.99, method="inverted_cdf")),
+        "max": int(lengths.max()),
+        "histogram": [
+            {"from": low, "to": high - 1, "users": int(count)}
+            for low, high, count in zip(edges, edges[1:], counts)
+            if high > lengths.min()
+        ],
+    }
+
+
+def _time(times: np.ndarray, positions: bool) -> dict[str, Any]:
+    first, last = float(times.min()), float(times.max())
+    found: dict[str, Any] = {"first": first, "last": last, "unit": "positions" if positions else ""}
+    for least, scale, unit in UNITS:
+        if least < last < least * 1e3 and first >= 0:
+            dates = (datetime.fromtimestamp(time / scale, timezone.utc) for time in (first, last))
+            start, end = (f"{date:%Y-%m-%d %H:%M:%S}" for date in dates)
+            return {**found, "unit": unit, "from": start, "to": end}
+    return found
+
+
+def _order(events: Events, by_time: Events, starts: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """Whether the file is chronological, and whether time or item ids gave the order."""
+    ranks = _ranks(by_time.items)[by_time.items.codes]
+    falls = np.append(0, np.cumsum(ranks[1:] < ranks[:-1]))
+    within = falls[starts + lengths - 1] - falls[starts]  # falls between a user's first and last event
+    long = lengths >= 3
+    orders = 1 / np.cumprod(np.arange(1.0, 21.0))[np.minimum(lengths[long], 20) - 1]
+    return {
+        "back_in_time": len(rows_back_in_time(events)),
+        "sorted_by_item": float(np.mean(within[long] == 0)) if long.any() else 0.0,
+        "sorted_by_chance": float(np.mean(orders)) if long.any() else 0.0,
+        "histories": int(long.sum()),
+    }
+
+
+def _ranks(items: Tokens) -> np.ndarray:
+    """[items] the place of each item among all, by number if all are numbers, else by letters."""
+    names = items.names
+    if len(names) and pc.all(pc.match_substring_regex(names, "^[0-9]{1,18}$")).as_py():
+        names = names.cast(pa.int64())
+    order = pc.sort_indices(names).to_numpy()
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _doubts(found: dict[str, Any]) -> list[str]:
+    warnings = []
+    order, ties = found["order"], found["ties"]
+    if order["histories"] >= 20 and order["sorted_by_item"] > SUSPICIOUS:
+        warnings.append(
+            f"{order['sorted_by_item']:.1%} of the histories are in the order of their item ids, so this is hardly the "
+            "order of time; results on it mean nothing; convert the raw data anew"
+        )
+    if ties["share"] > 0.1:
+        warnings.append(
+            f"{ties['share']:.1%} of consecutive events of a user have one time, so results depend on how ties are "
+            "ordered: here they keep the order of the file; state it beside every figure"
+        )
+    if found["time"]["unit"] == "positions":
+        warnings.append("the times only count each user's events; they are no clock times")
+    return warnings

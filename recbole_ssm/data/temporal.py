@@ -1,0 +1,172 @@
+"""Splitting all events by two moments in time, and what leave-one-out leaks that does not.
+
+Leave-one-out takes each user's last event to test, whenever it was: a model is trained on what other users did later
+(Ji et al., "A critical study on data leakage in recommender system offline evaluation", TOIS 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from recbole_ssm.errors import UserError
+
+NAME = "GTS"  # in eval_args.split, beside RecBole's RS, LS and TS
+EXAMPLE = f"split: {{'{NAME}': [0.8, 0.1, 0.1]}}"
+
+
+def check_ratios(ratios: Any) -> list[float]:
+    """Three positive shares for training, validation and test, scaled to a sum of 1.
+
+    Raises:
+        UserError: they are anything else.
+    """
+    numbers = isinstance(ratios, (list, tuple)) and all(
+        isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < float("inf") for ratio in ratios
+    )
+    if not numbers or len(ratios) != 3:
+        raise UserError(f"eval_args: {NAME} takes three positive shares of the events, got {ratios!r}; try {EXAMPLE}")
+    return [ratio / sum(ratios) for ratio in ratios]
+
+
+def split_by_time(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
+    """The part of each event: 0 trains, 1 validates, 2 tests; every event of a part is later than all of those before.
+
+    The moments are those at which the shares are reached; all events of one time fall to the same side.
+
+    Args:
+        times: [events].
+        ratios: shares of the events, as of :func:`check_ratios`.
+
+    Returns:
+        [events] int64.
+
+    Raises:
+        UserError: too many events share one time, so that a part stays empty.
+    """
+    moments = np.quantile(times, np.cumsum(ratios)[:2], method="inverted_cdf")
+    parts = np.searchsorted(moments, times, side="left")
+    if len(np.unique(parts)) < 3:
+        raise UserError(
+            f"eval_args: {NAME} leaves a part without events, as too many of them share one time "
+            f"(from {times.min():.15g} to {times.max():.15g}); choose other shares, or split by LS"
+        )
+    return parts
+
+
+def parts_of_targets(parts: np.ndarray, users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The part of each row that RecBole makes of events: by user and time, without the first event of each user.
+
+    Args:
+        parts: [events] as of :func:`split_by_time`. users: [events] codes. times: [events].
+
+    Returns:
+        [events - users].
+
+    Raises:
+        UserError: a part has no row, as all its events are the first of their users.
+    """
+    order = np.lexsort((times, users))
+    users = users[order]
+    rows = parts[order][1:][users[1:] == users[:-1]]
+    for part, name in enumerate(("training", "validation", "test")):
+        if not np.any(rows == part):
+            raise UserError(
+                f"eval_args: {NAME} leaves {name} with nothing but first events of users, which cannot be predicted; "
+                "choose other shares"
+            )
+    return rows
+
+
+def is_position(users: np.ndarray, times: np.ndarray) -> bool:
+    """Whether times only count the events of each user (0, 1, 2 ... or 1, 2, 3 ...), and tell nothing across users.
+
+    Args:
+        users: [events] codes.
+        times: [events].
+    """
+    order = np.lexsort((times, users))
+    users, times = users[order], times[order]
+    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
+    place = np.arange(len(users)) - np.repeat(starts, np.diff(np.append(starts, len(users))))
+    return bool(np.array_equal(times - place, np.full(len(times), times[0])) and times[0] in (0, 1) and len(starts) > 1)
+
+
+def leak_of_leave_one_out(users: np.ndarray, times: np.ndarray) -> dict[str, float]:
+    """How much of the training events of leave-one-out lies in the future of what it tests.
+
+    Each user's last event tests, the one before validates, the others train; users with fewer than three events are
+    left out.
+
+    Args:
+        users: [events] codes.
+        times: [events].
+
+    Returns:
+        ``targets``, how many events test; ``after_targets``, the share of them that some training event is later than;
+        ``median_future``, the share of all training events that are later than the test event, at the median of users.
+    """
+    order = np.lexsort((times, users))
+    users, times = users[order], times[order]
+    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
+    counts = np.diff(np.append(-1, last))
+    last = last[counts >= 3]
+    if not len(last):
+        return {"targets": 0, "after_targets": 0.0, "median_future": 0.0}
+    trains = np.repeat(counts >= 3, counts)
+    trains[last] = trains[last - 1] = False
+    training = np.sort(times[trains])
+    future = len(training) - np.searchsorted(training, times[last], side="right")
+    return {
+        "targets": len(last),
+        "after_targets": float(np.mean(future > 0)),
+        "median_future": float(np.median(future) / len(training)),
+    }
+
+
+def leave_one_out_warning(users: np.ndarray, times: np.ndarray) -> str:
+    """One line on what leave-one-out leaks in these events; "" if nothing."""
+    if is_position(users, times):
+        return (
+            "leave-one-out: the times only count each user's events, so nobody can tell how much of the future of a "
+            "test event is trained on"
+        )
+    leak = leak_of_leave_one_out(users, times)
+    if not leak["after_targets"]:
+        return ""
+    return (
+        f"leave-one-out trains on the future of {leak['after_targets']:.1%} of its {leak['targets']:,} test events (at "
+        f"the median one, {leak['median_future']:.1%} of the training events are later); eval_args {EXAMPLE} does not"
+    )
+
+
+def describe(parts: np.ndarray, users: np.ndarray, items: np.ndarray, times: np.ndarray) -> dict[str, Any]:
+    """What a split by time holds: events of each part, its moments, and how much of the test is new.
+
+    Args:
+        parts: [events] as of :func:`split_by_time`. users, items: [events] codes. times: [events].
+
+    Returns:
+        ``events`` of the three parts; ``validation_after`` and ``test_after``, the last times before them;
+        ``new_users`` and ``new_items``, the shares of test events whose user or item has no training event.
+    """
+    train, test = parts == 0, parts == 2
+    return {
+        "events": np.bincount(parts, minlength=3).tolist(),
+        "validation_after": float(times[train].max()),
+        "test_after": float(times[parts < 2].max()),
+        "new_users": float(np.mean(~np.isin(users[test], users[train]))),
+        "new_items": float(np.mean(~np.isin(items[test], items[train]))),
+    }
+
+
+def sentence(split: dict[str, Any]) -> str:
+    """A description as words."""
+    train, validation, test = split["events"]
+    return (
+        f"{train:,} events train, {validation:,} after {split['validation_after']:.15g} validate, {test:,} after "
+        f"{split['test_after']:.15g} test; of those, {split['new_users']:.1%} are of users and "
+        f"{split['new_items']:.1%} of items without a training event"
+    )

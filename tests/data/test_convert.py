@@ -1,0 +1,366 @@
+"""Every raw format there and back, the card, and what is refused."""
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from recbole_ssm.cli import main
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.atomic import read_atomic, read_header
+from recbole_ssm.data.convert import convert
+from recbole_ssm.errors import UserError
+
+
+def ratings(amazon=False):
+    """Some ``(user, item, rating, time)``, users in order of first appearance, with ties and repeated pairs."""
+    draw = random.Random(7)
+    rows = []
+    for user in (5, 2, 9, 1):
+        for _ in range(draw.randint(4, 9)):
+            rows.append((user, draw.randint(1, 6), draw.choice([0.5, 4.0, 5.0]), 978300000 + draw.randint(0, 5)))
+    if amazon:
+        rows = [(f"A{user:013d}X", f"B00{item:07d}", rating, time) for user, item, rating, time in rows]
+    return [(str(user), str(item), rating, time) for user, item, rating, time in rows]
+
+
+def expected(rows):
+    """The rows as they must stand in .inter: by user as they first appear, then by time, then by row."""
+    users = list(dict.fromkeys(row[0] for row in rows))
+    return sorted(rows, key=lambda row: (users.index(row[0]), row[3]))
+
+
+def written(folder, suffix="inter"):
+    path = folder / f"{folder.name}.{suffix}"
+    frame = read_atomic(path, read_header(path))
+    return [tuple(row) for row in frame.itertuples(index=False)]
+
+
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+TITLES = {str(k): f"Film {k}, The" for k in range(1, 9)}
+FLAGS = "|".join("1" if k in (1, 5) else "0" for k in range(19))
+
+
+def movielens(kind, rows):
+    """``(file names with contents)`` of a release of MovieLens."""
+    if kind == "100k":
+        return {
+            "ml-100k/u.data": "".join(f"{u}\t{i}\t{r:g}\t{t}\n" for u, i, r, t in rows),
+            "ml-100k/u.item": "".join(
+                f"{i}|{title} é (1995)|01-Jan-1995||http://x|{FLAGS}\n" for i, title in TITLES.items()
+            ).encode("latin-1"),
+        }
+    if kind in ("1m", "10m"):
+        return {
+            f"ml-{kind}/ratings.dat": "".join(f"{u}::{i}::{r:g}::{t}\n" for u, i, r, t in rows),
+            f"ml-{kind}/movies.dat": "".join(
+                f"{i}::{title} é (1995)::Action|Children's\n" for i, title in TITLES.items()
+            ).encode("latin-1" if kind == "1m" else "utf-8"),
+        }
+    return {
+        f"ml-{kind}/ratings.csv": "userId,movieId,rating,timestamp\r\n"
+        + "".join(f"{u},{i},{r},{t}\r\n" for u, i, r, t in rows),
+        f"ml-{kind}/movies.csv": "movieId,title,genres\r\n"
+        + "".join(f'{i},"{title} é (1995)",Action|Children\'s\r\n' for i, title in TITLES.items()),
+        "__MACOSX/._ratings.csv": "x",
+    }
+
+
+@pytest.mark.parametrize("kind", ["100k", "1m", "10m", "20m", "32m"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_movielens(tmp_path, kind, unpacked):
+    rows = ratings()
+    source = zipped(tmp_path / "ml.zip", movielens(kind, rows))
+    if unpacked:
+        zipfile.ZipFile(source).extractall(tmp_path / "ml")
+        source = tmp_path / "ml" / f"ml-{kind}"
+    card = convert(source, "ml", tmp_path / "out")
+    assert written(tmp_path / "out" / "ml") == expected(rows)
+    assert card["kind"] == "MovieLens"
+    seen = {row[1] for row in rows}
+    assert {
+        row[0]: (" ".join(row[1]), row[2], " ".join(row[3])) for row in written(tmp_path / "out" / "ml", "item")
+    } == {
+        item: (f"{TITLES[item]} é", "1995", "Action Children's" if kind != "100k" else "Action Comedy") for item in seen
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("year", [2014, 2018, 2023])
+@pytest.mark.parametrize("form", ["ratings", "reviews"])
+def test_amazon(tmp_path, form, year, packed):
+    rows = ratings(amazon=True)
+    keys = ("user_id", "parent_asin") if year == 2023 else ("reviewerID", "asin")
+    rest = ("rating", "timestamp") if year == 2023 else ("overall", "unixReviewTime")
+    if form == "ratings":
+        name = "Beauty.csv"
+        text = "user_id,parent_asin,rating,timestamp\n" if year == 2023 else ""
+        text += "".join(f"{i},{u},{r},{t}\n" if year == 2018 else f"{u},{i},{r},{t}\n" for u, i, r, t in rows)
+    else:
+        name = "Beauty.jsonl" if year == 2023 else "reviews_Beauty_5.json"
+        objects = [dict(zip((*keys, *rest), row), text="so\ngood", images=[{"x": None}]) for row in rows]
+        text = "".join(json.dumps(one) + "\n" for one in objects)
+    item = {"title": "Crème <b>\t7", "brand": "O P I", "price": 3.5}
+    item |= {2014: {"categories": [["Beauty", "Nails"], ["Beauty"]]}, 2018: {"category": ["Beauty", "Nails"]}}.get(
+        year, {"categories": ["Beauty", "Nails"], "store": "O P I"}
+    )
+    described = [{keys[1]: asin, **item} for asin in [*sorted({row[1] for row in rows}), "B00NOBODY00"]]
+    meta = "".join((repr(one) if year == 2014 else json.dumps(one)) + "\n" for one in described)  # 2014 is Python
+    for file, content in ((name, text), (f"meta_Beauty{'.jsonl' if year == 2023 else '.json'}", meta)):
+        packing = gzip.compress(content.encode()) if packed else content.encode()
+        (tmp_path / (file + ".gz" * packed)).write_bytes(packing)
+    card = convert(tmp_path / (name + ".gz" * packed), "beauty", tmp_path / "out")
+    assert written(tmp_path / "out" / "beauty") == expected(rows)
+    assert str(year) in card["kind"] and len(card["source"]) == 2
+    items = written(tmp_path / "out" / "beauty", "item")
+    assert {row[0] for row in items} == {row[1] for row in rows}
+    assert {(" ".join(row[1]), " ".join(row[2]), row[3]) for row in items} == {
+        ("Crème <b> 7", "Beauty, Nails", "O P I")
+    }
+
+
+def test_metadata_of_odd_shapes(tmp_path):
+    rows = ratings(amazon=True)
+    (tmp_path / "B.csv").write_text("".join(f"{u},{i},{r},{t}\n" for u, i, r, t in rows))
+    odd = [
+        {"categories": {"a": 1}},
+        {"categories": "x"},
+        {"categories": [1, ["y", None]]},
+        {"title": [1]},
+        {"title": 7},
+        {},
+    ]
+    seen = sorted({row[1] for row in rows})
+    meta = [{"asin": asin, **one} for asin, one in zip(seen, odd)] + [{"asin": seen[0], "title": "again"}]
+    (tmp_path / "other.json").write_text("".join(json.dumps(one) + "\n" for one in meta))
+    convert(tmp_path / "B.csv", "b", tmp_path / "out", meta=tmp_path / "other.json")
+    found = [(" ".join(row[1]), " ".join(row[2])) for row in written(tmp_path / "out" / "b", "item")]
+    assert found == [("", ""), ("", ""), ("", "1, y, None"), ("", ""), ("7", "")]
+    (tmp_path / "other.json").write_text('{"asin": 5}\n')
+    with pytest.raises(UserError, match="other.json, line 1: neither parent_asin nor asin"):
+        convert(tmp_path / "B.csv", "c", tmp_path / "out", meta=tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("form", ["csv", "quoted", "tsv", "semicolon", "parquet", "dates", "inter", "utf-16"])
+def test_tables(tmp_path, form):
+    rows = [(f"ü {u}", i, r, t) for u, i, r, t in ratings()]
+    columns = {"who": [r[0] for r in rows], "what": [r[1] for r in rows], "stars": [r[2] for r in rows]}
+    columns |= {"when": [row[3] for row in rows], "title": [f'the "{row[1]}"\nof all, 1' for row in rows]}
+    named = {"user": "who", "item": "what", "time": "when", "rating": "stars", "text": "title"}
+    path = tmp_path / {"parquet": "x.parquet", "tsv": "x.tsv", "inter": "x.inter"}.get(form, "x.csv")
+    cut = {"tsv": "\t", "semicolon": ";", "inter": "\t"}.get(form, ",")
+    encoding = "utf-16" if form == "utf-16" else "utf-8"
+    if form in ("parquet", "dates"):
+        columns["when"] = pa.array(columns["when"], pa.timestamp("s", "UTC"))
+    if form == "parquet":
+        pyarrow.parquet.write_table(pa.table(columns), path, row_group_size=3)
+    else:
+        if form == "dates":
+            columns["when"] = [f"{time:%Y-%m-%dT%H:%M:%SZ}" for time in columns["when"].to_pylist()]
+        if form == "inter":
+            named = {}
+            columns = dict(zip(("user_id:token", "item_id:token", "rating:float", "timestamp:float"), columns.values()))
+        elif form not in ("quoted", "dates", "utf-16"):
+            columns.pop("title"), named.pop("text")
+        quote = (
+            str if form not in ("quoted", "dates", "utf-16") else lambda cell: '"' + str(cell).replace('"', '""') + '"'
+        )
+        lines = [list(columns), *zip(*columns.values())]
+        path.write_bytes("".join(cut.join(map(quote, line)) + "\n" for line in lines).encode(encoding))
+    before = path.read_bytes()
+    convert(path, "made", tmp_path / "out", encoding=encoding, **named)
+    assert written(tmp_path / "out" / "made") == expected(rows)
+    assert path.read_bytes() == before
+    if "text" in named:
+        titles = {row[0]: " ".join(row[1]) for row in written(tmp_path / "out" / "made", "item")}
+        assert titles == {item: f'the "{item}" of all, 1' for item in {row[1] for row in rows}}
+
+
+def test_filters_and_card(tmp_path):
+    """5-core after the first of each pair; the card counts each step and vouches for what was written."""
+    rows = [(f"u{u}", f"i{i}", 1.0, 100 - t) for u in range(6) for t, i in enumerate([*range(u, 6), u, 0])]
+    source = tmp_path / "x.csv"
+    source.write_text("user_id,item_id,rating,timestamp\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    card = convert(source, "core", tmp_path / "out", k_core=3, duplicates="first")
+    assert [step["step"] for step in card["steps"]] == ["read", "first of each user and item", "3-core"]
+    assert [step["interactions"] for step in card["steps"]] == [33, 26, len(written(tmp_path / "out" / "core"))]
+    assert card["source"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    folder = tmp_path / "out" / "core"
+    assert card == json.loads((folder / "core.card.json").read_text())
+    assert set(card["written"]) | {"core.card.json"} == {path.name for path in folder.iterdir()}
+    for name, made in card["written"].items():
+        assert made == {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+        }
+    options = {"data_path": str(tmp_path / "out"), "topk": 1, "valid_metric": "NDCG@1"}
+    data = create_dataset(SSMConfig("GRU4Rec", "core", config_dict=options))
+    assert (data.user_num - 1, data.item_num - 1, len(data.inter_feat)) == tuple(
+        card["steps"][-1][key] for key in ("users", "items", "interactions")
+    )
+
+
+BAD = [
+    ("x.csv", "a,b,c\n1,2,3\n", "name its columns by --user, --item, --time (there are a, b, c)"),
+    ("x.csv", "", "x.csv: the file is empty"),
+    ("x.csv", "user_id,item_id,timestamp,user_id\nu,i,1,v\n", "x.csv, line 1: column 'user_id' stands twice"),
+    ("x.csv", "user_id,item_id,timestamp\n", "x.csv: no event in it"),
+    ("x.csv", "user_id,item_id,timestamp\nu,i,1\nu,i\n", "x.csv, line 3: 2 columns where the header has 3"),
+    ("x.csv", 'user_id,item_id,timestamp\nu,"i,1\nu,i,2\n', "x.csv, line 2: not a row of cells"),
+    ("x.csv", "user_id,item_id,timestamp\nu,i,1\nu,,2\n", "x.csv, line 3: item_id is empty"),
+    ("x.csv", "user_id,item_id,timestamp\nu,i,soon\n", "x.csv, line 2: timestamp is 'soon', which is no finite number"),
+    ("x.csv", 'user_id,item_id,timestamp\nu,"i\tj",1\n', "line 2: item_id is 'i\\tj', with a character that no atomic"),
+    ("x.csv", b'user_id,item_id,timestamp\n"u",\xff,1\n', "x.csv, line 2: not utf-8 text"),
+    ("x.csv", "A123456789,A987654321,5.0,1369699200\n", "'A123456789' and 'A987654321' do not tell user from item"),
+    ("x.csv", "AA,BB,5.0,1369699200\n", "line 1: no header, and 'AA' and 'BB' do not tell user from item"),
+    ("x.jsonl", '{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n{bad}\n', "x.jsonl, line 2: no JSON object"),
+    (
+        "x.jsonl",
+        '{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n{"user_id": "u"}\n',
+        "line 2: parent_asin is empty",
+    ),
+    ("x.jsonl", '{"user_id": "\\ud800", "parent_asin": "i", "timestamp": 1}\n', "x.jsonl, line 1: half a character"),
+    ("x.jsonl", "[" * 100_000, "x.jsonl, line 1: no JSON object"),
+    ("x.jsonl", "__import__('os').mkdir('went-off')\n", "x.jsonl, line 1: no JSON object"),
+    ("x.parquet", "PAR1 no", "x.parquet: no readable Parquet file"),
+    ("x.csv.gz", gzip.compress(b"user_id,item_id,timestamp\nu,i,1\n" * 99)[:-9], "x.csv.gz: damaged or cut short"),
+    ("x.csv.gz", b"user_id,item_id,timestamp\nu,i,1\n", "x.csv.gz: damaged or cut short"),
+    ("x.zip", b"PK\x03\x04 cut", "x.zip: no zip archive, or one that is cut short"),
+    ("x.doc", "x", "x.doc: what file is this? known are .csv"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_sources_are_one_line_and_leave_nothing(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path / name, "made", tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "went-off").exists()
+
+
+def test_bad_lines_can_be_skipped(tmp_path):
+    text = 'user_id,item_id,timestamp\nu,"i",1\nu,i\n\nu,"a\nb",2\nu,j,x\n"u"x,i,3\nu,"k",4\n'
+    (tmp_path / "x.csv").write_text(text)
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", on_bad_lines="skip")
+    assert written(tmp_path / "out" / "made") == [("u", "i", 1.0), ("u", "k", 4.0)]
+    assert card["skipped_lines"] == 5
+    skipped = (tmp_path / "out" / "made" / "made.skipped").read_text()
+    assert sorted(line.split("\t")[0] for line in skipped.splitlines() if "\t" in line) == ["3", "4", "5", "7", "8"]
+
+
+def test_damaged_and_ambiguous_archives(tmp_path):
+    good = zipped(tmp_path / "ml.zip", movielens("20m", ratings())).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(good[:-40])
+    with pytest.raises(UserError, match="cut.zip: no zip archive"):
+        convert(tmp_path / "cut.zip", "made", tmp_path / "out")
+    middle = good.index(b"rating,timestamp") + 40
+    (tmp_path / "hurt.zip").write_bytes(good[:middle] + b"????" + good[middle + 4 :])
+    with pytest.raises(UserError, match="hurt.zip:ml-20m/ratings.csv: damaged or cut short .Bad CRC"):
+        convert(tmp_path / "hurt.zip", "made", tmp_path / "out")
+    odd = movielens("20m", ratings()) | {"ml-20m/movies.csv": "movieId,title\n1,x\n"}
+    with pytest.raises(UserError, match="odd.zip:ml-20m/movies.csv, line 1: no column 'genres'"):
+        convert(zipped(tmp_path / "odd.zip", odd), "made", tmp_path / "out")
+    two = zipped(tmp_path / "two.zip", {"a.csv": "x", "b.csv": "y"})
+    with pytest.raises(UserError, match="which file holds the interactions.* it has a.csv, b.csv"):
+        convert(two, "made", tmp_path / "out")
+    assert not (tmp_path / "out" / "made").exists()
+
+
+def test_what_is_there_stays(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
+    convert(tmp_path / "x.csv", "made", tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "made").iterdir()}
+    with pytest.raises(UserError, match="is there already, and stays as it is"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out" / "made").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "recbole-ssm convert: the following arguments are required: source, --name"),
+        (["x.csv", "--name=a/b"], "--name: 'a/b' is no name of a folder"),
+        (["x.csv", "--name=a", "--k_core=-1"], "--k_core: must be 0 or more, got -1"),
+        (["absent.csv", "--name=a"], "absent.csv: No such file or directory"),
+        (["x.csv", "--name=a", "--user=users"], "--user: x.csv has no column 'users' (there are user_id, item_id, "),
+        (["x.csv", "--name=a", "--encoding=latin-99"], "encoding: there is no encoding 'latin-99'"),
+        (["x.csv", "--name=a", "--k_core=9"], "x.csv: 9-core leaves nothing; choose a smaller --k_core"),
+        (["x.csv", "--name=a", "--meta=x.csv"], "--meta: x.csv is no JSON file"),
+    ],
+)
+def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
+    assert main(["convert", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"recbole_ssm: error: {message}")
+    assert not list(tmp_path.glob("dataset/*"))
+
+
+def test_the_command_says_what_became_of_the_data(tmp_path, capsys):
+    zipped(tmp_path / "ml.zip", movielens("1m", ratings()))
+    assert main(["convert", "ml.zip", "--name=ml"]) == 0
+    out = capsys.readouterr().out
+    assert "4 users" in out and "wrote dataset/ml: ml.inter, ml.item and the card, ml.card.json" in out
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    assert "--k_core" in capsys.readouterr().out
+
+
+def mutated(draw, content):
+    content = bytearray(content)
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randrange(len(content))
+        if draw.random() < 0.4:
+            del content[at : at + draw.randint(1, 12)]
+        else:
+            spots = (b'"', b"\n", b"\r", b",", b"{", b"\\u0000", b"\xff", b"\0", b"[[", b"\t")
+            content[at : at + draw.randint(0, 2)] = draw.choice(spots)
+    return bytes(content) or b"x"
+
+
+@pytest.mark.parametrize(("count", "seed"), [(150, 3), pytest.param(5_000, 4, marks=pytest.mark.slow)])
+def test_mutated_sources_are_converted_or_refused_in_one_line(tmp_path, count, seed):
+    draw = random.Random(seed)
+    rows = ratings()
+    parquet = io.BytesIO()
+    table = {name: [row[k] for row in rows] for k, name in enumerate(("user_id", "item_id", "rating", "timestamp"))}
+    pyarrow.parquet.write_table(pa.table(table), parquet)
+    lines = "".join(f'{u},"{i}",{r},{t}\n' for u, i, r, t in rows)
+    objects = "".join(
+        json.dumps(dict(zip(("user_id", "parent_asin", "rating", "timestamp"), row))) + "\n" for row in rows
+    )
+    sources = {
+        "x.csv": ("user_id,item_id,rating,timestamp\n" + lines).encode(),
+        "x.jsonl": objects.encode(),
+        "x.csv.gz": gzip.compress(("user_id,item_id,rating,timestamp\n" + lines).encode()),
+        "x.parquet": parquet.getvalue(),
+        "x.zip": zipped(tmp_path / "good.zip", movielens("10m", rows)).read_bytes(),
+    }
+    outcomes = {True: 0, False: 0}
+    for k in range(count):
+        name = draw.choice(list(sources))
+        (tmp_path / name).write_bytes(mutated(draw, sources[name]))
+        try:
+            convert(tmp_path / name, f"n{k}", tmp_path / "out", on_bad_lines=draw.choice(["error", "skip"]))
+        except UserError as error:
+            assert "\n" not in str(error), error
+            outcomes[False] += 1
+        else:
+            assert written(tmp_path / "out" / f"n{k}")
+            outcomes[True] += 1
+        assert not list((tmp_path / "out").glob(".*"))
+    assert min(outcomes.values()) > count / 20
