@@ -16,7 +16,11 @@ from typing import Any, NoReturn
 
 from recbole_ssm.errors import UserError, did_you_mean
 
-BENCHES = {"train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec"}
+BENCHES = {
+    "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
+    "optim": "what USGM and the adaptive batch size cost, in parts of a training step",
+    "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
+}
 
 Row = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -90,21 +91,28 @@ class AdaptiveBatchSize:
     Rules:
         ``hoelder``: arXiv 2408.05606 says that the batch grows when the gradient's variance plateaus, shrinks when the
             optimal size changes across epochs, and that weighted least squares estimate the Hölder coefficients; it
-            gives no formula. The formula is ours: the batch at which the gradient's noise equals its change over a
-            step, B* = variance / (L r^nu)^2. B rises toward B* once the smoothed variance has stopped falling, and
-            falls toward the epoch's median B* at its end, where that is below B.
+            gives no formula. The formula is ours: USGM's bound after T steps of B samples has the terms
+            L D^(1+nu) / T^((1+nu)/2) and sigma D / sqrt(B T); they are equal, with N = B T samples to spend, at
+
+                B* = (sigma^2 N^nu / (L D^nu)^2)^(1 / (1 + nu))
+
+            B rises toward B* once the smoothed variance sigma^2 has stopped falling, and falls toward the epoch's
+            median B* at its end, where that is below B. nu reaches from the length of a step to D here, so B* is an
+            order of magnitude, and no more.
         ``norm_test``: B >= variance / (theta^2 |g|^2) (Byrd, Chin, Nocedal, Wu, 2012).
         ``inner_product``: the augmented inner-product test, B >= variance along g / (theta^2 |g|^2) and
             B >= variance across g / (nu^2 |g|^2) (Bollapragada, Byrd, Nocedal, 2018).
-        Both tests only ever raise B, once ``patience`` measurements in a row ask for it (AdaBatchGrad, arXiv 2402.05264),
-        to the least that these asked for.
+        Both tests only ever raise B, once ``patience`` measurements in a row ask for it, to the least that these asked
+        for (AdaBatchGrad, arXiv 2402.05264).
 
     Args:
         batch_size: where to start, in samples of one step, over all processes and accumulated parts.
         rule: one of the above.
+        D: for ``hoelder``, the distance that training goes; USGM's D, if that is the optimiser.
+        budget: for ``hoelder``, N, the samples that training will see: epochs times targets.
         batch_min, batch_max: bounds of the batch size.
-        memory_size: samples that one process takes through the model at once; a larger batch is accumulated. It is halved
-            when memory runs out. None: no limit is known.
+        memory_size: samples that one process takes through the model at once; a larger batch is accumulated. It is
+            halved when memory runs out. None: no limit is known.
         growth: the largest factor of one change, up or down.
         every: a batch in ``every`` is measured ...
         chunks: ... in at least this many parts.
@@ -126,6 +134,8 @@ class AdaptiveBatchSize:
         batch_size: int,
         *,
         rule: str = "hoelder",
+        D: float | None = None,
+        budget: float | None = None,
         batch_min: int = 1,
         batch_max: int = 65536,
         memory_size: int | None = None,
@@ -168,6 +178,11 @@ class AdaptiveBatchSize:
                 f"batch_min, batch_size, batch_max: {batch_min}, {batch_size}, {batch_max} do not rise; "
                 "give bounds around the size"
             )
+        if rule == "hoelder":
+            for key, length in (("D", D), ("budget", budget)):
+                if length is None or not 0 < length < math.inf:
+                    raise UserError(f"{key}: {length}; adaptive_batch 'hoelder' needs a positive number")
+        self.D, self.budget = D or 0.0, budget or 0.0
         self.rule, self.batch_min, self.batch_max, self.growth = rule, batch_min, batch_max, growth
         self.every, self.chunks, self.patience, self.smoothing = every, chunks, patience, smoothing
         self.window, self.theta, self.nu, self.processes = window, theta, nu, processes
@@ -195,7 +210,7 @@ class AdaptiveBatchSize:
         count = -(-samples // (self.memory_size or samples))
         count = min(max(count, self.chunks if measured else 1), samples)
         bounds = [samples * i // count for i in range(count + 1)]
-        return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def accumulate(
         self,
@@ -310,8 +325,7 @@ class AdaptiveBatchSize:
             fit = self.fit
             if fit is None:
                 return math.nan
-            recent = [c.distance for c in self._changes[-8:]]
-            return self.variance / fit.change(float(np.exp(np.mean(np.log(recent))))) ** 2
+            return (self.variance * self.budget**fit.nu / fit.change(self.D) ** 2) ** (1 / (1 + fit.nu))
         square = measurement.gradient_square
         if square == 0:
             return math.nan

@@ -13,7 +13,7 @@ RandomState = tuple[Tensor, "Tensor | None"]
 
 
 class Measurement(NamedTuple):
-    """A batch's gradient and its noise. With g_i the gradient of sample i, g their expectation, gbar the batch's mean."""
+    """A batch's gradient and its noise: g_i is the gradient of sample i, g its expectation, gbar the batch's mean."""
 
     samples: int  # B
     gradient_square: float  # |gbar|^2
@@ -38,10 +38,11 @@ class GradientProbe:
 
     is unbiased for independent samples. It costs no further gradient, only the batch in parts.
 
-    Change: a step follows the noise of the batch that it was computed from, so the difference of two batches' gradients
-    contains that noise twice over and once more as a product with the step; at small steps that is all of it. So the
-    first two chunks are computed again after the step, with the same random numbers (dropout). Their differences are D_1
-    and D_2; E <D_1, D_2> is the square of the mean change, up to order 1/B. It costs two chunks of a gradient.
+    Change: the gradients of two batches, one before and one after a step, will not do. The step follows the noise of
+    the first, so that their difference contains the noise of both and a product of noise and step, which outweighs the
+    change itself once steps are small. So the first two chunks are computed again after the step, with the same random
+    numbers (dropout). With D_1 and D_2 their differences, E <D_1, D_2> is the square of the mean change, up to order
+    1/B. It costs two chunks of a gradient.
 
     Use, with ``backward(part)`` as :meth:`AdaptiveBatchSize.accumulate` describes it::
 
@@ -54,8 +55,8 @@ class GradientProbe:
 
     Args:
         parameters: on one device. Parameters without a gradient count as zero.
-        process_group: the processes that share a batch, each with chunks of its own. Gradients must be local (``no_sync``
-            of DistributedDataParallel); :meth:`measure` puts their mean into ``p.grad``.
+        process_group: the processes that share a batch, each with chunks of its own. Gradients must be local
+            (``no_sync`` of DistributedDataParallel); :meth:`measure` puts their mean into ``p.grad``.
 
     From :meth:`start` to :meth:`change` it keeps a copy of the gradient for each chunk, then of two and of the
     parameters; nothing between batches, so it has no state to save.

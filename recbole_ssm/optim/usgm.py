@@ -30,7 +30,7 @@ PROJECTIONS = (False, "origin", "start")
 Group = dict[str, Any]
 
 
-def usgm_H(H: float, D: float, beta: float, r_square: float) -> float:
+def next_usgm(H: float, D: float, beta: float, r_square: float) -> float:
     """The next H of USGM [1, 2]: H + [beta - H r^2 / 2]_+ / (D^2 + r^2 / 2). It never decreases.
 
     beta = <g_{k+1} - g_k, x_{k+1} - x_k> and r^2 = |x_{k+1} - x_k|^2.
@@ -38,13 +38,13 @@ def usgm_H(H: float, D: float, beta: float, r_square: float) -> float:
     return H + max(beta - H * r_square / 2, 0.0) / (D**2 + r_square / 2)
 
 
-def usfgm_H(H: float, D: float, beta: float, r_square: float, a: float, A: float) -> float:
+def next_usfgm(H: float, D: float, beta: float, r_square: float, a: float, A: float) -> float:
     """The next H of USFGM [2]; beta and r^2 are between the points y_k and x_{k+1}, A includes the newest weight a."""
     inner = (H * D**2 / A + beta) / (a**2 * D**2 / A**2 + r_square / 2)
     return H if beta < inner * r_square / 2 else a**2 / A * inner
 
 
-def adagrad_H(H: float, D: float, difference_square: float, a: float = 1.0) -> float:
+def next_adagrad(H: float, D: float, difference_square: float, a: float = 1.0) -> float:
     """The next H by AdaGrad's rule on gradient differences [2]: sqrt(H^2 + a^2 |g' - g|^2 / D^2)."""
     return math.hypot(H, a / D * math.sqrt(difference_square))
 
@@ -57,7 +57,7 @@ class _UniversalMethod(Optimizer):
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
-        # H: None before the start. gradient_square: |g|^2 of the kept gradient. reach: displacement = -reach * gradient.
+        # H: None before the start. gradient_square: |g|^2 of the kept gradient; the last displacement is -reach * g.
         scalars = {"H": None, "steps": 0, "gradient_square": None, "reach": 0.0}
         super().__init__(params, {**options, **scalars})
 
@@ -88,7 +88,7 @@ class _UniversalMethod(Optimizer):
         require("rho", number("rho", 0) and group["rho"] > 0, "a positive number, the first step's length over D")
         require("weight_decay", number("weight_decay", 0), "a number from 0 up")
         for key, known in (("rule", RULES), ("projection", PROJECTIONS)):
-            near = did_you_mean(str(group[key]), [k for k in known if k])
+            near = did_you_mean(str(group[key]), [str(k) for k in known if k])
             require(key, any(group[key] is k or group[key] == k for k in known), f"one of {known}{near}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class _UniversalMethod(Optimizer):
     def evaluation_point(self) -> Iterator[None]:
         """Within this context the parameters are the method's output; afterwards they are what they were.
 
-        That is the averaged iterate for USGM with ``average``, and x_k for USFGM; USGM without it has them there anyway.
+        That is the averaged iterate for USGM with ``average``, x_k for USFGM, and for USGM without it nothing new.
         """
         params = [p for group in self.param_groups for p in group["params"] if self._output in self.state[p]]
         current = [p.detach().clone() for p in params]
@@ -185,8 +185,8 @@ class _UniversalMethod(Optimizer):
     def _bregman(self, group: Group, params: list[Tensor], differences: list[Tensor], squares: list[float]) -> Any:
         """beta and r^2 of the last displacement.
 
-        Without projection the displacement is -reach * g, and 2 <g', g> = |g|^2 + |g'|^2 - |g' - g|^2: norms suffice, and
-        no second buffer is needed (ours, plain algebra).
+        Without projection the displacement is -reach * g, and 2 <g', g> = |g|^2 + |g'|^2 - |g' - g|^2: norms suffice,
+        and no second buffer is needed (ours, plain algebra).
         """
         if group["projection"]:
             moved = torch._foreach_sub(params, [self.state[p]["point"] for p in params])
@@ -197,7 +197,7 @@ class _UniversalMethod(Optimizer):
         reach, kept_square = group["reach"], group["gradient_square"]
         return reach * (kept_square - new_square + difference_square) / 2, reach**2 * kept_square
 
-    def _next_H(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
+    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
         raise NotImplementedError
 
     def _measure(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> float:
@@ -205,7 +205,7 @@ class _UniversalMethod(Optimizer):
         differences = self._differences(params, grads)
         squares = self._squares(grads, differences)
         beta, r_square = self._bregman(group, params, differences, squares)
-        group["H"] = self._next_H(group, beta, r_square, squares[1])
+        group["H"] = self._grown(group, beta, r_square, squares[1])
         return squares[0]
 
     def _start(self, group: Group, params: list[Tensor], square: float, weight: float = 1.0) -> None:
@@ -383,10 +383,10 @@ class USGM(_UniversalMethod):
                 self._undo(group, params, reach)
                 group["tentative"] = False
 
-    def _next_H(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
+    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
         if group["rule"] == "adagrad":
-            return adagrad_H(group["H"], group["D"], difference_square)
-        return usgm_H(group["H"], group["D"], beta, r_square)
+            return next_adagrad(group["H"], group["D"], difference_square)
+        return next_usgm(group["H"], group["D"], beta, r_square)
 
     def _move(self, group: Group, params: list[Tensor], grads: list[Tensor], square: float) -> None:
         self._keep(params, grads)
@@ -424,9 +424,9 @@ class USFGM(_UniversalMethod):
         v_{k+1} = v_k - a_k / H_k g(y_k)
         x_{k+1} = (A_k x_k + a_k v_{k+1}) / A_{k+1}
 
-    and H_{k+1} from the gradients at y_k and x_{k+1} (:func:`usfgm_H`). An iteration takes two calls of :meth:`step`,
-    each with a gradient of a minibatch of its own where the parameters stand: y_k, then x_{k+1}. No closure is needed.
-    The method's output is x_k: evaluate and save within :meth:`evaluation_point`.
+    and H_{k+1} from the gradients at y_k and x_{k+1} (:func:`next_usfgm`). An iteration takes two calls of
+    :meth:`step`, each with a gradient of a minibatch of its own where the parameters stand: y_k, then x_{k+1}. No
+    closure is needed. The method's output is x_k: evaluate and save within :meth:`evaluation_point`.
 
     Args:
         params, D, H0, rho, rule, projection, weight_decay: as of :class:`USGM`; the ball holds v.
@@ -498,11 +498,11 @@ class USFGM(_UniversalMethod):
         torch._foreach_lerp_(params, [self.state[p]["v"] for p in params], a / (group["A"] + a))
         group["at_y"] = True
 
-    def _next_H(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
+    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
         a = (group["steps"] + 1) / 2
         if group["rule"] == "adagrad":
-            return adagrad_H(group["H"], group["D"], difference_square, a)
-        return usfgm_H(group["H"], group["D"], beta, r_square, a, group["A"])
+            return next_adagrad(group["H"], group["D"], difference_square, a)
+        return next_usfgm(group["H"], group["D"], beta, r_square, a, group["A"])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""The estimators against known noise and Hölder coefficients; the decisions, their bounds, their state, their memory."""
+"""Estimators against known noise and Hölder coefficients; decisions, their bounds and state; memory that runs out."""
 
+import itertools
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ def measured(samples_ID, bounds, group=None):
     w = torch.zeros(samples_ID.shape[1], dtype=torch.float64, requires_grad=True)
     probe = GradientProbe([w], group)
     probe.start(len(samples_ID))
-    for start, stop in zip(bounds, bounds[1:]):
+    for start, stop in itertools.pairwise(bounds):
         probe.run(lambda part: ((samples_ID[part] @ w).sum() / len(samples_ID)).backward(), slice(start, stop))
     return probe.measure(), w
 
@@ -36,7 +37,7 @@ def test_the_statistics_are_their_formulas(seed, sizes):
     bounds = np.cumsum([0, *sizes])
     found, w = measured(samples, bounds)
     g = samples.mean(0)
-    chunks = [samples[a:b].mean(0) for a, b in zip(bounds, bounds[1:])]
+    chunks = [samples[a:b].mean(0) for a, b in itertools.pairwise(bounds)]
     variance = sum(n * float((c - g) @ (c - g)) for n, c in zip(sizes, chunks)) / (len(sizes) - 1)
     along = sum(n * float(c @ g - g @ g) ** 2 for n, c in zip(sizes, chunks)) / (len(sizes) - 1) / float(g @ g)
     assert found == pytest.approx(Measurement(sum(sizes), float(g @ g), variance, along), rel=1e-9)
@@ -58,7 +59,7 @@ def test_the_variance_is_found_and_better_with_more_batches(sigma, mean, chunks)
     one = true * math.sqrt(2 / size / (chunks - 1))  # a chi-square of size * (chunks - 1) degrees of freedom
     for n in (4, 16, 64):
         assert abs(np.mean(estimates[:n]) - true) < 5 * one / math.sqrt(n)
-    assert 0 <= min(parts) and max(np.array(parts) / np.array(estimates)) <= 1 + 1e-9
+    assert min(parts) >= 0 and max(np.array(parts) / np.array(estimates)) <= 1 + 1e-9
 
 
 def test_small_noise_on_a_large_gradient_is_not_lost_in_float32():
@@ -130,7 +131,7 @@ def test_the_probe_follows_a_training():
     x = torch.randn(40, dtype=torch.float64, requires_grad=True)
     L, sigma = 3.0, 0.5
     optimizer = USGM([x], D=20.0, H0=20.0)
-    probe, sizes = GradientProbe([x]), AdaptiveBatchSize(64, every=2, batch_max=64)
+    probe, sizes = GradientProbe([x]), AdaptiveBatchSize(64, every=2, batch_max=64, D=20.0, budget=64 * 300)
     for _ in range(300):
         noise = sigma * torch.randn(64, 40, dtype=torch.float64)
 
@@ -152,6 +153,68 @@ def test_the_probe_follows_a_training():
     assert sizes.optimum > 0 and sizes.batch_size == 64
 
 
+def test_the_change_is_free_of_noise_where_two_batches_are_not():
+    """A step follows its batch's noise. The difference of two batches' gradients, corrected for the noise of both, then
+    measures that noise again; the probe's does not."""
+    torch.manual_seed(0)
+    L, rate, size, batch = 1.0, 0.05, 50, 32
+    x = torch.zeros(size, dtype=torch.float64, requires_grad=True)  # the optimum: every step is noise
+    probe, optimizer = GradientProbe([x]), torch.optim.SGD([x], lr=rate)
+    found, naive, true = [], [], []
+    for _ in range(200):
+        with torch.no_grad():
+            x.zero_()
+        noise = torch.randn(2, batch, size, dtype=torch.float64)
+
+        def backward(part, noise=noise):
+            ((L * x.square().sum() / 2 + (noise[0, part] @ x).mean()) * (part.stop - part.start) / batch).backward()
+
+        probe.start(batch)
+        for part in (slice(0, 16), slice(16, 32)):
+            probe.run(backward, part)
+        probe.measure()
+        optimizer.step()
+        change = probe.change(backward)
+        after = L * x.detach() + noise[1].mean(0)
+        naive.append(float((after - noise[0].mean(0)).square().sum()) - 2 * size / batch)
+        found.append(change.square)
+        true.append((L * change.distance) ** 2)
+    np.testing.assert_allclose(found, true, rtol=1e-9)
+    assert np.mean(naive) > 20 * np.mean(true)
+
+
+def test_the_probe_repeats_dropout_and_leaves_the_random_numbers_alone():
+    def train(probed, rate=1e-3):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 50), torch.nn.Dropout(0.5), torch.nn.Linear(50, 1)).double()
+        optimizer, probe = torch.optim.SGD(model.parameters(), lr=rate), GradientProbe(model.parameters())
+        x = torch.randn(32, 5, dtype=torch.float64)
+        changes = []
+        for _ in range(5):
+
+            def backward(part):
+                (model(x[part]).square().sum() / 32).backward()
+
+            optimizer.zero_grad()
+            probe.start(32)
+            for part in (slice(0, 16), slice(16, 32)):
+                probe.run(backward, part) if probed else backward(part)
+            assert (probe.measure() is not None) == probed
+            optimizer.step()
+            changes.append(probe.change(backward))
+            assert not probed or all(p.grad is None for p in model.parameters())
+        return changes, model
+
+    changes, model = train(True)
+    nothing, reference = train(False)
+    assert nothing == [None] * 5
+    for a, b in zip(model.parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    assert all(change.distance > 0 and change.noise > 0 for change in changes)
+    for change in train(True, rate=0.0)[0]:  # with fresh masks this would be their noise
+        assert change == pytest.approx((0, 0, 0), abs=1e-25)
+
+
 def noisy(variance=100.0, square=1.0, along=10.0, samples=64):
     return Measurement(samples, square, variance, along)
 
@@ -163,15 +226,15 @@ def feed(sizes, measurement, changes, times):
 
 
 def test_hoelder_waits_for_the_plateau_then_doubles_within_bounds(caplog):
-    sizes = AdaptiveBatchSize(64, batch_max=200, every=1, patience=3)
-    change = Change(0.1, 0.25, 0.1)
+    sizes = AdaptiveBatchSize(64, batch_max=200, every=1, patience=3, D=1.0, budget=40000)
+    change = Change(0.1, 0.25, 0.1)  # of 0.5 in one step length: nu = 1, L = 5
     falling = [noisy(variance=1000 * 0.8**k) for k in range(10)]
     for measurement in falling:
         assert sizes.observe(measurement, change) == 64, "the variance still falls"
     with caplog.at_level(logging.INFO):
-        sizes = AdaptiveBatchSize(64, batch_max=200, every=1, patience=3)
+        sizes = AdaptiveBatchSize(64, batch_max=200, every=1, patience=3, D=1.0, budget=40000)
         path = [sizes.observe(noisy(), change) for _ in range(40)]
-    # B* = 100 / 0.25 = 400: known after nine steps, reached by doublings three measurements apart, up to the bound.
+    # B* = sqrt(100 * 40000 / 5^2) = 400: known after nine steps; doublings three measurements apart, up to the bound.
     assert sizes.optimum == pytest.approx(400, rel=0.01)
     assert sorted(set(path)) == [64, 128, 200]
     assert path.index(200) - path.index(128) == 3
@@ -179,7 +242,7 @@ def test_hoelder_waits_for_the_plateau_then_doubles_within_bounds(caplog):
 
 
 def test_hoelder_shrinks_at_the_end_of_an_epoch_only():
-    sizes = AdaptiveBatchSize(1024, batch_min=300, every=1)
+    sizes = AdaptiveBatchSize(1024, batch_min=300, every=1, D=1.0, budget=40000)
     change = Change(0.1, 0.25, 0.1)
     assert feed(sizes, noisy(), change, 20) == 1024
     assert [sizes.end_epoch(), feed(sizes, noisy(), change, 20), sizes.end_epoch()] == [512, 512, 400]
@@ -211,7 +274,17 @@ def test_any_measurements_keep_the_bounds_and_resume_exactly(rule, seen, process
     """Saved at any step as JSON, in the middle of growing, and resumed: the same sizes as never stopped."""
 
     def fresh():
-        return AdaptiveBatchSize(32, rule=rule, batch_min=8, batch_max=300, every=1, window=16, processes=processes)
+        return AdaptiveBatchSize(
+            32,
+            rule=rule,
+            D=3.0,
+            budget=1e4,
+            batch_min=8,
+            batch_max=300,
+            every=1,
+            window=16,
+            processes=processes,
+        )
 
     whole, resumed = fresh(), fresh()
     for k, (variance, square, distance) in enumerate(seen):
@@ -239,7 +312,7 @@ def train(steps, resume_at=None):
     def fresh():
         torch.manual_seed(0)
         model = torch.nn.Linear(6, 1)
-        return model, USGM(model.parameters(), D=5.0), AdaptiveBatchSize(16, every=1, batch_max=256)
+        return model, USGM(model.parameters(), D=5.0), AdaptiveBatchSize(16, every=1, batch_max=256, D=5.0, budget=1e6)
 
     model, optimizer, sizes = fresh()
     probe = GradientProbe(model.parameters())
@@ -256,7 +329,7 @@ def train(steps, resume_at=None):
         x = torch.randn(n, 6, generator=generator)
         y = x.sum(1, keepdim=True) + torch.randn(n, 1, generator=generator)
 
-        def backward(part, x=x, y=y, n=n):
+        def backward(part, model=model, x=x, y=y, n=n):
             ((model(x[part]) - y[part]).square().sum() / n).backward()
 
         sizes.accumulate(n, backward, optimizer.zero_grad, probe)
@@ -304,7 +377,7 @@ def test_two_processes_agree(tmp_path):
 
 
 def test_parts_cover_the_batch():
-    sizes = AdaptiveBatchSize(100, memory_size=30, chunks=5)
+    sizes = AdaptiveBatchSize(100, rule="norm_test", memory_size=30, chunks=5)
     for samples in (1, 2, 29, 30, 31, 100, 101):
         for measured_ in (False, True):
             parts = sizes.parts(samples, measured_)
@@ -312,14 +385,14 @@ def test_parts_cover_the_batch():
             lengths = [p.stop - p.start for p in parts]
             assert max(lengths) <= 30 and max(lengths) - min(lengths) <= 1
             assert not measured_ or len(parts) >= min(5, samples)
-    assert AdaptiveBatchSize(100).parts(100) == [slice(0, 100)]
+    assert AdaptiveBatchSize(100, rule="norm_test").parts(100) == [slice(0, 100)]
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_halves_and_goes_on(error, caplog):
-    sizes, w = AdaptiveBatchSize(100), torch.zeros(3, requires_grad=True)
+    sizes, w = AdaptiveBatchSize(100, rule="norm_test"), torch.zeros(3, requires_grad=True)
     samples = torch.randn(100, 3)
     tried = []
 
@@ -347,7 +420,7 @@ def test_out_of_memory_halves_and_goes_on(error, caplog):
 def test_out_of_memory_frees_the_failed_part_before_it_retries():
     import weakref
 
-    sizes, alive = AdaptiveBatchSize(4), []
+    sizes, alive = AdaptiveBatchSize(4, rule="norm_test"), []
 
     def backward(part):
         assert all(reference() is None for reference in alive)
@@ -361,7 +434,7 @@ def test_out_of_memory_frees_the_failed_part_before_it_retries():
 
 
 def test_other_errors_pass_and_one_sample_is_the_end():
-    sizes = AdaptiveBatchSize(4)
+    sizes = AdaptiveBatchSize(4, rule="norm_test")
     with pytest.raises(RuntimeError, match="shapes"):
         sizes.accumulate(4, lambda part: (_ for _ in ()).throw(RuntimeError("shapes do not match")), lambda: None)
 
@@ -387,10 +460,12 @@ def test_other_errors_pass_and_one_sample_is_the_end():
         ({"growth": 1.0}, "growth: 1.0"),
         ({"smoothing": 1.0}, "smoothing: 1.0"),
         ({"theta": 0}, "theta: 0"),
+        ({"D": None}, "D: None; adaptive_batch 'hoelder' needs"),
+        ({"budget": -1}, "budget: -1"),
         ({"processes": 101}, "100 samples for 101 processes"),
     ],
 )
 def test_impossible_options_are_one_line(options, message):
     with pytest.raises(UserError, match=message) as caught:
-        AdaptiveBatchSize(**{"batch_size": 100, **options})
+        AdaptiveBatchSize(**{"batch_size": 100, "D": 1.0, "budget": 1e5, **options})
     assert "\n" not in str(caught.value)

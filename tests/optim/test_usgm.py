@@ -150,7 +150,7 @@ def test_the_ball_around_the_start_and_weight_decay():
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.floats(0.001, 100), st.floats(0, 10))
-def test_any_quadratic_any_D_any_noise(seed, D, H0, noise):
+def test_any_quadratic_any_diameter_any_noise(seed, D, H0, noise):
     gradient, start = quadratic(seed, noise=noise)
     expected, Hs, _ = usgm_in_numpy(gradient, start, D=D, H=H0, steps=8)
     found, found_Hs, _ = run(lambda p: USGM(p, D=D, H0=H0), gradient, start, 8)
@@ -324,7 +324,7 @@ def test_a_sparse_state_resumes_exactly():
 
 def test_float32_follows_float64():
     gradient, start = quadratic(9, noise=0.5)
-    expected, Hs, _ = usgm_in_numpy(gradient, start, D=5.0, H=0.5, steps=40)
+    expected, _, _ = usgm_in_numpy(gradient, start, D=5.0, H=0.5, steps=40)
     p = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimizer = USGM([p], D=5.0, H0=0.5)
     for k in range(40):
