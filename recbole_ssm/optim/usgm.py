@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ RULES = ("bregman", "adagrad")
 PROJECTIONS = (False, "origin", "start")
 
 Group = dict[str, Any]
+
+
+class _Work(NamedTuple):
+    """What one call of step has before it in one group."""
+
+    group: Group
+    params: list[Tensor]
+    grads: list[Tensor]
+    square: float  # |grads|^2
+    differences: list[Tensor]  # to the kept gradients; empty where there is nothing to compare with
+    difference_square: float
 
 
 def next_usgm(H: float, D: float, beta: float, r_square: float) -> float:
@@ -53,7 +64,7 @@ class _UniversalMethod(Optimizer):
     """What USGM and USFGM share: their groups, the norms of their gradients, the ball, and where to evaluate.
 
     The scalars of a recursion live in its parameter group as plain floats, so a state dict holds them exactly; they
-    cost one synchronisation a step and group on an accelerator.
+    cost one synchronisation a step on an accelerator.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
@@ -119,8 +130,29 @@ class _UniversalMethod(Optimizer):
             _copy(params, current)
 
     _output = ""  # the buffer that evaluation_point shows
+    _sparse = False  # whether gradients may be sparse
 
     # ---- gradients
+
+    def _work(self, compare: Callable[[Group], bool]) -> list[_Work]:
+        """The gradients of all groups that have one, and where ``compare`` says so their change since the kept ones.
+
+        Raises:
+            UserError: a gradient is not finite, or sparse where it must be dense. Nothing has been changed by then.
+        """
+        groups, vectors = [], []
+        for group in self.param_groups:
+            params, grads = self._gradients(group)
+            if params:
+                differences = self._differences(params, grads) if compare(group) else []
+                groups.append((group, params, grads, differences))
+                vectors += [grads, differences]
+        if not groups:
+            return []
+        squares = iter(self._squares(*vectors))
+        return [
+            _Work(group, params, grads, next(squares), apart, next(squares)) for group, params, grads, apart in groups
+        ]
 
     def _gradients(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """The group's parameters and their gradients; a missing gradient is zero. Empty where no parameter has one."""
@@ -129,11 +161,10 @@ class _UniversalMethod(Optimizer):
             return [], []
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in params]
         if any(g.is_sparse for g in grads):
-            for key in ("weight_decay", "projection"):
-                if group[key]:
-                    raise UserError(
-                        f"{type(self).__name__}: {key} needs dense gradients; use embeddings with sparse=False"
-                    )
+            needs = [key for key in ("weight_decay", "projection") if group[key]]
+            if needs or not self._sparse:
+                what = " with ".join([type(self).__name__, *needs[:1]])
+                raise UserError(f"{what} needs dense gradients; use embeddings with sparse=False")
             grads = [g.coalesce() if g.is_sparse else g for g in grads]
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
@@ -167,46 +198,31 @@ class _UniversalMethod(Optimizer):
         return [_subtract(g, k) for g, k in zip(grads, kept)]
 
     def _squares(self, *vectors: list[Tensor]) -> list[float]:
-        """|v|^2 of each vector, in one synchronisation.
-
-        Raises:
-            UserError: a norm is not finite. Nothing has been changed by then.
-        """
+        """|v|^2 of each vector, in one synchronisation; of an empty one 0."""
         norms = [get_total_norm([t._values() if t.is_sparse else t for t in vector]) for vector in vectors]
-        squares = [float(norm) ** 2 for norm in torch.stack(norms).tolist()]
+        device = norms[0].device
+        squares = [norm**2 for norm in torch.stack([norm.to(device) for norm in norms]).tolist()]
         if not all(map(math.isfinite, squares)):
-            raise UserError(
-                f"{type(self).__name__}: a gradient is not finite; try a smaller D or rho, or clip the gradient"
-            )
+            name = type(self).__name__
+            raise UserError(f"{name}: a gradient is not finite; try a smaller D or rho, or clip the gradient")
         return squares
 
     # ---- the step
 
-    def _bregman(self, group: Group, params: list[Tensor], differences: list[Tensor], squares: list[float]) -> Any:
+    def _bregman(self, work: _Work) -> tuple[float, float]:
         """beta and r^2 of the last displacement.
 
         Without projection the displacement is -reach * g, and 2 <g', g> = |g|^2 + |g'|^2 - |g' - g|^2: norms suffice,
         and no second buffer is needed (ours, plain algebra).
         """
-        if group["projection"]:
-            moved = torch._foreach_sub(params, [self.state[p]["point"] for p in params])
-            products = torch._foreach_mul(differences, moved)
-            beta = sum(torch.stack([product.sum() for product in products]).double().tolist())
+        if work.group["projection"]:
+            moved = torch._foreach_sub(work.params, [self.state[p]["point"] for p in work.params])
+            products = torch._foreach_mul(work.differences, moved)
+            beta = sum(torch.stack([product.sum() for product in products]).tolist())
             return beta, self._squares(list(moved))[0]
-        new_square, difference_square = squares
-        reach, kept_square = group["reach"], group["gradient_square"]
-        return reach * (kept_square - new_square + difference_square) / 2, reach**2 * kept_square
-
-    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
-        raise NotImplementedError
-
-    def _measure(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> float:
-        """Update H from the gradient after the last displacement, and return that gradient's |g|^2."""
-        differences = self._differences(params, grads)
-        squares = self._squares(grads, differences)
-        beta, r_square = self._bregman(group, params, differences, squares)
-        group["H"] = self._grown(group, beta, r_square, squares[1])
-        return squares[0]
+        reach, kept_square = work.group["reach"], work.group["gradient_square"]
+        beta = reach * (kept_square - work.square + work.difference_square) / 2
+        return beta, reach**2 * kept_square
 
     def _start(self, group: Group, params: list[Tensor], square: float, weight: float = 1.0) -> None:
         """Set H_0, from the first gradient where H0 is None: then the first step has the length rho * D (ours)."""
@@ -218,9 +234,8 @@ class _UniversalMethod(Optimizer):
                 f"{type(self).__name__}: the start is {norm:.4g} from the origin, outside the ball of diameter D = "
                 f"{group['D']}; give D of {2 * norm:.4g} or more, or projection 'start'"
             )
-        group["H"] = (
-            group["H0"] if group["H0"] is not None else weight * math.sqrt(square) / (group["rho"] * group["D"])
-        )
+        first_length = group["rho"] * group["D"]
+        group["H"] = weight * math.sqrt(square) / first_length if group["H0"] is None else group["H0"]
 
     def _descend(self, group: Group, points: list[Tensor], grads: list[Tensor], square: float, weight: float) -> None:
         """points <- P(points - weight / H * g), in place. While H is 0 the step goes to the ball's boundary."""
@@ -293,6 +308,7 @@ class USGM(_UniversalMethod):
     """
 
     _output = "average"
+    _sparse = True
 
     def __init__(
         self,
@@ -341,52 +357,39 @@ class USGM(_UniversalMethod):
         """
         if closure is None and self.same_batch:
             raise UserError("USGM: same_batch needs each gradient twice; call step(closure), or set same_batch=False")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step(group)
-        if closure is not None and self.same_batch:
-            with torch.enable_grad():
-                closure()
-            for group in self.param_groups:
-                self._look_back(group)
+        loss = _evaluate(closure)
+        for work in self._work(lambda group: group["gradient_square"] is not None and not self.same_batch):
+            self._step(work)
+        if self.same_batch:
+            _evaluate(closure)
+            for work in self._work(lambda group: group["gradient_square"] is not None):
+                if work.differences:
+                    self._look_back(work)
         return loss
 
-    def _step(self, group: Group) -> None:
-        params, grads = self._gradients(group)
-        if not params:
-            return
+    def _step(self, work: _Work) -> None:
+        group, params, grads, square = work[:4]
         if group["gradient_square"] is None:
-            square = self._squares(grads)[0]
             if square == 0 and group["H0"] is None:
                 return  # nothing to start from, and nowhere to go
             self._start(group, params, square)
-        elif self.same_batch:
-            square = self._squares(grads)[0]
-        else:
-            reach = group["reach"]
-            square = self._measure(group, params, grads)
-            if group["tentative"]:
-                self._undo(group, params, reach)
+        elif not self.same_batch:
+            passive = group["tentative"]
+            self._look_back(work)
+            if passive:
                 grads, square = [self._kept(p) for p in params], group["gradient_square"]
-                group["tentative"] = False
         self._move(group, params, grads, square)
 
-    def _look_back(self, group: Group) -> None:
-        params, grads = self._gradients(group)
-        if params and group["gradient_square"] is not None:
-            reach = group["reach"]
-            self._measure(group, params, grads)
-            if group["tentative"]:
-                self._undo(group, params, reach)
-                group["tentative"] = False
-
-    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
+    def _look_back(self, work: _Work) -> None:
+        """Update H from the gradient after the last step; take a tentative step back."""
+        group, reach = work.group, work.group["reach"]
         if group["rule"] == "adagrad":
-            return next_adagrad(group["H"], group["D"], difference_square)
-        return next_usgm(group["H"], group["D"], beta, r_square)
+            group["H"] = next_adagrad(group["H"], group["D"], work.difference_square)
+        else:
+            group["H"] = next_usgm(group["H"], group["D"], *self._bregman(work))
+        if group["tentative"]:
+            self._undo(group, work.params, reach)
+            group["tentative"] = False
 
     def _move(self, group: Group, params: list[Tensor], grads: list[Tensor], square: float) -> None:
         self._keep(params, grads)
@@ -456,23 +459,16 @@ class USFGM(_UniversalMethod):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Half an iteration with the gradients in ``p.grad``; returns the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, grads = self._gradients(group)
-            if any(g.is_sparse for g in grads):
-                raise UserError("USFGM: it needs dense gradients; use embeddings with sparse=False, or USGM")
-            if params and group["at_y"]:
-                self._to_x(group, params, grads)
-            elif params:
-                self._to_y(group, params, grads)
+        loss = _evaluate(closure)
+        for work in self._work(lambda group: not group["at_y"]):
+            if work.group["at_y"]:
+                self._to_x(work.group, work.params, work.grads, work.square)
+            else:
+                self._to_y(work)
         return loss
 
-    def _to_x(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
+    def _to_x(self, group: Group, params: list[Tensor], grads: list[Tensor], square: float) -> None:
         a = (group["steps"] + 1) / 2
-        square = self._squares(grads)[0]
         if group["H"] is None:
             if square == 0 and group["H0"] is None:
                 return
@@ -491,18 +487,23 @@ class USFGM(_UniversalMethod):
         torch._foreach_lerp_(x, v, share)
         torch._foreach_copy_(params, x)
 
-    def _to_y(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
-        self._measure(group, params, grads)
+    def _to_y(self, work: _Work) -> None:
+        group, a = work.group, (work.group["steps"] + 1) / 2
+        if group["rule"] == "adagrad":
+            group["H"] = next_adagrad(group["H"], group["D"], work.difference_square, a)
+        else:
+            group["H"] = next_usfgm(group["H"], group["D"], *self._bregman(work), a, group["A"])
         group["steps"] += 1
         a = (group["steps"] + 1) / 2
-        torch._foreach_lerp_(params, [self.state[p]["v"] for p in params], a / (group["A"] + a))
+        torch._foreach_lerp_(work.params, [self.state[p]["v"] for p in work.params], a / (group["A"] + a))
         group["at_y"] = True
 
-    def _grown(self, group: Group, beta: float, r_square: float, difference_square: float) -> float:
-        a = (group["steps"] + 1) / 2
-        if group["rule"] == "adagrad":
-            return next_adagrad(group["H"], group["D"], difference_square, a)
-        return next_usfgm(group["H"], group["D"], beta, r_square, a, group["A"])
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 @torch.no_grad()

@@ -365,16 +365,17 @@ def test_the_power_of_the_mean_forgets_the_start():
 
 @each_method
 def test_a_gradient_that_is_not_finite_changes_nothing(method):
-    p = torch.ones(3, requires_grad=True)
-    optimizer = method([p], D=1.0)
+    first, p = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = method([{"params": [first]}, {"params": [p]}], D=1.0)
     for _ in range(2):
-        p.grad = p.detach() * 2
+        first.grad, p.grad = first.detach() * 3, p.detach() * 2
         optimizer.step()
+    still = first.detach().clone()
     before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict())
     p.grad = torch.tensor([1.0, math.nan, 0.0])
     with pytest.raises(UserError, match="not finite"):
         optimizer.step()
-    assert torch.equal(p, before)
+    assert torch.equal(p, before) and torch.equal(first, still)
     assert optimizer.state_dict()["param_groups"] == state["param_groups"]
     assert torch.equal(optimizer.state_dict()["state"][0]["gradient"], state["state"][0]["gradient"])
 
