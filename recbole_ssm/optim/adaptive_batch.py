@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.optim.gradient_noise import Change, GradientProbe, Measurement
+from recbole_ssm.optim.gradient_noise import Change, GradientProbe, Measurement, is_out_of_memory
 
 RULES = ("hoelder", "norm_test", "inner_product")
 
@@ -66,13 +66,9 @@ def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Seq
         z = log_m + (y - m) / m
         x0_next, z0 = w @ x / w.sum(), w @ z / w.sum()
         dispersion = w @ (z - log_m) ** 2 / (n - 2)
-        prior = dispersion / (2 * _NU_SPREAD) ** 2
+        prior = dispersion / (2 * _NU_SPREAD) ** 2 + 1e-12 * w.sum()  # never quite silent: exact steps of one length
         spread = w @ (x - x0_next) ** 2
-        bend = (
-            (w @ ((x - x0_next) * (z - z0)) + prior * 2 * _NU_PRIOR) / (spread + prior)
-            if spread + prior > 1e-12
-            else slope
-        )
+        bend = (w @ ((x - x0_next) * (z - z0)) + prior * 2 * _NU_PRIOR) / (spread + prior)
         here = level + slope * (x0_next - x0)
         move, turn = float(np.clip(z0 - here, -1, 1)), float(np.clip(bend, 0, 2)) - slope
         level, slope, x0 = here + move, slope + turn, float(x0_next)
@@ -81,7 +77,7 @@ def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Seq
     level_error = math.sqrt(dispersion / w.sum()) / 2
     if not level_error < 0.5:  # of the change itself; its square is uncertain by a factor
         return None
-    nu_error = math.sqrt(dispersion / (spread + prior)) / 2 if spread + prior > 1e-12 else _NU_SPREAD
+    nu_error = math.sqrt(dispersion / (spread + prior)) / 2
     return HolderFit(slope / 2, math.exp((level - slope * x0) / 2), nu_error, level_error, n)
 
 
@@ -121,7 +117,7 @@ class AdaptiveBatchSize:
         smoothing: weight of the past in the smoothed variance.
         window: the latest steps that the Hölder fit sees.
         theta, nu: of the tests; the defaults are Bollapragada's.
-        processes: that share a batch; sizes are multiples of it.
+        processes: that share a batch; sizes are multiples of it, rounded down.
 
     All state is plain numbers. The same measurements give the same sizes: processes that share them agree.
 
@@ -151,19 +147,13 @@ class AdaptiveBatchSize:
     ) -> None:
         if rule not in RULES:
             raise UserError(f"adaptive_batch: '{rule}' is not one of {', '.join(RULES)}{did_you_mean(rule, RULES)}")
-        counts = {"batch_size": batch_size, "batch_min": batch_min, "batch_max": batch_max, "every": every}
-        counts |= {
-            "patience": patience,
-            "processes": processes,
-            "memory_size": 1 if memory_size is None else memory_size,
-        }
+        memory = 1 if memory_size is None else memory_size
+        counts = {"batch_size": batch_size, "batch_min": batch_min, "batch_max": batch_max, "memory_size": memory}
+        counts |= {"every": every, "patience": patience, "processes": processes, "chunks": chunks, "window": window}
         for key, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{key}: {value!r} is not a whole number from 1 up")
-        if chunks < 2:
-            raise UserError(f"chunks: {chunks}; a variance needs 2 or more")
-        if window < _LEAST_CHANGES:
-            raise UserError(f"window: {window}; the fit needs {_LEAST_CHANGES} steps or more")
+            least = {"chunks": 2, "window": _LEAST_CHANGES}.get(key, 1)  # below these no variance and no fit
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{key}: {value!r} is not a whole number from {least} up")
         if not growth > 1:
             raise UserError(f"growth: {growth}; give a factor above 1")
         if not 0 <= smoothing < 1:
@@ -186,14 +176,13 @@ class AdaptiveBatchSize:
         self.rule, self.batch_min, self.batch_max, self.growth = rule, batch_min, batch_max, growth
         self.every, self.chunks, self.patience, self.smoothing = every, chunks, patience, smoothing
         self.window, self.theta, self.nu, self.processes = window, theta, nu, processes
-        self.batch_size = self._whole(
-            batch_size
-        )  # a multiple of the processes may fall short of batch_min, never of them
+        self.batch_size = self._whole(batch_size)
         self.memory_size = memory_size
         self.steps = 0
         self.variance = math.nan  # smoothed, per sample
         self.optimum = math.nan  # what the rule asked for last
         self._seen, self._lowest, self._stale = 0, math.inf, 0
+        self.fit: HolderFit | None = None  # to the latest steps
         self._changes: list[Change] = []
         self._asked: list[float] = []  # of this epoch for hoelder, the latest in a row for the tests
         self._log = logging.getLogger(__name__)
@@ -243,8 +232,8 @@ class AdaptiveBatchSize:
             for part in self.parts(samples, measured):
                 try:
                     results.append(probe.run(backward, part) if measured and probe else backward(part))
-                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                    if not _out_of_memory(error):
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
                         raise
                     failed = part.stop - part.start
                     break
@@ -271,14 +260,6 @@ class AdaptiveBatchSize:
 
     # ---- decisions
 
-    @property
-    def fit(self) -> HolderFit | None:
-        """The Hölder coefficients of the latest steps."""
-        if not self._changes:
-            return None
-        distances, squares, noises = zip(*self._changes)
-        return fit_holder(distances, squares, noises)
-
     def observe(self, measurement: Measurement | None = None, change: Change | None = None) -> int:
         """Take in one step, with its measurement and change if it was :attr:`due`.
 
@@ -288,6 +269,7 @@ class AdaptiveBatchSize:
         self.steps += 1
         if change is not None and change.distance > 0:
             self._changes = [*self._changes, change][-self.window :]
+            self.fit = fit_holder(*zip(*self._changes))
         if measurement is None:
             return self.batch_size
         self._seen += 1
@@ -301,9 +283,7 @@ class AdaptiveBatchSize:
             self._asked.append(self.optimum)
         if self.rule == "hoelder":
             if self._stale >= self.patience and self.optimum > self.batch_size:
-                fit = self.fit
-                why = f"the gradient's variance {self.variance:.3g} has stopped falling"
-                self._set(self.optimum, f"{why}; nu {fit.nu:.2f}, L {fit.L:.3g}" if fit else why)
+                self._set(self.optimum, f"the gradient's variance {self.variance:.3g} has stopped falling")
         else:
             self._asked = self._asked[-self.patience :]
             if len(self._asked) == self.patience and min(self._asked) > self.batch_size:
@@ -322,10 +302,11 @@ class AdaptiveBatchSize:
     def _ask(self, measurement: Measurement) -> float:
         """The batch size that the rule wants, unbounded; nan if it cannot tell."""
         if self.rule == "hoelder":
-            fit = self.fit
-            if fit is None:
+            if self.fit is None:
                 return math.nan
-            return (self.variance * self.budget**fit.nu / fit.change(self.D) ** 2) ** (1 / (1 + fit.nu))
+            return float(
+                (self.variance * self.budget**self.fit.nu / self.fit.change(self.D) ** 2) ** (1 / (1 + self.fit.nu))
+            )
         square = measurement.gradient_square
         if square == 0:
             return math.nan
@@ -340,7 +321,10 @@ class AdaptiveBatchSize:
         self.batch_size = self._whole(min(max(bounded, self.batch_min), self.batch_max))
         self._stale = 0
         if self.batch_size != before:
-            self._log.info(f"batch size {before} -> {self.batch_size} at step {self.steps}: {why}; wanted {wanted:.4g}")
+            fit = f"; nu {self.fit.nu:.2f} +- {self.fit.nu_error:.2f}, L {self.fit.L:.3g}" if self.fit else ""
+            self._log.info(
+                f"batch size {before} -> {self.batch_size} at step {self.steps}: {why}; wanted {wanted:.4g}{fit}"
+            )
 
     def _whole(self, size: float) -> int:
         return max(round(size) // self.processes, 1) * self.processes
@@ -363,14 +347,10 @@ class AdaptiveBatchSize:
         self.optimum = math.nan if self.optimum is None else self.optimum
         self._lowest = math.inf if self._lowest is None else self._lowest
         self._changes = [Change(*change) for change in state_dict["changes"]]
+        self.fit = fit_holder(*zip(*self._changes)) if self._changes else None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return list(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU's allocator only a message."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

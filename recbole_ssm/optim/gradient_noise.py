@@ -111,7 +111,7 @@ class GradientProbe:
         return Measurement(int(samples), square, variance, along_mean / square if square else 0.0)
 
     def change(self, backward: Callable[[slice], Any]) -> Change | None:
-        """What the step since :meth:`measure` changed; None where nothing was measured."""
+        """What the step since :meth:`measure` changed; None where nothing was measured, or memory ran out."""
         if self._point is None or len(self._chunks) < 2:
             return None
         distance = float((_flat(self.parameters) - self._point).norm())
@@ -121,9 +121,17 @@ class GradientProbe:
             for part, random, before in zip(self._parts, self._random, self._chunks):
                 self._clear()
                 self._set_random_state(random)
-                backward(part)
+                try:
+                    backward(part)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    break  # the copies of the first pass were too much: this step is not measured
                 differences.append(self._gradient() * (self._samples / (part.stop - part.start)) - before)
         self._clear()
+        if len(differences) < 2:
+            self.start(0)
+            return None
         first, second = (d.double() for d in differences)
         sums = self._total(torch.stack([first @ second, (first - second).square().sum() / 2, first.new_ones(())]))
         square, noise, processes = sums.tolist()
@@ -157,6 +165,11 @@ class GradientProbe:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.parameters[0].device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: CUDA has a class for it, the CPU's allocator a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -119,7 +119,7 @@ def test_the_stated_error_is_honest():
 def test_steps_of_one_length_leave_nu_to_the_prior_and_the_change_to_the_data():
     r, d2, noise = steps(0.5, 2.0, 0.01, 64, spread=0.0)
     fit = fit_holder(r, d2, noise)
-    assert fit.nu == 1.0 and fit.nu_error >= 0.5
+    assert fit.nu == 1.0 and fit.nu_error == pytest.approx(0.5, abs=1e-5)
     assert fit.change(1.0) == pytest.approx(2.0, rel=0.05)
     assert fit_holder(r[:8], d2[:8], noise[:8]) is None
     assert fit_holder(r, -np.abs(d2), noise) is None, "noise hides every change"
@@ -433,6 +433,24 @@ def test_out_of_memory_frees_the_failed_part_before_it_retries():
     assert len(alive) == 3
 
 
+def test_a_step_whose_change_does_not_fit_is_not_measured():
+    w = torch.ones(3, requires_grad=True)
+    probe, calls = GradientProbe([w]), []
+
+    def backward(part):
+        calls.append(part)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        (w.square().sum() / 2).backward()
+
+    probe.start(4)
+    for part in (slice(0, 2), slice(2, 4)):
+        probe.run(backward, part)
+    assert probe.measure().samples == 4
+    assert probe.change(backward) is None and probe.change(backward) is None
+    assert len(calls) == 4 and w.grad is None
+
+
 def test_other_errors_pass_and_one_sample_is_the_end():
     sizes = AdaptiveBatchSize(4, rule="norm_test")
     with pytest.raises(RuntimeError, match="shapes"):
@@ -455,7 +473,7 @@ def test_other_errors_pass_and_one_sample_is_the_end():
         ({"batch_max": 50}, "do not rise"),
         ({"memory_size": 0}, "memory_size: 0"),
         ({"every": 0}, "every: 0"),
-        ({"chunks": 1}, "chunks: 1"),
+        ({"chunks": 1}, "chunks: 1 is not a whole number from 2 up"),
         ({"window": 5}, "window: 5"),
         ({"growth": 1.0}, "growth: 1.0"),
         ({"smoothing": 1.0}, "smoothing: 1.0"),
