@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> list[Row]:
     """A row for each update and for a measured step, beside the whole step with Adam."""
     if min(options.items, options.batch, options.length, options.every, options.rounds) < 1 or options.chunks < 2:
         raise UserError("bench optim: --chunks from 2, all other numbers from 1 up")
-    device = torch.device(options.device)
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: '{options.device}' cannot be used ({str(error).splitlines()[0]})") from error
     torch.manual_seed(0)
     model = _Body(options.items, 64).to(device)
     histories = torch.randint(options.items, (options.batch, options.length), device=device)
