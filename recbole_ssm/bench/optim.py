@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         "USFGM": USFGM(model.parameters(), D=1e-3),
     }
     probe = GradientProbe(model.parameters())
-    sizes = AdaptiveBatchSize(options.batch, every=1, chunks=options.chunks, batch_max=options.batch)
+    sizes = AdaptiveBatchSize(options.batch, every=1, chunks=options.chunks, batch_max=options.batch, D=1.0, budget=1e6)
 
     def backward(part: slice) -> None:
         share = (part.stop - part.start) / options.batch
