@@ -207,6 +207,13 @@ class _UniversalMethod(Optimizer):
             raise UserError(f"{name}: a gradient is not finite; try a smaller D or rho, or clip the gradient")
         return squares
 
+    def _buffers(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """The named buffers of the parameters; a new one begins as the parameter stands."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = p.detach().clone()
+        return [self.state[p][name] for p in params]
+
     # ---- the step
 
     def _bregman(self, work: _Work) -> tuple[float, float]:
@@ -216,7 +223,7 @@ class _UniversalMethod(Optimizer):
         and no second buffer is needed (ours, plain algebra).
         """
         if work.group["projection"]:
-            moved = torch._foreach_sub(work.params, [self.state[p]["point"] for p in work.params])
+            moved = torch._foreach_sub(work.params, self._buffers(work.params, "point"))
             products = torch._foreach_mul(work.differences, moved)
             beta = sum(torch.stack([product.sum() for product in products]).tolist())
             return beta, self._squares(list(moved))[0]
@@ -227,8 +234,7 @@ class _UniversalMethod(Optimizer):
     def _start(self, group: Group, params: list[Tensor], square: float, weight: float = 1.0) -> None:
         """Set H_0, from the first gradient where H0 is None: then the first step has the length rho * D (ours)."""
         if group["projection"] == "start":
-            for p in params:
-                self.state[p]["centre"] = p.detach().clone()
+            self._buffers(params, "centre")
         if group["projection"] == "origin" and (norm := math.sqrt(self._squares(params)[0])) > group["D"] / 2:
             raise UserError(
                 f"{type(self).__name__}: the start is {norm:.4g} from the origin, outside the ball of diameter D = "
@@ -255,7 +261,7 @@ class _UniversalMethod(Optimizer):
         if not group["projection"]:
             return
         centred = group["projection"] == "start"
-        centre = [self.state[p]["centre"] for p in params] if centred else []
+        centre = self._buffers(params, "centre") if centred else []
         offsets = torch._foreach_sub(points, centre) if centred else points
         norm = math.sqrt(self._squares(list(offsets))[0])
         if norm > group["D"] / 2:
@@ -394,8 +400,7 @@ class USGM(_UniversalMethod):
     def _move(self, group: Group, params: list[Tensor], grads: list[Tensor], square: float) -> None:
         self._keep(params, grads)
         if group["projection"]:
-            for p in params:
-                self.state[p]["point"] = p.detach().clone()
+            torch._foreach_copy_(self._buffers(params, "point"), params)
         group["gradient_square"], group["reach"] = square, self._reach(group, 1.0)
         self._descend(group, params, grads, square, 1.0)
         self._project(group, params, params)
@@ -404,15 +409,12 @@ class USGM(_UniversalMethod):
         group["steps"] += 1
         if group["average"]:
             share = (group["average_power"] + 1) / (group["average_power"] + group["steps"])
-            for p in params:
-                if "average" not in self.state[p]:
-                    self.state[p]["average"] = p.detach().clone()
-            torch._foreach_lerp_([self.state[p]["average"] for p in params], params, share)
+            torch._foreach_lerp_(self._buffers(params, "average"), params, share)
 
     def _undo(self, group: Group, params: list[Tensor], reach: float) -> None:
         """Take the last displacement back."""
         if group["projection"]:
-            torch._foreach_copy_(params, [self.state[p]["point"] for p in params])
+            torch._foreach_copy_(params, self._buffers(params, "point"))
         else:
             for p in params:  # once in a training
                 p.add_(self._kept(p), alpha=reach)
@@ -473,13 +475,10 @@ class USFGM(_UniversalMethod):
             if square == 0 and group["H0"] is None:
                 return
             self._start(group, params, square, weight=a)
-            for p in params:
-                self.state[p].update(x=p.detach().clone(), v=p.detach().clone())
+        x, v = self._buffers(params, "x"), self._buffers(params, "v")
         self._keep(params, grads)
         if group["projection"]:
-            for p in params:
-                self.state[p]["point"] = p.detach().clone()
-        v, x = ([self.state[p][name] for p in params] for name in ("v", "x"))
+            torch._foreach_copy_(self._buffers(params, "point"), params)
         self._descend(group, v, grads, square, a)
         self._project(group, params, v)
         share = a / (group["A"] + a)
@@ -495,7 +494,7 @@ class USFGM(_UniversalMethod):
             group["H"] = next_usfgm(group["H"], group["D"], *self._bregman(work), a, group["A"])
         group["steps"] += 1
         a = (group["steps"] + 1) / 2
-        torch._foreach_lerp_(work.params, [self.state[p]["v"] for p in work.params], a / (group["A"] + a))
+        torch._foreach_lerp_(work.params, self._buffers(work.params, "v"), a / (group["A"] + a))
         group["at_y"] = True
 
 
