@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=1682, help="size of the catalogue (default ml-100k's 1682)")
     parser.add_argument("--batch", type=int, default=256, help="targets a step (default 256)")
     parser.add_argument("--length", type=int, default=20, help="events of a history (default 20)")
-    parser.add_argument("--every", type=int, default=20, help="a step in this many is measured (default 20)")
+    parser.add_argument("--every", type=int, default=50, help="a step in this many is measured (default 50)")
     parser.add_argument("--chunks", type=int, default=4, help="parts of a measured batch (default 4)")
     parser.add_argument("--rounds", type=int, default=15, help="times that all is measured (default 15)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda ... (default cpu)")

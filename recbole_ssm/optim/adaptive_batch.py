@@ -110,8 +110,9 @@ class AdaptiveBatchSize:
         memory_size: samples that one process takes through the model at once; a larger batch is accumulated. It is
             halved when memory runs out. None: no limit is known.
         growth: the largest factor of one change, up or down.
-        every: a batch in ``every`` is measured ...
-        chunks: ... in at least this many parts.
+        every: one batch in so many is measured. It takes ``chunks`` + 2 passes over smaller parts in place of one: half
+            as much work again for 4 chunks, but more where batches are so small that any pass takes the same time.
+        chunks: the parts of a measured batch, at least.
         patience: measurements without a fall of the variance that make a plateau; measurements in a row that a test
             needs.
         smoothing: weight of the past in the smoothed variance.
@@ -136,7 +137,7 @@ class AdaptiveBatchSize:
         batch_max: int = 65536,
         memory_size: int | None = None,
         growth: float = 2.0,
-        every: int = 20,
+        every: int = 50,
         chunks: int = 4,
         patience: int = 3,
         smoothing: float = 0.8,
