@@ -22,26 +22,39 @@ each_rule = pytest.mark.parametrize("rule", RULES)
 
 
 def measured(samples_ID, bounds, group=None):
-    """What the probe says of samples whose gradients are given: loss_i = <samples_i, w>."""
+    """What the probe says at w = 0 of losses <samples_i, w> + |w|^2 / 2, whose gradients there are the samples.
+
+    Returns the measurement, the gradient that p.grad held then, and the change over a step along it.
+    """
     w = torch.zeros(samples_ID.shape[1], dtype=torch.float64, requires_grad=True)
     probe = GradientProbe([w], group)
+
+    def backward(part):
+        loss = (samples_ID[part] @ w).mean() + w.square().sum() / 2
+        (loss * (part.stop - part.start) / len(samples_ID)).backward()
+
     probe.start(len(samples_ID))
     for start, stop in itertools.pairwise(bounds):
-        probe.run(lambda part: ((samples_ID[part] @ w).sum() / len(samples_ID)).backward(), slice(start, stop))
-    return probe.measure(), w
+        probe.run(backward, slice(start, stop))
+    measurement, gradient = probe.measure(), w.grad.clone()
+    with torch.no_grad():
+        w -= 0.1 * gradient
+    return measurement, gradient, probe.change(backward)
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=2, max_size=6))
 def test_the_statistics_are_their_formulas(seed, sizes):
     samples = torch.randn(sum(sizes), 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
     bounds = np.cumsum([0, *sizes])
-    found, w = measured(samples, bounds)
+    found, gradient, change = measured(samples, bounds)
     g = samples.mean(0)
     chunks = [samples[a:b].mean(0) for a, b in itertools.pairwise(bounds)]
     variance = sum(n * float((c - g) @ (c - g)) for n, c in zip(sizes, chunks)) / (len(sizes) - 1)
     along = sum(n * float(c @ g - g @ g) ** 2 for n, c in zip(sizes, chunks)) / (len(sizes) - 1) / float(g @ g)
     assert found == pytest.approx(Measurement(sum(sizes), float(g @ g), variance, along), rel=1e-9)
-    torch.testing.assert_close(w.grad, g)
+    torch.testing.assert_close(gradient, g)
+    step = 0.1 * float(g.norm())
+    assert change == pytest.approx((step, step**2, 0), rel=1e-9, abs=1e-20)
 
 
 @given(st.floats(0.01, 100), st.floats(0, 3), st.sampled_from([2, 4, 16]))
@@ -52,7 +65,7 @@ def test_the_variance_is_found_and_better_with_more_batches(sigma, mean, chunks)
     estimates, parts = [], []
     for _ in range(repeats):
         samples = mean + sigma * torch.randn(batch, size, generator=generator, dtype=torch.float64)
-        found, _ = measured(samples, np.linspace(0, batch, chunks + 1).astype(int))
+        found, *_ = measured(samples, np.linspace(0, batch, chunks + 1).astype(int))
         estimates.append(found.variance)
         parts.append(found.along)
     true = sigma**2 * size
@@ -356,10 +369,10 @@ def _process(rank, store, queue):
     samples = torch.randn(24, 5, dtype=torch.float64) + 0.3
     mine = samples[:10] if rank == 0 else samples[10:]  # unequal shares, chunks of unequal sizes
     bounds = [0, 4, 10] if rank == 0 else [0, 3, 9, 14]
-    found, w = measured(mine, bounds, dist.group.WORLD)
+    found, gradient, change = measured(mine, bounds, dist.group.WORLD)
     sizes = AdaptiveBatchSize(24, rule="norm_test", every=1, patience=1, processes=2)
     sizes.observe(found)
-    queue.put((rank, tuple(found), w.grad.tolist(), sizes.batch_size))
+    queue.put((rank, tuple(found), gradient.tolist(), tuple(change), sizes.batch_size))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -371,9 +384,10 @@ def test_two_processes_agree(tmp_path):
     assert first == second, "bit for bit, so that the sizes are"
     torch.manual_seed(0)
     samples = torch.randn(24, 5, dtype=torch.float64) + 0.3
-    alone, w = measured(samples, [0, 4, 10, 13, 19, 24])
+    alone, gradient, change = measured(samples, [0, 4, 10, 13, 19, 24])
     assert first[0] == pytest.approx(alone)
-    assert first[1] == pytest.approx(w.grad.tolist())
+    assert first[1] == pytest.approx(gradient.tolist())
+    assert first[2] == pytest.approx(tuple(change), rel=1e-9, abs=1e-20)
 
 
 def test_parts_cover_the_batch():
