@@ -1,0 +1,157 @@
+"""The order of convergence of USGM and USFGM on convex problems whose answer is known, with nothing tuned but D.
+
+The theory bounds the mean gap f - f* after k gradients, for every nu in [0, 1] at once, by a constant times
+
+    USGM     L_nu D^(1+nu) / k^((1+nu)/2)  + sigma D / sqrt(k)
+    USFGM    L_nu D^(1+nu) / k^((1+3nu)/2) + sigma D / sqrt(k)
+
+A row gives the largest ratio of the measured gap to that bound over all k (a number that stays of order one for every
+noise is the theory's claim), and the measured order between the last powers of two beside the bound's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_ssm.bench import Row
+from recbole_ssm.errors import UserError
+from recbole_ssm.optim import USFGM, USGM
+
+
+class Problem(NamedTuple):
+    """A convex function of a float64 vector, with its least value 0 at ``solution``."""
+
+    value: Callable[[Tensor], Tensor]
+    solution: Tensor
+    nu: float
+    L: float  # |grad f(x) - grad f(y)| <= L |x - y|^nu
+
+
+def least_squares(size: int, generator: torch.Generator) -> Problem:
+    """|A (x - x*)|^2 / 2 with eigenvalues of A^T A from 1 down to about 1e-4: hardly strongly convex."""
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    factor = rotation * torch.logspace(0, -2, size, dtype=torch.float64)
+    solution = torch.randn(size, generator=generator, dtype=torch.float64)
+    return Problem(lambda x: ((x - solution) @ factor).square().sum() / 2, solution, 1.0, 1.0)
+
+
+def logistic(size: int, generator: torch.Generator) -> Problem:
+    """Mean logistic loss over 20 * size labelled points, less its least value, which Newton's method finds."""
+    points = torch.randn(20 * size, size, generator=generator, dtype=torch.float64)
+    truth = torch.randn(size, generator=generator, dtype=torch.float64)
+    labels = (
+        torch.rand(len(points), generator=generator, dtype=torch.float64) < torch.sigmoid(points @ truth)
+    ).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(points @ x, labels)
+
+    x = torch.zeros(size, dtype=torch.float64)
+    for _ in range(30):
+        p = torch.sigmoid(points @ x)
+        hessian = points.T @ (points * (p * (1 - p))[:, None]) / len(points)
+        x = x - torch.linalg.solve(hessian, points.T @ (p - labels) / len(points))
+    least = loss(x)
+    curvature = float(torch.linalg.eigvalsh(points.T @ points / len(points) / 4)[-1])
+    return Problem(lambda z: loss(z) - least, x, 1.0, curvature)
+
+
+def power(p: float) -> Callable[[int, torch.Generator], Problem]:
+    """sum_i |x_i - x*_i|^p / p: the gradient is Hölder with nu = p - 1, and for p = 1 not even continuous."""
+
+    def make(size: int, generator: torch.Generator) -> Problem:
+        solution = torch.randn(size, generator=generator, dtype=torch.float64)
+        # |sign(a)|a|^nu - sign(b)|b|^nu| <= 2^(1-nu) |a-b|^nu in one coordinate, and |.|^nu in size coordinates.
+        nu = p - 1
+        constant = 2 ** (1 - nu) * size ** ((1 - nu) / 2)
+        return Problem(lambda x: (x - solution).abs().pow(p).sum() / p, solution, nu, constant)
+
+    return make
+
+
+PROBLEMS: dict[str, Callable[[int, torch.Generator], Problem]] = {
+    "least squares": least_squares,
+    "logistic": logistic,
+    "|x|^1.5": power(1.5),
+    "|x|": power(1.0),
+}
+METHODS = {"USGM": USGM, "USFGM": USFGM}
+
+
+def gaps(
+    problem: Problem, method: str, sigma: float, gradients: int, seed: int, D_factor: float = 1.0
+) -> dict[int, float]:
+    """f - f* of a method's output after 1, 2, 4, ... gradients.
+
+    The start is 1 away from the solution; D is 2 * ``D_factor``, the ball's diameter as in the papers; the gradient has
+    Gaussian noise with E |noise|^2 = sigma^2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = len(problem.solution)
+    away = torch.randn(size, generator=generator, dtype=torch.float64)
+    x = (problem.solution + away / away.norm()).requires_grad_()
+    options = {"D": 2 * D_factor, "H0": 0.0, "projection": "start"}
+    if method == "USGM":
+        options["average"] = True
+    optimizer = METHODS[method]([x], **options)
+    found = {}
+    for k in range(1, gradients + 1):
+        (x.grad,) = torch.autograd.grad(problem.value(x), x)
+        x.grad += sigma / math.sqrt(size) * torch.randn(size, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        if k & (k - 1) == 0:
+            with optimizer.evaluation_point(), torch.no_grad():
+                found[k] = float(problem.value(x))
+    return found
+
+
+def bound(problem: Problem, method: str, sigma: float, k: int, D: float = 2.0) -> float:
+    """The theory's bound without its constant, after k gradients."""
+    order = (1 + (3 if method == "USFGM" else 1) * problem.nu) / 2
+    return problem.L * D ** (1 + problem.nu) / k**order + sigma * D / math.sqrt(k)
+
+
+def slope(values: dict[int, float], octaves: int = 4) -> float:
+    """The order over the last powers of two: -d log value / d log k."""
+    last = max(values)
+    first = last >> octaves
+    return math.log(values[first] / max(values[last], 1e-300)) / math.log(last / first)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the benchmark."""
+    parser.add_argument("--gradients", type=int, default=1024, help="gradients a run (default 1024)")
+    parser.add_argument("--size", type=int, default=20, help="unknowns (default 20)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs that are averaged (default 3)")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """A row for each problem, method and noise."""
+    if options.gradients < 32 or options.size < 1 or options.seeds < 1:
+        raise UserError("bench convex: --gradients from 32, --size and --seeds from 1 up")
+    rows: list[Row] = []
+    cases = [(name, method, sigma) for name in PROBLEMS for method in METHODS for sigma in (0.0, 0.1, 1.0)]
+    for name, method, sigma in tqdm(cases, desc="convex", leave=False):
+        problem = PROBLEMS[name](options.size, torch.Generator().manual_seed(0))
+        runs = [gaps(problem, method, sigma, options.gradients, seed) for seed in range(options.seeds)]
+        mean = {k: sum(r[k] for r in runs) / len(runs) for k in runs[0]}
+        bounds = {k: bound(problem, method, sigma, k) for k in mean}
+        rows.append(
+            {
+                "problem": name,
+                "method": method,
+                "noise": sigma,
+                "gap": mean[max(mean)],
+                "gap / bound, at most": max(mean[k] / bounds[k] for k in mean),
+                "order": slope(mean),
+                "order of the bound": slope(bounds),
+            }
+        )
+    return rows

@@ -1,0 +1,176 @@
+"""What a batch says about the noise of its gradient, and about the change of the gradient over a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RandomState = tuple[Tensor, "Tensor | None"]
+
+
+class Measurement(NamedTuple):
+    """A batch's gradient and its noise: g_i is the gradient of sample i, g its expectation, gbar the batch's mean."""
+
+    samples: int  # B
+    gradient_square: float  # |gbar|^2
+    variance: float  # estimate of E |g_i - g|^2; gbar has this over B
+    along: float  # the part of it in the direction of gbar; the rest is across
+
+
+class Change(NamedTuple):
+    """What one step x -> x + s did to the gradient."""
+
+    distance: float  # |s|
+    square: float  # estimate of |grad f(x + s) - grad f(x)|^2 without noise; may be negative
+    noise: float  # what noise would have added to it
+
+
+class GradientProbe:
+    """Measures, for the batches that ask for it, the noise of the gradient and its change over the step.
+
+    Noise: of m chunks of the batch, of b_c samples and mean gradients g_c,
+
+        variance = sum_c b_c |g_c - gbar|^2 / (m - 1)
+
+    is unbiased for independent samples. It costs no further gradient, only the batch in parts.
+
+    Change: the gradients of two batches, one before and one after a step, will not do. The step follows the noise of
+    the first, so that their difference contains the noise of both and a product of noise and step, which outweighs the
+    change itself once steps are small. So the first two chunks are computed again after the step, with the same random
+    numbers (dropout). With D_1 and D_2 their differences, E <D_1, D_2> is the square of the mean change, up to order
+    1/B. It costs two chunks of a gradient.
+
+    Use, with ``backward(part)`` as :meth:`AdaptiveBatchSize.accumulate` describes it::
+
+        probe.start(samples)              # gradients are cleared
+        for part in parts:
+            probe.run(backward, part)
+        measurement = probe.measure()     # None of fewer than two chunks
+        optimizer.step()
+        change = probe.change(backward)   # None where nothing was measured; clears the gradients
+
+    Args:
+        parameters: on one device. Parameters without a gradient count as zero.
+        process_group: the processes that share a batch, each with chunks of its own. Gradients must be local
+            (``no_sync`` of DistributedDataParallel); :meth:`measure` puts their mean into ``p.grad``.
+
+    From :meth:`start` to :meth:`change` it keeps a copy of the gradient for each chunk, then of two and of the
+    parameters; nothing between batches, so it has no state to save.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], process_group: dist.ProcessGroup | None = None) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.process_group = process_group
+        self.start(0)
+
+    def start(self, samples: int) -> None:
+        """Begin a batch of ``samples`` (of this process); forget the one before."""
+        self._samples = samples
+        self._chunks: list[Tensor] = []  # flat gradients of the chunks' mean losses
+        self._parts: list[slice] = []
+        self._random: list[RandomState] = []
+        self._sum: Tensor | None = None
+        self._point: Tensor | None = None
+
+    def run(self, backward: Callable[[slice], Any], part: slice) -> Any:
+        """Call ``backward(part)``, take what it adds to the gradients, and return what it returns."""
+        random = self._random_state()
+        result = backward(part)
+        total = self._gradient()
+        own = total if self._sum is None else total - self._sum
+        self._sum = total
+        self._chunks.append(own * (self._samples / (part.stop - part.start)))
+        self._parts.append(part)
+        self._random.append(random)
+        return result
+
+    @torch.no_grad()
+    def measure(self) -> Measurement | None:
+        """The statistics of the batch, equal on all processes; None where it had fewer than two chunks."""
+        sizes = torch.tensor([part.stop - part.start for part in self._parts], dtype=torch.float64)
+        chunks, samples = self._total(torch.tensor([float(len(sizes)), float(sizes.sum())])).tolist()
+        if chunks < 2:
+            return None
+        gradients = torch.stack(self._chunks)  # [m, parameters]
+        mean = self._total((sizes / samples).to(gradients) @ gradients)
+        if self.process_group is not None:
+            self._write(mean)
+        square = float(mean.double() @ mean.double())
+        # Centred before anything is squared, so that small noise is not lost in a large gradient.
+        centred = gradients - mean
+        apart = torch.linalg.vector_norm(centred, dim=1).double().cpu() ** 2
+        along = (centred @ mean).double().cpu() ** 2
+        sums = self._total(torch.stack([(sizes * apart).sum(), (sizes * along).sum()]))
+        variance, along_mean = (sums / (chunks - 1)).tolist()
+        self._chunks = self._chunks[:2]
+        self._point = _flat(self.parameters)
+        return Measurement(int(samples), square, variance, along_mean / square if square else 0.0)
+
+    def change(self, backward: Callable[[slice], Any]) -> Change | None:
+        """What the step since :meth:`measure` changed; None where nothing was measured, or memory ran out."""
+        if self._point is None or len(self._chunks) < 2:
+            return None
+        distance = float((_flat(self.parameters) - self._point).norm())
+        differences = []
+        device = self.parameters[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for part, random, before in zip(self._parts, self._random, self._chunks):
+                self._clear()
+                self._set_random_state(random)
+                try:
+                    backward(part)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    break  # the copies of the first pass were too much: this step is not measured
+                differences.append(self._gradient() * (self._samples / (part.stop - part.start)) - before)
+        self._clear()
+        if len(differences) < 2:
+            self.start(0)
+            return None
+        first, second = (d.double() for d in differences)
+        sums = self._total(torch.stack([first @ second, (first - second).square().sum() / 2, first.new_ones(())]))
+        square, noise, processes = sums.tolist()
+        self.start(0)
+        return Change(distance, square / processes, noise / processes)
+
+    def _gradient(self) -> Tensor:
+        return _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+
+    def _clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def _write(self, flat: Tensor) -> None:
+        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+            p.grad = part.reshape(p.shape).to(p.dtype).clone()
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, where the parameters live; the tensor itself for one process."""
+        if self.process_group is None:
+            return tensor
+        tensor = tensor.to(self.parameters[0].device)
+        dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def _random_state(self) -> RandomState:
+        device = self.parameters[0].device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _set_random_state(self, state: RandomState) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self.parameters[0].device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: CUDA has a class for it, the CPU's allocator a message."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([(t.to_dense() if t.is_sparse else t).detach().reshape(-1) for t in tensors])

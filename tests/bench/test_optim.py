@@ -1,0 +1,42 @@
+"""The benchmarks of the optimisers run from the command line and write what they print."""
+
+import json
+
+import pytest
+
+from recbole_ssm import bench
+from recbole_ssm.errors import UserError
+
+
+def rows_of(arguments, tmp_path):
+    bench.main([*arguments, f"--json={tmp_path / 'rows.json'}"])
+    return json.loads((tmp_path / "rows.json").read_text())
+
+
+def test_the_cost_of_a_step(tmp_path, capsys):
+    small = ["--items=50", "--batch=8", "--length=4", "--rounds=1", "--every=10"]
+    rows = {row["what"]: row for row in rows_of(["optim", *small], tmp_path)}
+    assert {"update: USGM", "update: Adam", "measured step", "measuring 1 step in 10, a step"} <= set(rows)
+    assert all(row["ms"] > 0 for name, row in rows.items() if not name.startswith("measuring"))
+    assert "update: USGM" in capsys.readouterr().out
+
+
+def test_the_order_of_convergence(tmp_path):
+    rows = rows_of(["convex", "--gradients=64", "--size=3", "--seeds=1"], tmp_path)
+    assert len(rows) == 24
+    assert {row["method"] for row in rows} == {"USGM", "USFGM"}
+    assert all(0 < row["gap / bound, at most"] < 3 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["optim", "--chunks=1"], "--chunks from 2"),
+        (["optim", "--device=gpu"], "--device: 'gpu'"),
+        (["convex", "--gradients=5"], "--gradients from 32"),
+        (["optm"], "did you mean 'optim'"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(arguments)
