@@ -49,7 +49,7 @@ def test_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "bench: name one of dataset: "),
+        ([], "bench: name one of convex: "),
         (["trian"], "bench: there is no benchmark 'trian'; did you mean 'train'?"),
         (["train", "--modles=x"], "recbole-ssm bench train: unrecognized arguments: --modles=x"),
         (["train", "--models=SASReck"], "bench train: --models knows SASRec, Mamba4Rec"),
