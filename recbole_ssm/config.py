@@ -37,6 +37,7 @@ from recbole_ssm.data import temporal  # noqa: E402
 from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
+from recbole_ssm.optim import LEARNERS  # noqa: E402
 
 _beside_the_package = Path(__file__).parent / "properties"
 PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
@@ -45,7 +46,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": LOSS_TYPES,
     "train_mode": (None, "packed", "prefix"),
     "lr_scheduler_interval": ("epoch", "step"),
-    "learner": ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam"),
+    "learner": tuple(LEARNERS),
     "residual": ("auto", True, False),
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,

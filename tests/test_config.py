@@ -102,7 +102,8 @@ def test_options_with_equals_signs_in_their_value():
         ({"dropout_prob": 1.0}, "dropout_prob: must lie in [0, 1), got 1.0; try dropout_prob: 0.2"),
         (
             {"learner": "adamm"},
-            "learner: 'adamm' is not one of adam, adamw, sgd, adagrad, rmsprop, sparse_adam; did you mean 'adam'?",
+            "learner: 'adamm' is not one of adam, adamw, sgd, adagrad, rmsprop, sparse_adam, usgm, usfgm; "
+            "did you mean 'adam'?",
         ),
         ({"loss_type": "BCE"}, "loss_type: 'BCE' is not one of CE, BPR"),
         ({"readout": "first"}, "readout: 'first' is not one of last, mean"),
@@ -207,7 +208,7 @@ def test_frozen_keys():
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "checkpoint_keep", "checkpoint_steps", "dataset", "eval_args", "gradient_accumulation_steps",
-        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
+        "learner_args", "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
         "measure_latency", "metrics", "model", "on_bad_lines", "packed_window", "ssm_backend", "train_mode",
         "valid_metric",
     ]  # fmt: skip

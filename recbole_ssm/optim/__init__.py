@@ -1,7 +1,21 @@
 """The universal gradient method and adaptive batch sizes, for any PyTorch model: no RecBole in here."""
 
+import torch
+
 from recbole_ssm.optim.adaptive_batch import AdaptiveBatchSize, HolderFit
 from recbole_ssm.optim.gradient_noise import GradientProbe, Measurement
 from recbole_ssm.optim.usgm import USFGM, USGM
 
-__all__ = ["USFGM", "USGM", "AdaptiveBatchSize", "GradientProbe", "HolderFit", "Measurement"]
+LEARNERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sparse_adam": torch.optim.SparseAdam,
+    "usgm": USGM,
+    "usfgm": USFGM,
+}
+"""Optimisers by the names that RecBole and this package give them."""
+
+__all__ = ["LEARNERS", "USFGM", "USGM", "AdaptiveBatchSize", "GradientProbe", "HolderFit", "Measurement"]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.optim import LEARNERS
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
@@ -156,6 +157,7 @@ class SSMTrainer(Trainer):
             if verbose:
                 self.logger.info(self._generate_train_loss_output(epoch, begin, time.time(), losses))
             self._add_train_loss_to_tensorboard(epoch, losses)
+            self._log_step_sizes(epoch)
             self.wandblogger.log_metrics({"epoch": epoch, "train_loss": losses, "train_step": epoch}, head="train")
         improved, score = not valid_data, None
         if valid_data and (epoch + 1) % self.eval_step == 0:
@@ -173,7 +175,8 @@ class SSMTrainer(Trainer):
 
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
-        score, result = self._valid_epoch(valid_data, show_progress=progress)
+        with self._output():
+            score, result = self._valid_epoch(valid_data, show_progress=progress)
         self.best_valid_score, self.cur_step, stop, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
         )
@@ -347,7 +350,12 @@ class SSMTrainer(Trainer):
         states = distributed.gather(self._rng or random_states())
         if distributed.rank():
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"iterate.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
+        with self._output():
+            weights = {f"model.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
+        if all(torch.equal(tensors[f"iterate.{name[6:]}"], tensor) for name, tensor in weights.items()):
+            tensors = {}
+        tensors |= weights
         optimizer_tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         rng_tensors = {f"rng.{rank}.{name}": t for rank, state in enumerate(states) for name, t in state.items()}
         best = float(self.best_valid_score)
@@ -402,6 +410,9 @@ class SSMTrainer(Trainer):
                         "or start anew"
                     )
         load_weights(self.model, saved, path)
+        iterate = {n.replace("iterate.", "model.", 1): t for n, t in saved.tensors.items() if n.startswith("iterate.")}
+        if iterate:  # where the optimiser stands; what is served and tested is its average
+            load_weights(self.model, saved._replace(tensors=iterate), path)
         try:
             self._take_over(saved.tensors, training)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -443,7 +454,32 @@ class SSMTrainer(Trainer):
             raise ValueError(f"it was written by {len(states)} processes, here are {distributed.world_size()}")
         self._rng = states[distributed.rank()]
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- the optimiser -----------------------------------------------------------------------------------------------
+
+    def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
+        """RecBole's learners by their names, and ours; ``learner_args`` go to the class."""
+        name, arguments = self.config["learner"], dict(self.config["learner_args"] or {})
+        defaults = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if name in ("usgm", "usfgm"):
+            del defaults["lr"]  # they find their own
+        if name == "sparse_adam":
+            del defaults["weight_decay"]
+        try:
+            return LEARNERS[name](self.model.parameters(), **{**defaults, **arguments})  # type: ignore[arg-type]
+        except TypeError as error:
+            raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
+
+    def _output(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the weights are the optimiser's output, where that is not where it stands (an average)."""
+        return getattr(self.optimizer, "evaluation_point", contextlib.nullcontext)()
+
+    def _log_step_sizes(self, epoch: int) -> None:
+        """H and 1 / H of the optimisers that choose them."""
+        if not hasattr(self.optimizer, "step_sizes"):
+            return
+        for number, (group, size) in enumerate(zip(self.optimizer.param_groups, self.optimizer.step_sizes())):
+            self.logger.info(f"{self.learner}: group {number} H {group['H']:.4g}, step size {size:.4g}")
+            self.tensorboard.add_scalar(f"StepSize/{number}", size, epoch)
 
     def _notify(self, moment: str, *what: Any) -> None:
         for hook in self.hooks:
@@ -453,6 +489,8 @@ class SSMTrainer(Trainer):
         name, arguments = self.config["lr_scheduler"], self.config["lr_scheduler_args"] or {}
         if name is None:
             return None
+        if self.learner in ("usgm", "usfgm"):
+            raise UserError(f"lr_scheduler: {self.learner} finds its own step size; leave lr_scheduler empty")
         known: dict[str, Any] = {
             n: c for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and hasattr(c, "step")
         }

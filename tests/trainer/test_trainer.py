@@ -163,6 +163,40 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(toy, monkeypatch):
     assert checkpoint.newest(trainer.folder)[1].info["training"]["epoch"] == 1
 
 
+def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
+    options = {**toy["config_dict"], "learner": "usgm", "epochs": 30, "state": "INFO"}
+    options["learner_args"] = {"D": 100, "rho": 0.01, "average": True, "average_power": 8}
+    with caplog.at_level("INFO"):
+        result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options)
+    assert result["test_result"]["hit@1"] > 0.9
+    assert "usgm: group 0 H " in caplog.text
+    saved = checkpoint.read(pathlib.Path(result["checkpoint"]))
+    name = "item_embedding.weight"
+    assert not torch.equal(saved.tensors[f"model.{name}"], saved.tensors[f"iterate.{name}"])
+    averages = [t for n, t in saved.tensors.items() if n.endswith(".average")]
+    assert any(torch.equal(saved.tensors[f"model.{name}"], average) for average in averages)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learner": "usgm"}, "learner_args: usgm does not take {} .*'D'"),
+        ({"learner": "adam", "learner_args": {"beta": 1}}, "learner_args: adam does not take {'beta': 1}"),
+        ({"learner": "usgm", "learner_args": {"D": -1}}, "USGM: D is -1; give a positive number"),
+        ({"learner": "usgm", "learner_args": {"D": 1}, "lr_scheduler": "StepLR"}, "usgm finds its own step size"),
+    ],
+)
+def test_learners_arguments_are_checked(toy, options, message):
+    with pytest.raises(UserError, match=message):
+        build("2Mamba4Rec", toy, **options)
+
+
+def test_learners_take_their_arguments(toy):
+    trainer, _, _ = build("2Mamba4Rec", toy, learner="adam", learner_args={"betas": [0.8, 0.9]}, weight_decay=0.1)
+    group = trainer.optimizer.param_groups[0]
+    assert (tuple(group["betas"]), group["weight_decay"], group["lr"]) == ((0.8, 0.9), 0.1, 0.01)
+
+
 def test_a_plateau_of_a_score_that_should_rise(toy):
     trainer, _, _ = build("2Mamba4Rec", toy, lr_scheduler="ReduceLROnPlateau")
     assert trainer.scheduler.mode == "max"
