@@ -37,7 +37,7 @@ from recbole_ssm.data import temporal  # noqa: E402
 from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
-from recbole_ssm.optim import LEARNERS  # noqa: E402
+from recbole_ssm.optim import LEARNERS, adaptive_batch  # noqa: E402
 
 _beside_the_package = Path(__file__).parent / "properties"
 PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
@@ -45,6 +45,7 @@ PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__fil
 CHOICES: dict[str, tuple[Any, ...]] = {
     "loss_type": LOSS_TYPES,
     "train_mode": (None, "packed", "prefix"),
+    "adaptive_batch": (None, *adaptive_batch.RULES),
     "lr_scheduler_interval": ("epoch", "step"),
     "learner": tuple(LEARNERS),
     "residual": ("auto", True, False),

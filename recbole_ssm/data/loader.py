@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from logging import getLogger
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ class Part(NamedTuple):
     """A :class:`PackedBatch`, or RecBole's Interaction of rows."""
 
 
+def _no_gather(piece: slice) -> Any:
+    raise NotImplementedError("this step has its parts")
+
+
 class Step(NamedTuple):
     """What one step of the optimiser sees; in a run of several processes, what this process sees of it."""
 
@@ -74,6 +79,20 @@ class Step(NamedTuple):
     targets: int
     """Targets of this step, of all processes together."""
     parts: list[Part]
+    gather: Callable[[slice], Any] = _no_gather
+    """Where the step comes whole: the batch of some of its targets."""
+
+
+class Description(NamedTuple):
+    """A step before its batches are gathered, which a worker process may do."""
+
+    seed: list[int]
+    number: int
+    seen: int
+    targets: int
+    parts: list[tuple[float, np.ndarray]]
+    order: np.ndarray | None
+    """The epoch's order, where the step is to come whole."""
 
 
 class Rows:
@@ -195,6 +214,7 @@ class Steps(Sampler[Any]):
         self.epoch = 0
         self.number = 0
         self.start = 0
+        self.sliced = False  # steps come whole, to be cut by whoever takes them
 
     def begin(self, epoch: int, number: int = 0, start: int = 0) -> None:
         """Let the next iteration give this epoch, from step ``number`` and target ``start`` on."""
@@ -203,14 +223,17 @@ class Steps(Sampler[Any]):
     def __len__(self) -> int:
         return -(-(self.plan.total - self.start) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[list[int], int, int, int, list[tuple[float, np.ndarray]]]]:
+    def __iter__(self) -> Iterator[Description]:
         epoch, number, start = self.epoch, self.number, self.start
         order = self.plan.epoch(np.random.default_rng([self.seed, epoch]))
         while start < self.plan.total:
             stop = min(start + self.batch_size, self.plan.total)
-            taken = self.plan.take(order, start, stop)
-            seed = [self.seed, epoch, number, distributed.rank()]
-            yield seed, number, stop, stop - start, self._parts(taken, stop - start)
+            seed, targets = [self.seed, epoch, number, distributed.rank()], stop - start
+            if self.sliced:
+                yield Description(seed, number, stop, targets, [], order)
+            else:
+                parts = self._parts(self.plan.take(order, start, stop), targets)
+                yield Description(seed, number, stop, targets, parts, None)
             start, number = stop, number + 1
 
     def _parts(self, taken: np.ndarray, targets: int) -> list[tuple[float, np.ndarray]]:
@@ -287,9 +310,15 @@ class _Gather(Dataset[Step]):
         self.loader = loader
 
     def __getitem__(self, step: Any) -> Step:
-        seed, number, seen, targets, parts = step
+        seed, number, seen, targets, parts, order = step
+        if order is not None:
+            return Step(number, seen, targets, [], partial(self._piece, seed, order, seen - targets))
         with seeded(*seed):
             return Step(number, seen, targets, [Part(weight, self.loader.gather(rows)) for weight, rows in parts])
+
+    def _piece(self, seed: list[int], order: np.ndarray, start: int, piece: slice) -> Any:
+        with seeded(*seed, piece.start):
+            return self.loader.gather(self.loader.plan.take(order, start + piece.start, start + piece.stop))
 
 
 def _as_it_is(step: Any) -> Any:

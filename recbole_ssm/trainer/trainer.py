@@ -25,6 +25,7 @@ from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.optim import LEARNERS
 from recbole_ssm.trainer import checkpoint
+from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.latency import Latency, peak_memory
@@ -35,7 +36,7 @@ from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
 from recbole.trainer import Trainer  # noqa: E402
 from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
-from recbole_ssm.data.loader import Step, TrainLoader  # noqa: E402
+from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
 
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
 # What a resumed run may change without being another run.
@@ -93,6 +94,8 @@ class SSMTrainer(Trainer):
         # where training stands: epoch, steps and targets of it that are done, sum of their losses, nothing left of it
         self._position = _start_of(0)
         self._rng: dict[str, torch.Tensor] | None = None  # the random states to save, where not those of the moment
+        self.adaptive: AdaptiveBatch | None = None
+        self._adaptive_state: dict[str, Any] | None = None
         self._saved = False
         self._signal = 0
         if config["measure_latency"]:
@@ -127,6 +130,10 @@ class SSMTrainer(Trainer):
         if self.config["train_neg_sample_args"].get("dynamic", False):
             train_data.get_model(self.model)
         self._check_schedule(len(train_data.steps))
+        if self.config["adaptive_batch"]:
+            self.adaptive = AdaptiveBatch(self.config, train_data, self.model, self.epochs)
+            if self._adaptive_state:
+                self.adaptive.load_state_dict(self._adaptive_state)
         self._saved = saved
         if saved:
             self.open_folder()
@@ -166,6 +173,12 @@ class SSMTrainer(Trainer):
             self._rng = None
         self._schedule("epoch", score)
         self._position = _start_of(epoch + 1)
+        if self.adaptive:
+            self.adaptive.end_epoch()
+            self.logger.info(f"adaptive_batch: {self.adaptive.text()}")
+            self.tensorboard.add_scalar("BatchSize", self.adaptive.sizes.batch_size, epoch)
+            if self._saved and not self.adaptive.save(self.open_folder()):
+                self.logger.info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
         if self._saved:
             if improved:
                 self._save_checkpoint(epoch, verbose=verbose)
@@ -237,21 +250,31 @@ class SSMTrainer(Trainer):
         """One step of the optimiser; the terms of its loss."""
         compute = loss_func or self._loss
         step = step._replace(parts=[part._replace(batch=part.batch.to(self.device)) for part in step.parts])
+
+        def backward(part: Part) -> list[float]:
+            with torch.autocast(self.device.type, enabled=self.enable_amp):
+                losses = compute(part.batch.to(self.device))
+            losses = losses if isinstance(losses, tuple) else (losses,)
+            loss: Any = sum(losses)
+            self._check_nan(loss, step)
+            self.scaler.scale(part.weight * loss).backward()
+            return [part.weight * term.item() for term in losses]
+
         self._notify("on_step_start", step)
-        self.optimizer.zero_grad()
-        terms: list[float] = []
-        for number, (weight, batch) in enumerate(step.parts):
-            last = number == len(step.parts) - 1
-            alone = contextlib.nullcontext() if last or not hasattr(compute, "no_sync") else compute.no_sync()
-            with alone:  # the processes' gradients meet in the last part
-                with torch.autocast(self.device.type, enabled=self.enable_amp):
-                    losses = compute(batch)
-                losses = losses if isinstance(losses, tuple) else (losses,)
-                loss: Any = sum(losses)
-                self._check_nan(loss, step)
-                self.scaler.scale(weight * loss).backward()
-            found = [weight * term.item() for term in losses]
-            terms = [a + b for a, b in zip(terms, found)] if terms else found
+        measurement = None
+        if self.adaptive:
+            terms, parts = self.adaptive.gradients(step, backward, self.optimizer.zero_grad)
+            step = step._replace(parts=parts)
+            measurement = self.adaptive.measure()
+        else:
+            self.optimizer.zero_grad()
+            found = []
+            for part in step.parts:
+                last = part is step.parts[-1]
+                alone = contextlib.nullcontext() if last or not hasattr(compute, "no_sync") else compute.no_sync()
+                with alone:  # the processes' gradients meet in the last part
+                    found.append(backward(part))
+            terms = [sum(values) for values in zip(*found)]
         self.scaler.unscale_(self.optimizer)
         self._notify("on_gradients", step)
         if self.clip_grad_norm:
@@ -259,6 +282,8 @@ class SSMTrainer(Trainer):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.global_step += 1
+        if self.adaptive:
+            self.adaptive.decide(measurement, self.global_step, self._step_size())
         self._schedule("step")
         terms = distributed.mean(terms)
         self._notify("on_step_end", step, sum(terms))
@@ -369,6 +394,7 @@ class SSMTrainer(Trainer):
             "optimizer": optimizer,
             "scheduler": checkpoint.keyed(self.scheduler.state_dict()) if self.scheduler else None,
             "scaler": plain(self.scaler.state_dict()),
+            "adaptive": self.adaptive.state_dict() if self.adaptive else None,
             "hooks": {type(hook).__name__: hook.state_dict() for hook in self.hooks},
             "fingerprint": self.fingerprint,
             "options": plain(getattr(self.config, "external_config_dict", {})),
@@ -442,6 +468,7 @@ class SSMTrainer(Trainer):
         if self.scheduler:
             self.scheduler.load_state_dict(checkpoint.unkeyed(training["scheduler"]))
         self.scaler.load_state_dict(training["scaler"])
+        self._adaptive_state = training["adaptive"]
         for hook in self.hooks:
             if type(hook).__name__ in training["hooks"]:
                 hook.load_state_dict(training["hooks"][type(hook).__name__])
@@ -472,6 +499,11 @@ class SSMTrainer(Trainer):
     def _output(self) -> contextlib.AbstractContextManager[None]:
         """Within it the weights are the optimiser's output, where that is not where it stands (an average)."""
         return getattr(self.optimizer, "evaluation_point", contextlib.nullcontext)()
+
+    def _step_size(self) -> float:
+        """The first group's learning rate, or 1 / H."""
+        own = getattr(self.optimizer, "step_sizes", None)
+        return own()[0] if own else self.optimizer.param_groups[0]["lr"]
 
     def _log_step_sizes(self, epoch: int) -> None:
         """H and 1 / H of the optimisers that choose them."""
