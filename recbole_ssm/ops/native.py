@@ -377,22 +377,24 @@ def _ssd_fields(
     }  # fmt: skip
 
 
-def _ssd_outputs(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+def _ssd_outputs(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, carry: bool, keep: bool) -> tuple[Tensor, ...]:
     H, P, N = x.shape[2], x.shape[3], B.shape[3]
-    return x.new_empty(x.shape), x.new_empty(_sequences(x, cu_seqlens), H, N, P), _kept(x, keep, H, N, P)
+    final = x.new_empty(_sequences(x, cu_seqlens) if carry else 0, H, N, P)
+    return x.new_empty(x.shape), final, _kept(x, keep, H, N, P)
 
 
 def _ssd_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
+    *given, carry, keep = arguments
     fields = _ssd_fields(x, *given)
-    y, final, kept = _ssd_outputs(x, given[2], given[-1], keep)
-    _run("ssd", x.shape[0] * x.shape[1], False, {**fields, "y": y, "final": final, "kept": kept if keep else None})
+    y, final, kept = _ssd_outputs(x, given[2], given[-1], carry, keep)
+    fields |= {"y": y, "final": final if carry else None, "kept": kept if keep else None}
+    _run("ssd", x.shape[0] * x.shape[1], False, fields)
     return y, final, kept
 
 
 def _ssd_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    return _ssd_outputs(x, given[2], given[-1], keep)
+    *given, carry, keep = arguments
+    return _ssd_outputs(x, given[2], given[-1], carry, keep)
 
 
 def _ssd_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -415,6 +417,7 @@ def _ssd_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) 
 
 def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:8], output[2])
+    ctx.carry = inputs[8]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -422,11 +425,11 @@ def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _ssd_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
     *given, kept = ctx.saved_tensors
     gy = torch.zeros_like(given[0]) if gy is None else gy
-    gradients = _ssd_backward_op(gy, gfinal, kept, *given)
-    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None, None
+    gradients = _ssd_backward_op(gy, gfinal if ctx.carry else None, kept, *given)
+    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None, None, None
 
 
-_ssd_op = _operator(f"ssd({_SSD}, bool keep) -> (Tensor, Tensor, Tensor)", _ssd_forward, _ssd_fake)
+_ssd_op = _operator(f"ssd({_SSD}, bool carry, bool keep) -> (Tensor, Tensor, Tensor)", _ssd_forward, _ssd_fake)
 _ssd_backward_op = _operator(
     f"ssd_backward(Tensor gy, Tensor? gfinal, Tensor kept, {_SSD}) -> ({', '.join(['Tensor'] * 7)})",
     _ssd_backward,
@@ -444,13 +447,14 @@ def _ssd(
     D: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if not _usable(x, dt, A, B, C, D, state):
-        return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens)
+        return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens, return_state)
     state_SHNP = None if state is None else state.transpose(2, 3)
     keep = _needs_gradient(x, dt, A, B, C, D, state)
-    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, keep)
-    return y, final.transpose(2, 3)
+    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, return_state, keep)
+    return y, final.transpose(2, 3) if return_state else None
 
 
 # --- SSD at the last position -------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_operators_keep_the_rules_of_torch_library():
     scan = torch.ops.recbole_ssm.selective_scan.default
     torch.library.opcheck(scan, (x, dt, A, B, C, skip, z, None, None, None, True, False, True))
     x, dt, A, B, C, skip = (t.requires_grad_() for t in arguments(ops.ssd, 2, 6, 2, torch.float32)[0])
-    torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True))
+    torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True, True))
 
 
 def test_operators_refuse_what_does_not_fit():
@@ -178,7 +178,7 @@ def test_operators_refuse_other_precision():
 def test_operators_refuse_groups_that_do_not_divide_the_heads(groups):
     x, dt, A, maps = torch.randn(1, 5, 3, 4), torch.rand(1, 5, 3), -torch.rand(3), torch.randn(1, 5, groups, 2)
     with pytest.raises(ValueError, match=f"the {groups} groups of B must divide the 3 heads"):
-        torch.ops.recbole_ssm.ssd(x, dt, A, maps, maps, None, None, None, False)
+        torch.ops.recbole_ssm.ssd(x, dt, A, maps, maps, None, None, None, True, False)
     with pytest.raises(ValueError, match=f"the {groups} groups of B must divide the 3 heads"):
         torch.ops.recbole_ssm.ssd_last(x, dt, A, maps, maps[:, 0], None, None)
 
