@@ -36,6 +36,8 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         """Compile the kernels once for each instruction set and link all of it together; a failure is a notice."""
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.unlink(missing_ok=True)  # a failed build must not leave the kernels of older sources behind
         try:
             objects = self.compiler.compile(
                 [str(SOURCES / "library.cpp")], output_dir=self.build_temp, extra_postargs=FLAGS
@@ -47,11 +49,15 @@ class BuildKernels(build_ext):
                     macros=[("VL", str(floats)), ("KERNELS", f"kernels_{name}")],
                     extra_postargs=FLAGS + flags,
                 )
-            library = self.get_ext_fullpath(ext.name)
-            self.mkpath(str(Path(library).parent))
-            self.compiler.link_shared_object(objects, library, libraries=["pthread"], target_lang="c++")
+            self.mkpath(str(library.parent))
+            self.compiler.link_shared_object(objects, str(library), libraries=["pthread"], target_lang="c++")
         except Exception as error:  # no compiler, or none that knows the flags
             print(f"recbole_ssm: the native kernels were not built ({error}); PyTorch's operations take their place")
+
+    def copy_extensions_to_source(self):
+        """For an editable install; there too nothing older may stay."""
+        (SOURCES.parent / "_native.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def get_outputs(self):
         """The files that were built."""

@@ -1,9 +1,12 @@
 """What pip installs."""
 
 import configparser
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -47,6 +50,35 @@ def test_the_readmes_layers_run():
     names: dict = {}
     exec(block, names)
     assert names["y"].shape == (8, 50, 64) and names["y_next"].shape == (8, 64)
+
+
+def setup_in_a_copy(folder, *arguments, **environment):
+    """Run setup.py on the sources alone."""
+    shutil.copytree(
+        REPOSITORY, folder, ignore=shutil.ignore_patterns(".*", "tests", "dataset", "saved", "log*", "build", "*.so")
+    )
+    (folder / "recbole_ssm" / "_native.so").write_text("of older sources")
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments], cwd=folder, env={**os.environ, **environment}, check=True,
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+
+
+def test_without_a_compiler_it_installs_and_no_older_library_stays(tmp_path):
+    nothing = {"CC": "no-compiler", "CXX": "no-compiler"}
+    said = setup_in_a_copy(tmp_path / "copy", "build_ext", "--inplace", **nothing)
+    assert "the native kernels were not built" in said
+    assert not (tmp_path / "copy" / "recbole_ssm" / "_native.so").exists()
+
+
+def test_the_source_distribution_holds_the_kernels(tmp_path):
+    setup_in_a_copy(tmp_path / "copy", "sdist")
+    (archive,) = (tmp_path / "copy" / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {f"recbole_ssm/csrc/{path.name}" for path in (REPOSITORY / "recbole_ssm" / "csrc").iterdir()}
+    assert sources and {*sources, "setup.py", "properties/overall.yaml"} <= names
+    assert "recbole_ssm/_native.so" not in names
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ struct SsdCall {
 };
 
 i64 ssd_rows(const Ssd& a) { return a.offsets ? a.offsets[a.S] : a.S * a.L; }
-i64 ssd_splits(const Ssd& a) { return a.S >= 8 ? 1 : min_of(4, a.H / a.G); }
+i64 ssd_splits(const Ssd& a) { return a.S >= 8 ? 1 : max_of(1, min_of(4, a.H / a.G)); }
 
 i64 ssd_scratch(const Ssd& a, i64 backward) {
   const i64 Pp = padded(a.P), Np = padded(a.N), states = (a.H / a.G + ssd_splits(a) - 1) / ssd_splits(a) * Np * Pp;

@@ -54,10 +54,16 @@ class Block(nn.Module):
         self.residual = residual
 
     def forward(
-        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+        self,
+        u: Tensor,
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+        return_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
         """Whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
-        y, state = self.mixer(u, state, cu_seqlens=cu_seqlens, last_only=last_only)
+        y, state = self.mixer(u, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state)
         return self._finish(last_of(u, cu_seqlens) if last_only else u, y), state
 
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:

@@ -72,7 +72,13 @@ class Hydra(nn.Module):
         init_dt_bias(self.dt_bias, self.dt_init)
 
     def forward(
-        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+        self,
+        u: Tensor,
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+        return_state: bool = True,
     ) -> tuple[Tensor, None]:
         """Mix whole sequences.
 
@@ -81,6 +87,7 @@ class Hydra(nn.Module):
             state: must be None: a bidirectional mixer has none to carry.
             cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
             last_only: give the last position of each sequence alone, exactly and for less.
+            return_state: of no effect, as there is none.
 
         Returns:
             y, shape of u (``[S, d_model]`` with ``last_only``), and None.

@@ -61,7 +61,13 @@ class Mamba(nn.Module):
         return MixerState.alloc((batch, self.d_inner, self.d_conv), (batch, self.d_inner, self.d_state), self.A_log)
 
     def forward(
-        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+        self,
+        u: Tensor,
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+        return_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix whole sequences.
 
@@ -70,10 +76,11 @@ class Mamba(nn.Module):
             state: what came before, None for nothing.
             cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
             last_only: give the last position of each sequence alone, exactly and for less.
+            return_state: whether a state is wanted; training needs none.
 
         Returns:
-            y, shape of u, and the state after the last position. With ``last_only`` y is ``[S, d_model]`` and, where
-            no state came in, none goes out.
+            y, shape of u, and the state after the last position or None. With ``last_only`` y is ``[S, d_model]`` and,
+            where no state came in, none goes out.
         """
         if last_only and state is None:
             return self._forward_last(u, cu_seqlens), None
@@ -98,7 +105,7 @@ class Mamba(nn.Module):
         )
         if last_only:
             y = last_of(y, cu_seqlens)
-        return self.out_proj(y), MixerState(conv, ssm)
+        return self.out_proj(y), MixerState(conv, ssm) if return_state else None
 
     def _forward_last(self, u: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """As forward, with C, the gate and the output projection at the last positions alone."""

@@ -71,7 +71,13 @@ class Mamba2(nn.Module):
         )
 
     def forward(
-        self, u: Tensor, state: MixerState | None = None, *, cu_seqlens: Tensor | None = None, last_only: bool = False
+        self,
+        u: Tensor,
+        state: MixerState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+        return_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
         """Mix whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
         to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + self.n_heads])
@@ -88,9 +94,19 @@ class Mamba2(nn.Module):
             y = ssd_last(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens)
         else:
             y, ssm = ssd(
-                x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True, state_BHPN=ssm, cu_seqlens=cu_seqlens
+                x,
+                dt,
+                A,
+                B,
+                C,
+                self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                state_BHPN=ssm,
+                cu_seqlens=cu_seqlens,
+                return_state=return_state,
             )
-            after = MixerState(conv, ssm)
+            after = None if ssm is None else MixerState(conv, ssm)
             if last_only:
                 y, u = last_of(y, cu_seqlens), last_of(u, cu_seqlens)
         return self._gate_and_project(y, F.linear(u, to_z)), after

@@ -81,8 +81,8 @@ class SSMRecommender(PackedRecommender):
         """As :meth:`PackedRecommender.encode`."""
         u = self.embed(items_L)[None]  # [1, total, hidden_size]
         for block in self.blocks[:-1]:
-            u, _ = block(u, cu_seqlens=cu_seqlens)
-        u, _ = self.blocks[-1](u, cu_seqlens=cu_seqlens, last_only=last_only)
+            u, _ = block(u, cu_seqlens=cu_seqlens, return_state=False)
+        u, _ = self.blocks[-1](u, cu_seqlens=cu_seqlens, last_only=last_only, return_state=False)
         return u if last_only else u[0]
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from recbole_ssm.ops.arguments import expect_shape
 from recbole_ssm.ops.backend import implements
@@ -124,6 +125,11 @@ def _whole(t: Tensor | None) -> Tensor | None:
 
 def _run(name: str, rows: int, backward: bool, fields: dict[str, Any]) -> None:
     """Call a kernel; ``fields`` holds the tensors until it returns."""
+    if name not in _kernels:  # an exported program on a machine that has not built them
+        raise RuntimeError(f"{name}: the native kernels are not usable here: {unusable}")
+    for field, value in fields.items():  # the sums gA and gskip are this module's own, and in double for SSD
+        if isinstance(value, Tensor) and value.dtype != torch.float32 and field not in ("offsets", "gA", "gskip"):
+            raise ValueError(f"{name}: the native kernels compute float32, not {value.dtype} as given for {field}")
     values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
     call = _STRUCTURES[name](threads=torch.get_num_threads(), **values)
     run, size = _kernels[name]
@@ -149,8 +155,18 @@ def _kept(x: Tensor, keep: bool, *state: int) -> Tensor:
     return x.new_empty(x.shape[0] * x.shape[1] // CHUNK if keep else 0, *state)
 
 
+def _expect_kept(op: str, kept: Tensor, x: Tensor, *state: int) -> None:
+    """An exported program may run backward although its forward was traced without gradients."""
+    if tuple(kept.shape) != (x.shape[0] * x.shape[1] // CHUNK, *state):
+        raise ValueError(f"{op}: the forward kept no states for a backward; run or export it with gradients enabled")
+
+
 def _usable(*tensors: Tensor | None) -> bool:
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+    """Whether all are float32 on the CPU, and none carries a tangent: PyTorch would drop it without a word."""
+    given = [t for t in tensors if t is not None]
+    if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given):
+        return False
+    return torch.compiler.is_compiling() or all(unpack_dual(t).tangent is None for t in given)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
@@ -181,8 +197,14 @@ def _operator(schema: str, function: Any, fake: Any) -> Any:
     return getattr(torch.ops.recbole_ssm, name).default
 
 
-def _with_gradient(operator: Any, backward: Any, setup: Any) -> None:
+def _with_gradient(operator: Any, backward_operator: Any, backward: Any, setup: Any) -> None:
     torch.library.register_autograd(operator, backward, setup_context=setup, lib=_operators)
+    torch.library.register_autograd(backward_operator, _refuse_second_derivative, lib=_operators)
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
+    """Without this PyTorch would warn and return zeros."""
+    raise NotImplementedError("the native kernels have no second derivative; use ssm_backend: reference")
 
 
 # --- selective scan -----------------------------------------------------------------------------------------------
@@ -246,7 +268,10 @@ def _scan_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple
 
 def _scan_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
     fields = _scan_fields(*given)
-    x, last = given[0], given[-1]
+    x, last, (D, N), S = given[0], given[-1], given[2].shape, fields["S"]
+    expect_shape("selective_scan", gy=(gy, (S, D) if last else tuple(x.shape)), gfinal=(gfinal, (S, N, D)))
+    if not last:
+        _expect_kept("selective_scan", kept, x, N, D)
     gradients = _scan_gradients(gy, gfinal, kept, *given)
     names = ("gx", "gdt", "gA", "gB", "gC", "gskip", "gz", "gbias", "gstate")
     fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
@@ -276,7 +301,7 @@ _scan_backward_op = _operator(
     _scan_backward,
     _scan_gradients,
 )
-_with_gradient(_scan_op, _scan_autograd, _scan_setup)
+_with_gradient(_scan_op, _scan_backward_op, _scan_autograd, _scan_setup)
 
 
 def _selective_scan(
@@ -323,6 +348,11 @@ def _selective_scan_last(
 _SSD = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? cu_seqlens"
 
 
+def _expect_groups(op: str, G: int, H: int) -> None:
+    if G == 0 or H % G:
+        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
+
+
 def _ssd_fields(
     x: Tensor,
     dt: Tensor,
@@ -335,6 +365,7 @@ def _ssd_fields(
 ) -> dict[str, Any]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     maps = (batch, L, G, N)
+    _expect_groups("ssd", G, H)
     expect_shape(
         "ssd", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, maps), C=(C, maps), D=(D, (H,)),
         state=(state_SHNP, (_sequences(x, cu_seqlens), H, N, P)),
@@ -346,22 +377,24 @@ def _ssd_fields(
     }  # fmt: skip
 
 
-def _ssd_outputs(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, keep: bool) -> tuple[Tensor, ...]:
+def _ssd_outputs(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, carry: bool, keep: bool) -> tuple[Tensor, ...]:
     H, P, N = x.shape[2], x.shape[3], B.shape[3]
-    return x.new_empty(x.shape), x.new_empty(_sequences(x, cu_seqlens), H, N, P), _kept(x, keep, H, N, P)
+    final = x.new_empty(_sequences(x, cu_seqlens) if carry else 0, H, N, P)
+    return x.new_empty(x.shape), final, _kept(x, keep, H, N, P)
 
 
 def _ssd_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
+    *given, carry, keep = arguments
     fields = _ssd_fields(x, *given)
-    y, final, kept = _ssd_outputs(x, given[2], given[-1], keep)
-    _run("ssd", x.shape[0] * x.shape[1], False, {**fields, "y": y, "final": final, "kept": kept if keep else None})
+    y, final, kept = _ssd_outputs(x, given[2], given[-1], carry, keep)
+    fields |= {"y": y, "final": final if carry else None, "kept": kept if keep else None}
+    _run("ssd", x.shape[0] * x.shape[1], False, fields)
     return y, final, kept
 
 
 def _ssd_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    return _ssd_outputs(x, given[2], given[-1], keep)
+    *given, carry, keep = arguments
+    return _ssd_outputs(x, given[2], given[-1], carry, keep)
 
 
 def _ssd_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -372,6 +405,9 @@ def _ssd_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[
 
 def _ssd_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
     fields, x = _ssd_fields(*given), given[0]
+    states = fields["H"], fields["N"], fields["P"]
+    expect_shape("ssd", gy=(gy, tuple(x.shape)), gfinal=(gfinal, (fields["S"], *states)))
+    _expect_kept("ssd", kept, x, *states)
     gradients = _ssd_gradients(gy, gfinal, kept, *given)
     names = ("gx", "gdt", "gA", "gB", "gC", "gskip", "gstate")
     fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
@@ -381,6 +417,7 @@ def _ssd_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) 
 
 def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:8], output[2])
+    ctx.carry = inputs[8]
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -388,17 +425,17 @@ def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _ssd_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
     *given, kept = ctx.saved_tensors
     gy = torch.zeros_like(given[0]) if gy is None else gy
-    gradients = _ssd_backward_op(gy, gfinal, kept, *given)
-    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None, None
+    gradients = _ssd_backward_op(gy, gfinal if ctx.carry else None, kept, *given)
+    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None, None, None
 
 
-_ssd_op = _operator(f"ssd({_SSD}, bool keep) -> (Tensor, Tensor, Tensor)", _ssd_forward, _ssd_fake)
+_ssd_op = _operator(f"ssd({_SSD}, bool carry, bool keep) -> (Tensor, Tensor, Tensor)", _ssd_forward, _ssd_fake)
 _ssd_backward_op = _operator(
     f"ssd_backward(Tensor gy, Tensor? gfinal, Tensor kept, {_SSD}) -> ({', '.join(['Tensor'] * 7)})",
     _ssd_backward,
     _ssd_gradients,
 )
-_with_gradient(_ssd_op, _ssd_autograd, _ssd_setup)
+_with_gradient(_ssd_op, _ssd_backward_op, _ssd_autograd, _ssd_setup)
 
 
 def _ssd(
@@ -410,13 +447,14 @@ def _ssd(
     D: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if not _usable(x, dt, A, B, C, D, state):
-        return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens)
+        return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens, return_state)
     state_SHNP = None if state is None else state.transpose(2, 3)
     keep = _needs_gradient(x, dt, A, B, C, D, state)
-    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, keep)
-    return y, final.transpose(2, 3)
+    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, return_state, keep)
+    return y, final.transpose(2, 3) if return_state else None
 
 
 # --- SSD at the last position -------------------------------------------------------------------------------------
@@ -428,6 +466,7 @@ def _ssd_last_fields(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> dict[str, Any]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
+    _expect_groups("ssd_last", G, H)
     expect_shape(
         "ssd_last", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)),
         C=(C, (_sequences(x, cu_seqlens), G, N)), D=(D, (H,)),
@@ -457,6 +496,7 @@ def _ssd_last_gradients(gy: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 def _ssd_last_backward(gy: Tensor, *given: Any) -> tuple[Tensor, ...]:
     fields, x = _ssd_last_fields(*given), given[0]
+    expect_shape("ssd_last", gy=(gy, (fields["S"], *x.shape[2:])))
     gradients = _ssd_last_gradients(gy, *given)
     names = ("gx", "gdt", "gA", "gB", "gC", "gskip")
     fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
@@ -480,7 +520,7 @@ _ssd_last_backward_op = _operator(
     _ssd_last_backward,
     _ssd_last_gradients,
 )
-_with_gradient(_ssd_last_op, _ssd_last_autograd, _ssd_last_setup)
+_with_gradient(_ssd_last_op, _ssd_last_backward_op, _ssd_last_autograd, _ssd_last_setup)
 
 
 def _ssd_last(
@@ -526,10 +566,13 @@ def _quasi_gradients(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any
 
 
 def _quasi_backward(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    x = given[0]
+    expect_shape("quasiseparable", gy=(gy, tuple(x.shape)))
     gradients = _quasi_gradients(gy, kept_fwd, kept_bwd, *given)
     gx, gdt_fwd, gdt_bwd, gA, gB_fwd, gC_fwd, gB_bwd, gC_bwd = gradients
     each = ((gdt_fwd, gB_fwd, gC_fwd, kept_fwd), (gdt_bwd, gB_bwd, gC_bwd, kept_bwd))
     for fields, (gdt, gB, gC, kept) in zip(_directions(*given), each):
+        _expect_kept("quasiseparable", kept, x, fields["H"], fields["N"], fields["P"])
         fields |= {**_rows("gy", gy), "gx": gx, "gA": gA, "gdt": gdt, "gB": gB, "gC": gC, "kept": kept}
         _run("ssd", gy.shape[0] * gy.shape[1], True, fields)
     return gradients
@@ -553,7 +596,7 @@ _quasi_backward_op = _operator(
     _quasi_backward,
     _quasi_gradients,
 )
-_with_gradient(_quasi_op, _quasi_autograd, _quasi_setup)
+_with_gradient(_quasi_op, _quasi_backward_op, _quasi_autograd, _quasi_setup)
 
 
 def _quasiseparable(x: Tensor, *given: Any) -> Tensor:
@@ -607,6 +650,8 @@ def _conv_gradients(gy: Tensor, gfinal: Any, *given: Any) -> tuple[Tensor, ...]:
 
 def _conv_backward(gy: Tensor, gfinal: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     fields, x = _conv_fields(*given), given[0]
+    S = fields["S"] if given[-1] else 0
+    expect_shape("conv1d", gy=(gy, tuple(x.shape)), gfinal=(gfinal, (S, fields["K"], fields["D"])))
     gradients = _conv_gradients(gy, gfinal, *given)
     names = ("gx", "gweight", "gbias", "gstate")
     fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
@@ -633,7 +678,7 @@ _conv_backward_op = _operator(
     _conv_backward,
     _conv_gradients,
 )
-_with_gradient(_conv_op, _conv_autograd, _conv_setup)
+_with_gradient(_conv_op, _conv_backward_op, _conv_autograd, _conv_setup)
 
 
 def _causal_conv1d(

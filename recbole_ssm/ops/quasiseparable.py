@@ -101,8 +101,8 @@ def _reference(
 ) -> Tensor:
     def one(x: Tensor, *rest: Tensor | None) -> tuple[Tensor, None]:
         dt_f, dt_b, B_f, C_f, B_b, C_b = (t for t in rest if t is not None)
-        forward, _ = ssd_reference(x, dt_f, A, B_f, C_f, None, None, None)
-        backward, _ = ssd_reference(x.flip(1), dt_b.flip(1), A, B_b.flip(1), C_b.flip(1), None, None, None)
+        forward, _ = ssd_reference(x, dt_f, A, B_f, C_f, None, None, None, False)
+        backward, _ = ssd_reference(x.flip(1), dt_b.flip(1), A, B_b.flip(1), C_b.flip(1), None, None, None, False)
         return _shift(forward) + _shift(backward).flip(1), None
 
     arguments = (x, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
@@ -137,8 +137,8 @@ def _padded(
         S_fwd = log_decay(dt_fwd, A)
         S_bwd = log_decay(dt_bwd.flip(1), A).flip(-1)
         return tiled(_one_matrix, H * L * L, x, S_fwd, S_bwd, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
-    forward, _ = ssd_padded(x, B_fwd, C_fwd, dt_fwd, A, None)
-    backward, _ = ssd_padded(x.flip(1), B_bwd.flip(1), C_bwd.flip(1), dt_bwd.flip(1), A, None)
+    forward, _ = ssd_padded(x, B_fwd, C_fwd, dt_fwd, A, None, False)
+    backward, _ = ssd_padded(x.flip(1), B_bwd.flip(1), C_bwd.flip(1), dt_bwd.flip(1), A, None, False)
     return _shift(forward) + _shift(backward).flip(1)
 
 

@@ -31,7 +31,8 @@ def ssd(
     dt_softplus: bool = False,
     state_BHPN: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """SSD over whole sequences.
 
     Args:
@@ -42,9 +43,11 @@ def ssd(
         D_H: skip weights ``[H]`` or None.
         state_BHPN: initial state ``[B, H, P, N]`` (packed: ``[S, H, P, N]``) or None for zeros.
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts anew at each.
+        return_state: whether the final state is wanted; of short sequences it is a good part of the work.
 
     Returns:
-        y ``[B, L, H, P]`` in the dtype of x, and the final state (shape as ``state_BHPN``) in float32 or wider.
+        y ``[B, L, H, P]`` in the dtype of x, and the final state (shape as ``state_BHPN``) in float32 or wider, or
+        None.
 
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
@@ -54,7 +57,7 @@ def ssd(
     expect_shape("ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3])))
     x, dt, B, C, state = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_BLGN, state_BHPN)
     D_H = None if D_H is None else D_H.to(x.dtype)
-    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, state, cu_seqlens)
+    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, state, cu_seqlens, return_state)
     return y.to(x_BLHP.dtype), final
 
 
@@ -128,6 +131,7 @@ def _reference(
     D: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     H = x.shape[2]
     B, C = (t.repeat_interleave(H // t.shape[2], 2) for t in (B, C))  # [B, L, H, N]
@@ -145,7 +149,7 @@ def _reference(
         y, final = one(x, dt, B, C, state)
     else:
         y, final = map_sequences(one, (x, dt, B, C), state, cu_seqlens)
-    return _skip(y, x, D), final
+    return _skip(y, x, D), final if return_state else None
 
 
 @implements("ssd_last", "reference")
@@ -155,7 +159,7 @@ def _last_reference(
     C_everywhere = C[:, None].expand(-1, x.shape[1], -1, -1)
     if cu_seqlens is not None:
         C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
-    y, _ = _reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens)
+    y, _ = _reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens, False)
     return last_of(y, cu_seqlens)
 
 
@@ -198,12 +202,15 @@ def tiled(function: Callable[..., Tensor], elements_per_row: int, *tensors: Tens
     return torch.cat([function(*tile) for tile in zip(*[t.split(rows) for t in tensors])])
 
 
-def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """SSD of a padded batch ``[b, L, ...]`` (listing 1 of the paper), with the final state ``[b, H, P, N]``."""
+def ssd_padded(
+    x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: Tensor | None, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """SSD of a padded batch ``[b, L, ...]`` (listing 1 of the paper), with the final state ``[b, H, P, N]`` or None."""
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
     if L == 0:
-        return x, x.new_zeros(batch, H, P, N) if state is None else state
+        start = x.new_zeros(batch, H, P, N) if state is None else state
+        return x, start if return_state else None
     Q = L if L <= ONE_CHUNK else CHUNK
     chunks = -(-L // Q)
     if chunks * Q > L:
@@ -213,6 +220,8 @@ def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: 
     S = log_decay(dt, A_H)  # [b c, H, Q]
     # 1. within each chunk, from a zero state
     y = tiled(_matrix_form, H * Q * Q, x, dt, S, B, C)
+    if chunks == 1 and state is None and not return_state:
+        return y, None
     # 2. what each chunk adds to the state by its end
     to_end = decay_of((S[..., -1:] - S).to(x.dtype)).transpose(1, 2) * dt  # [b c, Q, H]
     added = (x * to_end[..., None]).reshape(batch * chunks, Q, G, (H // G) * P).permute(0, 2, 3, 1) @ B.transpose(1, 2)
@@ -228,7 +237,7 @@ def ssd_padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_H: Tensor, state: 
         given = C.transpose(1, 2) @ start.transpose(2, 3)  # [b c, G, Q, (H / G) P]
         given = given.reshape(batch * chunks, G, Q, H // G, P).permute(0, 2, 1, 3, 4).reshape(x.shape)
         y = torch.addcmul(y, given, decay_of(S.to(x.dtype)).transpose(1, 2)[..., None])
-    return y.reshape(batch, chunks * Q, H, P)[:, :L], starts[-1]
+    return y.reshape(batch, chunks * Q, H, P)[:, :L], starts[-1] if return_state else None
 
 
 @implements("ssd", "torch")
@@ -241,11 +250,12 @@ def torch_ssd(
     D: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`ssd` on any device and in any precision, from step sizes as they are."""
 
-    def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ssd_padded(x, B, C, dt, A, state)
+    def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return ssd_padded(x, B, C, dt, A, state, return_state)
 
     if cu_seqlens is None:
         y, final = padded(x, B, C, dt, state)

@@ -67,6 +67,15 @@ def test_packed_equals_alone_and_last_only_equals_the_last(kind, lengths):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_left_out_where_it_is_not_wanted(kind):
+    block = Block(build(kind), 16, dropout=0.0, residual=True).double().eval()
+    u = torch.randn(3, 9, 16, dtype=torch.float64)
+    y, state = block(u, return_state=False)
+    assert state is None
+    assert torch.equal(y, block(u)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_last_only_has_the_same_gradients(kind):
     lengths = [4, 1, 9]
     cu_seqlens = cu_seqlens_of(torch.tensor(lengths))

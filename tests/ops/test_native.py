@@ -58,7 +58,11 @@ def a_call(data, op):
 def test_any_shape_equals_the_reference(op, instruction_set, data):
     tensors, keywords, cu_seqlens = a_call(data, op)
     expected = values_and_gradients(op, "torch", tensors, keywords, torch.float64, cu_seqlens)
-    found = values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: whatever a kernel leaves unwritten shows
+    try:
+        found = values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens)
+    finally:
+        torch.use_deterministic_algorithms(False)
     for f, e in zip(found, expected):
         # a gradient of one number may cancel to nearly nothing, so its digits count from 1 on
         torch.testing.assert_close(
@@ -149,7 +153,7 @@ def test_operators_keep_the_rules_of_torch_library():
     scan = torch.ops.recbole_ssm.selective_scan.default
     torch.library.opcheck(scan, (x, dt, A, B, C, skip, z, None, None, None, True, False, True))
     x, dt, A, B, C, skip = (t.requires_grad_() for t in arguments(ops.ssd, 2, 6, 2, torch.float32)[0])
-    torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True))
+    torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True, True))
 
 
 def test_operators_refuse_what_does_not_fit():
@@ -162,6 +166,63 @@ def test_operators_refuse_what_does_not_fit():
     for bounds in ([0, 4, 3, 6], [0, 7], [1, 6], [-1, 6]):
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the total length 6"):
             torch.ops.recbole_ssm.conv1d(x[:1], weight, bias, None, torch.tensor(bounds), 3, True, True)
+
+
+def test_operators_refuse_other_precision():
+    x, dt, A, B, C, *_ = (t.double() for t in arguments(ops.selective_scan, 2, 6, 2, torch.float32)[0])
+    with pytest.raises(ValueError, match="float32, not torch.float64 as given for x"):
+        torch.ops.recbole_ssm.selective_scan(x, dt, A, B, C, None, None, None, None, None, False, False, False)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_operators_refuse_groups_that_do_not_divide_the_heads(groups):
+    x, dt, A, maps = torch.randn(1, 5, 3, 4), torch.rand(1, 5, 3), -torch.rand(3), torch.randn(1, 5, groups, 2)
+    with pytest.raises(ValueError, match=f"the {groups} groups of B must divide the 3 heads"):
+        torch.ops.recbole_ssm.ssd(x, dt, A, maps, maps, None, None, None, True, False)
+    with pytest.raises(ValueError, match=f"the {groups} groups of B must divide the 3 heads"):
+        torch.ops.recbole_ssm.ssd_last(x, dt, A, maps, maps[:, 0], None, None)
+
+
+@pytest.mark.parametrize("mixer", [Mamba(8, 4, 4, 2), Mamba2(8, 4, 4, 2, 8), Hydra(8, 4, 7, 2, 8)])
+def test_a_program_exported_without_gradients_refuses_a_backward(mixer):
+    with torch.no_grad():
+        program = torch.export.export(mixer, (torch.randn(2, 90, 8),)).module()
+    u = torch.randn(2, 90, 8)
+    y = program(u)[0]
+    assert torch.equal(y, mixer(u)[0])
+    with pytest.raises(ValueError, match="kept no states for a backward"):
+        y.sum().backward()
+
+
+def test_no_heads_are_no_work():
+    maps = torch.randn(2, 5, 1, 4)
+    with ops.use_backend("native"):
+        y, state = ops.ssd(torch.randn(2, 5, 0, 3), torch.rand(2, 5, 0), torch.zeros(0), maps, maps)
+    assert y.shape == (2, 5, 0, 3) and state.shape == (2, 0, 3, 4)
+
+
+@each_op
+def test_a_second_derivative_is_an_error(op):
+    tensors, keywords = arguments(op, 2, 6, 2, torch.float32)
+    tensors = [t.requires_grad_() for t in tensors]
+    with ops.use_backend("native"):
+        out = op(*tensors, **keywords)
+        out = out[0] if isinstance(out, tuple) else out
+        (gradient,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_tangents_are_not_lost():
+    """PyTorch drops them at an operator of its library, so the kernels leave forward differentiation to it."""
+    tensors, keywords = arguments(ops.ssd, 2, 6, 2, torch.float32)
+
+    def along(backend):
+        with ops.use_backend(backend):
+            return torch.func.jvp(lambda x: ops.ssd(x, *tensors[1:], **keywords)[0], (tensors[0],), (tensors[0],))[1]
+
+    assert along("native").abs().max() > 0
+    assert torch.equal(along("native"), along("torch"))
 
 
 @pytest.mark.parametrize("mixer", [Mamba(8, 4, 4, 2), Mamba2(8, 4, 4, 2, 8), Hydra(8, 4, 7, 2, 8)])

@@ -122,6 +122,30 @@ def test_cut_anywhere_with_carried_state(op, backend, data):
 
 
 @pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("length", [0, 40, 170])
+@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_ssd_without_its_final_state(backend, length, carried, packed):
+    """The same y and gradients, to the bit, and None."""
+    (x, *rest), keywords = arguments(
+        ops.ssd, 1 if packed else 2, 2 * length + 5 if packed else length, 2, torch.float32
+    )
+    tensors = [t.requires_grad_() for t in (x, *rest)]
+    if not carried:
+        del keywords["state_BHPN"]
+    if packed:
+        keywords["cu_seqlens"] = torch.tensor([0, length, 2 * length + 5])
+    results = []
+    with ops.use_backend(backend):
+        for return_state in (True, False):
+            y, state = ops.ssd(*tensors, **keywords, return_state=return_state)
+            assert (state is None) != return_state
+            results.append((y, *torch.autograd.grad(y.square().sum(), tensors, materialize_grads=True)))
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", available_backends())
 @each_op
 def test_packed_equals_each_sequence_alone(op, backend):
     torch.manual_seed(0)
