@@ -213,6 +213,7 @@ class SSMDataset(SequentialDataset):
             for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
                 self.inter_feat[column] = self.inter_feat[column].array[order]
             self.inter_feat.reset_index(drop=True, inplace=True)
+            del order
         self._look_at_times()
         super()._change_feat_format()
 
