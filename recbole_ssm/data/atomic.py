@@ -7,8 +7,9 @@ quotation marks and fills what it cannot read; all silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.lines import BadLines, Block, is_utf8, one_byte, progress, read_blocks, sound_lines, split_columns
+from recbole_ssm.data.lines import (
+    BadLines,
+    Block,
+    is_utf8,
+    progress,
+    raw_lines,
+    read_blocks,
+    sound_lines,
+    split_columns,
+)
 from recbole_ssm.errors import UserError, did_you_mean
 
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -40,6 +50,8 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeError as error:
         raise UserError(f"{path}, line 1: not {encoding} text; set encoding to what the file is written in") from error
+    if not separator:
+        raise UserError("field_separator: must not be empty; a tab is written '\\t'")
     if not line:
         raise UserError(f"{path}: the file is empty; its first line must name the columns, as user_id:token")
     columns: dict[str, str] = {}
@@ -130,10 +142,11 @@ def read_columns(
                 block = Block(2, block.data.partition(b"\n")[2])
                 if not block.data:
                     continue
-            block, cut = one_byte(block, separator, encoding)
-            lines, numbers = sound_lines(block, len(names), cut, encoding, bad)
+            lines, numbers = sound_lines(block, len(names), separator, encoding, bad)
             if len(numbers):
-                rows += _add(builders, columns, lines, numbers, names, cut, required, bad)
+                table = split_columns(lines, names, list(columns), separator)
+                whole_lines = partial(raw_lines, lines, separator, encoding)
+                rows += _add(builders, table, numbers, whole_lines, required, bad)
     if not rows:
         if len(bad):
             raise UserError(f"{path}: every line has a fault; the first is {bad.first}")
@@ -156,23 +169,20 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
 
 def _add(
     builders: dict[str, Words | Values],
-    columns: dict[str, str],
-    lines: bytes,
+    table: pa.Table,
     numbers: np.ndarray,
-    names: list[str],
-    separator: bytes,
+    lines: Callable[[], list[bytes]],
     required: Container[str],
     bad: BadLines,
 ) -> int:
     """Add sound lines to their columns, but for those with a faulty cell; returns how many were added."""
-    table = split_columns(lines, names, list(columns), separator)
     faults: dict[int, str] = {}
-    for name in columns:
-        for row, fault in builders[name].parse(table[name].combine_chunks(), name in required).items():
+    for name, builder in builders.items():
+        for row, fault in builder.parse(table[name].combine_chunks(), name in required).items():
             faults.setdefault(row, f"{name} {fault}")
     keep = np.ones(len(numbers), dtype=bool)
     if faults:
-        raw = lines.split(b"\n")
+        raw = lines()
         for row in sorted(faults):
             keep[row] = False
             bad.add(int(numbers[row]), faults[row], raw[row])

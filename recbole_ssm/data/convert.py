@@ -69,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     card = convert(**vars(options))
     for step in card["steps"]:
         print("{step:<32}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
+    if card["described_items"]:
+        print(f"{card['described_items']:,} of the items are described")
     if card["skipped_lines"]:
         print(f"{card['skipped_lines']:,} lines were skipped; they are in {options.out / options.name}")
     print(f"wrote {options.out / options.name}: {', '.join(card['written'])} and the card, {options.name}.card.json")
@@ -136,13 +138,19 @@ def convert(
             raise UserError(f"{raw.files[0]}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
         write_inter(scratch / f"{name}.inter", events)
-        skipped = len(bad)
+        skipped, described = len(bad), 0
         if raw.items is not None:
             side = scratch / f"{name}.item.skipped"
-            with BadLines(str(raw.item_file), on_bad_lines, side) as bad:
-                write_items(scratch / f"{name}.item", raw, events, bad)
-            skipped += len(bad)
-        card = {
+            told = raw.item_file == raw.files[0]  # its faults, when the events were read
+            with BadLines(str(raw.item_file), *(("skip",) if told else (on_bad_lines, side))) as bad:
+                described = write_items(scratch / f"{name}.item", raw, events, bad)
+            if not described:
+                raise UserError(
+                    f"{raw.item_file}: describes none of the items; is it of another data set? Name the right one by "
+                    "--meta, or move it away"
+                )
+            skipped += 0 if told else len(bad)
+        card: dict[str, Any] = {
             "name": name,
             "source": [
                 {"file": str(file), "bytes": file.path.stat().st_size, "sha256": sha256(file.path)}
@@ -151,6 +159,7 @@ def convert(
             "kind": raw.kind,
             "columns": raw.fields,
             "steps": steps,
+            "described_items": described,
             "skipped_lines": skipped,
             "ties": TIES,
             "time": {"first": float(events.times.min()), "last": float(events.times.max())},
@@ -239,12 +248,13 @@ def write_inter(path: Path, events: Events) -> None:
             bar.update(len(cells[0]))
 
 
-def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> None:
-    """Write the descriptions of those items that events have; the first one of an item counts.
+def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> int:
+    """Write the descriptions of those items that events have, and return how many; the first one of an item counts.
 
     RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
     """
     assert raw.items is not None
+    described = 0
     wanted = {events.items.names[int(code)].as_py() for code in np.unique(events.items.codes)}
     columns = raw.item_columns
     with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -252,7 +262,9 @@ def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> None:
         for item, cells in raw.items(bad):
             if item in wanted:
                 wanted.remove(item)
+                described += 1
                 file.write("\t".join([item, *(_one_line(cells[name]) for name in columns)]) + "\n")
+    return described
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import getLogger
@@ -118,6 +119,9 @@ class SSMDataset(SequentialDataset):
             for name, kind in header.items()
             if (load is None or name in load) and (unload is None or name not in unload)
         }
+        for name in required:
+            if name not in columns:
+                raise UserError(f"load_col and unload_col leave out {name} of {path.name}, which must be loaded")
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
@@ -182,7 +186,9 @@ class SSMDataset(SequentialDataset):
     def _remove_duplication(self) -> None:
         keep = self.config["rm_dup_inter"]
         if keep is not None:  # RecBole sorts by time here too, unstably, and all that follows keeps that order
-            events = self.inter_feat.sort_values(self.time_field, kind="stable")
+            events = self.inter_feat
+            if self.time_field in events:  # ready-made splits may lack it
+                events = events.sort_values(self.time_field, kind="stable")
             self.inter_feat = events.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
     def _filter_by_inter_num(self) -> None:
@@ -207,6 +213,7 @@ class SSMDataset(SequentialDataset):
             for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
                 self.inter_feat[column] = self.inter_feat[column].array[order]
             self.inter_feat.reset_index(drop=True, inplace=True)
+            del order
         self._look_at_times()
         super()._change_feat_format()
 
@@ -355,8 +362,11 @@ def download(url: str, folder: Path, name: str) -> None:
             stem = stems.pop()
             for member in members:
                 target = Path(member.filename).name.replace(stem, name, 1)
-                with content.open(member) as source, open(ready / target, "wb") as file:
-                    shutil.copyfileobj(source, file)
+                try:
+                    with content.open(member) as source, open(ready / target, "wb") as file:
+                        shutil.copyfileobj(source, file)
+                except (zlib.error, EOFError, RuntimeError) as error:  # damaged, cut short, encrypted or packed oddly
+                    raise zipfile.BadZipFile(f"{member.filename}: {error}") from error
         if folder.is_dir():
             folder.rmdir()  # an empty one, or it would not have come here
         os.replace(ready, folder)

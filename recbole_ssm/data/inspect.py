@@ -26,7 +26,7 @@ SUSPICIOUS = 0.5  # share of histories in the order of their item ids, beyond wh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("dataset", help="name of a data set, or a file NAME.inter")
+    parser.add_argument("dataset", help="name of a data set, its folder, or a file NAME.inter")
     parser.add_argument(
         "--data_path", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)"
     )
@@ -78,6 +78,8 @@ def find(dataset: str, data_path: Path) -> Path:
     """
     if dataset.endswith(".inter"):
         return Path(dataset)
+    if (path := Path(dataset, f"{Path(dataset).name}.inter")).is_file():
+        return path
     path = data_path / dataset / f"{dataset}.inter"
     if not path.is_file() and dataset == "ml-100k":
         from importlib.util import find_spec

@@ -20,7 +20,7 @@ from recbole_ssm.files import whole
 
 BLOCK = 1 << 24  # bytes that are read at a time
 LONGEST = 1 << 26  # bytes of a line; beyond, the file is no text
-UNIT = b"\x1f"  # stands for a separator of several bytes
+UNIT = "\x1f"  # stands for a separator that is no single byte, as :: is not
 
 
 class Source(Protocol):
@@ -144,30 +144,37 @@ def read_blocks(source: Source, path: Path | str, encoding: str = "utf-8", size:
             return
 
 
-def sound_lines(block: Block, width: int, separator: bytes, encoding: str, bad: BadLines) -> tuple[bytes, np.ndarray]:
-    """The lines of a block that are text in ``width`` columns, as UTF-8, and their numbers; the others are refused.
+def sound_lines(block: Block, width: int, separator: str, encoding: str, bad: BadLines) -> tuple[bytes, np.ndarray]:
+    """The lines of a block that are text in ``width`` columns, and their numbers; the others are refused.
 
     Args:
         block: lines in ``encoding``.
         width: columns that each line must have.
-        separator: one byte.
+        separator: between columns.
         encoding: of the block.
         bad: where the others go.
 
     Returns:
-        ``(lines, numbers [lines])``: the bytes, each line with its ``\\n``, and the line numbers.
+        ``(lines, numbers [lines])``: the lines as UTF-8, each with its ``\\n`` and with one byte between its columns,
+        as :func:`split_columns` wants them; and the line numbers.
     """
+    coded = separator.encode("utf-8" if is_utf8(encoding) else encoding)
+    if _delimiter(separator) == UNIT:
+        block = Block(block.first, block.data.replace(coded, UNIT.encode()))
+        coded = UNIT.encode()
     data = np.frombuffer(block.data, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     if block.data[-1:] != b"\n":
         ends = np.append(ends, len(data))
     starts = np.append(0, ends[:-1] + 1)
-    cells = np.diff(np.searchsorted(np.flatnonzero(data == separator[0]), ends), prepend=0) + 1
+    cells = np.diff(np.searchsorted(np.flatnonzero(data == coded[0]), ends), prepend=0) + 1
     control = _lines_with(data, b"\0\r", ends)
     foreign = _undecodable(block.data, len(ends), encoding)
     faulty = (cells != width) | (starts == ends) | control | foreign
     for row in np.flatnonzero(faulty):
         raw = block.data[starts[row] : ends[row]]
+        if coded == UNIT.encode():
+            raw = raw.replace(coded, separator.encode("utf-8" if is_utf8(encoding) else encoding))
         shown = repr(raw[:60].decode(encoding, "replace"))
         if foreign[row]:
             fault = f"not {encoding} text; set encoding to what the file is written in: {shown}"
@@ -186,26 +193,30 @@ def sound_lines(block: Block, width: int, separator: bytes, encoding: str, bad: 
     return sound, block.first + np.flatnonzero(~faulty)
 
 
-def split_columns(lines: bytes, names: list[str], wanted: list[str], separator: bytes) -> pa.Table:
+def raw_lines(lines: bytes, separator: str, encoding: str) -> list[bytes]:
+    """Sound lines as they stand in their file."""
+    if _delimiter(separator) == UNIT:
+        lines = lines.replace(UNIT.encode(), separator.encode())
+    return (lines if is_utf8(encoding) else lines.decode().encode(encoding)).split(b"\n")
+
+
+def split_columns(lines: bytes, names: list[str], wanted: list[str], separator: str) -> pa.Table:
     """Sound lines as a table of strings; nothing is quoted and nothing is missing."""
     if lines.startswith(codecs.BOM_UTF8):  # Arrow drops the mark, which is part of an id within a file
         lines = codecs.BOM_UTF8 + lines
     return pyarrow.csv.read_csv(
         pa.BufferReader(lines),
         read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines) + 1),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=separator.decode(), quote_char=False),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(separator), quote_char=False),
         convert_options=pyarrow.csv.ConvertOptions(
             include_columns=wanted, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
         ),
     )
 
 
-def one_byte(block: Block, separator: str, encoding: str) -> tuple[Block, bytes]:
-    """The block with its separator as one byte: ``::`` and the like are replaced by a character made for that."""
-    coded = separator.encode("utf-8" if is_utf8(encoding) else encoding)
-    if len(coded) == 1:
-        return block, coded
-    return Block(block.first, block.data.replace(coded, UNIT)), UNIT
+def _delimiter(separator: str) -> str:
+    """What stands between the columns of sound lines: the separator if it is one ASCII character, else UNIT."""
+    return separator if len(separator) == 1 and separator.isascii() else UNIT
 
 
 def is_utf8(encoding: str) -> bool:

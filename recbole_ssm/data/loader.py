@@ -140,13 +140,15 @@ class Windows:
     def __init__(self, prefixes: Prefixes, window: int, context: int, shuffle: bool) -> None:
         order = np.argsort(prefixes.target, kind="stable")
         self.target = prefixes.target[order]
-        self.context = np.minimum(prefixes.length[order], context)
+        length = prefixes.length[order]
         self.total = len(order)
+        del order  # as long as the data, and wider than what is kept
+        self.context = np.minimum(length, context)
         self.window = window
         self.shuffle = shuffle
-        self._run_starts = np.flatnonzero(np.diff(self.target, prepend=-2) != 1)
+        self._run_starts = np.flatnonzero(np.diff(self.target, prepend=np.int32(-2)) != 1)
         self._run_sizes = np.diff(np.append(self._run_starts, self.total))
-        inputs = prefixes.length[order][self._run_starts] + self._run_sizes - 1
+        inputs = length[self._run_starts] + self._run_sizes - 1
         self._whole = inputs <= prefixes.max_length
         self._items = prefixes.events
 

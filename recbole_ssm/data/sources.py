@@ -35,8 +35,8 @@ from recbole_ssm.data.lines import (
     BadLines,
     Block,
     is_utf8,
-    one_byte,
     progress,
+    raw_lines,
     read_blocks,
     sound_lines,
     split_columns,
@@ -191,12 +191,11 @@ class Text:
             if self.quoted and b'"' in block.data:  # a quoted cell may hold line ends: from here on row by row
                 yield from self._quoted(itertools.chain([block], blocks), names, fields, bad)
                 return
-            block, cut = one_byte(block, self.separator, self.encoding)
-            lines, numbers = sound_lines(block, len(names), cut, self.encoding, bad)
+            lines, numbers = sound_lines(block, len(names), self.separator, self.encoding, bad)
             if len(numbers):
-                cells = split_columns(lines, list(names), list(dict.fromkeys(fields.values())), cut)
+                cells = split_columns(lines, list(names), list(dict.fromkeys(fields.values())), self.separator)
                 cells = pa.table({name: cells[column] for name, column in fields.items()})
-                yield Rows(cells, numbers, partial(lines.split, b"\n"))
+                yield Rows(cells, numbers, partial(raw_lines, lines, self.separator, self.encoding))
 
     def _quoted(
         self, blocks: Iterable[Block], names: tuple[str, ...], fields: Mapping[str, str], bad: BadLines
@@ -344,6 +343,10 @@ def open_raw(source: Path, named: Mapping[str, str], meta: Path | None = None, *
     """
     file = _find(source)
     if file.name in MOVIELENS and not named and (file.suffix != ".csv" or "movieId" in file.first_line("utf-8")):
+        if meta:
+            raise UserError(
+                f"--meta: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop --meta {meta}"
+            )
         return _movielens(file)
     table = _table(file, reading)
     columns = table.columns()
@@ -360,9 +363,12 @@ def open_raw(source: Path, named: Mapping[str, str], meta: Path | None = None, *
     if missing := [part for part in EVENT[:3] if part not in fields]:
         raise UserError(f"{file}: name its columns by --{', --'.join(missing)} ({there})")
     raw = Raw(kind if not named else "a table", table, {part: fields[part] for part in EVENT if part in fields}, [file])
+    if "text" in named and meta:
+        raise UserError(f"--text {named['text']} and --meta {meta} both describe the items; give one of them")
     if "text" in named:
         raw.items, raw.item_columns = _texts(table, fields["item"], named["text"]), {"title": "token_seq"}
         raw.item_file = file
+        return raw
     described = _find(meta) if meta else _metadata(file)
     if described and described.suffix in JSON:
         raw.items = _amazon_items(JsonLines(described))
@@ -402,7 +408,8 @@ def _find(source: Path) -> File:
         file for file in found if file.suffix in (*JSON, *PARQUET, ".csv", ".tsv", ".inter")
     ]
     if len(likely) != 1:
-        names = ", ".join(file.name for file in likely or found) or "nothing"
+        several = [file.name for file in likely or found]
+        names = ", ".join(several[:8] + ["..."] * (len(several) > 8)) or "nothing"
         raise UserError(f"{source}: which file holds the interactions? it has {names}; name one as the source")
     return likely[0]
 
@@ -515,7 +522,8 @@ def _table(file: File, reading: Mapping[str, str]) -> Table:
         raise UserError(f"{file}: what file is this? known are {kinds}, each also as .gz or within a .zip")
     line = file.first_line(encoding)
     separator = reading.get("separator") or max("\t", ",", ";", "|", key=line.count)
-    text = Text(file, separator, None, quoted=file.suffix != ".inter", encoding=encoding)
+    quoted = file.suffix != ".inter" and len(separator) == 1
+    text = Text(file, separator, None, quoted=quoted, encoding=encoding)
     cells = line.split(separator)
     if len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3]):
         text.names = _amazon_ratings(file, cells)
@@ -571,11 +579,11 @@ def _strings(column: pa.Array) -> pa.StringArray:
     """A column of Parquet as text; dates and times as seconds since 1970."""
     kind = column.type
     if pa.types.is_temporal(kind):
-        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None))).cast(pa.int64())
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
         return pa.array([repr(value / 1e6) if value is not None else "" for value in column.to_pylist()], pa.string())
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
-    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+    if pa.types.is_nested(column.type):
         return pa.array([""] * len(column), pa.string())
     return column.cast(pa.string()).fill_null("")
 

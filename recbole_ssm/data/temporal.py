@@ -41,14 +41,14 @@ def split_by_time(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
         ratios: shares of the events, as of :func:`check_ratios`.
 
     Returns:
-        [events] int64.
+        [events] int8.
 
     Raises:
         UserError: too many events share one time, so that a part stays empty.
     """
     moments = np.quantile(times, np.cumsum(ratios)[:2], method="inverted_cdf")
-    parts = np.searchsorted(moments, times, side="left")
-    if len(np.unique(parts)) < 3:
+    parts = np.searchsorted(moments, times, side="left").astype(np.int8)
+    if not all(np.any(parts == part) for part in range(3)):
         raise UserError(
             f"eval_args: {NAME} leaves a part without events, as too many of them share one time "
             f"(from {times.min():.15g} to {times.max():.15g}); choose other shares, or split by LS"
@@ -87,11 +87,18 @@ def is_position(users: np.ndarray, times: np.ndarray) -> bool:
         users: [events] codes.
         times: [events].
     """
+    first = times.min()
+    if first not in (0, 1) or times.max() - first >= np.bincount(users).max():
+        return False  # as clock times are, without a sort of them all
     order = np.lexsort((times, users))
-    users, times = users[order], times[order]
-    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
-    place = np.arange(len(users)) - np.repeat(starts, np.diff(np.append(starts, len(users))))
-    return bool(np.array_equal(times - place, np.full(len(times), times[0])) and times[0] in (0, 1) and len(starts) > 1)
+    new_user = np.diff(users[order]) != 0
+    times = times[order]
+    return bool(
+        new_user.any()
+        and times[0] == first
+        and np.all(times[1:][new_user] == first)
+        and np.all(np.diff(times)[~new_user] == 1)
+    )
 
 
 def leak_of_leave_one_out(users: np.ndarray, times: np.ndarray) -> dict[str, float]:
@@ -109,15 +116,17 @@ def leak_of_leave_one_out(users: np.ndarray, times: np.ndarray) -> dict[str, flo
         ``median_future``, the share of all training events that are later than the test event, at the median of users.
     """
     order = np.lexsort((times, users))
-    users, times = users[order], times[order]
-    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
+    last = np.flatnonzero(np.append(np.diff(users[order]) != 0, True))
+    times = times[order]
+    del order  # these arrays are as long as the data; each kept one too many counts
     counts = np.diff(np.append(-1, last))
     last = last[counts >= 3]
     if not len(last):
         return {"targets": 0, "after_targets": 0.0, "median_future": 0.0}
     trains = np.repeat(counts >= 3, counts)
     trains[last] = trains[last - 1] = False
-    training = np.sort(times[trains])
+    training = times[trains]
+    training.sort()
     future = len(training) - np.searchsorted(training, times[last], side="right")
     return {
         "targets": len(last),
@@ -157,9 +166,16 @@ def describe(parts: np.ndarray, users: np.ndarray, items: np.ndarray, times: np.
         "events": np.bincount(parts, minlength=3).tolist(),
         "validation_after": float(times[train].max()),
         "test_after": float(times[parts < 2].max()),
-        "new_users": float(np.mean(~np.isin(users[test], users[train]))),
-        "new_items": float(np.mean(~np.isin(items[test], items[train]))),
+        "new_users": _share_of_new(users, train, test),
+        "new_items": _share_of_new(items, train, test),
     }
+
+
+def _share_of_new(codes: np.ndarray, train: np.ndarray, test: np.ndarray) -> float:
+    """Of the test events, the share whose code no training event has."""
+    known = np.zeros(codes.max() + 1, dtype=bool)
+    known[codes[train]] = True
+    return float(np.mean(~known[codes[test]]))
 
 
 def sentence(split: dict[str, Any]) -> str:

@@ -102,6 +102,12 @@ def test_wide_encodings_and_separators_of_several_bytes(tmp_path):
         read_atomic(path, {"user_id": "token"}, encoding="utf-16")
 
 
+def test_an_empty_separator_is_refused(tmp_path):
+    (tmp_path / "x.inter").write_text("user_id:token\nu\n")
+    with pytest.raises(UserError, match="field_separator: must not be empty"):
+        read_header(tmp_path / "x.inter", "")
+
+
 def test_equal_ids_are_one_object(tmp_path):
     frame = read(tmp_path, HEADER + "someone\ti\t1\n" * 3)
     assert len({id(cell) for cell in frame["user_id"]}) == 1

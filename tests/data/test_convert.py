@@ -263,6 +263,48 @@ def test_bad_lines_can_be_skipped(tmp_path):
     assert sorted(line.split("\t")[0] for line in skipped.splitlines() if "\t" in line) == ["3", "4", "5", "7", "8"]
 
 
+@pytest.mark.parametrize("separator", ["::", "§", ";"])
+def test_skipped_lines_are_kept_as_they_stand(tmp_path, separator):
+    lines = [line.replace(",", separator) for line in ("user_id,item_id,timestamp", "é,i,1", "é,j", "é,k,soon")]
+    (tmp_path / "x.csv").write_bytes("\n".join(lines).encode("latin-1"))
+    options = {"separator": separator, "encoding": "latin-1", "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=f"line 3: 2 columns where the header has 3: 'é{separator}j'"):
+        convert(tmp_path / "x.csv", "made", **options)
+    convert(tmp_path / "x.csv", "made", on_bad_lines="skip", **options)
+    assert written(tmp_path / "out" / "made") == [("é", "i", 1.0)]
+    skipped = (tmp_path / "out" / "made" / "made.skipped").read_text("latin-1").splitlines()
+    assert [line.split("\t")[::2] for line in skipped] == [["3", lines[2]], ["4", lines[3]]]
+
+
+def test_a_line_that_is_read_twice_is_skipped_once(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,words\nu,i,1,one\nu,i\nu,j,2,two\nu,k,soon,three\n")
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", text="words", on_bad_lines="skip")
+    assert (card["skipped_lines"], card["described_items"]) == (2, 2)
+    assert list(card["written"]) == ["made.inter", "made.item", "made.skipped"]
+    assert [row[0] for row in written(tmp_path / "out" / "made", "item")] == ["i", "j"]
+
+
+def test_one_description_of_the_items(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,words\nu,i,1,one\n")
+    (tmp_path / "meta_x.json").write_text('{"asin": "i", "title": "other"}\n')
+    (tmp_path / "strange.json").write_text('{"asin": "j", "title": "other"}\n')
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", text="words")
+    assert [tuple(row[1]) for row in written(tmp_path / "out" / "made", "item")] == [("one",)]
+    with pytest.raises(UserError, match="--text words and --meta .* both describe the items"):
+        convert(tmp_path / "x.csv", "both", tmp_path / "out", meta=tmp_path / "meta_x.json", text="words")
+    with pytest.raises(UserError, match="strange.json: describes none of the items"):
+        convert(tmp_path / "x.csv", "none", tmp_path / "out", meta=tmp_path / "strange.json")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
+
+
+def test_parquet_of_nanoseconds_and_bytes(tmp_path):
+    columns = {"user_id": pa.array([b"u", b"v"]), "item_id": pa.array(["i", "j"]).dictionary_encode()}
+    columns["timestamp"] = pa.array([1_500_000_001, 2_000_000_000], pa.timestamp("ns"))
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    convert(tmp_path / "x.parquet", "made", tmp_path / "out")
+    assert written(tmp_path / "out" / "made") == [("u", "i", 1.5), ("v", "j", 2.0)]
+
+
 def test_damaged_and_ambiguous_archives(tmp_path):
     good = zipped(tmp_path / "ml.zip", movielens("20m", ratings())).read_bytes()
     (tmp_path / "cut.zip").write_bytes(good[:-40])
@@ -275,6 +317,11 @@ def test_damaged_and_ambiguous_archives(tmp_path):
     odd = movielens("20m", ratings()) | {"ml-20m/movies.csv": "movieId,title\n1,x\n"}
     with pytest.raises(UserError, match="odd.zip:ml-20m/movies.csv, line 1: no column 'genres'"):
         convert(zipped(tmp_path / "odd.zip", odd), "made", tmp_path / "out")
+    with pytest.raises(UserError, match="--meta: MovieLens describes its items itself, in movies.csv"):
+        convert(tmp_path / "ml.zip", "made", tmp_path / "out", meta=tmp_path / "absent.json")
+    many = zipped(tmp_path / "many.zip", {f"{k}.csv": "x" for k in range(999)})
+    with pytest.raises(UserError, match="it has 0.csv, .*, 7.csv, ...; name one"):
+        convert(many, "made", tmp_path / "out")
     two = zipped(tmp_path / "two.zip", {"a.csv": "x", "b.csv": "y"})
     with pytest.raises(UserError, match="which file holds the interactions.* it has a.csv, b.csv"):
         convert(two, "made", tmp_path / "out")

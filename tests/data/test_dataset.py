@@ -87,6 +87,13 @@ def test_columns_that_are_asked_for_must_exist(write_dataset):
         create(options)
 
 
+def test_columns_that_training_needs_cannot_be_left_out(write_dataset):
+    options = write_dataset(GOOD)
+    options["config_dict"]["load_col"] = {"inter": ["item_id", "timestamp"]}
+    with pytest.raises(UserError, match="load_col and unload_col leave out user_id of made.inter"):
+        create(options)
+
+
 def test_encoding_can_be_set(write_dataset):
     options = write_dataset(GOOD.replace("u0", "é"), encoding="latin-1")
     with pytest.raises(UserError, match="not utf-8 text; set encoding"):
@@ -178,15 +185,36 @@ def test_download_renames_and_is_used(serve, tmp_path, monkeypatch):
     assert [f.name for f in (tmp_path / "data").iterdir()] == ["fresh"]
 
 
-@pytest.mark.parametrize("fault", ["cut short", "no zip", "no inter", "escaping"])
+@pytest.mark.parametrize("fault", ["cut short", "no zip", "no inter", "damaged", "encrypted"])
 def test_a_bad_download_leaves_nothing(serve, tmp_path, fault):
     good = archive(Some__inter=GOOD)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as content:
+        content.writestr("Some.inter", GOOD)
+    packed = buffer.getvalue()
+    start = 30 + len("Some.inter")  # where the local header ends
+    locked = bytearray(good)
+    locked[6] |= 1
+    locked[good.index(b"PK\x01\x02") + 8] |= 1
     body, claimed = {
         "cut short": (good[:-20], len(good)),
         "no zip": (b"<html>not found</html>", None),
         "no inter": (archive(readme__txt="x"), None),
-        "escaping": (archive(**{"../../evil.txt": "x"}), None),
+        "damaged": (packed[:start] + b"\xff" * 8 + packed[start + 8 :], None),
+        "encrypted": (bytes(locked), None),
     }[fault]
     with pytest.raises((OSError, zipfile.BadZipFile, http.client.IncompleteRead)):
         download(serve(body, claimed), tmp_path / "data" / "x", "x")
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_archive_writes_nowhere_else(serve, tmp_path):
+    download(
+        serve(archive(**{"../../Some.inter": GOOD, "/../Some.item": "item_id:token\n"})), tmp_path / "a" / "x", "x"
+    )
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
+        "a",
+        "a/x",
+        "a/x/x.inter",
+        "a/x/x.item",
+    }

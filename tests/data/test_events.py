@@ -1,6 +1,7 @@
 """Filters against RecBole's own, and the notes on odd files."""
 
 import logging
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -104,6 +105,19 @@ def test_k_core_of_a_chain_falls_apart_to_the_end():
 def test_order_is_by_first_appearance_then_time_then_row():
     found = events([("b", "x", 3), ("a", "x", 2), ("b", "y", 1), ("a", "y", 2), ("b", "z", 3)])
     assert found.by_user_and_time().tolist() == [2, 0, 4, 1, 3]
+
+
+def test_a_look_at_events_takes_little_memory(monkeypatch):
+    monkeypatch.setattr("recbole_ssm.data.events.AT_ONCE", 1 << 14)
+    draw, rows = np.random.default_rng(0), 300_000
+    names = pa.array([str(k) for k in range(1000)])
+    users, items = (Tokens(draw.integers(0, 1000, rows).astype(np.int32), names) for _ in range(2))
+    found = Events(users, items, draw.integers(0, 1 << 30, rows).astype(np.float64))
+    tracemalloc.start()
+    list(oddities(found, ("user_id", "item_id", "timestamp"), BadLines("x.inter")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / rows < 32  # bytes, beside the 16 of the events themselves
 
 
 def test_oddities_name_line_value_and_mend():

@@ -98,6 +98,14 @@ def test_k_core_and_bad_lines(tmp_path):
     assert "1 lines skipped, the first because line 12: 2 columns" in found["warnings"][0]
 
 
+@pytest.mark.parametrize("named", ["made", "made/", "made/made.inter"])
+def test_a_folder_or_a_file_names_a_data_set_too(tmp_path, capsys, named):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "made.inter").write_text(HEADER + "u\ti\t1\nu\tj\t2\n")
+    assert main(["inspect", f"{tmp_path}/{named}"]) == 0
+    assert capsys.readouterr().out.startswith("made: 1 users, 2 items, 2 interactions")
+
+
 def test_the_plot(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     look(tmp_path, HEADER + "u\ti\t1\nu\tj\t2\n", "--plot=lengths.png")

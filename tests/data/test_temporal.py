@@ -1,6 +1,7 @@
 """The split by time against its definition, and through the whole configuration."""
 
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from recbole_ssm import run_recbole_ssm
 from recbole_ssm.config import SSMConfig
-from recbole_ssm.data import create_dataset
+from recbole_ssm.data import create_dataset, temporal
 from recbole_ssm.data.temporal import is_position, leak_of_leave_one_out, split_by_time
 from recbole_ssm.errors import UserError
 
@@ -60,6 +61,23 @@ def test_positions():
     assert not is_position(users, np.array([0.0, 0, 1, 2, 2]))
     assert not is_position(users, np.array([0.0, 1, 1, 2, 2]))
     assert not is_position(np.zeros(3, dtype=int), np.arange(3.0))  # one user: these may be times
+
+
+@pytest.mark.parametrize("split", ["LS", "GTS"])
+def test_a_look_at_times_takes_little_memory(split):
+    draw, rows = np.random.default_rng(0), 300_000
+    users, items = draw.integers(0, 1000, (2, rows))
+    times = draw.integers(0, 1 << 30, rows).astype(np.float64)
+    tracemalloc.start()
+    if split == "LS":
+        assert temporal.leave_one_out_warning(users, times)
+    else:
+        parts = split_by_time(times, [0.8, 0.1, 0.1])
+        temporal.parts_of_targets(parts, users, times)
+        temporal.describe(parts, users, items, times)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / rows < 28  # bytes, beside the 24 of the events themselves
 
 
 def events(seed=0, base=978_300_000):
