@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import inspect
 import math
@@ -38,6 +39,7 @@ from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
 
+TRIM_EVERY = 16  # steps
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
 # What a resumed run may change without being another run.
 FREE_KEYS = {
@@ -284,6 +286,8 @@ class SSMTrainer(Trainer):
         self.global_step += 1
         if self.adaptive:
             self.adaptive.decide(measurement, self.global_step, self._step_size())
+        if self.global_step % TRIM_EVERY == 0 and self.device.type == "cpu":
+            return_free_memory()
         self._schedule("step")
         terms = distributed.mean(terms)
         self._notify("on_step_end", step, sum(terms))
@@ -607,6 +611,16 @@ class _Silence:
 
 def _start_of(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "number": 0, "seen": 0, "loss": [], "ended": False}
+
+
+def return_free_memory() -> None:
+    """Let glibc give back what is free.
+
+    Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes (glibc bug 14581, mended
+    in 2.38), and no two packed batches have the same sizes: the process grew by 29 MB a step on ml-1m, all of it free.
+    """
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def settings_of(config: Any) -> dict[str, Any]:

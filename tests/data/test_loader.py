@@ -37,7 +37,7 @@ def test_windows_give_each_target_once_with_its_context(lengths, max_length, win
     windows = Windows(prefixes, window, context, shuffle=True)
     steps = Steps(windows, size, parts=1, seed=1)
     seen = []
-    for seed, number, stop, targets, [(weight, rows)] in steps:
+    for seed, number, stop, targets, [(weight, rows)], _ in steps:
         assert (seed, weight) == ([1, 0, number, 0], 1.0)
         assert targets == (size if stop < len(prefixes) else len(prefixes) - size * number)
         batch = windows.gather(rows, "item_id")
@@ -79,11 +79,11 @@ def test_an_epoch_goes_on_from_any_step(lengths, size, stop, packed):
     steps.begin(3)
     whole = list(steps)
     done = whole[: stop % (len(whole) + 1)]
-    steps.begin(3, len(done), done[-1][2] if done else 0)
+    steps.begin(3, len(done), done[-1].seen if done else 0)
     rest = list(steps)
     assert len(done) + len(rest) == len(whole) and len(steps) == len(rest)
     for again, first in zip(rest, whole[len(done) :]):
-        assert again[:4] == first[:4] and np.array_equal(again[4][0][1], first[4][0][1])
+        assert again[:4] == first[:4] and np.array_equal(again.parts[0][1], first.parts[0][1])
 
 
 def test_epochs_differ_and_seeds_differ():
@@ -92,7 +92,7 @@ def test_epochs_differ_and_seeds_differ():
     def order(seed, epoch):
         steps = Steps(plan, 16, parts=1, seed=seed)
         steps.begin(epoch)
-        return np.concatenate([parts[0][1] for *_, parts in steps]).tolist()
+        return np.concatenate([step.parts[0][1] for step in steps]).tolist()
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
@@ -104,7 +104,7 @@ def test_the_batch_size_may_change_between_steps():
     steps = Steps(Windows(prefixes_of([30, 40, 20], 10), 10, 10, shuffle=True), 16, parts=1, seed=0)
     sizes = []
     for step in steps:
-        sizes.append(step[3])
+        sizes.append(step.targets)
         steps.batch_size = 5
     assert sizes == [16, *[5] * 14, 1]
 
@@ -119,10 +119,10 @@ def test_work_is_shared_evenly_and_wholly(work, parts):
 
 def test_parts_of_a_step_weigh_what_they_hold():
     plan = Windows(prefixes_of([30, 40, 20, 7], 10), 10, 10, shuffle=True)
-    for *_, targets, parts in Steps(plan, 25, parts=3, seed=0):
-        assert sum(weight for weight, _ in parts) == pytest.approx(1)
-        for weight, rows in parts:
-            assert weight == pytest.approx(plan.targets(rows) / targets)
+    for step in Steps(plan, 25, parts=3, seed=0):
+        assert sum(weight for weight, _ in step.parts) == pytest.approx(1)
+        for weight, rows in step.parts:
+            assert weight == pytest.approx(plan.targets(rows) / step.targets)
 
 
 @pytest.mark.parametrize("model", ["2Mamba4Rec", "BERT4Rec"])

@@ -146,7 +146,7 @@ class PackedContract(ModelContract):
         weights = [w for w in model.parameters() if w.requires_grad]
         steps = Steps(Windows(prefixes, *self.window, shuffle=True), 17, parts=1, seed=seed)
         packed = [0.0] * (len(weights) + 1)
-        for *_, targets, [(_, windows)] in steps:
+        for _, _, _, targets, [(_, windows)], _ in steps:
             loss = model.calculate_loss(steps.plan.gather(windows, "item_id"))
             found = [loss, *torch.autograd.grad(loss, weights)]
             packed = [a + targets * b for a, b in zip(packed, found)]
