@@ -100,7 +100,9 @@ def as_frame(columns: dict[str, Any]) -> pd.DataFrame:
     are kept as they stand.
     """
     cells = {name: column.objects() if isinstance(column, Tokens) else column for name, column in columns.items()}
-    return pd.DataFrame({name: pd.Series(column, copy=False) for name, column in cells.items()}, copy=False)
+    # with their dtype, because pandas 3 would copy an array of str into one of its own
+    series = {name: pd.Series(column, dtype=column.dtype, copy=False) for name, column in cells.items()}
+    return pd.DataFrame(series, copy=False)
 
 
 def read_columns(

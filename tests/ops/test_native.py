@@ -64,10 +64,9 @@ def test_any_shape_equals_the_reference(op, instruction_set, data):
     finally:
         torch.use_deterministic_algorithms(False)
     for f, e in zip(found, expected):
-        # a gradient of one number may cancel to nearly nothing, so its digits count from 1 on
-        torch.testing.assert_close(
-            f.double(), e, rtol=0, atol=3e-5 * max(1.0, e.abs().max().item() if e.numel() else 0)
-        )
+        # a gradient of one number is a sum over all tokens that may cancel, so its digits count from 1 on, and fewer
+        scale = max(1.0, e.abs().max().item() if e.numel() else 0)
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=scale * (3e-5 if e.numel() > 1 else 1e-4))
 
 
 @each_op
