@@ -280,7 +280,7 @@ class TrainLoader(TrainDataLoader):
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=config["worker"],
-            generator=torch.Generator(),  # of its own: the global one belongs to the model
+            generator=_Generator(),  # of its own: the global one belongs to the model
         )
 
     def fingerprint(self) -> str:
@@ -303,6 +303,13 @@ class TrainLoader(TrainDataLoader):
             return batch
         ones = np.ones(len(batch.target), dtype=np.int64)
         return batch._replace(negative=self._sampler.sample_by_user_ids(ones, batch.target.numpy(), 1))
+
+
+class _Generator(torch.Generator):
+    """A generator that stays where it is: sent to a spawned worker, which has no use for it, PyTorch's would break."""
+
+    def __reduce__(self) -> Any:
+        return torch.Generator, ()
 
 
 class _Gather(Dataset[Step]):
@@ -330,12 +337,12 @@ def _as_it_is(step: Any) -> Any:
 class _SeededCollate:
     """A loader's collate_fn, whose samples are a function of the seed and of the batch's first row."""
 
-    def __init__(self, collate: Any, *seed: int) -> None:
-        self.collate, self.seed = collate, seed
+    def __init__(self, loader: Any, *seed: int) -> None:
+        self.loader, self.seed = loader, seed
 
     def __call__(self, rows: list[int]) -> Any:
         with seeded(*self.seed, rows[0]):
-            return self.collate(rows)
+            return type(self.loader).collate_fn(self.loader, rows)  # its attribute of that name is this object
 
 
 def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
@@ -360,7 +367,8 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
             rows, mine = split.inter_feat, slice(distributed.rank(), None, world)
             split = split.copy(rows.select(mine) if isinstance(rows, Prefixes) else rows[mine])
         loader = get_dataloader(config, phase)(config, split, sampler, shuffle=False)
-        loader.collate_fn = _SeededCollate(loader.collate_fn, config["seed"], number)
+        loader.generator = _Generator()
+        loader.collate_fn = _SeededCollate(loader, config["seed"], number)
         evaluation.append(loader)
     return train, evaluation[0], evaluation[1]
 

@@ -143,6 +143,21 @@ def test_worker_processes_change_nothing(toy, model, loss_type):
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("mode", ["full", "uni10"])
+def test_workers_may_be_spawned(toy, mode):
+    """As they are on macOS and Windows."""
+    batches = []
+    for worker in (0, 1):
+        toy["config_dict"] |= {"worker": worker, "eval_args": {"mode": mode}}
+        config = SSMConfig("2Mamba4Rec", **toy)
+        train, valid, _ = create_loaders(config, create_dataset(config))
+        if worker:
+            train.multiprocessing_context = valid.multiprocessing_context = "spawn"
+        batches.append(([step.parts[0].batch.items for step in train], [batch[0]["item_id"] for batch in valid]))
+    for one, other in zip(*batches):
+        assert len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+
+
 def test_seeded_blocks_do_not_leak():
     np.random.seed(7)
     before = np.random.get_state()[1].tolist()
