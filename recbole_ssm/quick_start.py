@@ -138,7 +138,7 @@ def run_recbole_ssm(
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:
     if path.suffix != ".pth":
-        return checkpoint.newest(path) if path.is_dir() else (path, checkpoint.read(path))
+        return checkpoint.find(path)
     if not allow_pickle:
         raise UserError(
             f"resume: {path} is a pickle, and loading one runs whatever code is in it; if you trust who made it, "
@@ -154,8 +154,7 @@ def _training_plan(config: SSMConfig, loader: TrainLoader) -> str:
     text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(loader.steps):,} steps of {loader.step}"
     if not isinstance(plan, Windows):
         return f"{text}, each with its own history"
-    order = plan.epoch(np.random.default_rng(0))
-    positions = int(plan.work(order[:, :2]).sum())
+    positions = int(plan.work(plan.epoch(np.random.default_rng(0))).sum())
     return (
         f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
         f"{config['packed_context']} events of context; {positions / plan.total:.2f} positions a target"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
+
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.memory import return_free_memory
 
 Function = Callable[[], object]
 
@@ -33,9 +34,7 @@ def medians(functions: dict[str, Function], rounds: int) -> dict[str, float]:
 
 def peak_memory(function: Function) -> float | None:
     """MiB by which one call lifts the resident memory of the process; None where the system does not tell."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)  # what the allocator holds in reserve would hide what a call takes
+    return_free_memory()  # what the allocator holds in reserve would hide what a call takes
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")  # the peak starts anew from here
@@ -44,6 +43,19 @@ def peak_memory(function: Function) -> float | None:
         return (_kibibytes(status, "VmHWM") - before) / 1024
     except (OSError, ValueError):
         return None
+
+
+def chosen(option: str, text: str, known: Collection[str]) -> list[str]:
+    """The names of an option, separated by commas.
+
+    Raises:
+        UserError: one of them is not known.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: '{name}' is not one of {', '.join(known)}{did_you_mean(name, known)}")
+    return names
 
 
 def _kibibytes(status: Path, key: str) -> int:

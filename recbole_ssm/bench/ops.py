@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.bench.measure import medians, peak_memory, roofs
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.bench.measure import chosen, medians, peak_memory, roofs
+from recbole_ssm.errors import UserError
 from recbole_ssm.ops.backend import available_backends
 
 LENGTHS = (50, 200, 2_000, 16_000)
@@ -147,10 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure; one row an op, length, direction and backend."""
-    names = options.ops.split(",")
-    for name in names:
-        if name not in CASES:
-            raise UserError(f"--ops: '{name}' is not one of {', '.join(CASES)}{did_you_mean(name, CASES)}")
+    names = chosen("--ops", options.ops, CASES)
     try:
         lengths = [int(length) for length in options.lengths.split(",")]
     except ValueError:

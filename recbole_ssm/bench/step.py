@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import compat, ops
-from recbole_ssm.bench.measure import Function, medians
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.bench.measure import Function, chosen, medians
+from recbole_ssm.errors import UserError
 from recbole_ssm.ops.backend import available_backends
 
 compat.install()
@@ -51,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure; one row a model, backend and kind of step."""
-    names = options.models.split(",")
-    for name in names:
-        if name not in MODELS:
-            raise UserError(f"--models: '{name}' is not one of {', '.join(MODELS)}{did_you_mean(name, MODELS)}")
+    names = chosen("--models", options.models, MODELS)
     if min(options.batch, options.length, options.layers, options.rounds) < 1 or options.items < 2:
         raise UserError("--batch, --length, --layers and --rounds: must be at least 1, and --items at least 2")
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def _in_a_process(name: str, dataset: str, mode: str, options: argparse.Namespac
 def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
     """One row, in this process."""
     from recbole_ssm.config import SSMConfig
-    from recbole_ssm.trainer.latency import peak_memory
+    from recbole_ssm.memory import peak_memory
 
     length = options["max_length"] or MAX_LENGTH.get(dataset, 50)
     theirs = name in (RECBOLE, AS_SHIPPED)
@@ -138,8 +138,7 @@ def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
     loader, _, _ = create_loaders(config, create_dataset(config))
     model = get_model(config["model"])(config, loader._dataset).to(config["device"])
     trainer = SSMTrainer(config, model)
-    order = loader.plan.epoch(np.random.default_rng(0))
-    positions = int(loader.plan.work(order[:, :2] if order.ndim == 2 else order).sum())
+    positions = int(loader.plan.work(loader.plan.epoch(np.random.default_rng(0))).sum())
     model.train()
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
 

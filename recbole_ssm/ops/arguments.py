@@ -16,6 +16,12 @@ def expect_shape(op: str, **arguments: tuple[Tensor | None, tuple[int, ...]]) ->
             raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
+def expect_groups(op: str, groups: int, heads: int) -> None:
+    """Raise a ``ValueError`` unless the groups that share B and C divide the heads."""
+    if groups == 0 or heads % groups:
+        raise ValueError(f"{op}: the {groups} groups of B must divide the {heads} heads of x")
+
+
 def step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     """dt + bias, through softplus if asked, in float32 or wider."""
     dt = dt.to(torch.promote_types(dt.dtype, torch.float32))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from recbole_ssm.ops.arguments import expect_shape
+from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
@@ -348,11 +348,6 @@ def _selective_scan_last(
 _SSD = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? cu_seqlens"
 
 
-def _expect_groups(op: str, G: int, H: int) -> None:
-    if G == 0 or H % G:
-        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
-
-
 def _ssd_fields(
     x: Tensor,
     dt: Tensor,
@@ -365,7 +360,7 @@ def _ssd_fields(
 ) -> dict[str, Any]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     maps = (batch, L, G, N)
-    _expect_groups("ssd", G, H)
+    expect_groups("ssd", G, H)
     expect_shape(
         "ssd", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, maps), C=(C, maps), D=(D, (H,)),
         state=(state_SHNP, (_sequences(x, cu_seqlens), H, N, P)),
@@ -466,7 +461,7 @@ def _ssd_last_fields(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> dict[str, Any]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
-    _expect_groups("ssd_last", G, H)
+    expect_groups("ssd_last", G, H)
     expect_shape(
         "ssd_last", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)),
         C=(C, (_sequences(x, cu_seqlens), G, N)), D=(D, (H,)),

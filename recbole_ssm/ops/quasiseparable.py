@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_shape, widen
+from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, widen
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import count_sequences, map_padded, map_sequences
 from recbole_ssm.ops.ssd import _reference as ssd_reference
@@ -57,8 +57,7 @@ def quasiseparable(
             f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x_BLHP.shape)} and {list(B_fwd.shape)}"
         )
     (batch, L, H, _), (G, N) = x_BLHP.shape, B_fwd.shape[2:]
-    if G == 0 or H % G:
-        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
+    expect_groups(op, G, H)
     maps = {"B_fwd": B_fwd, "C_fwd": C_fwd, "B_bwd": B_bwd, "C_bwd": C_bwd}
     expect_shape(
         op,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_shape, step_size, widen
+from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, step_size, widen
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
 
@@ -105,8 +105,7 @@ def _check(
     if x.dim() != 4 or B.dim() != 4:
         raise ValueError(f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x.shape)} and {list(B.shape)}")
     (batch, L, H, _), (G, N) = x.shape, B.shape[2:]
-    if G == 0 or H % G:
-        raise ValueError(f"{op}: the {G} groups of B must divide the {H} heads of x")
+    expect_groups(op, G, H)
     expect_shape(
         op, dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)), D=(D_skip, (H,)), dt_bias=(dt_bias, (H,))
     )

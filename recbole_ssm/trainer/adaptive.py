@@ -46,6 +46,7 @@ class AdaptiveBatch:
             self.sizes = AdaptiveBatchSize(loader.step, rule=rule, budget=budget, **arguments)
         except TypeError as error:
             raise UserError(f"adaptive_batch_args: {error}") from error
+        self.device = config["device"]
         self.probe = GradientProbe(model.parameters())
         self.steps = loader.steps
         self.steps.sliced = True
@@ -60,7 +61,7 @@ class AdaptiveBatch:
         parts: list[Part] = []
 
         def take(piece: slice) -> list[float]:
-            parts.append(Part((piece.stop - piece.start) / step.targets, step.gather(piece)))
+            parts.append(Part((piece.stop - piece.start) / step.targets, step.gather(piece).to(self.device)))
             return backward(parts[-1])
 
         self._backward = take

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.files import whole
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -54,20 +55,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **info})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
+        with whole(path) as temporary:
             save_file(plain, temporary, metadata={"recbole_ssm": text, "sha256": _digest(plain, text)})
-        except SafetensorError as error:  # that is how its writer reports a failing disk
-            raise OSError(str(error)) from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+    except SafetensorError as error:  # that is how its writer reports a failing disk
+        raise OSError(f"checkpoint {path} was not written: {error}") from error
     except OSError as error:
         text = f"checkpoint {path} was not written: {error.strerror or error}"
         raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -118,6 +115,15 @@ def read_pickle(path: Path) -> Checkpoint:
     return Checkpoint({**tensors, **state_tensors}, {"model": name, "training": training})
 
 
+def find(path: Path) -> tuple[Path, Checkpoint]:
+    """A checkpoint by its file, or the newest whole one of a run's folder, and where it lies.
+
+    Raises:
+        UserError: as of :func:`read` and :func:`newest`.
+    """
+    return newest(path) if path.is_dir() else (path, read(path))
+
+
 def newest(folder: Path) -> tuple[Path, Checkpoint]:
     """The checkpoint of a run's folder that is furthest in training, and whole.
 
@@ -142,7 +148,7 @@ def step_file(folder: Path, step: int) -> Path:
 
 def keep_newest(folder: Path, count: int) -> None:
     """Delete all but the newest ``count`` of a run's numbered checkpoints, and what killed writers left half done."""
-    for path in [*sorted(folder.glob(f"step-*{SUFFIX}"))[:-count], *folder.glob(f".*{SUFFIX}.*")]:
+    for path in [*sorted(folder.glob(f"step-*{SUFFIX}"))[:-count], *folder.glob(f".*{SUFFIX}")]:
         path.unlink(missing_ok=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from recbole_ssm import distributed
 from recbole_ssm.data.loader import PackedBatch, Step
 from recbole_ssm.files import write_json
+from recbole_ssm.memory import peak_memory
 from recbole_ssm.trainer.hooks import Hook
 
 if TYPE_CHECKING:
@@ -129,17 +129,3 @@ class Latency(Hook):
         self.seconds.setdefault(part, []).append(seconds)
         for unit, amount in work.items():
             self.work.setdefault(f"{part} {unit}", []).append(amount)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: on a GPU what PyTorch held there, on a CPU the whole process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

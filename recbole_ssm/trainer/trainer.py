@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import inspect
 import math
@@ -24,12 +23,13 @@ from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.memory import peak_memory, return_free_memory
 from recbole_ssm.optim import LEARNERS
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
-from recbole_ssm.trainer.latency import Latency, peak_memory
+from recbole_ssm.trainer.latency import Latency
 
 compat.install()
 
@@ -255,7 +255,7 @@ class SSMTrainer(Trainer):
 
         def backward(part: Part) -> list[float]:
             with torch.autocast(self.device.type, enabled=self.enable_amp):
-                losses = compute(part.batch.to(self.device))
+                losses = compute(part.batch)
             losses = losses if isinstance(losses, tuple) else (losses,)
             loss: Any = sum(losses)
             self._check_nan(loss, step)
@@ -379,12 +379,13 @@ class SSMTrainer(Trainer):
         states = distributed.gather(self._rng or random_states())
         if distributed.rank():
             return
-        tensors = {f"iterate.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
-        with self._output():
-            weights = {f"model.{name}": tensor.clone() for name, tensor in self.model.state_dict().items()}
-        if all(torch.equal(tensors[f"iterate.{name[6:]}"], tensor) for name, tensor in weights.items()):
-            tensors = {}
-        tensors |= weights
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if hasattr(self.optimizer, "evaluation_point"):
+            iterate = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            with self._output():
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            if any(not torch.equal(tensors[f"model.{name}"], tensor) for name, tensor in iterate.items()):
+                tensors |= {f"iterate.{name}": tensor for name, tensor in iterate.items()}
         optimizer_tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         rng_tensors = {f"rng.{rank}.{name}": t for rank, state in enumerate(states) for name, t in state.items()}
         best = float(self.best_valid_score)
@@ -421,9 +422,7 @@ class SSMTrainer(Trainer):
         Raises:
             UserError: it cannot be read, or is of another model or of other settings.
         """
-        path = Path(resume_file)
-        path, saved = checkpoint.newest(path) if path.is_dir() else (path, checkpoint.read(path))
-        self.restore(path, saved)
+        self.restore(*checkpoint.find(Path(resume_file)))
 
     def restore(self, path: Path, saved: checkpoint.Checkpoint) -> None:
         """Take over what a checkpoint holds, which was read from ``path``."""
@@ -491,7 +490,7 @@ class SSMTrainer(Trainer):
         """RecBole's learners by their names, and ours; ``learner_args`` go to the class."""
         name, arguments = self.config["learner"], dict(self.config["learner_args"] or {})
         defaults = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        if name in ("usgm", "usfgm"):
+        if hasattr(LEARNERS[name], "step_sizes"):
             del defaults["lr"]  # they find their own
         if name == "sparse_adam":
             del defaults["weight_decay"]
@@ -525,7 +524,7 @@ class SSMTrainer(Trainer):
         name, arguments = self.config["lr_scheduler"], self.config["lr_scheduler_args"] or {}
         if name is None:
             return None
-        if self.learner in ("usgm", "usfgm"):
+        if hasattr(self.optimizer, "step_sizes"):
             raise UserError(f"lr_scheduler: {self.learner} finds its own step size; leave lr_scheduler empty")
         known: dict[str, Any] = {
             n: c for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and hasattr(c, "step")
@@ -611,16 +610,6 @@ class _Silence:
 
 def _start_of(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "number": 0, "seen": 0, "loss": [], "ended": False}
-
-
-def return_free_memory() -> None:
-    """Let glibc give back what is free.
-
-    Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes (glibc bug 14581, mended
-    in 2.38), and no two packed batches have the same sizes: the process grew by 29 MB a step on ml-1m, all of it free.
-    """
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library has no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def settings_of(config: Any) -> dict[str, Any]:

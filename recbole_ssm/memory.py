@@ -1,0 +1,33 @@
+"""What memory a process holds, and how it gives back what it no longer needs."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on a GPU what PyTorch held there, on a CPU the whole process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def return_free_memory() -> None:
+    """Let glibc give back what is free.
+
+    Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes (glibc bug 14581, mended
+    in 2.38), and no two packed batches have the same sizes: the process grew by 29 MB a step on ml-1m, all of it free.
+    """
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
