@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,9 @@ class Runs:
             return Outcome(run, str(error), self.folder)
         folder = self.folder / f"{run.model}-{run.dataset}-{digest[:16]}"
         if not (folder / OUTCOME).is_file():
-            error = self._train(run, folder, progress or (lambda state: None))
-            if error is not None:
-                return Outcome(run, error, folder)
+            failure = self._train(run, folder, progress or (lambda state: None))
+            if failure is not None:
+                return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
 
     def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
@@ -179,7 +180,7 @@ class Runs:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
                 begin = time.monotonic()
-                outcome = self.get(run, lambda state, run=run: bar.set_postfix_str(f"{run}: {_where(state)}"))
+                outcome = self.get(run, partial(_show, bar, run))
                 outcomes.append(outcome)
                 took = time.monotonic() - begin
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
@@ -247,11 +248,11 @@ def _absolute(key: str, value: Any) -> Any:
     return str(Path(value).absolute()) if named and (key == "data_path" or Path(value).exists()) else value
 
 
-def _where(state: Mapping[str, Any]) -> str:
-    if "epoch" not in state:
-        return "starts"
-    valid = "" if state.get("valid") is None else f", valid {state['valid']:.4f}"
-    return f"epoch {state['epoch']}/{state['epochs']}, step {state['step']}/{state['steps']}{valid}"
+def _show(bar: Any, run: Run, state: Mapping[str, Any]) -> None:
+    if "epoch" in state:
+        valid = "" if state["valid"] is None else f", valid {state['valid']:.4f}"
+        where = f"epoch {state['epoch']}/{state['epochs']}, step {state['step']}/{state['steps']}"
+        bar.set_postfix_str(f"{run}: {where}{valid}")
 
 
 def _score(outcome: Outcome) -> str:
