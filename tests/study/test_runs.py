@@ -14,7 +14,7 @@ import pytest
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import runs as module
-from recbole_ssm.study.runs import OUTCOME, Outcome, Run, Runs
+from recbole_ssm.study.runs import OUTCOME, RUN, Outcome, Run, Runs
 from tests.conftest import REPOSITORY
 
 DATA = {"data_path": str(REPOSITORY / "dataset")}
@@ -72,19 +72,32 @@ def test_done_once(done, monkeypatch, capsys):
 
 def test_what_makes_another_run(done, monkeypatch, tmp_path):
     runs, _ = done
-    digests = [
-        runs.digest(Run("Mamba4Rec", "toy", {**SHORT.options, **more}))
+    folders = [
+        runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more}))
         for more in ({}, {"seed": 2}, {"epochs": 3}, {"stopping_step": 1}, {"d_state": 16}, {"metric_decimal_place": 6})
     ]
     shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / "data" / "toy")
-    there = Runs(tmp_path / "r", {"data_path": str(tmp_path / "data")})
-    assert there.digest(SHORT) == digests[0]
+    there = Runs(runs.folder, {"data_path": str(tmp_path / "data")})
+    assert there.folder_of(SHORT) == folders[0]
     file = tmp_path / "data" / "toy" / "toy.inter"
     file.write_text(file.read_text().replace("\ti1\t", "\ti2\t", 1))
-    digests.append(there.digest(SHORT))
+    folders.append(there.folder_of(SHORT))
     monkeypatch.setattr(module, "__version__", "0.0")
-    digests.append(runs.digest(SHORT))
-    assert len(set(digests)) == len(digests)
+    folders.append(runs.folder_of(SHORT))
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
+    """A run of before some key existed is today's run with the key at its default, and no other."""
+    runs = Runs(tmp_path / "r", DATA)
+    before = shutil.copytree(done[1].folder, tmp_path / "r" / "Mamba4Rec-toy-before")
+    job = json.loads((before / RUN).read_text())
+    assert job["content"]["settings"].pop("readout") == "last"
+    (before / RUN).write_text(json.dumps(job))
+    monkeypatch.setattr(Runs, "_train", never)
+    assert runs.get(SHORT).test == done[1].test
+    for more in ({"readout": "mean"}, {"seed": 3}):
+        assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more})) != before
 
 
 def test_a_failed_run_stops_nothing_and_is_tried_again(tmp_path, capsys):
