@@ -21,7 +21,6 @@ from recbole_ssm.model import get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
-from recbole_ssm.study.space import read_space
 from recbole_ssm.study.speed import speeds
 
 MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
@@ -105,12 +104,9 @@ def tuned(
     Raises:
         UserError: a model has no search space.
     """
-    spaces = {model: read_space(PROPERTIES / "hyper" / f"{model}.hyper") for _, model in chosen}
     tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, own in chosen.items():
-        random = np.random.default_rng(seed)
-        samples = [spaces[key[1]].sample(random) for _ in range(settings - 1)]
-        tried[key] = [dict(own), *({**own, **sample} for sample in samples)]
+        tried[key] = [dict(own), *({**own, **found} for found in samples(key[1], settings - 1, seed))]
     todo = [
         Run(model, dataset, {**options[number], "seed": seed})
         for number in range(settings)
@@ -122,6 +118,24 @@ def tuned(
         mine = outcomes[place :: len(tried)]
         best[key] = max(zip(mine, options), key=partial(_by_validation, runs))[1]
     return best
+
+
+def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """So many points of a model's search space, at random and each once.
+
+    Raises:
+        UserError: the model has none, or it is smaller.
+    """
+    from recbole_ssm.study.search import Search, Trial, read_space
+
+    search = Search("random", read_space(PROPERTIES / "hyper" / f"{model}.hyper"), seed)
+    trials: list[Trial] = []
+    while len(trials) < count:
+        params = search.propose(trials, bigger=True)
+        if params is None:
+            raise UserError(f"--tune: the search space of {model} has {len(trials)} points; take {len(trials) + 1}")
+        trials.append(Trial(len(trials), params))
+    return [trial.params for trial in trials]
 
 
 def _by_validation(runs: Runs, tried: tuple[Outcome, Any]) -> float:
