@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -77,7 +78,11 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     keys = {**machine_options, **run.options, "eval_batch_size": BATCH, "state": "ERROR", "show_progress": False}
     config = SSMConfig(run.model, run.dataset, config_dict=keys)
     set_backend(config["ssm_backend"])
-    train, _, test = create_loaders(config, create_dataset(config))
+    logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
+    try:
+        train, _, test = create_loaders(config, create_dataset(config))
+    finally:
+        logging.disable(logging.NOTSET)
     model = get_model(run.model)(config, train._dataset).to(config["device"]).eval()
     return model, next(iter(test))[0].to(config["device"])
 
