@@ -208,11 +208,11 @@ class _Bench:
         """The measured columns of one row; ``length`` 0 is one event from the carried state."""
         row: Row = dict.fromkeys(MEASURED)
 
-        def calls(batch: int, length: int) -> _Calls:
-            return _Calls(model, length, batch, items, self.device, self.top_k)
+        def calls(batch: int, events: int) -> _Calls:
+            return _Calls(model, events if length else 0, batch, items, self.device, self.top_k)
 
         try:
-            row["note"] = self._refusal(calls, costs, batch, length, items)
+            row["note"] = self._refusal(calls, costs, batch, length or 1, items)
             if row["note"] is None:
                 row |= self._measured(calls(batch, length), costs)
         except Exception as error:  # out of memory, or a model that wants more than items: no other may stop for it
@@ -223,13 +223,17 @@ class _Bench:
         self, calls: Callable[[int, int], _Calls], costs: _Costs, batch: int, length: int, items: int
     ) -> str | None:
         """Why a row is not even tried. Before a forecast is believed, a sixteenth of the row is called."""
-        refusal = self._forecast(costs, batch, length or 1, items)
+        refusal = self._forecast(costs, batch, length, items)
         smaller = (batch // SMALLER, length) if batch >= SMALLER else (batch, length // SMALLER)
         if refusal is None or 0 in smaller:
-            return None if math.isinf(costs.encode_s.of(batch, length or 1)) else refusal
+            return None if math.isinf(costs.encode_s.of(batch, length)) else refusal
         if self._refusal(calls, costs, *smaller, items) is None:
-            self._first(calls(*smaller), costs)
-            refusal = self._forecast(costs, batch, length or 1, items)
+            part = calls(*smaller)
+            self._first(part, costs)
+            part.once()  # the first call has touched the memory
+            encode, score, top_k, _ = part.seconds[-1]
+            costs.note(part, encode, score + top_k)
+            refusal = self._forecast(costs, batch, length, items)
         return refusal
 
     def _forecast(self, costs: _Costs, batch: int, length: int, items: int) -> str | None:
