@@ -1,9 +1,9 @@
 """Studies: results over many runs, with tables and plots: ``recbole-ssm study NAME [--folder=DIR] [--key=value ...]``.
 
-A study is one module of this package: ``add_arguments(parser)`` names its options, ``run(options, keys)`` trains what is
-missing, prints its table and writes its files to ``options.folder``. ``keys`` are the config keys of the command line,
-for every run of the study. Runs are kept (:mod:`recbole_ssm.study.runs`), so a study that was stopped goes on by the
-same command, and one that is done can be printed again.
+A study is one module of this package: ``add_arguments(parser)`` names its options, ``run(options, keys)`` trains what
+is missing, prints its table and writes its files to ``options.folder``. ``keys`` are the config keys of the command
+line, for every run of the study. Runs are kept (:mod:`recbole_ssm.study.runs`), so a study that was stopped goes on by
+the same command, and one that is done can be printed again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ may crash or be killed without harm to the others.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -125,11 +126,10 @@ class Runs:
         self.folder = Path(folder).absolute()
         self.machine_options = {"data_path": "dataset/", **(machine_options or {})}
         self._files: dict[tuple[str, int, int], str] = {}
+        self._contents: dict[Path, dict[str, Any]] = {}
 
-    def digest(self, run: Run) -> str:
-        """What a run is cached under.
-
-        Keys that are None are left out, so that a new one that is off by default voids nothing.
+    def content(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set.
@@ -140,8 +140,28 @@ class Runs:
         if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
             create_dataset(config)  # which downloads it
         files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
-        content = {"version": __version__, "settings": settings, "files": files}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {"version": __version__, "settings": settings, "files": files}
+
+    def folder_of(self, run: Run) -> Path:
+        """Where a run is, or will be.
+
+        A run that was done before this package knew some key is the same run wherever that key has its default.
+
+        Raises:
+            UserError: as of :meth:`content`.
+        """
+        content = self.content(run)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        stem = f"{run.model}-{run.dataset}-"
+        exact = self.folder / f"{stem}{digest[:16]}"
+        if not (exact / RUN).is_file():
+            for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
+                before = self._content_in(file)
+                new = set(content["settings"]) - set(before["settings"])
+                kept = {k: v for k, v in content["settings"].items() if k not in new}
+                if {**content, "settings": kept} == before and not new & {*run.options, *self.machine_options}:
+                    return file.parent
+        return exact
 
     def get(self, run: Run, progress: Progress | None = None) -> Outcome:
         """A run's outcome: read, or trained now.
@@ -157,10 +177,9 @@ class Runs:
             KeyboardInterrupt: the run has saved where it stands.
         """
         try:
-            digest = self.digest(run)
+            folder = self.folder_of(run)
         except UserError as error:
             return Outcome(run, str(error), self.folder)
-        folder = self.folder / f"{run.model}-{run.dataset}-{digest[:16]}"
         if not (folder / OUTCOME).is_file():
             failure = self._train(run, folder, progress or (lambda state: None))
             if failure is not None:
@@ -201,7 +220,8 @@ class Runs:
         # the process stands in the run's folder, where RecBole writes its logs
         options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
         options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
-        write_json(folder / RUN, {"run": asdict(run), "options": options})
+        content = self._content_in(folder / RUN) if (folder / RUN).is_file() else self.content(run)
+        write_json(folder / RUN, {"run": asdict(run), "options": options, "content": content})
         said: dict[str, Any] = {}
         path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         with (
@@ -229,6 +249,12 @@ class Runs:
             return None
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
         return said.get("error") or f"its process ended with {how}; see {folder / LOG}"
+
+    def _content_in(self, file: Path) -> dict[str, Any]:
+        """The content for which a folder was made; it never changes."""
+        if file not in self._contents:
+            self._contents[file] = json.loads(file.read_text(encoding="utf-8"))["content"]
+        return self._contents[file]
 
     def _file_digest(self, path: Path) -> str:
         status = path.stat()

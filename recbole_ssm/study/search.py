@@ -175,7 +175,7 @@ class Trial:
 
     number: int
     params: dict[str, Any]
-    state: str = "running"
+    status: str = "running"
     """``running``, ``done`` or ``failed``."""
     score: float | None = None
     """The best validation score."""
@@ -246,7 +246,7 @@ class Search:
             return {name: grid[i] for (name, grid), i in zip(self._grids.items(), at)}
         rng = np.random.default_rng([self.seed, number])
         seen = {str(trial) for trial in trials}
-        done = [trial for trial in trials if trial.state == "done"]
+        done = [trial for trial in trials if trial.status == "done"]
         tries = 1000 if self.size is None or len(seen) < self.size else 0
         for attempt in range(tries):
             if self.algo == "bayes" and len(done) >= STARTUP and attempt < 10:

@@ -101,7 +101,7 @@ class HyperTuning:
     @property
     def best(self) -> Trial | None:
         """The trial of the best validation score, the first of equals."""
-        done = [trial for trial in self.trials if trial.state == "done"]
+        done = [trial for trial in self.trials if trial.status == "done"]
         return max(done, key=lambda t: (t.score or 0.0) * (1 if self.bigger else -1), default=None)
 
     @property
@@ -121,12 +121,12 @@ class HyperTuning:
             UserError: all of them failed.
             KeyboardInterrupt: the table says what was running; the next :meth:`run` begins with that.
         """
-        again = [trial for trial in self.trials if trial.state != "done"]
+        again = [trial for trial in self.trials if trial.status != "done"]
         pending: dict[Future[Mapping[str, Any]], Trial] = {}
         with self._executor() as submit:
             while True:
                 while len(pending) < self.workers and (trial := again.pop(0) if again else self._next()):
-                    trial.state, trial.error = "running", ""
+                    trial.status, trial.error = "running", ""
                     self._save()
                     pending[submit(trial.params)] = trial
                 if not pending:
@@ -144,14 +144,14 @@ class HyperTuning:
         with whole(Path(output_file)) as path, open(path, "w", encoding="utf-8") as file:
             for trial in self.trials:
                 file.write(", ".join(f"{name}:{value}" for name, value in trial.params.items()) + "\n")
-                if trial.state == "done":
+                if trial.status == "done":
                     file.write(f"Valid result:\n{dict2str(trial.valid)}\nTest result:\n{dict2str(trial.test)}\n\n")
                 else:
-                    file.write(f"{trial.state}: {trial.error}\n\n")
+                    file.write(f"{trial.status}: {trial.error}\n\n")
 
     def plot(self, path: Path, metric: str = "validation score") -> None:
         """Draw the score of each trial, and the best so far."""
-        done = [trial for trial in self.trials if trial.state == "done" and trial.score is not None]
+        done = [trial for trial in self.trials if trial.status == "done" and trial.score is not None]
         best = (np.maximum if self.bigger else np.minimum).accumulate([trial.score or 0.0 for trial in done])
         with figure(path) as drawn:
             axes = drawn.subplots()
@@ -171,7 +171,7 @@ class HyperTuning:
 
     def _stale(self) -> bool:
         """Whether the last trials brought no progress."""
-        ended = [trial for trial in self.trials if trial.state != "running"]
+        ended = [trial for trial in self.trials if trial.status != "running"]
         if self.early_stop is None or self.best is None:
             return False
         return len(ended) - 1 - ended.index(self.best) >= self.early_stop
@@ -184,12 +184,10 @@ class HyperTuning:
                 raise UserError(f"the validation score is {score}")
         except Exception as error:
             text = " ".join(str(error).splitlines())
-            trial.state, trial.error = (
-                "failed",
-                text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
-            )
+            trial.error = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            trial.status = "failed"
             return
-        trial.state, trial.score, trial.seconds = "done", score, result.get("seconds")
+        trial.status, trial.score, trial.seconds = "done", score, result.get("seconds")
         trial.valid, trial.test = (
             {name: float(value) for name, value in (result[key] or {}).items()}
             for key in ("best_valid_result", "test_result")
@@ -226,21 +224,24 @@ def _at_once(function: Objective, *arguments: Any) -> Future[Mapping[str, Any]]:
 
 def write_trials(path: Path, trials: Iterable[Trial], space: Space) -> None:
     """The table of trials as comma-separated values, whole or not at all."""
-    trials = list(trials)
-    valid, test = ({name: None for trial in trials for name in getattr(trial, part)} for part in ("valid", "test"))
+    rows = [
+        {
+            "trial": trial.number,
+            "status": trial.status,
+            "score": trial.score,
+            **{name: cell(trial.params[name]) for name in space},
+            **{f"valid {name}": value for name, value in trial.valid.items()},
+            **{f"test {name}": value for name, value in trial.test.items()},
+            "seconds": trial.seconds,
+            "error": trial.error,
+        }
+        for trial in trials
+    ]
     with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["trial", "state", "score", *space, *(f"valid {n}" for n in valid), *(f"test {n}" for n in test)]
-            + ["seconds", "error"]
-        )
-        for trial in trials:
-            writer.writerow(
-                [trial.number, trial.state, trial.score, *(cell(trial.params[name]) for name in space)]
-                + [trial.valid.get(name) for name in valid]
-                + [trial.test.get(name) for name in test]
-                + [trial.seconds, trial.error]
-            )
+        # trials that are not done have no metrics
+        writer = csv.DictWriter(file, max(rows, key=len, default={}))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_trials(path: Path, space: Space) -> list[Trial]:
@@ -269,7 +270,7 @@ def _trial(row: dict[str, str], space: Space) -> Trial:
     return Trial(
         number=int(row["trial"]),
         params={name: parameter.from_cell(row[name]) for name, parameter in space.items()},
-        state=row["state"],
+        status=row["status"],
         score=number("score"),
         valid=metrics("valid "),
         test=metrics("test "),
@@ -371,11 +372,10 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
     data_path = {"data_path": str(Path(fixed.get("data_path", "dataset/")).absolute())}  # for whoever stands elsewhere
     objective = KeptObjective(str(runs), config.model, config.dataset, {**fixed, **data_path}, *_metric(config))
     # the same search goes on; another model, data set, space, option or version has another folder
-    identity = [Runs(runs).digest(Run(config.model, config.dataset, objective.fixed)), options.algo]
-    identity += [f"{p.name} {p.kind} {p.values}" for p in space.values()]
-    folder = (
-        options.folder / f"{config.model}-{config.dataset}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:8]}"
-    )
+    search = [options.algo, *((p.name, p.kind, p.values) for p in space.values())]
+    search.append(Runs(runs).digest(Run(config.model, config.dataset, objective.fixed)))
+    digest = hashlib.sha256(repr(search).encode()).hexdigest()
+    folder: Path = options.folder / f"{config.model}-{config.dataset}-{digest[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
 
     if (options.workers or 1) > 1:  # side by side, each with its share of the processors
@@ -406,7 +406,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
             bigger=objective.bigger,
             after=after,
         )
-        before = sum(trial.state == "done" for trial in tuning.trials)
+        before = sum(trial.status == "done" for trial in tuning.trials)
         bar.reset(total=tuning.max_evals)
         bar.update(before)
         bar.write(
@@ -432,8 +432,8 @@ def _shipped(model: str) -> Path:
 
 def _check(space: Space, config: SSMConfig, keys: Mapping[str, Any]) -> None:
     """That every key can be tuned."""
+    known = config.known_keys()
     for name, parameter in space.items():
-        known = config.known_keys()
         if name not in known:
             raise UserError(f"{parameter.where}: there is no key '{name}' of {config.model}{did_you_mean(name, known)}")
         if name in NOT_TUNED:
@@ -448,7 +448,7 @@ def _metric(config: SSMConfig) -> tuple[str, bool]:
 
 def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     head = f"trial {trial.number} of {tuning.max_evals}: "
-    if trial.state == "failed":
+    if trial.status == "failed":
         return f"{head}failed: {trial.error}; {trial}"
     best = tuning.best
     assert best is not None
