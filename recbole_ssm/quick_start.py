@@ -26,7 +26,7 @@ from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 
-__all__ = ["load_recommender", "run_recbole_ssm"]
+__all__ = ["load_recommender", "objective_function", "run_recbole_ssm"]
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def run_recbole_ssm(
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
-        ``checkpoint``, the path of the best checkpoint (None if not saved).
+        ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its name.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to mend it.
@@ -128,12 +128,29 @@ def run_recbole_ssm(
         logger.info(f"checkpoint: {trainer.saved_model_file}")
     distributed.stop()
     return {
+        "model": config["model"],
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
+
+
+def objective_function(
+    config_dict: Mapping[str, Any] | None = None, config_file_list: Iterable[str] | None = None, saved: bool = True
+) -> dict[str, Any]:
+    """What HyperTuning calls, RecBole's or :class:`recbole_ssm.study.tune.HyperTuning`: one trial.
+
+    Args:
+        config_dict: the values of the trial; they win over files.
+        config_file_list: YAML files that name model and data set, and what else is fixed.
+        saved: keep the best checkpoint, and test with it.
+
+    Returns:
+        As :func:`run_recbole_ssm`.
+    """
+    return run_recbole_ssm(config_file_list=config_file_list, config_dict=config_dict, saved=saved)
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

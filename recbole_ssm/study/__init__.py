@@ -17,6 +17,7 @@ from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 STUDIES = {
     "compare": "models by data sets: quality over seeds with paired tests, latency, parameters, seconds, memory",
     "length": "quality and cost by the longest history that a model sees",
+    "tune": "the best hyper-parameters of a model, by exhaustive, random or Bayesian search",
 }
 
 

@@ -18,6 +18,7 @@ from recbole_ssm.model import get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.search import Search, Trial, read_space
 from recbole_ssm.study.speed import speeds
 
 MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
@@ -178,8 +179,6 @@ def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
     Raises:
         UserError: the model has none, or it is smaller.
     """
-    from recbole_ssm.study.search import Search, Trial, read_space
-
     search = Search("random", read_space(PROPERTIES / "hyper" / f"{model}.hyper"), seed)
     trials: list[Trial] = []
     while len(trials) < count:
