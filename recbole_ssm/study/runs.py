@@ -144,6 +144,10 @@ class Runs:
         files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
         return {"version": __version__, "settings": settings, "files": files}
 
+    def digest(self, run: Run) -> str:
+        """The SHA-256 of :meth:`content`."""
+        return _sha256(self.content(run))
+
     def folder_of(self, run: Run) -> Path:
         """Where a run is, or will be.
 
@@ -153,9 +157,8 @@ class Runs:
             UserError: as of :meth:`content`.
         """
         content = self.content(run)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         stem = f"{run.model}-{run.dataset}-"
-        exact = self.folder / f"{stem}{digest[:16]}"
+        exact = self.folder / f"{stem}{_sha256(content)[:16]}"
         if not (exact / RUN).is_file():
             for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
                 before = self._content_in(file)
@@ -268,6 +271,10 @@ class Runs:
                     digest.update(block)
             self._files[key] = digest.hexdigest()
         return self._files[key]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _absolute(key: str, value: Any) -> Any:
