@@ -1,14 +1,4 @@
-"""What hyper-parameters may be, and which to try next.
-
-A parameter file is RecBole's: a line for each key, ``name type values``; lines that start with # are comments.
-
-    learning_rate loguniform -8,-4
-    dropout_prob uniform 0.0,0.5
-    num_layers quniform 1,4,1
-    loss_type choice ['CE', 'gBCE']
-
-The bounds of ``loguniform`` are natural logarithms, and ``quniform`` has a step. Values are literals, never evaluated.
-"""
+"""What hyper-parameters may be, read from RecBole's parameter files without evaluating them, and which to try next."""
 
 from __future__ import annotations
 
@@ -95,7 +85,7 @@ def cell(value: Any) -> str:
 
 
 def read_space(path: Path) -> Space:
-    """The parameters of a file in RecBole's format.
+    """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a line of comment.
 
     Raises:
         UserError: there is no such file, or a line is wrong; the message names it.
@@ -155,8 +145,8 @@ def _parameter(name: str, kind: str, values: Any, where: str) -> Parameter:
     if numbers[0] >= numbers[1] or (count == 3 and numbers[2] <= 0):
         raise UserError(f"{where}: {kind} needs low < high{' and a step above 0' * (count == 3)}, got {values}")
     if kind == "loguniform" and (numbers[1] > 700 or 0 < numbers[0] < numbers[1] <= 0.1):
-        meant = f"; for {numbers[0]} to {numbers[1]} write {math.log(numbers[0]):.4g},{math.log(numbers[1]):.4g}"
-        hint = meant if numbers[1] <= 0.1 else ""
+        low, high = (f"{math.log(bound):.4g}" if bound > 0 else "" for bound in numbers)
+        hint = f"; for {numbers[0]} to {numbers[1]} write {low},{high}" if low else ""
         raise UserError(f"{where}: the bounds of loguniform are natural logarithms, got {values}{hint}")
     return Parameter(name, kind, tuple(numbers), where)
 

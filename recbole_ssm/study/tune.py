@@ -1,8 +1,15 @@
 """The best hyper-parameters, searched as by RecBole's run_hyper.py: ``recbole-ssm tune --model=M --params_file=FILE``.
 
+A parameter file is RecBole's, with lines such as
+
+    learning_rate loguniform -8,-4              natural logarithms of the bounds
+    dropout_prob uniform 0.0,0.5
+    num_layers quniform 1,4,1                   from 1 to 4 in steps of 1
+    loss_type choice ['CE', 'gBCE']             any literals
+
 Trials are chosen by the validation score; test metrics stand beside it. The table is written after every trial. The
 same command goes on where it was stopped, also with more --max_evals: trials that are done are not run again, and one
-that was interrupted goes on from its checkpoint. :mod:`recbole_ssm.study.search` says what a parameter file holds.
+that was interrupted goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -284,11 +292,16 @@ class KeptObjective:
     """The objective of one model on one data set, whose runs are done once (:class:`recbole_ssm.study.runs.Runs`)."""
 
     folder: str
+    data_path: str
     model: str
     dataset: str
     fixed: dict[str, Any]
     metric: str
     bigger: bool
+
+    def content(self) -> dict[str, Any]:
+        """All that decides results beside the values that are tuned."""
+        return self._runs().content(Run(self.model, self.dataset, self.fixed))
 
     def __call__(
         self,
@@ -301,7 +314,7 @@ class KeptObjective:
         Raises:
             UserError: the run failed, or there is nothing to validate on.
         """
-        outcome = Runs(self.folder).get(Run(self.model, self.dataset, {**self.fixed, **config_dict}), progress)
+        outcome = self._runs().get(Run(self.model, self.dataset, {**self.fixed, **config_dict}), progress)
         if outcome.error is not None:
             raise UserError(outcome.error)
         if not outcome.valid:
@@ -314,6 +327,9 @@ class KeptObjective:
             "test_result": outcome.test,
             "seconds": outcome.seconds,
         }
+
+    def _runs(self) -> Runs:
+        return Runs(self.folder, {"data_path": self.data_path})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -361,6 +377,13 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
     for option in ("max_evals", "early_stop", "workers"):
         if getattr(options, option) is not None and getattr(options, option) < 1:
             raise UserError(f"--{option}: must be at least 1, got {getattr(options, option)}")
+    for option in ("output_file", "display_file"):
+        file = getattr(options, option)
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"--{option}: there is no folder {file.absolute().parent}")
+    if options.display_file:
+        with figure(options.display_file):  # whether it can be drawn is known before anything is trained
+            pass
     fixed: dict[str, Any] = {}
     for file in options.config_files.split():
         fixed |= read_yaml(Path(file))
@@ -368,13 +391,13 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
     space = read_space(options.params_file or _shipped(config.model))
     _check(space, config, keys)
     fixed = {key: value for key, value in {**fixed, **keys}.items() if key not in ("model", "dataset", *space)}
-    runs = options.folder.absolute() / "runs"
-    data_path = {"data_path": str(Path(fixed.get("data_path", "dataset/")).absolute())}  # for whoever stands elsewhere
-    objective = KeptObjective(str(runs), config.model, config.dataset, {**fixed, **data_path}, *_metric(config))
+    metric, bigger = str(config["valid_metric"]).lower(), bool(config["valid_metric_bigger"])
+    data_path = str(Path(fixed.pop("data_path", "dataset/")).absolute())  # for whoever stands elsewhere
+    runs = str((options.folder / "runs").absolute())
+    objective = KeptObjective(runs, data_path, config.model, config.dataset, fixed, metric, bigger)
     # the same search goes on; another model, data set, space, option or version has another folder
-    search = [options.algo, *((p.name, p.kind, p.values) for p in space.values())]
-    search.append(Runs(runs).digest(Run(config.model, config.dataset, objective.fixed)))
-    digest = hashlib.sha256(repr(search).encode()).hexdigest()
+    search = [options.algo, *((p.name, p.kind, p.values) for p in space.values()), objective.content()]
+    digest = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
     folder: Path = options.folder / f"{config.model}-{config.dataset}-{digest[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -389,9 +412,11 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
 
         def after(trial: Trial) -> None:
             if trial is tuning.best:
-                _write_best(folder / "best.yaml", config, {**fixed, **trial.params}, trial, objective.metric)
+                _write_best(
+                    folder / "best.yaml", config, {"data_path": data_path, **fixed, **trial.params}, trial, metric
+                )
             bar.update()
-            bar.write(_line(tuning, trial, objective.metric))
+            bar.write(_line(tuning, trial, metric))
 
         tuning = HyperTuning(
             lambda params, files: objective(params, files, progress),
@@ -403,7 +428,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
             workers=workers,
             submit=submit,
             seed=config["seed"],
-            bigger=objective.bigger,
+            bigger=bigger,
             after=after,
         )
         before = sum(trial.status == "done" for trial in tuning.trials)
@@ -411,15 +436,15 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
         bar.update(before)
         bar.write(
             f"tune {config.model} on {config.dataset}: {options.algo} search of {tuning.max_evals} trials over "
-            f"{', '.join(space)}, by {objective.metric}; {before} are done; the table is {folder / 'trials.csv'}"
+            f"{', '.join(space)}, by {metric}; {before} are done; the table is {folder / 'trials.csv'}"
         )
         tuning.run()
     best = tuning.best
     assert best is not None
     if options.output_file:
         tuning.export_result(options.output_file)
-    _plot(tuning, options.display_file, folder / "trials.png", objective.metric)
-    print(f"best: trial {best.number}, {objective.metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}")
+    _plot(tuning, options.display_file, folder / "trials.png", metric)
+    print(f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}")
     print(f"train it: run_recbole_ssm.py --config_files {folder / 'best.yaml'}")
 
 
@@ -440,10 +465,6 @@ def _check(space: Space, config: SSMConfig, keys: Mapping[str, Any]) -> None:
             raise UserError(f"{parameter.where}: {name} cannot be tuned, because scores would mean different things")
         if name in keys:
             raise UserError(f"{parameter.where}: {name} is tuned there and given as --{name}; keep one")
-
-
-def _metric(config: SSMConfig) -> tuple[str, bool]:
-    return str(config["valid_metric"]).lower(), bool(config["valid_metric_bigger"])
 
 
 def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
