@@ -23,7 +23,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
-  recbole-ssm compare   models by data sets in one table, with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
+  recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
   recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
 """

@@ -74,6 +74,8 @@ class Outcome:
     epochs: int = 0
     parameters: int = 0
     """All numbers in the model's weights, trained or frozen."""
+    items: int = 0
+    """How many items were ranked."""
     peak_memory: int = 0
     """Bytes: of the GPU, or else of the whole process, data set included."""
     latency: dict[str, Any] | None = None
