@@ -17,6 +17,7 @@ from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 STUDIES = {
     "compare": "models by data sets: quality over seeds with paired tests, latency, parameters, seconds, memory",
     "length": "quality and cost by the longest history that a model sees",
+    "optimizers": "Adam, SGD, USGM and the adaptive batch size: quality over seeds, samples and seconds to a score",
 }
 
 

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from recbole_ssm import distributed
 from recbole_ssm.data.loader import Part, Step, TrainLoader
 from recbole_ssm.errors import UserError
+from recbole_ssm.figure import figure
 from recbole_ssm.files import whole
 from recbole_ssm.optim import AdaptiveBatchSize, GradientProbe, Measurement
 
@@ -39,9 +40,7 @@ class AdaptiveBatch:
         UserError: an option is impossible, or goes with something that fixes the size of a step in advance.
     """
 
-    def __init__(
-        self, config: Any, loader: TrainLoader, model: Any, epochs: int, scale: Callable[[], float]
-    ) -> None:
+    def __init__(self, config: Any, loader: TrainLoader, model: Any, epochs: int, scale: Callable[[], float]) -> None:
         if config["worker"]:
             raise UserError(
                 f"adaptive_batch: needs worker: 0, got {config['worker']}; a worker would prepare steps before their "
@@ -134,7 +133,9 @@ class AdaptiveBatch:
         """The state of the rule in words."""
         fit, sizes = self.sizes.fit, self.sizes
         holder = f", nu {fit.nu:.2f}, L {fit.L:.3g}" if fit else ""
-        return f"batch size {sizes.batch_size}, sigma {math.sqrt(sizes.variance):.3g}, wanted {sizes.optimum:.3g}{holder}"
+        return (
+            f"batch size {sizes.batch_size}, sigma {math.sqrt(sizes.variance):.3g}, wanted {sizes.optimum:.3g}{holder}"
+        )
 
     def save(self, folder: Path) -> bool:
         """Write ``batch_size.csv``, and ``batch_size.png`` if Matplotlib is installed; whether it is."""
@@ -142,21 +143,16 @@ class AdaptiveBatch:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(self.rows)
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            return False
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        upper, lower = figure.subplots(2, sharex=True)
         steps, sizes, step_sizes = list(zip(*self.rows))[:3] if self.rows else ((), (), ())
-        upper.step(steps, sizes, where="post")
-        upper.set(ylabel="batch size", yscale="log")
-        lower.plot(steps, step_sizes)
-        lower.set(xlabel="step", ylabel="step size")
-        with whole(folder / "batch_size.png") as path:
-            figure.savefig(path, format="png")
+        try:
+            with figure(folder / "batch_size.png", (8, 5)) as drawn:
+                upper, lower = drawn.subplots(2, sharex=True)
+                upper.step(steps, sizes, where="post")
+                upper.set(ylabel="batch size", yscale="log")
+                lower.plot(steps, step_sizes)
+                lower.set(xlabel="step", ylabel="step size")
+        except UserError:
+            return False
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -181,7 +181,9 @@ class SSMTrainer(Trainer):
             if self._saved:
                 folder = self.open_folder()
                 if distributed.rank() == 0 and not self.adaptive.save(folder):
-                    self.logger.info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
+                    self.logger.info(
+                        "batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib"
+                    )
         if self._saved:
             if improved:
                 self._save_checkpoint(epoch, verbose=verbose)
@@ -492,7 +494,7 @@ class SSMTrainer(Trainer):
     # --- the optimiser -----------------------------------------------------------------------------------------------
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        """RecBole's learners by their names, and ours; ``learner_args`` go to the class, ``learner_groups`` to groups."""
+        """RecBole's learners by their names, and ours, with ``learner_args`` and ``learner_groups``."""
         name, arguments = self.config["learner"], dict(self.config["learner_args"] or {})
         if arguments.get("same_batch"):
             raise UserError("learner_args: same_batch takes each gradient twice, and training gives one; leave it out")
@@ -501,8 +503,9 @@ class SSMTrainer(Trainer):
             del defaults["lr"]  # they find their own
         if name == "sparse_adam":
             del defaults["weight_decay"]
+        own: Mapping[str, Any] = self.config["learner_groups"] or {}
         try:
-            groups = parameter_groups(self.model.named_parameters(), self.config["learner_groups"] or {})
+            groups = parameter_groups(self.model.named_parameters(), own)
         except UserError as error:
             raise UserError(f"learner_groups: {error}") from error
         try:
@@ -510,8 +513,8 @@ class SSMTrainer(Trainer):
         except TypeError as error:
             raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
         known = set(inspect.signature(LEARNERS[name]).parameters) & set(optimizer.defaults)
-        for group in optimizer.param_groups:  # PyTorch keeps whatever a group holds, used or not
-            for key in set(group) - set(optimizer.defaults) - {"params"}:
+        for key in (key for options in own.values() for key in options):
+            if key not in known:  # PyTorch would keep it, unused
                 raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
         return optimizer
 
