@@ -85,9 +85,8 @@ def test_two_processes_equal_one(tmp_path, model, options):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_two_processes_choose_one_batch_size_and_go_on_in_mid_growth(tmp_path):
     """As near to one process as the estimates of other chunks are; killed while the batch grows, and gone on with."""
-    shared = {"adaptive_batch": "hoelder", "train_batch_size": 16, "learner": "usgm", "checkpoint_steps": 3}
-    shared |= {"learner_args": {"D": 50, "rho": 0.02}}
-    shared["adaptive_batch_args"] = {"every": 2, "patience": 1, "batch_max": 256, "memory_size": 50}
+    shared = {"adaptive_batch": "norm_test", "train_batch_size": 16, "checkpoint_steps": 2}
+    shared["adaptive_batch_args"] = {"theta": 0.2, "every": 2, "patience": 3, "batch_max": 256, "memory_size": 50}
     _, alone = run(tmp_path / "one", 1, "2Mamba4Rec", **shared)
     _, together = run(tmp_path / "two", 2, "2Mamba4Rec", **shared)
     paths = [[row[1] for row in found.info["training"]["adaptive"]["rows"]] for found in (alone, together)]
