@@ -19,6 +19,8 @@ from recbole_ssm.optim import AdaptiveBatchSize, GradientProbe, Measurement
 
 COLUMNS = ("step", "batch_size", "step_size", "sigma", "nu", "L")  # sigma^2: the variance of a sample's gradient
 
+OF_THE_RUN = {"batch_size", "rule", "budget", "processes"}  # AdaptiveBatchSize's arguments that follow from it
+
 
 class AdaptiveBatch:
     """:class:`~recbole_ssm.optim.AdaptiveBatchSize` at work on a loader and a model.
@@ -54,9 +56,8 @@ class AdaptiveBatch:
         arguments = {"D": (config["learner_args"] or {}).get("D"), **(config["adaptive_batch_args"] or {})}
         rule, budget = config["adaptive_batch"], float(epochs * loader.plan.total)
         world = distributed.world_size()
-        for key in ("batch_size", "rule", "budget", "processes"):
-            if key in arguments:
-                raise UserError(f"adaptive_batch_args: {key} is not for you to give; it follows from the run")
+        for key in sorted(OF_THE_RUN & set(arguments)):
+            raise UserError(f"adaptive_batch_args: {key} is not for you to give; it follows from the run")
         try:
             self.sizes = AdaptiveBatchSize(loader.step, rule=rule, budget=budget, processes=world, **arguments)
         except TypeError as error:

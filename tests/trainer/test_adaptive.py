@@ -1,18 +1,24 @@
 """The batch size follows the gradient's noise, every target is still seen once an epoch, and a resume is exact."""
 
 import csv
+import inspect
+import itertools
 import pathlib
+import re
 
 import pytest
 import torch
+import yaml
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import PROPERTIES, SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
+from recbole_ssm.optim import USGM, AdaptiveBatchSize
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint
+from recbole_ssm.trainer.adaptive import OF_THE_RUN
 
 
 def options_of(toy, rule, **more):
@@ -171,6 +177,22 @@ def test_memory_that_runs_out_halves_the_parts_and_goes_on(toy, caplog):
         result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options, hooks=[Small()])
     assert result["test_result"]["hit@10"] > 0.4
     assert "out of memory with 32 samples at once; going on with 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "inherited"),
+    [("learner_args", USGM, {"params", "same_batch"}), ("adaptive_batch_args", AdaptiveBatchSize, OF_THE_RUN)],
+)
+def test_the_defaults_that_the_properties_name_are_those_of_the_code(key, kind, inherited):
+    """The options of a dict stand below its key as comments."""
+    text = (PROPERTIES / "overall.yaml").read_text(encoding="utf-8")
+    block = text[text.index(f"{key}:") :].splitlines()[1:]
+    lines = list(itertools.takewhile(lambda line: line.startswith("#   "), block))
+    named = {re.match(r"#   (\w+)", line)[1]: yaml.safe_load(line[1:].partition("  # ")[0]) for line in lines}
+    signature = inspect.signature(kind).parameters
+    assert set(named) == set(signature) - inherited
+    for name, value in named.items():
+        assert value == ("D" if name == "D" else {name: signature[name].default})
 
 
 @pytest.mark.parametrize(
