@@ -4,6 +4,7 @@ import torch
 
 from recbole_ssm.optim.adaptive_batch import AdaptiveBatchSize, HolderFit
 from recbole_ssm.optim.gradient_noise import GradientProbe, Measurement
+from recbole_ssm.optim.groups import parameter_groups
 from recbole_ssm.optim.usgm import USFGM, USGM
 
 LEARNERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -18,4 +19,13 @@ LEARNERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 """Optimisers by the names that RecBole and this package give them."""
 
-__all__ = ["LEARNERS", "USFGM", "USGM", "AdaptiveBatchSize", "GradientProbe", "HolderFit", "Measurement"]
+__all__ = [
+    "LEARNERS",
+    "USFGM",
+    "USGM",
+    "AdaptiveBatchSize",
+    "GradientProbe",
+    "HolderFit",
+    "Measurement",
+    "parameter_groups",
+]

@@ -196,7 +196,9 @@ class AdaptiveBatchSize:
         return self.steps % self.every == 0
 
     def parts(self, samples: int, measured: bool = False) -> list[slice]:
-        """How a process takes its ``samples`` through the model: slices of nearly equal length, in order."""
+        """How a process takes its ``samples`` through the model: slices of nearly equal length, in order; none of 0."""
+        if not samples:
+            return []
         count = -(-samples // (self.memory_size or samples))
         count = min(max(count, self.chunks if measured else 1), samples)
         bounds = [samples * i // count for i in range(count + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -51,20 +52,28 @@ class GradientProbe:
             probe.run(backward, part)
         measurement = probe.measure()     # None of fewer than two chunks
         optimizer.step()
-        change = probe.change(backward)   # None where nothing was measured; clears the gradients
+        change = probe.change(backward)   # None where nothing was measured
 
     Args:
         parameters: on one device. Parameters without a gradient count as zero.
-        process_group: the processes that share a batch, each with chunks of its own. Gradients must be local
-            (``no_sync`` of DistributedDataParallel); :meth:`measure` puts their mean into ``p.grad``.
+        process_group: the processes that share a batch, each with chunks of its own, or none. Gradients must be local
+            (no DistributedDataParallel, or its ``no_sync``); :meth:`measure` puts their mean over all samples into
+            ``p.grad``, and :meth:`share` does for a batch that is not measured.
+        scale: by what ``backward`` multiplies gradients at the moment: ``scaler.get_scale`` of a
+            ``torch.amp.GradScaler``. What is measured is free of it; a gradient that overflowed is not measured.
 
     From :meth:`start` to :meth:`change` it keeps a copy of the gradient for each chunk, then of two and of the
     parameters; nothing between batches, so it has no state to save.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        process_group: dist.ProcessGroup | None = None,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.process_group = process_group
+        self.process_group, self.scale = process_group, scale
         self.start(0)
 
     def start(self, samples: int) -> None:
@@ -83,22 +92,24 @@ class GradientProbe:
         total = self._gradient()
         own = total if self._sum is None else total - self._sum
         self._sum = total
-        self._chunks.append(own * (self._samples / (part.stop - part.start)))
+        self._chunks.append(own * self._mean_factor(part))
         self._parts.append(part)
         self._random.append(random)
         return result
 
     @torch.no_grad()
     def measure(self) -> Measurement | None:
-        """The statistics of the batch, equal on all processes; None where it had fewer than two chunks."""
+        """The statistics of the batch, equal on all processes; None of fewer than two chunks, or after an overflow."""
         sizes = torch.tensor([part.stop - part.start for part in self._parts], dtype=torch.float64)
         chunks, samples = self._total(torch.tensor([float(len(sizes)), float(sizes.sum())])).tolist()
         if chunks < 2:
+            self.share()
             return None
-        gradients = torch.stack(self._chunks)  # [m, parameters]
+        # [m, parameters]; a process without a sample has m = 0
+        gradients = torch.stack(self._chunks) if self._chunks else self._gradient().new_empty(0, self._size())
         mean = self._total((sizes / samples).to(gradients) @ gradients)
         if self.process_group is not None:
-            self._write(mean)
+            self._write(mean * self.scale())
         square = float(mean.double() @ mean.double())
         # Centred before anything is squared, so that small noise is not lost in a large gradient.
         centred = gradients - mean
@@ -106,19 +117,32 @@ class GradientProbe:
         along = (centred @ mean).double().cpu() ** 2
         sums = self._total(torch.stack([(sizes * apart).sum(), (sizes * along).sum()]))
         variance, along_mean = (sums / (chunks - 1)).tolist()
+        if not all(map(math.isfinite, (square, variance, along_mean))):
+            return None
         self._chunks = self._chunks[:2]
         self._point = _flat(self.parameters)
         return Measurement(int(samples), square, variance, along_mean / square if square else 0.0)
 
+    def share(self) -> None:
+        """Put the mean gradient over all processes' samples into ``p.grad``, where a batch is not measured."""
+        if self.process_group is not None:
+            samples = self._total(torch.tensor(float(self._samples))).item()
+            self._write(self._total(self._gradient() * (self._samples / samples)))
+
     def change(self, backward: Callable[[slice], Any]) -> Change | None:
-        """What the step since :meth:`measure` changed; None where nothing was measured, or memory ran out."""
-        if self._point is None or len(self._chunks) < 2:
+        """What the step since :meth:`measure` changed, equal on all processes; clears the gradients.
+
+        None where nothing was measured, and where no process could compute its two chunks again: it has fewer, or
+        memory ran out, or a gradient overflowed.
+        """
+        if self._point is None:
             return None
         distance = float((_flat(self.parameters) - self._point).norm())
         differences = []
         device = self.parameters[0].device
+        chunks = self._chunks if len(self._chunks) == 2 else []
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for part, random, before in zip(self._parts, self._random, self._chunks):
+            for part, random, before in zip(self._parts, self._random, chunks):
                 self._clear()
                 self._set_random_state(random)
                 try:
@@ -127,16 +151,23 @@ class GradientProbe:
                     if not is_out_of_memory(error):
                         raise
                     break  # the copies of the first pass were too much: this step is not measured
-                differences.append(self._gradient() * (self._samples / (part.stop - part.start)) - before)
+                differences.append(self._gradient() * self._mean_factor(part) - before)
         self._clear()
-        if len(differences) < 2:
-            self.start(0)
-            return None
-        first, second = (d.double() for d in differences)
-        sums = self._total(torch.stack([first @ second, (first - second).square().sum() / 2, first.new_ones(())]))
-        square, noise, processes = sums.tolist()
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        if len(differences) == 2:
+            first, second = (d.double() for d in differences)
+            found = torch.stack([first @ second, (first - second).square().sum() / 2, first.new_ones(())])
+            sums = found if found.isfinite().all() else sums
+        square, noise, processes = self._total(sums).tolist()
         self.start(0)
-        return Change(distance, square / processes, noise / processes)
+        return Change(distance, square / processes, noise / processes) if processes else None
+
+    def _mean_factor(self, part: slice) -> float:
+        """From what ``backward(part)`` adds to the gradients to the gradient of the part's mean loss."""
+        return self._samples / (part.stop - part.start) / self.scale()
+
+    def _size(self) -> int:
+        return sum(p.numel() for p in self.parameters)
 
     def _gradient(self) -> Tensor:
         return _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
@@ -146,8 +177,9 @@ class GradientProbe:
             p.grad = None
 
     def _write(self, flat: Tensor) -> None:
-        for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-            p.grad = part.reshape(p.shape).to(p.dtype).clone()
+        users = self._total(torch.tensor([float(p.grad is not None) for p in self.parameters])).tolist()
+        for p, part, used in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), users):
+            p.grad = part.reshape(p.shape).to(p.dtype).clone() if used else None
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, where the parameters live; the tensor itself for one process."""

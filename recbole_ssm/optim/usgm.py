@@ -342,8 +342,14 @@ class USGM(_UniversalMethod):
             weight_decay=weight_decay,
             average=average,
             average_power=average_power,
-            tentative=passive_start,  # until H_1 is measured
+            passive_start=passive_start,
         )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As of all universal methods; a passive start is the group's own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["tentative"] = group["passive_start"]  # until H_1 is measured
 
     def _check(self, group: Group) -> None:
         super()._check(group)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.memory import peak_memory, return_free_memory
-from recbole_ssm.optim import LEARNERS
+from recbole_ssm.optim import LEARNERS, parameter_groups
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
@@ -91,7 +91,7 @@ class SSMTrainer(Trainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
         self.scheduler = self._build_scheduler()
         self._loss: Any = _Loss(model)
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not config["adaptive_batch"]:  # whose steps are cut as memory allows
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
         # where training stands: epoch, steps and targets of it that are done, sum of their losses, nothing left of it
         self._position = _start_of(0)
@@ -133,7 +133,7 @@ class SSMTrainer(Trainer):
             train_data.get_model(self.model)
         self._check_schedule(len(train_data.steps))
         if self.config["adaptive_batch"]:
-            self.adaptive = AdaptiveBatch(self.config, train_data, self.model, self.epochs)
+            self.adaptive = AdaptiveBatch(self.config, train_data, self.model, self.epochs, self.scaler.get_scale)
             if self._adaptive_state:
                 self.adaptive.load_state_dict(self._adaptive_state)
         self._saved = saved
@@ -178,9 +178,12 @@ class SSMTrainer(Trainer):
         if self.adaptive:
             self.adaptive.end_epoch()
             self.logger.info(f"adaptive_batch: {self.adaptive.text()}")
-            self.tensorboard.add_scalar("BatchSize", self.adaptive.sizes.batch_size, epoch)
-            if self._saved and not self.adaptive.save(self.open_folder()):
-                self.logger.info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
+            if self._saved:
+                folder = self.open_folder()
+                if distributed.rank() == 0 and not self.adaptive.save(folder):
+                    self.logger.info(
+                        "batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib"
+                    )
         if self._saved:
             if improved:
                 self._save_checkpoint(epoch, verbose=verbose)
@@ -285,7 +288,9 @@ class SSMTrainer(Trainer):
         self.scaler.update()
         self.global_step += 1
         if self.adaptive:
-            self.adaptive.decide(measurement, self.global_step, self._step_size())
+            figures = self.adaptive.decide(measurement, self.global_step, self._step_size())
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(f"AdaptiveBatch/{name}", value, self.global_step)
         if self.global_step % TRIM_EVERY == 0 and self.device.type == "cpu":
             return_free_memory()
         self._schedule("step")
@@ -489,17 +494,29 @@ class SSMTrainer(Trainer):
     # --- the optimiser -----------------------------------------------------------------------------------------------
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        """RecBole's learners by their names, and ours; ``learner_args`` go to the class."""
+        """RecBole's learners by their names, and ours, with ``learner_args`` and ``learner_groups``."""
         name, arguments = self.config["learner"], dict(self.config["learner_args"] or {})
+        if arguments.get("same_batch"):
+            raise UserError("learner_args: same_batch takes each gradient twice, and training gives one; leave it out")
         defaults = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if hasattr(LEARNERS[name], "step_sizes"):
             del defaults["lr"]  # they find their own
         if name == "sparse_adam":
             del defaults["weight_decay"]
+        own: Mapping[str, Any] = self.config["learner_groups"] or {}
         try:
-            return LEARNERS[name](self.model.parameters(), **{**defaults, **arguments})  # type: ignore[arg-type]
+            groups = parameter_groups(self.model.named_parameters(), own)
+        except UserError as error:
+            raise UserError(f"learner_groups: {error}") from error
+        try:
+            optimizer = LEARNERS[name](groups, **{**defaults, **arguments})  # type: ignore[arg-type]
         except TypeError as error:
             raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
+        known = set(inspect.signature(LEARNERS[name]).parameters) & set(optimizer.defaults)
+        for key in (key for options in own.values() for key in options):
+            if key not in known:  # PyTorch would keep it, unused
+                raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
+        return optimizer
 
     def _output(self) -> contextlib.AbstractContextManager[None]:
         """Within it the weights are the optimiser's output, where that is not where it stands (an average)."""
@@ -514,9 +531,11 @@ class SSMTrainer(Trainer):
         """H and 1 / H of the optimisers that choose them."""
         if not hasattr(self.optimizer, "step_sizes"):
             return
-        for number, (group, size) in enumerate(zip(self.optimizer.param_groups, self.optimizer.step_sizes())):
-            self.logger.info(f"{self.learner}: group {number} H {group['H']:.4g}, step size {size:.4g}")
+        for number, size in enumerate(self.optimizer.step_sizes()):
+            H = 1 / size if size else math.inf
+            self.logger.info(f"{self.learner}: group {number} H {H:.4g}, step size {size:.4g}")
             self.tensorboard.add_scalar(f"StepSize/{number}", size, epoch)
+            self.tensorboard.add_scalar(f"H/{number}", H, epoch)
 
     def _notify(self, moment: str, *what: Any) -> None:
         for hook in self.hooks:

@@ -21,22 +21,23 @@ from recbole_ssm.optim.gradient_noise import Change
 each_rule = pytest.mark.parametrize("rule", RULES)
 
 
-def measured(samples_ID, bounds, group=None):
+def measured(samples_ID, bounds, group=None, scale=1.0):
     """What the probe says at w = 0 of losses <samples_i, w> + |w|^2 / 2, whose gradients there are the samples.
 
     Returns the measurement, the gradient that p.grad held then, and the change over a step along it.
     """
     w = torch.zeros(samples_ID.shape[1], dtype=torch.float64, requires_grad=True)
-    probe = GradientProbe([w], group)
+    probe = GradientProbe([w], group, lambda: scale)
 
     def backward(part):
         loss = (samples_ID[part] @ w).mean() + w.square().sum() / 2
-        (loss * (part.stop - part.start) / len(samples_ID)).backward()
+        (scale * loss * (part.stop - part.start) / len(samples_ID)).backward()
 
     probe.start(len(samples_ID))
     for start, stop in itertools.pairwise(bounds):
         probe.run(backward, slice(start, stop))
-    measurement, gradient = probe.measure(), w.grad.clone()
+    measurement = probe.measure()
+    gradient = w.grad / scale
     with torch.no_grad():
         w -= 0.1 * gradient
     return measurement, gradient, probe.change(backward)
@@ -55,6 +56,32 @@ def test_the_statistics_are_their_formulas(seed, sizes):
     torch.testing.assert_close(gradient, g)
     step = 0.1 * float(g.norm())
     assert change == pytest.approx((step, step**2, 0), rel=1e-9, abs=1e-20)
+
+
+def test_the_scale_of_half_precision_is_not_measured():
+    samples = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    plain, scaled = (measured(samples, [0, 5, 12], scale=scale) for scale in (1.0, 2.0**16))
+    for a, b in zip(plain, scaled):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_an_overflow_is_not_measured():
+    w = torch.ones(3, requires_grad=True)
+    probe = GradientProbe([w])
+    probe.start(4)
+    for part in (slice(0, 2), slice(2, 4)):
+        probe.run(lambda part: (w.sum() * math.inf).backward(), part)
+    assert probe.measure() is None and probe.change(lambda part: None) is None
+    assert w.grad.isinf().all(), "for the scaler to see"
+    changes = []
+    for overflow in (False, True):
+        probe.start(4)
+        w.grad = None
+        for part in (slice(0, 2), slice(2, 4)):
+            probe.run(lambda part: (w.square().sum() / 4).backward(), part)
+        assert probe.measure() is not None
+        changes.append(probe.change(lambda part, by=math.inf if overflow else 1.0: (w.sum() * by).backward()))
+    assert changes[0] is not None and changes[1] is None
 
 
 @given(st.floats(0.01, 100), st.floats(0, 3), st.sampled_from([2, 4, 16]))
@@ -372,7 +399,18 @@ def _process(rank, store, queue):
     found, gradient, change = measured(mine, bounds, dist.group.WORLD)
     sizes = AdaptiveBatchSize(24, rule="norm_test", every=1, patience=1, processes=2)
     sizes.observe(found)
-    queue.put((rank, tuple(found), gradient.tolist(), tuple(change), sizes.batch_size))
+    # one process has a single chunk, then none at all: the other's change counts for both
+    lone = measured(samples[:4] if rank == 0 else samples[4:], [0, 4] if rank == 0 else [0, 10, 20], dist.group.WORLD)
+    none = measured(samples[:0] if rank == 0 else samples, [] if rank == 0 else [0, 10, 24], dist.group.WORLD)
+    # not measured: the gradients still meet, and one that nobody has stays missing
+    w, unused = torch.zeros(5, dtype=torch.float64, requires_grad=True), torch.zeros(2, requires_grad=True)
+    probe = GradientProbe([w, unused], dist.group.WORLD)
+    probe.start(len(mine))
+    (mine @ w).mean().backward()
+    probe.share()
+    assert unused.grad is None
+    numbers = [(tuple(m), g.tolist(), tuple(c)) for m, g, c in ((found, gradient, change), lone, none)]
+    queue.put((rank, numbers, w.grad.tolist(), sizes.batch_size))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -384,10 +422,12 @@ def test_two_processes_agree(tmp_path):
     assert first == second, "bit for bit, so that the sizes are"
     torch.manual_seed(0)
     samples = torch.randn(24, 5, dtype=torch.float64) + 0.3
-    alone, gradient, change = measured(samples, [0, 4, 10, 13, 19, 24])
-    assert first[0] == pytest.approx(alone)
-    assert first[1] == pytest.approx(gradient.tolist())
-    assert first[2] == pytest.approx(tuple(change), rel=1e-9, abs=1e-20)
+    for numbers, bounds in zip(first[0], ([0, 4, 10, 13, 19, 24], [0, 4, 14, 24], [0, 10, 24])):
+        alone, gradient, change = measured(samples, bounds)
+        assert numbers[0] == pytest.approx(alone)
+        assert numbers[1] == pytest.approx(gradient.tolist())
+        assert numbers[2] == pytest.approx(tuple(change), rel=1e-9, abs=1e-20)
+    assert first[1] == pytest.approx(samples.mean(0).tolist())
 
 
 def test_parts_cover_the_batch():

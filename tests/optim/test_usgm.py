@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.optim import USFGM, USGM
+from recbole_ssm.optim import USFGM, USGM, parameter_groups
 
 each_rule = pytest.mark.parametrize("rule", ["bregman", "adagrad"])
 each_method = pytest.mark.parametrize("method", [USGM, USFGM])
@@ -221,6 +221,34 @@ def test_groups_run_recursions_of_their_own():
         path, _, _ = usgm_in_numpy(gradient, start, D=D, H=H0, steps=30, rule=rule)
         np.testing.assert_allclose(p.detach().numpy(), path[-1], rtol=1e-8)
     assert optimizer.step_sizes() == [1 / group["H"] for group in optimizer.param_groups]
+
+
+def test_a_passive_start_of_one_group_alone():
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizer = USGM([{"params": [params[0]], "passive_start": True}, {"params": [params[1]]}], D=1.0)
+    for _ in range(2):
+        for p in params:
+            p.grad = p.detach() * 3
+        optimizer.step()
+    assert [group["steps"] for group in optimizer.param_groups] == [1, 2]
+
+
+def test_groups_by_the_names_of_parameters():
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(3, 2), "a": torch.nn.Linear(2, 2)})
+    names = {p: name for name, p in model.named_parameters()}
+    groups = parameter_groups(model.named_parameters(), {"embed*": {"D": 3.0}, "*.bias": {"rule": "adagrad"}})
+    assert [[names[p] for p in group["params"]] for group in groups] == [["embedding.weight"], ["a.bias"], ["a.weight"]]
+    assert groups[0]["D"] == 3.0 and groups[1]["rule"] == "adagrad" and set(groups[2]) == {"params"}
+    assert [group["D"] for group in USGM(groups, D=1.0).param_groups] == [3.0, 1.0, 1.0]
+    assert len(parameter_groups(model.named_parameters(), {"*": {}})) == 1
+    for options, message in (
+        ({"embeding.weight": {}}, "fits no parameter that is left; did you mean 'embedding.weight'"),
+        ({"*": {}, "a.bias": {}}, "'a.bias' fits no parameter that is left"),
+        ({"*": 3}, "must look like"),
+        (["*"], "must look like"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parameter_groups(model.named_parameters(), options)
 
 
 def embedding_gradients(sparse, method_options, steps=20):

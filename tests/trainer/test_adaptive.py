@@ -1,18 +1,24 @@
 """The batch size follows the gradient's noise, every target is still seen once an epoch, and a resume is exact."""
 
 import csv
+import inspect
+import itertools
 import pathlib
+import re
 
 import pytest
 import torch
+import yaml
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import PROPERTIES, SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
+from recbole_ssm.optim import USGM, AdaptiveBatchSize
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint
+from recbole_ssm.trainer.adaptive import OF_THE_RUN
 
 
 def options_of(toy, rule, **more):
@@ -57,7 +63,7 @@ def test_sizes_change_and_every_target_is_seen_once(toy, rule, model, caplog):
         assert watch.sizes[int(row["step"])] <= int(row["batch_size"])
     assert max(watch.sizes) in {int(row["batch_size"]) for row in rows}
     assert [int(row["step"]) for row in rows] == list(range(1, len(watch.sizes) + 1, 2))
-    assert float(rows[0]["variance"]) > 0 and float(rows[0]["step_size"]) == 0.01
+    assert float(rows[0]["sigma"]) > 0 and float(rows[0]["step_size"]) == 0.01
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -80,6 +86,49 @@ def test_the_gradient_of_a_measured_step_is_that_of_the_whole(toy):
         trainer.fit(train, saved=False)
         weights.append(torch.cat([w.detach().flatten() for w in trainer.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-8)
+
+
+def fit(toy, scale=None, **options):
+    config = SSMConfig("2Mamba4Rec", "toy", config_dict=options_of(toy, "norm_test", dropout_prob=0.0, **options))
+    train, _, _ = create_loaders(config, create_dataset(config))
+    torch.manual_seed(0)
+    trainer = SSMTrainer(config, get_model("2Mamba4Rec")(config, train._dataset))
+    if scale:  # which RecBole's key brings on GPUs alone
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.fit(train, saved=False)
+    return trainer
+
+
+def test_a_gradient_scaler_changes_no_measurement(toy):
+    """Scaled by 2^16 and back, exact in float32: the same measurements, sizes and weights."""
+    plain, scaled = (fit(toy, scale, adaptive_batch_args={"theta": 0.2}) for scale in (None, 2.0**16))
+    assert scaled.scaler.is_enabled() and scaled.scaler.get_scale() == 2.0**16
+    assert max(row[1] for row in scaled.adaptive.rows) > 16, "the batch grows in this test"
+    for found, expected in zip(scaled.adaptive.rows, plain.adaptive.rows):
+        assert found == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    for a, b in zip(scaled.model.parameters(), plain.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_measured_step_is_on_tensorboard(toy):
+    trainer, said = None, {}
+
+    class Record(Hook):
+        def on_fit_start(self, trainer, loader):
+            trainer.tensorboard.add_scalar = lambda name, value, step: said.setdefault(name, []).append((step, value))
+
+    options = options_of(toy, "hoelder", learner="usgm", learner_args={"D": 50, "rho": 0.02}, epochs=1)
+    options["learner_groups"] = {"item_embedding*": {"D": 20}}
+    config = SSMConfig("2Mamba4Rec", "toy", config_dict=options)
+    train, _, _ = create_loaders(config, create_dataset(config))
+    trainer = SSMTrainer(config, get_model("2Mamba4Rec")(config, train._dataset), [Record()])
+    trainer.fit(train, saved=False)
+    for name in ("batch_size", "step_size", "sigma", "nu", "L"):
+        assert [step for step, _ in said[f"AdaptiveBatch/{name}"]] == [int(row[0]) for row in trainer.adaptive.rows]
+    assert said["AdaptiveBatch/sigma"][-1][1] ** 2 == pytest.approx(trainer.adaptive.sizes.variance)
+    for number in (0, 1):
+        ((_, H),), ((_, size),) = said[f"H/{number}"], said[f"StepSize/{number}"]
+        assert H == pytest.approx(1 / size) == pytest.approx(trainer.optimizer.param_groups[number]["H"])
 
 
 @pytest.mark.parametrize("learner", ["adam", "usgm"])
@@ -131,10 +180,30 @@ def test_memory_that_runs_out_halves_the_parts_and_goes_on(toy, caplog):
 
 
 @pytest.mark.parametrize(
+    ("key", "kind", "inherited"),
+    [("learner_args", USGM, {"params", "same_batch"}), ("adaptive_batch_args", AdaptiveBatchSize, OF_THE_RUN)],
+)
+def test_the_defaults_that_the_properties_name_are_those_of_the_code(key, kind, inherited):
+    """The options of a dict stand below its key as comments."""
+    text = (PROPERTIES / "overall.yaml").read_text(encoding="utf-8")
+    block = text[text.index(f"{key}:") :].splitlines()[1:]
+    lines = list(itertools.takewhile(lambda line: line.startswith("#   "), block))
+    named = {re.match(r"#   (\w+)", line)[1]: yaml.safe_load(line[1:].partition("  # ")[0]) for line in lines}
+    signature = inspect.signature(kind).parameters
+    assert set(named) == set(signature) - inherited
+    for name, value in named.items():
+        assert value == ("D" if name == "D" else {name: signature[name].default})
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"worker": 1}, "adaptive_batch: needs worker: 0, got 1"),
-        ({"gradient_accumulation_steps": 2}, "adaptive_batch: needs gradient_accumulation_steps: 1, got 2"),
+        ({"worker": 1}, "adaptive_batch: needs worker: 0, got 1; a worker would prepare steps"),
+        (
+            {"gradient_accumulation_steps": 2},
+            "needs gradient_accumulation_steps: 1, got 2; set what fits into memory instead: .*'memory_size'",
+        ),
+        ({"adaptive_batch_args": {"budget": 5}}, "adaptive_batch_args: budget is not for you to give"),
         ({"adaptive_batch_args": {"D": None}}, "D: None; adaptive_batch 'hoelder' needs a positive number"),
         ({"adaptive_batch_args": {"speed": 1}}, "adaptive_batch_args: .*unexpected keyword argument 'speed'"),
         ({"adaptive_batch": "hölder"}, "adaptive_batch: 'hölder' is not one of None, hoelder, norm_test"),

@@ -183,6 +183,13 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
         ({"learner": "usgm"}, "learner_args: usgm does not take {} .*'D'"),
         ({"learner": "adam", "learner_args": {"beta": 1}}, "learner_args: adam does not take {'beta': 1}"),
         ({"learner": "usgm", "learner_args": {"D": -1}}, "USGM: D is -1; give a positive number"),
+        ({"learner": "usgm", "learner_args": {"D": 1, "same_batch": True}}, "learner_args: same_batch takes each"),
+        (
+            {"learner_groups": {"item_embeding*": {}}},
+            "learner_groups: 'item_embeding.' fits no parameter .*did you mean",
+        ),
+        ({"learner_groups": {"*": {"lrr": 1}}}, "learner_groups: adam has no 'lrr' of a group; did you mean 'lr'"),
+        ({"learner_groups": 3}, "learner_groups: must look like"),
         ({"learner": "usgm", "learner_args": {"D": 1}, "lr_scheduler": "StepLR"}, "usgm finds its own step size"),
     ],
 )

@@ -1,0 +1,394 @@
+"""Optimisers on the same models: quality over seeds, and what it takes to reach Adam's validation score.
+
+Every optimiser has one number to tune (a learning rate, or USGM's diameter D) and the same count of values for it. Each
+value is tried on the first seed; the one with the best validation score runs on all seeds. What is missing is trained,
+one run after the other, and the tables are written anew after each. Stop it as you like; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.figure import figure
+from recbole_ssm.files import whole
+from recbole_ssm.study.compare import FIRST_SEED, split_keys
+from recbole_ssm.study.report import comma_separated
+from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+
+METRICS = ("NDCG@10", "Hit@10", "MRR@10")
+VARIED = ("learner", "learning_rate", "learner_args", "learner_groups", "weight_decay", "adaptive_batch")
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimiser: the name of its one number, that number's values, and the config keys that a value means."""
+
+    number: str
+    values: tuple[float, ...]
+    options: Callable[[float], Options]
+
+
+def _learner(name: str, **more: Any) -> Callable[[float], Options]:
+    return lambda value: {"learner": name, "learning_rate": value, **more}
+
+
+def _usgm(learner: str = "usgm", arguments: Mapping[str, Any] | None = None, **more: Any) -> Callable[[float], Options]:
+    """USGM by its diameter; ``rho`` fixes the first step's length in parts of it."""
+    return lambda D: {"learner": learner, "learner_args": {"D": D, "rho": 0.01, **(arguments or {})}, **more}
+
+
+ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0)
+DIAMETERS = (30.0, 100.0, 300.0, 1000.0)
+ADAPTIVE: Options = {
+    "adaptive_batch": "hoelder",
+    "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
+}
+OPTIMIZERS = {
+    "adam": Method("learning_rate", ADAM_RATES, _learner("adam")),
+    "adamw": Method("learning_rate", ADAM_RATES, _learner("adamw", weight_decay=0.01)),
+    "sgd": Method("learning_rate", SGD_RATES, _learner("sgd")),
+    "sgd-momentum": Method("learning_rate", SGD_RATES, _learner("sgd", learner_args={"momentum": 0.9})),
+    "usgm": Method("D", DIAMETERS, _usgm()),
+    "usgm-adaptive": Method("D", DIAMETERS, _usgm(**ADAPTIVE)),
+    "usgm-groups": Method("D", DIAMETERS, _usgm(learner_groups={"item_embedding*": {}})),
+    "usgm-average": Method("D", DIAMETERS, _usgm(arguments={"average": True, "average_power": 8})),
+    "usgm-adagrad": Method("D", DIAMETERS, _usgm(arguments={"rule": "adagrad"})),
+    "usfgm": Method("D", DIAMETERS, _usgm("usfgm")),
+}
+"""By the names of ``--optimizers``. ``usgm-groups`` has an H of its own for the item embeddings."""
+DEFAULT = "adam,adamw,sgd,usgm,usgm-adaptive,usgm-groups"
+
+
+@dataclass
+class Cell:
+    """One optimiser on one model and data set."""
+
+    base: Run
+    """Without the optimiser and the seed."""
+    optimizer: str
+    bigger: bool
+    """Whether more is better of the validation score."""
+    tuning: dict[float, Outcome] = field(default_factory=dict)
+    value: float | None = None
+    """The best one; None until it is known, or where every value failed."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Of the best value, one a seed; failed ones too."""
+
+    def run(self, value: float, seed: int) -> Run:
+        """One of its runs."""
+        options = {**self.base.options, **OPTIMIZERS[self.optimizer].options(value), "seed": seed}
+        return Run(self.base.model, self.base.dataset, options)
+
+    @property
+    def done(self) -> list[Outcome]:
+        """The runs over seeds that succeeded."""
+        return [outcome for outcome in self.outcomes if outcome.error is None]
+
+    def best(self, outcome: Outcome) -> float:
+        """The best validation score of a run, signed so that more is better; of a failed one less than any."""
+        scores = [] if outcome.error else [entry["valid"] for entry in outcome.history if entry["valid"] is not None]
+        return max((score if self.bigger else -score for score in scores), default=-float("inf"))
+
+    def choose(self) -> None:
+        """Settle on the value with the best validation score; of equal ones the first."""
+        scores = {value: self.best(outcome) for value, outcome in self.tuning.items()}
+        best = max(scores, key=lambda value: scores[value])
+        self.value = best if scores[best] > -float("inf") else None
+
+    def reached(self, target: float) -> list[dict[str, Any]]:
+        """Of each run that gets to a (signed) validation score, its history's first entry that is there."""
+        found = []
+        for outcome in self.done:
+            scored = [entry for entry in outcome.history if entry["valid"] is not None]
+            there = [e for e in scored if (e["valid"] if self.bigger else -e["valid"]) >= target]
+            found += there[:1]
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    models = "2Mamba4Rec,SASRec,GRU4Rec"
+    parser.add_argument("--models", default=models, help=f"comma-separated; default {models}")
+    parser.add_argument("--datasets", default="ml-100k", help="comma-separated; default ml-100k, which comes along")
+    parser.add_argument(
+        "--optimizers",
+        default=DEFAULT,
+        help=f"comma-separated, of {', '.join(OPTIMIZERS)}; the first one's score is what the others are to reach. "
+        f"Default {DEFAULT}",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each; seeds from --seed=2020 on; default 5")
+    parser.add_argument("--values", type=int, default=4, help="values that each tries, of its first ones; default 4")
+
+
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
+    """Train what is missing, print the table, and write it to the folder.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value.
+    """
+    runs, cells, seeds = plan(options, keys)
+
+    def write() -> str:
+        return write_tables(options.folder, cells, seeds, options.values)
+
+    study(runs, cells, seeds, options.values, write)
+    print(write())
+    print(f"written to {options.folder}/: optimizers.md, optimizers.csv, tuning.csv, history.csv and plots")
+
+
+def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Cell], list[int]]:
+    """The command line -> the runs' folder, a cell for each optimiser, model and data set, and the seeds.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value: before anything is trained.
+    """
+    names = {key: getattr(options, key).split(",") for key in ("models", "datasets", "optimizers")}
+    for key, chosen in names.items():
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f"--{key}: a name stands twice in {','.join(chosen)}")
+    for name in names["optimizers"]:
+        if name not in OPTIMIZERS:
+            raise UserError(f"--optimizers: there is no '{name}'{did_you_mean(name, OPTIMIZERS)}")
+    most = min(len(method.values) for method in OPTIMIZERS.values())
+    if options.seeds < 1 or not 1 <= options.values <= most:
+        raise UserError(f"--seeds: from 1 up, --values: from 1 to {most}; got {options.seeds} and {options.values}")
+    plain, own = split_keys(keys, names["models"], names["datasets"])
+    for key in VARIED:
+        if any(key in given for given in (plain, *own.values())):
+            raise UserError(f"--{key}: that is what this study varies; leave it out")
+    first = plain.pop("seed", FIRST_SEED)
+    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
+    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
+    cells = []
+    for dataset, model in itertools.product(names["datasets"], names["models"]):
+        base = Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
+        config = SSMConfig(model, dataset, config_dict={**runs.machine_options, **base.options})
+        cells += [Cell(base, optimizer, bool(config["valid_metric_bigger"])) for optimizer in names["optimizers"]]
+    return runs, cells, list(range(first, first + options.seeds))
+
+
+def study(runs: Any, cells: Sequence[Cell], seeds: Sequence[int], values: int, write: Callable[[], object]) -> None:
+    """Tune every cell on the first seed, then run it on all; ``write`` after each run.
+
+    Args:
+        runs: :class:`Runs`, or what has its ``all``.
+        cells: to be filled.
+        seeds: the first one tunes.
+        values: how many of its values each optimiser tries.
+        write: called without arguments.
+    """
+    tuning = [(cell, value) for cell in cells for value in OPTIMIZERS[cell.optimizer].values[:values]]
+
+    def tuned(outcomes: list[Outcome]) -> None:
+        cell, value = tuning[len(outcomes) - 1]
+        cell.tuning[value] = outcomes[-1]
+        if len(cell.tuning) == values:
+            cell.choose()
+        write()
+
+    runs.all([cell.run(value, seeds[0]) for cell, value in tuning], tuned)
+    final = [(cell, cell.value, seed) for seed, cell in itertools.product(seeds, cells) if cell.value is not None]
+
+    def finished(outcomes: list[Outcome]) -> None:
+        final[len(outcomes) - 1][0].outcomes.append(outcomes[-1])
+        write()
+
+    runs.all([cell.run(value, seed) for cell, value, seed in final], finished)
+
+
+def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The table's figures, a row a cell; None where there is none.
+
+    ``valid`` is the best validation score, ``..._sd`` the sample standard deviation over seeds. ``target`` is the mean
+    ``valid`` of the first optimiser of that model and data set; ``reached`` counts the seeds that get there, and
+    ``targets_seen`` and ``seconds`` are the means over these, at the end of the epoch in which they do.
+    """
+    found = []
+    for cell in cells:
+        yardstick = next(c for c in cells if c.base == cell.base)
+        goal = [yardstick.best(outcome) for outcome in yardstick.done]
+        reached = cell.reached(statistics.fmean(goal)) if goal else []
+        row: dict[str, Any] = {
+            "dataset": cell.base.dataset,
+            "model": cell.base.model,
+            "optimizer": cell.optimizer,
+            "number": OPTIMIZERS[cell.optimizer].number,
+            "value": cell.value,
+            "at_edge": cell.value in (min(cell.tuning), max(cell.tuning)) if cell.tuning else None,
+            "seeds": len(cell.done),
+        }
+        sign = 1 if cell.bigger else -1
+        scores = {"valid": [sign * cell.best(outcome) for outcome in cell.done]}
+        scores |= {name.lower(): [outcome.test[name.lower()] for outcome in cell.done] for name in METRICS}
+        for name, numbers in scores.items():
+            row[name] = statistics.fmean(numbers) if numbers else None
+            row[f"{name}_sd"] = statistics.stdev(numbers) if len(numbers) > 1 else None
+        row["target"] = sign * statistics.fmean(goal) if goal else None
+        row["reached"] = len(reached)
+        row["targets_seen"] = statistics.fmean(entry["targets"] for entry in reached) if reached else None
+        row["seconds"] = statistics.fmean(entry["seconds"] for entry in reached) if reached else None
+        row["seconds_in_all"] = statistics.fmean(o.seconds for o in cell.done) if cell.done else None
+        row["steps_in_all"] = statistics.fmean(o.history[-1]["steps"] for o in cell.done) if cell.done else None
+        ends = [outcome.history[-1]["batch_size"] for outcome in cell.done]
+        row["batch_size_end_least"], row["batch_size_end_most"] = (min(ends), max(ends)) if ends else (None, None)
+        row["batch_size_path"] = " ".join(str(entry["batch_size"]) for entry in cell.done[0].history) if ends else None
+        row["batch_size_turns"] = statistics.fmean(map(turns, cell.done)) if ends else None
+        row["error"] = next((o.error for o in (*cell.tuning.values(), *cell.outcomes) if o.error), None)
+        found.append(row)
+    return found
+
+
+def turns(outcome: Outcome) -> int:
+    """How often the batch size changes its direction from epoch to epoch: its oscillation."""
+    sizes = [entry["batch_size"] for entry in outcome.history]
+    moves = [after > before for before, after in itertools.pairwise(sizes) if after != before]
+    return sum(one != other for one, other in itertools.pairwise(moves))
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for reading."""
+    titles = ["data set", "model", "optimiser", "tuned to", "seeds", *METRICS, "validation"]
+    titles += ["reach the first's validation", "after samples", "seconds", "of seconds", "steps", "batch size by epoch"]
+    lines = [_line(titles), _line(["---"] * len(titles))]
+    for row in table:
+        edge = ", at the edge" if row["at_edge"] else ""
+        tuned = "" if row["value"] is None else f"{row['number']} {row['value']:g}{edge}"
+        path = row["batch_size_path"] or ""
+        if len(set(path.split())) <= 1:
+            path = path.partition(" ")[0]
+        elif row["seeds"] > 1:
+            ends = f"{row['batch_size_end_least']} to {row['batch_size_end_most']}"
+            path += f" (first seed; all end at {ends}, {row['batch_size_turns']:.1f} turns)"
+        cells = [row["dataset"], row["model"], row["optimizer"], tuned, str(row["seeds"])]
+        cells += [_mean(row, name.lower()) for name in METRICS] + [_mean(row, "valid")]
+        cells += [f"{row['reached']} of {row['seeds']}", _count(row["targets_seen"]), _count(row["seconds"])]
+        cells += [_count(row["seconds_in_all"]), _count(row["steps_in_all"]), path]
+        lines.append(_line(cells))
+    failed = [
+        f"- {row['dataset']}, {row['model']}, {row['optimizer']}: {row['error']}" for row in table if row["error"]
+    ]
+    return "\n".join(lines + (["", "Failed, and counted as worst:", "", *failed] if failed else [])) + "\n"
+
+
+def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
+    """Write the tables and the plots of what is there; the Markdown.
+
+    ``optimizers.md`` and ``optimizers.csv`` (:func:`rows`), ``tuning.csv`` (each value tried), ``history.csv`` (each
+    epoch of each run over seeds), and with Matplotlib ``MODEL-DATASET.png``.
+    """
+    table = rows(cells)
+    text = "\n".join(["## Optimisers\n", markdown(table), "## Protocol\n", protocol(cells, seeds, values)])
+    tried = [
+        {
+            **_names(cell),
+            "value": value,
+            "valid": None if outcome.error else cell.best(outcome) * (1 if cell.bigger else -1),
+        }
+        for cell in cells
+        for value, outcome in cell.tuning.items()
+    ]
+    history = [
+        {**_names(cell), "value": cell.value, "seed": outcome.run.options["seed"], **entry}
+        for cell in cells
+        for outcome in cell.done
+        for entry in outcome.history
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"optimizers.md": text, "optimizers.csv": comma_separated(table)}
+    files |= {"tuning.csv": comma_separated(tried), "history.csv": comma_separated(history)}
+    for name, content in files.items():
+        with whole(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    for base in {(cell.base.model, cell.base.dataset): None for cell in cells}:
+        here = [cell for cell in cells if (cell.base.model, cell.base.dataset) == base and cell.done]
+        if here:
+            with contextlib.suppress(UserError), figure(folder / f"{'-'.join(base)}.png", (8, 9)) as drawn:
+                draw(drawn, here)
+    return text
+
+
+def draw(drawn: Any, cells: Iterable[Cell]) -> None:
+    """Validation score, batch size and step size against the samples seen, a line a seed, a colour an optimiser."""
+    panels = drawn.subplots(3, sharex=True)
+    for number, cell in enumerate(cells):
+        for seed, outcome in enumerate(cell.done):
+            for axes, key in zip(panels, ("valid", "batch_size", "step_size")):
+                entries = [entry for entry in outcome.history if entry[key] is not None]
+                axes.plot(
+                    [entry["targets"] for entry in entries],
+                    [entry[key] for entry in entries],
+                    color=f"C{number % 10}",
+                    label=None if seed else f"{cell.optimizer} ({cell.value:g})",
+                    alpha=0.7,
+                )
+    for axes, name in zip(panels, ("validation score", "batch size", "step size or learning rate")):
+        axes.set(ylabel=name, yscale="linear" if axes is panels[0] else "log")
+    panels[0].legend(fontsize="small")
+    panels[-1].set(xlabel="samples seen")
+
+
+def protocol(cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
+    """What the figures stand on, in Markdown."""
+    lines = [
+        f"- Seeds {', '.join(map(str, seeds))}; ± is the sample standard deviation over seeds.",
+        f"- Tuning: {values} values of one number for each optimiser, on seed {seeds[0]}, by validation; epochs, batch "
+        "size and all else are the same. The tuning seed is one of the seeds.",
+    ]
+    for name in dict.fromkeys(cell.optimizer for cell in cells):
+        method = OPTIMIZERS[name]
+        options = method.options(method.values[0])
+        fixed = {key: value for key, value in options.items() if key != "learning_rate"}
+        tried = ", ".join(f"{value:g}" for value in method.values[:values])
+        lines.append(f"- {name}: {method.number} of {tried}; {_settings(fixed)}")
+    for base in {str(cell.base): None for cell in cells}:
+        lines.append(f"- {base}")
+    made = {str(outcome.made) for cell in cells for outcome in cell.done if outcome.made}
+    lines += [f"- Made with {one}" for one in sorted(made)]
+    return "\n".join(lines) + f"\n{MEANING}"
+
+
+MEANING = """\
+- Ranking is against all items, leave one out unless eval_args says otherwise; the weights of the best validation are
+  tested.
+- The score to be reached is the mean over seeds of the first optimiser's best validation. A run reaches it at the end
+  of an epoch; samples and seconds (training alone) are means over the runs that do. Of the first optimiser's own runs
+  about half do.
+- "At the edge": the best value is the first or last one tried, so a wider grid may do better.
+- With other work on the machine read the ratios of seconds.
+"""
+
+
+def _settings(options: Mapping[str, Any]) -> str:
+    arguments = {key: value for key, value in options.items() if key != "learner_args"}
+    arguments |= {key: value for key, value in options.get("learner_args", {}).items() if key != "D"}
+    return ", ".join(f"{key} {value}" for key, value in arguments.items())
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    return {"dataset": cell.base.dataset, "model": cell.base.model, "optimizer": cell.optimizer}
+
+
+def _mean(row: Mapping[str, Any], key: str) -> str:
+    if row[key] is None:
+        return ""
+    deviation = row[f"{key}_sd"]
+    text = f"{row[key]:.4f}" if deviation is None else f"{row[key]:.4f} ± {deviation:.4f}"
+    return text.replace("0.", ".")
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
