@@ -34,6 +34,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
+from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
 from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
@@ -52,6 +53,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,
     "on_bad_lines": ("error", "skip"),
+    "base_model_dtype": ("auto", "float32", "bfloat16"),
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
@@ -173,7 +175,8 @@ class SSMConfig(recbole.config.Config):
         if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
             defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
-        if loss_type not in (None, "BPR"):  # RecBole's default samples negatives, and then refuses to run
+        samples_none = loss_type not in (None, "BPR") or issubclass(model_class, LanguageModelRecommender)
+        if samples_none:  # RecBole's default samples negatives, and then refuses to run
             defaults["train_neg_sample_args"] = None
 
     def _get_final_config_dict(self) -> dict[str, Any]:
@@ -202,6 +205,8 @@ class SSMConfig(recbole.config.Config):
             options["packed_window"], options["packed_context"] = self.model_class.window_and_context(
                 options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
             )
+        elif issubclass(self.model_class, LanguageModelRecommender):
+            refusal = f"{self.model} reads a history as one text"
         if options["transform"] is not None:
             refusal = f"transform: {options['transform']} changes prefixes one by one"
         negatives = options["train_neg_sample_args"] or {}

@@ -202,9 +202,10 @@ def test_frozen_keys():
     """A new key is a promise: it belongs in the README and in CHANGELOG.md, and then here."""
     ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
     assert sorted(ours) == [
-        "d_conv", "d_state", "dropout_prob", "dt_init", "expand", "gbce_t", "head_dim", "hidden_size",
-        "initializer_range", "loss_type", "n_groups", "negative_power", "num_layers", "num_negatives", "readout",
-        "residual",
+        "base_model", "base_model_download", "base_model_dtype", "d_conv", "d_state", "dropout_prob", "dt_init",
+        "expand", "gbce_t", "head_dim", "hidden_size", "initializer_range", "lora_alpha", "lora_dropout",
+        "lora_modules", "lora_r", "loss_type", "n_groups", "negative_power", "num_layers", "num_negatives",
+        "quantize_4bit", "random_base_args", "readout", "residual", "title_field",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "adaptive_batch", "adaptive_batch_args", "checkpoint_keep", "checkpoint_steps", "dataset", "eval_args",

@@ -38,6 +38,7 @@ from recbole.trainer import Trainer  # noqa: E402
 from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
+from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
 
 TRIM_EVERY = 16  # steps
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
@@ -45,7 +46,7 @@ MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not 
 FREE_KEYS = {
     *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
     "use_gpu", "checkpoint_steps", "checkpoint_keep", "measure_latency", "log_wandb", "wandb_project", "local_rank",
-    "metric_decimal_place", "loss_decimal_place",
+    "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download",
 }  # fmt: skip
 
 
@@ -124,6 +125,8 @@ class SSMTrainer(Trainer):
             Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment is there.
         """
         self.catalogue = catalogue_of(train_data._dataset)
+        if isinstance(self.model, LanguageModelRecommender):
+            self.catalogue["titles"] = self.model.titles
         fingerprint = train_data.fingerprint()
         if self.fingerprint not in ("", fingerprint):
             raise UserError("resume: the training data is not what it was when the checkpoint was written")
