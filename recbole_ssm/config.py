@@ -58,7 +58,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
 )  # fmt: skip
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
@@ -296,6 +296,8 @@ class SSMConfig(recbole.config.Config):
             raise UserError(
                 f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75"
             )
+        if merged["train_last"] < 0:
+            raise UserError(f"train_last: must be 0 (all) or more, got {merged['train_last']}; try train_last: 10")
         if merged["learning_rate"] <= 0:
             raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
         if merged["eval_args"]["order"] != "TO":
