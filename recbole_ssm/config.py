@@ -59,6 +59,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
     "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
+    "num_queries", "num_beams", "title_tokens",
 )  # fmt: skip
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",

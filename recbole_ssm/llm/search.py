@@ -49,10 +49,12 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def found(scores: np.ndarray) -> list[int]:
-    """Item ids that score above 0, best first; of equal scores the lower id comes first."""
+def found(scores: np.ndarray, most: int) -> list[int]:
+    """The best item ids among those that score above 0, best first; of equal scores the lower id comes first."""
     items = np.flatnonzero(scores > 0)
-    return items[np.argsort(-scores[items], kind="stable")].tolist()
+    if len(items) > most:  # all that are as good as the last one of them
+        items = items[scores[items] >= np.partition(scores[items], -most)[-most]]
+    return items[np.argsort(-scores[items], kind="stable")][:most].tolist()
 
 
 def merge(lists: Sequence[Sequence[int]], cutoffs: Sequence[int]) -> list[int]:

@@ -121,7 +121,7 @@ class GPT4Rec(LanguageModelRecommender):
         scores = np.zeros((len(interaction), self.n_items), dtype=np.float32)
         for row, queries in enumerate(self.queries(interaction)):
             bm25 = np.stack([self.search.scores(query) for query in queries])
-            order = full_order(merge([found(one) for one in bm25], self.cutoffs), bm25)
+            order = full_order(self._merge(bm25), bm25)
             scores[row, order] = -np.arange(1, self.n_items)
         scores[:, 0] = -self.n_items
         return torch.from_numpy(scores).to(self.device)
@@ -169,9 +169,13 @@ class GPT4Rec(LanguageModelRecommender):
 
     def _gain(self, queries: Sequence[str], target: int) -> float:
         """NDCG at the cut-off, of the one right item."""
-        merged = merge([found(self.search.scores(query)) for query in queries], self.cutoffs)
+        merged = self._merge([self.search.scores(query) for query in queries])
         place = merged.index(target) if target in merged else self.valid_cutoff
         return 1 / float(np.log2(place + 2)) if place < self.valid_cutoff else 0.0
+
+    def _merge(self, bm25: Iterable[np.ndarray]) -> list[int]:
+        """The items to show, from BM25 of each query ``[V]``."""
+        return merge([found(scores, max(self.cutoffs)) for scores in bm25], self.cutoffs)
 
     def _generate(self, prompts: list[list[int]]) -> list[list[str]]:
         tokens, mask = self._pad(prompts)

@@ -55,8 +55,14 @@ def test_equal_titles_tie_exactly_and_the_lower_id_comes_first():
     search.build(1.2, 0.75)
     scores = search.scores("a story of toy")
     assert scores[1] == scores[6]
-    order = found(scores)
+    order = found(scores, 9)
     assert order.index(1) + 1 == order.index(6)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 40))
+def test_found_is_a_stable_sort_cut_short(scores, most):
+    order = sorted((item for item, score in enumerate(scores) if score), key=lambda item: -scores[item])
+    assert found(np.array(scores, dtype=float), most) == order[:most]
 
 
 def test_an_index_is_built_anew_for_other_parameters_alone():
@@ -104,7 +110,7 @@ def test_all_items_are_ordered_once_and_what_was_found_comes_first(lists):
     scores = np.zeros((len(lists), 31))
     for number, items in enumerate(lists):
         scores[number, items] = np.arange(len(items), 0, -1)
-    merged = merge([found(one) for one in scores], [5])
+    merged = merge([found(one, 5) for one in scores], [5])
     order = full_order(merged, scores).tolist()
     assert sorted(order) == list(range(1, 31)) and order[: len(merged)] == merged
     hits = {item for items in lists for item in items}
