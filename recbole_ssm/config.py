@@ -58,9 +58,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last",
     "num_queries", "num_beams", "title_tokens",
 )  # fmt: skip
+MAY_BE_EMPTY = ("train_last",)  # whatever a model's own default is
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
     "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
@@ -258,7 +259,7 @@ class SSMConfig(recbole.config.Config):
     def _check_values(self, merged: dict[str, Any]) -> None:
         for key, default in self.internal_config_dict.items():
             value = merged[key]
-            if key in CHOICES:
+            if key in CHOICES or (value is None and key in MAY_BE_EMPTY):
                 continue
             if isinstance(default, bool):
                 fits, kind = isinstance(value, bool), "True or False"
@@ -297,8 +298,6 @@ class SSMConfig(recbole.config.Config):
             raise UserError(
                 f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75"
             )
-        if merged["train_last"] < 0:
-            raise UserError(f"train_last: must be 0 (all) or more, got {merged['train_last']}; try train_last: 10")
         if merged["learning_rate"] <= 0:
             raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
         if merged["eval_args"]["order"] != "TO":

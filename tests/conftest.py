@@ -61,5 +61,5 @@ def titled(write_dataset):
     options = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "\n".join(rows) + "\n")
     lines = [f"i{item}\t{title}" for item, title in enumerate(titles)]
     write_dataset("item_id:token\ttitle:token_seq\n" + "\n".join(lines) + "\n", suffix="item")
-    options["config_dict"] |= {"topk": [1, 5], "valid_metric": "Hit@1", "state": "WARNING", "train_last": 0}
+    options["config_dict"] |= {"topk": [1, 5], "valid_metric": "Hit@1", "state": "WARNING", "train_last": None}
     return options

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_base_is_refused(build, gpt2):
         ({"num_queries": 3, "num_beams": 2}, "num_beams: 2 beams end in no 3 queries; give more beams"),
         ({"num_queries": 0}, "num_queries: must be at least 1, got 0"),
         ({"title_tokens": 600}, "title_tokens: 600 leave no room for a history in the 1024 tokens that random reads"),
-        ({"train_last": -1}, "train_last: must be 0 (all) or more, got -1"),
+        ({"train_last": 0}, "train_last: must be at least 1, got 0"),
         ({"train_mode": "packed"}, "packed is not possible, because GPT4Rec reads a history as one text"),
         ({"base_model_dtype": "float16"}, "base_model_dtype: 'float16' is not one of auto, float32, bfloat16"),
     ],
