@@ -1,7 +1,8 @@
 """RecBole's Config with our models, our properties, and every key and value checked before anything runs.
 
 Priority, highest first, as in RecBole: command line, config_dict, config files (a later file wins), defaults. Among the
-defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own.
+defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own. For language models
+properties/model comes before properties/dataset.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last",
 )  # fmt: skip
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
@@ -169,7 +170,10 @@ class SSMConfig(recbole.config.Config):
         super()._load_internal_config_dict(model, model_class, dataset)
         defaults = self.internal_config_dict
         own_load_col = defaults["load_col"]
-        for file in ("overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"):
+        files = ["overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"]
+        if issubclass(model_class, LanguageModelRecommender):
+            files[1:] = files[:0:-1]  # a data set's batches and epochs are sized for embeddings of items
+        for file in files:
             if (PROPERTIES / file).is_file():
                 defaults.update(read_yaml(PROPERTIES / file))
         if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users

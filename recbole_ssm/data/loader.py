@@ -353,9 +353,11 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     an evaluation are the same in every epoch, every process and any number of workers; RecBole draws new ones.
 
     Raises:
-        UserError: there are fewer rows to evaluate than processes.
+        UserError: there are fewer rows to evaluate than processes, or ``train_last`` does not fit the data.
     """
     built = dataset.build()
+    if config["train_last"]:
+        built[0] = built[0].newest(config["train_last"])
     samplers = create_samplers(config, dataset, built)
     train = TrainLoader(config, built[0], samplers[0])
     evaluation = []

@@ -142,6 +142,13 @@ class LanguageModelRecommender(SequentialRecommender):
         self.register_load_state_dict_pre_hook(_check_base)
         self.register_load_state_dict_post_hook(_expect_no_frozen)
 
+    def tune(self, valid_data: Any) -> None:
+        """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
+
+        What is chosen is kept in buffers, and so in checkpoints. In a run of several processes each sees its share of
+        the rows, and all must come to the same choice. By default there is nothing to choose.
+        """
+
 
 def _frozen_names(module: Any) -> set[str]:
     """Names, as in state_dict, of what is frozen in the language model."""

@@ -194,6 +194,9 @@ class SSMTrainer(Trainer):
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
         with self._output():
+            if isinstance(self.model, LanguageModelRecommender):
+                self.model.eval()
+                self.model.tune(valid_data)
             score, result = self._valid_epoch(valid_data, show_progress=progress)
         self.best_valid_score, self.cur_step, stop, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
