@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from recbole_ssm.data.loader import Step
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ class Hook:
 
     def on_evaluation_batch_end(self, trainer: SSMTrainer, rows: int) -> None:
         """When the best items of a batch are chosen."""
+
+    def on_ranking(
+        self, trainer: SSMTrainer, dataset: Any, interaction: Any, scores: Tensor, row: Tensor, item: Tensor
+    ) -> None:
+        """After a batch of full ranking: ``scores`` [rows, items], and the ``item`` of each target and its ``row``."""
 
     def on_evaluation_end(self, trainer: SSMTrainer, result: dict[str, float]) -> None:
         """With the metrics."""

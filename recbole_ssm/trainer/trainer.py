@@ -337,6 +337,8 @@ class SSMTrainer(Trainer):
             self._notify("on_scores", len(scores))
             self.eval_collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
             self._notify("on_evaluation_batch_end", len(scores))
+            if full:
+                self._notify("on_ranking", eval_data._dataset, interaction, scores, positive_u, positive_i)
             if distributed.world_size() == 1:  # several need not have the same number of batches
                 self._stop_if_asked()
         self.eval_collector.model_collect(self.model)

@@ -1,0 +1,1 @@
+"""Results over many runs: comparisons, tables, plots."""

@@ -1,0 +1,212 @@
+"""One training run in a process of its own: ``python -m recbole_ssm.study.child FOLDER``, as Runs starts it.
+
+It reads ``run.json``, says in lines of JSON on standard output how far it is, and leaves ``ranks.npz`` and, last of
+all, ``outcome.json``. When standard input ends, whoever started it is gone: it saves a checkpoint and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from recbole_ssm import __version__, run_recbole_ssm
+from recbole_ssm.data.loader import Step
+from recbole_ssm.errors import UserError
+from recbole_ssm.files import whole
+from recbole_ssm.memory import peak_memory
+from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
+from recbole_ssm.trainer import Hook, Ranks, SSMTrainer, checkpoint
+from recbole_ssm.trainer.checkpoint import plain
+
+try:
+    import fcntl
+except ImportError:  # Windows; there two studies must not share a folder
+    fcntl = None  # type: ignore[assignment]
+
+SAY_EVERY = 2.0  # seconds
+
+
+class History(Hook):
+    """What each epoch cost and brought, through all interruptions; and the model's sizes."""
+
+    def __init__(self, say: TextIO) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self.parameters = self.peak_memory = 0
+        self.latency: dict[str, Any] | None = None
+        self._say, self._said = say, 0.0
+        self._done: dict[str, float] = {"seconds": 0.0, "steps": 0, "targets": 0}
+        self._begin: float | None = None  # of the stretch of training that is under way
+        self._fitting = False
+        self._steps = 0
+
+    def on_fit_start(self, trainer: SSMTrainer, loader: Any) -> None:
+        """Count the parameters."""
+        self._fitting, self._steps = True, len(loader.steps)
+        self.parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+
+    def on_epoch_start(self, trainer: SSMTrainer, epoch: int) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, trainer: SSMTrainer, step: Step, loss: float) -> None:
+        """Count the step; say now and then how far the run is."""
+        self._done["steps"] += 1
+        self._done["targets"] += step.targets
+        if time.monotonic() - self._said > SAY_EVERY:
+            self._said = time.monotonic()
+            valid = self.entries[-1]["valid"] if self.entries else None
+            where = {"epoch": len(self.entries) + 1, "epochs": trainer.epochs, "step": step.number + 1}
+            say(self._say, **where, steps=self._steps, valid=valid)
+
+    def on_epoch_end(self, trainer: SSMTrainer, epoch: int, loss: float) -> None:
+        """Stop the clock, and write the epoch down."""
+        self._done["seconds"], self._begin = self._seconds(), None
+        size = trainer.adaptive.sizes.batch_size if trainer.adaptive else trainer.config["train_batch_size"]
+        entry = {"epoch": epoch + 1, "loss": loss, "valid": None, **self._done}
+        self.entries.append({**entry, "batch_size": int(size), "step_size": float(trainer._step_size())})
+
+    def on_evaluation_end(self, trainer: SSMTrainer, result: dict[str, float]) -> None:
+        """Note the score, if it is that of a validation."""
+        if self._fitting:
+            self.entries[-1]["valid"] = float(result[trainer.valid_metric])
+
+    def on_fit_end(self, trainer: SSMTrainer) -> None:
+        """What comes now is the test."""
+        self._fitting = False
+        self.peak_memory = peak_memory(trainer.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All counts; seconds up to now."""
+        return {"entries": plain(self.entries), "done": {**self._done, "seconds": self._seconds()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.entries, self._done = state["entries"], state["done"]
+
+    def _seconds(self) -> float:
+        return self._done["seconds"] + (0.0 if self._begin is None else time.perf_counter() - self._begin)
+
+
+def main(folder: Path, lines: TextIO) -> int:
+    """Train the folder's run, unless another process just did; the exit status."""
+    try:
+        with _alone(folder):
+            if not (folder / OUTCOME).is_file():
+                _train(folder, lines)
+    except KeyboardInterrupt as interrupt:
+        say(lines, error="interrupted; the same command goes on")
+        return getattr(interrupt, "status", 130)
+    except (UserError, OSError) as error:
+        say(lines, error=str(error))
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        text = " ".join(str(error).splitlines())
+        say(lines, error=f"{type(error).__name__}: {text}")
+        return 1
+    return 0
+
+
+def say(lines: TextIO, **values: Any) -> None:
+    """One line to the process that started this one, if it is still there."""
+    with contextlib.suppress(OSError):
+        print(json.dumps(values), file=lines, flush=True)
+
+
+def _train(folder: Path, lines: TextIO) -> None:
+    job = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    run = Run(**job["run"])
+    history, ranks = History(lines), Ranks()
+    result = run_recbole_ssm(
+        run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder)
+    )
+    if len(ranks.ranks):
+        with whole(folder / RANKS) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, user=ranks.users, rank=ranks.ranks)
+    latency = Path(result["checkpoint"]).with_name("latency.json")
+    Outcome(
+        run=run,
+        error=None,
+        folder=folder,
+        valid=plain(dict(result["best_valid_result"] or {})),
+        test=plain(dict(result["test_result"] or {})),
+        history=history.entries,
+        seconds=history.entries[-1]["seconds"] if history.entries else 0.0,
+        epochs=len(history.entries),
+        parameters=history.parameters,
+        peak_memory=history.peak_memory,
+        latency=json.loads(latency.read_text(encoding="utf-8")) if latency.is_file() else None,
+        made=machine(),
+    ).write()
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _interrupted(folder: Path) -> Path | None:
+    """The folder of checkpoints from which the run can go on; what came to nothing is deleted."""
+    found = sorted((folder / CHECKPOINTS).glob("*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        with contextlib.suppress(UserError):
+            checkpoint.newest(path)
+            return path
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """Today's date, the versions that decide results, and what computes here."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "recbole_ssm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process trains this run; the system lets go of the lock when a process dies."""
+    with open(folder / "lock", "a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    own_lines, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed goes to the log
+    status = main(Path(sys.argv[1]), own_lines)
+    with contextlib.suppress(OSError):
+        own_lines.close()
+    sys.exit(status)

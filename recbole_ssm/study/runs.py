@@ -1,0 +1,276 @@
+"""Many training runs, each done once.
+
+A run is cached under a digest of its resolved configuration, of the package's version and of the data set's files, so
+a study can be stopped anywhere and called again: what is done is read, what was interrupted goes on from its
+checkpoint, what failed is tried again. Each run trains in a process of its own (:mod:`recbole_ssm.study.child`), which
+may crash or be killed without harm to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from recbole_ssm import __version__
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.errors import UserError
+from recbole_ssm.files import write_json
+from recbole_ssm.trainer.trainer import FREE_KEYS, settings_of
+
+# What changes neither a run's result nor what is reported of it.
+NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency"}
+RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides a result. All of it is plain JSON."""
+
+    model: str
+    dataset: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys beyond the defaults; the seed among them."""
+
+    def __str__(self) -> str:
+        return " ".join([self.model, self.dataset, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    run: Run
+    error: str | None
+    """None where it succeeded, else the one line that says why."""
+    folder: Path
+    """``outcome.json``, ``ranks.npz``, ``log.txt``, and ``checkpoints/`` while the run is not done."""
+    valid: dict[str, float] = field(default_factory=dict)
+    """RecBole's metrics of the best validation; empty where the split leaves no rows for it."""
+    test: dict[str, float] = field(default_factory=dict)
+    """RecBole's metrics of the test, by the weights of the best validation."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Each epoch's ``epoch`` (1 is the first), ``loss`` (mean of its steps), ``valid`` (score, None where it was not
+    validated), ``batch_size`` and ``step_size`` at its end, and the sums since the start: ``seconds`` of training
+    (validations not counted), ``steps`` and ``targets``."""
+    seconds: float = 0.0
+    """Training, all interruptions taken out; validations are not counted."""
+    epochs: int = 0
+    parameters: int = 0
+    """All numbers in the model's weights, trained or frozen."""
+    peak_memory: int = 0
+    """Bytes: of the GPU, or else of the whole process, data set included."""
+    latency: dict[str, Any] | None = None
+    """What ``latency.json`` holds, where the run has ``measure_latency``."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Date, versions, processor, threads."""
+
+    def ranks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every row of the test: the user's token, and the rank of the target among all items, 1 the best.
+
+        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks).
+
+        Raises:
+            UserError: the run failed, or was tested against samples.
+        """
+        if self.error is not None or not (self.folder / RANKS).is_file():
+            raise UserError(f"{self.run}: it has no ranks{f' ({self.error})' if self.error else ''}")
+        with np.load(self.folder / RANKS, allow_pickle=False) as file:
+            return file["user"], file["rank"]
+
+    def write(self) -> None:
+        """Write ``outcome.json``, by which the run counts as done."""
+        values = {key: value for key, value in asdict(self).items() if key not in ("folder", "error")}
+        write_json(self.folder / OUTCOME, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            values = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+            return cls(**{**values, "run": Run(**values["run"]), "error": None, "folder": folder})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{folder / OUTCOME}: damaged ({error}); delete that folder") from error
+
+
+class Runs:
+    """A folder of runs.
+
+    Args:
+        folder: where they lie; made if it is not there.
+        machine_options: config keys of this machine, such as ``data_path`` and ``device``. They go along with every
+            run, and those that change no result (:data:`NOT_CACHED`) are not part of the digest.
+    """
+
+    def __init__(self, folder: str | Path, machine_options: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder).absolute()
+        self.machine_options = {"data_path": "dataset/", **(machine_options or {})}
+        self._files: dict[tuple[str, int, int], str] = {}
+
+    def digest(self, run: Run) -> str:
+        """What a run is cached under.
+
+        Keys that are None are left out, so that a new one that is off by default voids nothing.
+
+        Raises:
+            UserError: the configuration is refused, or there is no such data set.
+        """
+        config = SSMConfig(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
+        settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
+        folder = Path(config["data_path"])
+        if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
+            create_dataset(config)  # which downloads it
+        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
+        content = {"version": __version__, "settings": settings, "files": files}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def get(self, run: Run, progress: Progress | None = None) -> Outcome:
+        """A run's outcome: read, or trained now.
+
+        Args:
+            run: the run.
+            progress: called with ``epoch``, ``epochs``, ``step``, ``steps`` and ``valid`` while it trains.
+
+        A run that fails gives an outcome with ``error``, is not cached, and is tried again by the next call. Where
+        another process trains the same run in the same folder, this one waits for it.
+
+        Raises:
+            KeyboardInterrupt: the run has saved where it stands.
+        """
+        try:
+            digest = self.digest(run)
+        except UserError as error:
+            return Outcome(run, str(error), self.folder)
+        folder = self.folder / f"{run.model}-{run.dataset}-{digest[:16]}"
+        if not (folder / OUTCOME).is_file():
+            error = self._train(run, folder, progress or (lambda state: None))
+            if error is not None:
+                return Outcome(run, error, folder)
+        return replace(Outcome.read(folder), run=run)
+
+    def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
+        """The outcomes of many runs, one after the other, with a line for each on standard error.
+
+        Args:
+            runs: the runs.
+            after: called with the outcomes so far, after each.
+        """
+        todo, outcomes = list(runs), list[Outcome]()
+        spent: list[tuple[Run, float]] = []  # wall seconds of what was trained now
+        with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+            for number, run in enumerate(todo, 1):
+                bar.set_postfix_str(str(run))
+                begin = time.monotonic()
+                outcome = self.get(run, lambda state, run=run: bar.set_postfix_str(f"{run}: {_where(state)}"))
+                outcomes.append(outcome)
+                took = time.monotonic() - begin
+                words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
+                if outcome.error is not None or took > 2:
+                    spent.append((run, took))
+                    words[1] = _clock(took)
+                if left := _left(spent, todo[number:]):
+                    words.append(f"about {_clock(left)} left")
+                bar.update()
+                bar.write("; ".join(words), file=sys.stderr)
+                if after:
+                    after(outcomes)
+        return outcomes
+
+    def _train(self, run: Run, folder: Path, progress: Progress) -> str | None:
+        """Train a run in a process of its own; None where it ended well, else why it did not."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # the process stands in the run's folder, where RecBole writes its logs
+        options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
+        options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
+        write_json(folder / RUN, {"run": asdict(run), "options": options})
+        said: dict[str, Any] = {}
+        path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+        with (
+            open(folder / LOG, "ab") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "recbole_ssm.study.child", str(folder)],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,  # the child stops when its parent does
+                stdout=subprocess.PIPE,
+                stderr=log,
+            ) as child,
+        ):
+            assert child.stdin is not None and child.stdout is not None
+            try:
+                for line in child.stdout:
+                    with contextlib.suppress(ValueError):  # some library's own words
+                        said = json.loads(line)
+                        progress(said)
+            finally:
+                child.stdin.close()
+                child.stdout.close()
+                child.wait()
+        if child.returncode == 0:
+            return None
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
+        return said.get("error") or f"its process ended with {how}; see {folder / LOG}"
+
+    def _file_digest(self, path: Path) -> str:
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        if key not in self._files:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            self._files[key] = digest.hexdigest()
+        return self._files[key]
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """A path among the options that is meant from where we stand; any other value as it is."""
+    named = isinstance(value, str) and (key == "data_path" or Path(value).is_file() or "/" in value)
+    return str(Path(value).absolute()) if named and (key == "data_path" or Path(value).exists()) else value
+
+
+def _where(state: Mapping[str, Any]) -> str:
+    if "epoch" not in state:
+        return "starts"
+    valid = "" if state.get("valid") is None else f", valid {state['valid']:.4f}"
+    return f"epoch {state['epoch']}/{state['epochs']}, step {state['step']}/{state['steps']}{valid}"
+
+
+def _score(outcome: Outcome) -> str:
+    if outcome.error is not None:
+        return f"failed: {outcome.error}"
+    cutoff = list(outcome.test)[-1].partition("@")[2] if outcome.test else ""
+    return ", ".join(f"{k} {v:.4f}" for k, v in outcome.test.items() if k.endswith(f"@{cutoff}")) or "no test"
+
+
+def _left(spent: list[tuple[Run, float]], todo: list[Run]) -> float:
+    """Seconds that the rest may take, by the runs of the same model and data set, or of the data set, or by all."""
+    total = 0.0
+    for run in todo if spent else ():
+        alike = [seconds for done, seconds in spent if (done.model, done.dataset) == (run.model, run.dataset)]
+        alike = alike or [seconds for done, seconds in spent if done.dataset == run.dataset] or [s for _, s in spent]
+        total += sum(alike) / len(alike)
+    return total
+
+
+def _clock(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,160 @@
+"""Runs are done once, go on after a kill, and fail alone."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.study import runs as module
+from recbole_ssm.study.runs import OUTCOME, Outcome, Run, Runs
+from tests.conftest import REPOSITORY
+
+DATA = {"data_path": str(REPOSITORY / "dataset")}
+SHORT = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 2})
+LONG = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 90, "stopping_step": 1000, "dropout_prob": 0.5})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder in which SHORT is done."""
+    runs = Runs(tmp_path_factory.mktemp("done"), DATA)
+    return runs, runs.get(SHORT)
+
+
+def never(*arguments):
+    raise AssertionError("this run was done")
+
+
+def test_what_a_run_leaves(done):
+    _, outcome = done
+    assert outcome.error is None and outcome.run == SHORT and outcome.epochs == 2
+    assert outcome.parameters == 73_600 and outcome.peak_memory > 10**7 and outcome.latency is None
+    first, last = outcome.history
+    assert (first["epoch"], first["targets"], first["steps"], first["batch_size"]) == (1, 537, 5, 128)
+    assert (last["epoch"], last["targets"], last["steps"], last["step_size"]) == (2, 2 * 537, 10, 0.01)
+    assert 0 < first["seconds"] < last["seconds"] == outcome.seconds
+    assert max(first["valid"], last["valid"]) == outcome.valid["hit@1"]
+    users, ranks = outcome.ranks()
+    assert sorted(users) == sorted(f"u{n}" for n in range(60)) and ranks.min() >= 1
+    assert abs(outcome.test["hit@10"] - np.mean(ranks <= 10)) < 1e-4
+    assert {"date", "torch", "cpu", "threads"} <= set(outcome.made)
+    assert {path.name for path in outcome.folder.iterdir()} >= {"outcome.json", "ranks.npz", "log.txt"}
+    assert not (outcome.folder / "checkpoints").exists()
+
+
+def test_done_once(done, monkeypatch, capsys):
+    runs, outcome = done
+    monkeypatch.setattr(Runs, "_train", never)
+    assert runs.get(SHORT) == outcome
+    seen = []
+    spelled = Run("Mamba4Rec", "toy", {**SHORT.options, "d_state": 32, "eval_batch_size": 5})
+    again = Runs(runs.folder, {**DATA, "show_progress": True, "use_gpu": False})
+    assert [o.run for o in again.all([SHORT, spelled], lambda outcomes: seen.append(len(outcomes)))] == [SHORT, spelled]
+    assert seen == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("[1/2] Mamba4Rec toy seed=1 epochs=2: hit@10 ") and lines[0].endswith("; done before")
+
+
+def test_what_makes_another_run(done, monkeypatch, tmp_path):
+    runs, _ = done
+    digests = [
+        runs.digest(Run("Mamba4Rec", "toy", {**SHORT.options, **more}))
+        for more in ({}, {"seed": 2}, {"epochs": 3}, {"stopping_step": 1}, {"d_state": 16}, {"metric_decimal_place": 6})
+    ]
+    shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / "data" / "toy")
+    there = Runs(tmp_path / "r", {"data_path": str(tmp_path / "data")})
+    assert there.digest(SHORT) == digests[0]
+    file = tmp_path / "data" / "toy" / "toy.inter"
+    file.write_text(file.read_text().replace("\ti1\t", "\ti2\t", 1))
+    digests.append(there.digest(SHORT))
+    monkeypatch.setattr(module, "__version__", "0.0")
+    digests.append(runs.digest(SHORT))
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_failed_run_stops_nothing_and_is_tried_again(tmp_path, capsys):
+    diverges = Run("SASRec", "toy", {"learner": "sgd", "learning_rate": 1e30, "weight_decay": 1.0, "epochs": 5})
+    runs = Runs(tmp_path / "r", DATA)
+    outcomes = runs.all([Run("SASRec", "toyy"), diverges, Run("SASRec", "toy", {"epochz": 1})])
+    messages = ["dataset toyy: no file toyy.inter", "the training loss became nan", "epochz: there is no such key"]
+    for outcome, message in zip(outcomes, messages):
+        assert message in outcome.error and "\n" not in outcome.error
+        with pytest.raises(UserError, match="it has no ranks"):
+            outcome.ranks()
+    assert "[2/3] SASRec toy learner=sgd" in capsys.readouterr().err
+    size = (outcomes[1].folder / "log.txt").stat().st_size
+    assert "loss became nan" in runs.get(diverges).error
+    assert (outcomes[1].folder / "log.txt").stat().st_size > size
+
+
+def test_a_damaged_outcome_is_one_line(tmp_path):
+    (tmp_path / OUTCOME).write_text("{")
+    with pytest.raises(UserError, match=r"outcome\.json: damaged .* delete that folder"):
+        Outcome.read(tmp_path)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "that never came"
+        time.sleep(0.05)
+
+
+def process_of(folder):
+    return int((folder / "lock").read_text())
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return pathlib.Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_killed_and_gone_on_is_never_killed(tmp_path):
+    straight = Runs(tmp_path / "straight", DATA).get(LONG)
+    runs, killed = Runs(tmp_path / "killed", DATA), []
+
+    def kill_once(state):
+        if state["epoch"] > 3 and not killed:
+            (folder,) = runs.folder.iterdir()
+            killed.append(state["epoch"])
+            os.kill(process_of(folder), signal.SIGKILL)
+
+    stopped = runs.get(LONG, kill_once)
+    assert "its process ended with signal 9; see " in stopped.error
+    first = []
+    found = runs.get(LONG, lambda state: first.append(state["epoch"]))
+    assert found.error is None and min(first) >= killed[0]
+    assert (found.test, found.valid) == (straight.test, straight.valid)
+    assert all((a == b).all() for a, b in zip(found.ranks(), straight.ranks()))
+    timeless = [[{**entry, "seconds": 0} for entry in outcome.history] for outcome in (found, straight)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 90
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks at /proc")
+def test_a_run_ends_with_the_process_that_asked_for_it(tmp_path):
+    endless = {**LONG.options, "epochs": 100_000}
+    code = f"""from recbole_ssm.study.runs import Run, Runs
+Runs({str(tmp_path / "r")!r}, {DATA}).get(Run("Mamba4Rec", "toy", {endless}))"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
+    wait_for(lambda: list((tmp_path / "r").glob("*/checkpoints/*/step-*")))
+    (folder,) = (tmp_path / "r").iterdir()
+    child = process_of(folder)
+    assert alive(child) and not (folder / OUTCOME).exists()
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(child))
+    log = (folder / "log.txt").read_text()
+    assert "Traceback" not in log and "Fatal" not in log
+    assert json.loads((folder / "run.json").read_text())["run"]["options"]["epochs"] == 100_000

@@ -1,0 +1,63 @@
+"""Ranks are those of the scores, and give RecBole's metrics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from recbole.data import data_preparation
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.model import get_model
+from recbole_ssm.trainer import Ranks, SSMTrainer
+from recbole_ssm.trainer.ranks import ranks_of
+
+inf, nan = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("scores", "item", "rank"),
+    [
+        ([0.0, 3.0, 1.0, 2.0], 1, 1),
+        ([0.0, 3.0, 1.0, 2.0], 0, 4),
+        ([1.0, 3.0, 1.0, 1.0], 2, 3),  # ranks 2, 3 and 4 are shared
+        ([1.0, 1.0, 1.0, 1.0], 3, 2.5),
+        ([-inf, 3.0, 1.0, nan], 2, 3),
+        ([-inf, 3.0, 1.0, nan], 3, 4),
+        ([nan, nan, nan, nan], 3, 4),
+    ],
+)
+def test_known_ranks(scores, item, rank):
+    assert ranks_of(torch.tensor([scores]), torch.tensor([0]), torch.tensor([item])).tolist() == [rank]
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 9), st.booleans())
+def test_mean_of_the_ranks_that_a_sort_may_give(seed, rows, items, once):
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 4, (rows, items)).astype(np.float32)
+    row = np.arange(rows) if once else random.integers(0, rows, 5)
+    item = random.integers(0, items, len(row))
+    found = ranks_of(torch.tensor(scores), torch.tensor(row), torch.tensor(item))
+    for r, i, rank in zip(row, item, found.tolist()):
+        ahead, alike = (scores[r] > scores[r, i]).sum(), (scores[r] == scores[r, i]).sum()
+        assert rank == np.mean([ahead + place for place in range(1, alike + 1)])
+
+
+def test_recboles_metrics_follow_from_the_ranks(toy):
+    options = {**toy["config_dict"], "topk": [3, 5], "valid_metric": "NDCG@5", "metric_decimal_place": 12}
+    config = SSMConfig("Mamba4Rec", toy["dataset"], config_dict={**options, "eval_batch_size": 7})
+    _, valid, test = data_preparation(config, create_dataset(config))
+    torch.manual_seed(3)
+    hook = Ranks()
+    trainer = SSMTrainer(config, get_model("Mamba4Rec")(config, test._dataset), [hook])
+    trainer.evaluate(valid, load_best_model=False)
+    found = trainer.evaluate(test, load_best_model=False)
+    assert hook.users.tolist() == [f"u{n}" for n in range(60)] and len(set(hook.ranks.tolist())) > 5
+    for k in (3, 5):
+        within = hook.ranks <= k
+        assert abs(found[f"hit@{k}"] - within.mean()) < 1e-12
+        assert abs(found[f"ndcg@{k}"] - (within / np.log2(hook.ranks + 1)).mean()) < 1e-12
+        assert abs(found[f"mrr@{k}"] - (within / hook.ranks).mean()) < 1e-12
