@@ -190,7 +190,8 @@ def require(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise UserError(f"{package} is needed and cannot be imported ({error}); pip install {package}") from error
+        name = package.partition(".")[0]
+        raise UserError(f"{name} is needed and cannot be imported ({error}); pip install {name}") from error
 
 
 def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

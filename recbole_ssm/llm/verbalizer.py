@@ -83,7 +83,9 @@ class Verbalizer:
 
     # --- one forward pass --------------------------------------------------------------------------------------------
 
-    def _forward(self, questions: Sequence[Question], cache: list[tuple[Tensor, Tensor]] | None, probabilities: bool) -> Tensor:
+    def _forward(
+        self, questions: Sequence[Question], cache: list[tuple[Tensor, Tensor]] | None, probabilities: bool
+    ) -> Tensor:
         prompts = [question.prompt if cache else [*self.prefix, *question.prompt] for question in questions]
         if self.kind == "title_likelihood":
             return self._title_likelihood(prompts, [question.answers for question in questions], cache)
