@@ -10,25 +10,29 @@ from recbole_ssm import compat
 compat.install()
 
 import recbole.model.sequential_recommender as recbole_models  # noqa: E402
+from recbole.model.abstract_recommender import SequentialRecommender  # noqa: E402
 
 from recbole_ssm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
+from recbole_ssm.model.llamarec import LlamaRec  # noqa: E402
 from recbole_ssm.model.mamba4rec import Mamba4Rec  # noqa: E402
 from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.recommender import SSMRecommender  # noqa: E402
 from recbole_ssm.model.sasrec import SASRec  # noqa: E402
 from recbole_ssm.model.two_mamba4rec import TwoMamba4Rec  # noqa: E402
 
-MODELS: dict[str, type[PackedRecommender]] = {
+MODELS: dict[str, type[SequentialRecommender]] = {
     "Mamba4Rec": Mamba4Rec,
     "2Mamba4Rec": TwoMamba4Rec,
     "Hydra4Rec": Hydra4Rec,
+    "LlamaRec": LlamaRec,
     "SASRec": SASRec,  # in place of RecBole's: the same weights and scores, packed
 }
 
 __all__ = [
     "MODELS",
     "Hydra4Rec",
+    "LlamaRec",
     "Mamba4Rec",
     "PackedRecommender",
     "SASRec",
