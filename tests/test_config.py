@@ -202,10 +202,12 @@ def test_frozen_keys():
     """A new key is a promise: it belongs in the README and in CHANGELOG.md, and then here."""
     ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
     assert sorted(ours) == [
-        "base_model", "base_model_download", "base_model_dtype", "d_conv", "d_state", "dropout_prob", "dt_init",
-        "expand", "gbce_t", "head_dim", "hidden_size", "initializer_range", "lora_alpha", "lora_dropout",
-        "lora_modules", "lora_r", "loss_type", "n_groups", "negative_power", "num_layers", "num_negatives",
-        "quantize_4bit", "random_base_args", "readout", "residual", "title_field",
+        "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
+        "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "gbce_t",
+        "head_dim", "hidden_size", "initializer_range", "learning_rate", "length_penalty", "lora_alpha",
+        "lora_dropout", "lora_modules", "lora_r", "loss_type", "n_groups", "negative_power", "num_beams",
+        "num_layers", "num_negatives", "num_queries", "quantize_4bit", "random_base_args", "readout",
+        "residual", "title_field", "title_tokens", "train_batch_size", "train_last",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "adaptive_batch", "adaptive_batch_args", "checkpoint_keep", "checkpoint_steps", "dataset", "eval_args",

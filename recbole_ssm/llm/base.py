@@ -7,6 +7,7 @@ refused. Nothing is fetched unless ``base_model_download`` says so.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ RANDOM_SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
-END = "<|end|>"
+END, PAD = "<|end|>", "<|pad|>"  # 0 and 1 in a random base's vocabulary
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SMALLEST_VOCABULARY = 400  # all bytes, the end, the letters with a space, and what may come before those
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
@@ -137,6 +138,8 @@ class LanguageModelRecommender(SequentialRecommender):
         base = load_base_model(config, [*self.titles[1:], *prompt_texts])
         self.language_model, self.tokenizer, self.context = base.model, base.tokenizer, base.context
         self.base_name = base.name
+        plain = base.model.get_base_model() if hasattr(base.model, "get_base_model") else base.model
+        self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         self.register_buffer("base_digest", torch.tensor(list(bytes.fromhex(base.digest)), dtype=torch.uint8))
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_check_base)
@@ -208,13 +211,13 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[END],
+        special_tokens=[END, PAD],
         show_progress=False,
     )
     # a merge of a pair that stands n times shortens the texts by n symbols: so at most 100 merges come before these
     letters = [f" {letter}" for letter in LETTERS] * (sum(len(text.encode()) for text in texts) // 100 + 1)
     tokenizer.train_from_iterator([*texts, *letters], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
 def _random_sizes(config: Any) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def _random_sizes(config: Any) -> dict[str, Any]:
 
 def _random_model(sizes: dict[str, Any], vocab_size: int, seed: int) -> Any:
     transformers = require("transformers")
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # END, the tokenizer's first
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)  # of its own, so that a frozen one can be made again
@@ -238,8 +241,8 @@ def _random_model(sizes: dict[str, Any], vocab_size: int, seed: int) -> Any:
             return transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(**{**sizes, **ends, "vocab_size": vocab_size})
             )
-        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"random_base_args: LlamaConfig refuses {sizes} ({error})") from error
+        except Exception as error:  # its validation has classes of errors of its own
+            raise UserError(f"random_base_args: LlamaConfig refuses {sizes} ({_shortly(error)})") from error
 
 
 def _locate(name: str, download: bool) -> tuple[Path, str | None]:
@@ -258,8 +261,7 @@ def _locate(name: str, download: bool) -> tuple[Path, str | None]:
         return Path(hub.snapshot_download(name, local_files_only=not download, allow_patterns=list(HUB_FILES))), None
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
         if download:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"base_model: {name} could not be fetched from the Hugging Face hub ({reason})") from error
+            raise UserError(f"base_model: {name} could not be fetched from the hub ({_shortly(error)})") from error
         raise UserError(
             f"base_model: {name} is no folder here and not in the Hugging Face cache; {mend}, or fetch it once with "
             "--base_model_download=True"
@@ -293,17 +295,15 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, json.JSONDecodeError) as error:
-        raise UserError(f"base_model: transformers cannot load {name} ({_first_line(error)})") from error
-    except Exception as error:  # safetensors' own error is a plain Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"base_model: the weights of {name} are cut short or damaged ({error})") from error
+    except Exception as error:  # the errors of transformers, tokenizers and safetensors have no common class
+        raise UserError(f"base_model: transformers cannot load {name} ({_shortly(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"base_model: {name} lacks the weights {missing[0]} ... ({len(missing)} of them)")
-    if not tokenizer.is_fast:
-        raise UserError(f"base_model: {name} has no tokenizer.json; save it once with AutoTokenizer of transformers")
+    if not tokenizer.is_fast or not tokenizer("A").input_ids:  # transformers makes an empty one where there is none
+        raise UserError(f"base_model: {name} has no tokenizer.json; save its fast tokenizer beside it")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"base_model: the tokenizer of {name} knows more tokens than the model; they are not a pair")
     if gguf is not None:  # transformers takes it for quantised, though it holds plain weights by now
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
@@ -341,11 +341,14 @@ def _four_bits(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 def _with_lora(model: Any, config: Any, rank: int) -> Any:
     peft = require("peft")
     modules = config["lora_modules"]
+    layers = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules()}
+    layers = {name: kind for name, kind in layers.items() if "Linear" in kind or kind == "Conv1D"}
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
         target_modules=modules,
+        fan_in_fan_out="Conv1D" in layers.values(),  # GPT-2's layers, whose weights are transposed
         task_type="CAUSAL_LM",
     )
     if config["quantize_4bit"]:
@@ -353,11 +356,9 @@ def _with_lora(model: Any, config: Any, rank: int) -> Any:
     try:
         return peft.get_peft_model(model, settings)
     except ValueError as error:
-        linear = {n.rpartition(".")[2] for n, m in model.named_modules() if "Linear" in type(m).__name__}
-        linear |= {n.rpartition(".")[2] for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
         raise UserError(
             f"lora_modules: peft finds no {modules or 'default'} in {type(model).__name__}; its layers are "
-            f"{', '.join(sorted(linear))}"
+            f"{', '.join(sorted(layers))}"
         ) from error
 
 
@@ -408,6 +409,6 @@ def _quiet(transformers: Any, show_progress: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _shortly(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__

@@ -85,7 +85,7 @@ class LlamaRec(LanguageModelRecommender):
             self.titles,
             history=config["prompt_history"],
             candidates=self.num_candidates,
-            title_tokens=config["prompt_title_tokens"],
+            title_tokens=config["title_tokens"],
             max_tokens=min(config["prompt_tokens"], self.context),
             answer="title" if verbalizer == "title_likelihood" else "letter",
         )
