@@ -35,8 +35,9 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
-from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
-from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
+from recbole_ssm.llm import LanguageModelRecommender, preference  # noqa: E402
+from recbole_ssm.llm.verbalizer import VERBALIZERS  # noqa: E402
+from recbole_ssm.model import PackedRecommender, get_model, llamarec  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
 from recbole_ssm.optim import LEARNERS, adaptive_batch  # noqa: E402
@@ -55,11 +56,17 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ssm_backend": BACKENDS,
     "on_bad_lines": ("error", "skip"),
     "base_model_dtype": ("auto", "float32", "bfloat16"),
+    "verbalizer": VERBALIZERS,
+    "train_objective": preference.OBJECTIVES,
+    "orpo_rejected": preference.REJECTED,
+    "orpo_probabilities": preference.PROBABILITIES,
+    "train_candidates": llamarec.TRAIN_CANDIDATES,
+    "rerank": llamarec.RERANK,
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last",
-    "num_queries", "num_beams", "title_tokens",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last", "eval_rows",
+    "num_queries", "num_beams", "title_tokens", "prompt_history", "prompt_tokens", "prompt_batch_tokens",
 )  # fmt: skip
 MAY_BE_EMPTY = ("train_last",)  # whatever a model's own default is
 REFUSED = {
@@ -308,6 +315,8 @@ class SSMConfig(recbole.config.Config):
         if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         self._check_metrics(merged)
+        if self.model == "LlamaRec":
+            llamarec.check_options(merged)
 
     @staticmethod
     def _check_split(split: Any) -> None:

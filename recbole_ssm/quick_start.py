@@ -21,10 +21,12 @@ from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
+from recbole_ssm.trainer.trainer import load_weights  # noqa: E402
 
 __all__ = ["load_recommender", "run_recbole_ssm"]
 
@@ -88,12 +90,24 @@ def run_recbole_ssm(
             "dataset": saved_run["config"]["dataset"],
         }
     config = SSMConfig(model, dataset, config_file_list, config_dict, command_line, base)
-    set_backend(config["ssm_backend"])
-    init_seed(config["seed"], config["reproducibility"])
     if distributed.rank() == 0:
         init_logger(config)
+    result = _run(config, saved, start, hooks)
+    distributed.stop()
+    return result
+
+
+def _run(
+    config: SSMConfig, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
+) -> dict[str, Any]:
+    """One model, from its data to its test; a ranker's retriever comes before it."""
     logger = getLogger()
     logger.info(config)
+    retriever = None
+    if issubclass(config.model_class, LlamaRec):
+        retriever = _retriever(config, start)
+    set_backend(config["ssm_backend"])
+    init_seed(config["seed"], config["reproducibility"])
 
     data = create_dataset(config)
     logger.info(data)
@@ -103,6 +117,8 @@ def run_recbole_ssm(
     init_seed(config["seed"], config["reproducibility"])
     with recbole_refusals(config["model"]):
         recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    if retriever is not None:
+        load_weights(recommender.retriever, retriever[1], retriever[0])
     logger.info(recommender)
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
@@ -117,6 +133,7 @@ def run_recbole_ssm(
     if start is not None:
         trainer.restore(*start)
         del start
+    del retriever
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -126,14 +143,51 @@ def run_recbole_ssm(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    distributed.stop()
+    reports = {"reranking": hook.report for hook in trainer.hooks if isinstance(hook, Reranking)}
     return {
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
+        **reports,
     }
+
+
+def _retriever(
+    config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
+) -> tuple[Path, checkpoint.Checkpoint] | None:
+    """The checkpoint of a ranker's retriever, trained now or before; None where the ranker's own holds its weights.
+
+    Its settings become ``retriever_settings`` of the ranker.
+
+    Raises:
+        UserError: it was trained on something else than this run's training part.
+    """
+    if start is not None:
+        config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
+        return None
+    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
+    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
+    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
+    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
+    own = SSMConfig(config["retriever"], config["dataset"], config_dict=options)
+    if config["retriever_checkpoint"] is None:
+        path = Path(_run(own, True, None, ())["checkpoint"])
+        config["retriever_checkpoint"] = str(path)
+        found = checkpoint.read(path)
+    else:
+        path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
+        if found.info["model"] != config["retriever"]:
+            raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
+        train_data, _, _ = create_loaders(own, create_dataset(own))
+        if train_data.fingerprint() != found.info["training"]["fingerprint"]:
+            raise UserError(
+                f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know "
+                "the targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
+            )
+    config["retriever_settings"] = found.info["config"]
+    return path, found
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

@@ -99,7 +99,7 @@ class Prompts:
         if fixed + pool + len(self._numbers[0]) + longest > max_tokens:
             raise UserError(
                 f"prompt_tokens: {candidates} candidates of up to {longest} tokens leave no room for a history in "
-                f"{max_tokens} tokens; try fewer num_candidates, a smaller prompt_title_tokens, or a base model that "
+                f"{max_tokens} tokens; try fewer num_candidates, a smaller title_tokens, or a base model that "
                 "reads more"
             )
         self._room = max_tokens - fixed

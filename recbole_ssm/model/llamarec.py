@@ -8,21 +8,24 @@ Reference:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.base import LanguageModelRecommender
-from recbole_ssm.llm.prompt import Prompts, prompt_words
+from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
 from recbole_ssm.llm.verbalizer import Question, Verbalizer
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
 RERANK = ("all", "retrieved")
 TUNED = "tuned"
+FUSION_WEIGHTS = [step / 20 for step in range(21)]
 
 
 class Reranked(NamedTuple):
@@ -75,19 +78,21 @@ class LlamaRec(LanguageModelRecommender):
 
         # define layers
         self.retriever = build_retriever(config["retriever_settings"], config["device"], dataset)
-        self.load_language_model(config, prompt_words())
+        # a prompt's titles have a space before them, and so should those that a random base's tokenizer learns from
+        self.load_language_model(config, [*prompt_words(), *(f" {title}" for title in self.titles[1:])])
         self.prompts = Prompts(
             self.tokenizer,
             self.titles,
             history=config["prompt_history"],
             candidates=self.num_candidates,
-            title_tokens=config["prompt_title_tokens"],
+            title_tokens=config["title_tokens"],
             max_tokens=min(config["prompt_tokens"], self.context),
             answer="title" if verbalizer == "title_likelihood" else "letter",
         )
         self.verbalizer = Verbalizer(self.language_model, self.prompts, verbalizer, config["prompt_batch_tokens"])
         weight = config["fusion_weight"]
-        self.register_buffer("fusion", torch.tensor(0.0 if weight == TUNED else float(weight)))
+        self.fusion_tuned = weight == TUNED
+        self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
         self.records: list[Reranked] | None = None  # where someone asks for them
 
     def train(self, mode: bool = True) -> LlamaRec:
@@ -153,8 +158,8 @@ class LlamaRec(LanguageModelRecommender):
             language[asked] = self.forward(histories[asked], lengths[asked], candidates[asked]).to(language.dtype)
         if self.records is not None:
             self.records.append(Reranked(target.cpu(), language.cpu(), retriever.cpu()))
-        order = fuse(language, retriever, float(self.fusion)).argsort(1, descending=True, stable=True)
-        order[~asked] = retriever[~asked].argsort(1, descending=True, stable=True)
+        order = fuse(language, retriever, float(self.fusion)).argsort(dim=1, descending=True, stable=True)
+        order[~asked] = retriever[~asked].argsort(dim=1, descending=True, stable=True)
         return scores.scatter(1, candidates.gather(1, order), values.sort(1, descending=True).values)
 
     def predict(self, interaction: Any) -> Tensor:
@@ -178,8 +183,8 @@ class LlamaRec(LanguageModelRecommender):
         """Candidates ``[B, C]`` in random order, and the column of what came ``[B]``, -1 for a row to skip."""
         if self.train_candidates == "random":
             noise = torch.rand(len(came), self.n_items, device=came.device)
-            noise[:, 0] = -1.0
-            noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)  # what is in the history, and the padding
+            noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)  # of the history only where the catalogue ends
+            noise[:, 0] = -2.0
             noise.scatter_(1, came[:, None], 2.0)
             candidates = noise.topk(self.num_candidates).indices
         else:
@@ -202,6 +207,21 @@ class LlamaRec(LanguageModelRecommender):
             for history, items in zip(histories, candidates.tolist())
         ]
 
+    @torch.no_grad()
+    def tune(self, valid_data: Any) -> None:
+        """Choose the fusion weight of the highest NDCG among validation rows, the least of those that are equal."""
+        if not self.fusion_tuned:
+            return
+        self.records = []
+        for batch in valid_data:
+            self.full_sort_predict(batch[0].to(self.fusion.device))
+        target, language, retriever = (torch.cat(column) for column in zip(*self.records))
+        self.records = None
+        found = target >= 0
+        ranks = [target_ranks(fuse(language, retriever, w)[found], target[found]) for w in FUSION_WEIGHTS]
+        gains = distributed.mean([float((1 / torch.log2(r + 1.0)).sum()) for r in ranks])
+        self.fusion.fill_(FUSION_WEIGHTS[gains.index(max(gains))])
+
     @property
     def _needs_all(self) -> bool:
         return self.orpo_rejected != "random" or self.orpo_probabilities == "letters"
@@ -211,17 +231,44 @@ def build_retriever(settings: Mapping[str, Any], device: Any, dataset: Any) -> A
     """The retriever of a configuration, frozen, its weights still those of the start."""
     from recbole_ssm.model import get_model
 
-    config = Settings(settings)
-    config["device"] = device
+    config: dict[str, Any] = defaultdict(lambda: None, settings, device=device)  # RecBole's absent keys are None
     retriever = get_model(config["model"])(config, dataset)
     return retriever.eval().requires_grad_(False)
 
 
-class Settings(dict[str, Any]):
-    """A saved configuration as RecBole's models read it: an absent key is None."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot work, before a retriever is trained for it.
 
-    def __missing__(self, key: str) -> None:
-        return None
+    Raises:
+        UserError: a value is impossible, or does not go with another.
+    """
+    from recbole_ssm.model import get_model
+
+    retriever = get_model(options["retriever"])
+    if issubclass(retriever, LanguageModelRecommender):
+        raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
+    if options["retriever_config"] is not None and options["retriever_checkpoint"] is not None:
+        raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
+    if not 2 <= options["num_candidates"] <= len(LETTERS):
+        raise UserError(
+            f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
+            f"{options['num_candidates']}; try num_candidates: 20"
+        )
+    weight = options["fusion_weight"]
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if weight not in (None, TUNED) and not (number and 0 <= weight <= 1):
+        raise UserError(f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5")
+    if options["orpo_lambda"] < 0:
+        raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
+    if (options["train_objective"], options["verbalizer"]) == ("orpo", "embedding"):
+        if options["orpo_probabilities"] == "vocabulary":
+            raise UserError(
+                "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
+                "take orpo_probabilities: letters"
+            )
+    mode = options["eval_args"]["mode"]
+    if mode != "full":
+        raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
 
 
 def column_of(candidates: Tensor, items: Tensor) -> Tensor:
@@ -249,3 +296,9 @@ def _mix(x: Tensor) -> Tensor:
 def fuse(language: Tensor, retriever: Tensor, weight: float) -> Tensor:
     """``(1 - weight) language + weight retriever``, of log-probabilities over the same candidates ``[B, C]``."""
     return (1 - weight) * language + weight * retriever
+
+
+def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
+    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of equals the first wins."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return (order == target[:, None]).int().argmax(1) + 1

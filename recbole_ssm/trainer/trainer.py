@@ -30,6 +30,7 @@ from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.latency import Latency
+from recbole_ssm.trainer.reranking import Reranking
 
 compat.install()
 
@@ -39,6 +40,7 @@ from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
 from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
+from recbole_ssm.model import LlamaRec  # noqa: E402
 
 TRIM_EVERY = 16  # steps
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
@@ -46,7 +48,8 @@ MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not 
 FREE_KEYS = {
     *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
     "use_gpu", "checkpoint_steps", "checkpoint_keep", "measure_latency", "log_wandb", "wandb_project", "local_rank",
-    "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download",
+    "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download", "retriever_checkpoint",
+    "prompt_batch_tokens", "rerank",
 }  # fmt: skip
 
 
@@ -103,6 +106,8 @@ class SSMTrainer(Trainer):
         self._signal = 0
         if config["measure_latency"]:
             self.hooks.append(Latency())
+        if isinstance(model, LlamaRec):
+            self.hooks.append(Reranking())
         if distributed.rank():
             self.tensorboard.close()
             self.tensorboard = _Silence()
@@ -503,7 +508,8 @@ class SSMTrainer(Trainer):
         if name == "sparse_adam":
             del defaults["weight_decay"]
         try:
-            return LEARNERS[name](self.model.parameters(), **{**defaults, **arguments})  # type: ignore[arg-type]
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            return LEARNERS[name](trained, **{**defaults, **arguments})  # type: ignore[arg-type]
         except TypeError as error:
             raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
 
