@@ -24,6 +24,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
+  recbole-ssm pairs     LlamaRec's training rows as preference pairs, for TRL: pairs OUT.jsonl [--key=value ...]
 """
 
 
@@ -98,11 +99,23 @@ def inspect(arguments: list[str]) -> None:
     run_inspect(arguments)
 
 
+def pairs(arguments: list[str]) -> None:
+    """Write LlamaRec's training rows as preference pairs."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("pairs: name the file to write first: pairs OUT.jsonl --dataset=ml-100k [--key=value ...]")
+    options = _join_values(arguments[1:])
+    files = _take(options, "config_files")
+    from recbole_ssm.quick_start import export_pairs
+
+    export_pairs(arguments[0], config_file_list=files.split(), command_line=options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": bench,
     "convert": convert,
     "doctor": doctor,
     "inspect": inspect,
+    "pairs": pairs,
     "train": train,
 }
 WITH_HELP = {"bench", "convert", "inspect"}  # these answer --help themselves

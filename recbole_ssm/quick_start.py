@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 
@@ -21,6 +22,7 @@ from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
+from recbole_ssm.llm.pairs import preference_pairs, write_pairs  # noqa: E402
 from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
@@ -28,7 +30,7 @@ from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
 from recbole_ssm.trainer.trainer import load_weights  # noqa: E402
 
-__all__ = ["load_recommender", "run_recbole_ssm"]
+__all__ = ["export_pairs", "load_recommender", "run_recbole_ssm"]
 
 
 @contextlib.contextmanager
@@ -100,25 +102,9 @@ def run_recbole_ssm(
 def _run(
     config: SSMConfig, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
 ) -> dict[str, Any]:
-    """One model, from its data to its test; a ranker's retriever comes before it."""
+    """One model, from its data to its test."""
     logger = getLogger()
-    logger.info(config)
-    retriever = None
-    if issubclass(config.model_class, LlamaRec):
-        retriever = _retriever(config, start)
-    set_backend(config["ssm_backend"])
-    init_seed(config["seed"], config["reproducibility"])
-
-    data = create_dataset(config)
-    logger.info(data)
-    with recbole_refusals(config["dataset"]):
-        train_data, valid_data, test_data = create_loaders(config, data)
-
-    init_seed(config["seed"], config["reproducibility"])
-    with recbole_refusals(config["model"]):
-        recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    if retriever is not None:
-        load_weights(recommender.retriever, retriever[1], retriever[0])
+    recommender, train_data, valid_data, test_data = _prepare(config, start)
     logger.info(recommender)
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
@@ -133,7 +119,6 @@ def _run(
     if start is not None:
         trainer.restore(*start)
         del start
-    del retriever
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -152,6 +137,57 @@ def _run(
         "checkpoint": trainer.saved_model_file if saved else None,
         **reports,
     }
+
+
+def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
+    """Model and loaders of a configuration; a ranker's retriever is trained or read first."""
+    logger = getLogger()
+    logger.info(config)
+    retriever = None
+    if issubclass(config.model_class, LlamaRec):
+        retriever = _retriever(config, start)
+    set_backend(config["ssm_backend"])
+    init_seed(config["seed"], config["reproducibility"])
+
+    data = create_dataset(config)
+    logger.info(data)
+    with recbole_refusals(config["dataset"]):
+        loaders = create_loaders(config, data)
+
+    init_seed(config["seed"], config["reproducibility"])
+    with recbole_refusals(config["model"]):
+        recommender = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
+    if retriever is not None:
+        load_weights(recommender.retriever, retriever[1], retriever[0])
+    return recommender, *loaders
+
+
+def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
+    """Write LlamaRec's training rows as preference pairs, JSON lines of ``prompt``, ``chosen`` and ``rejected``.
+
+    The retriever is trained first, or read from ``retriever_checkpoint``; the base model is not trained. See
+    :mod:`recbole_ssm.llm.pairs` for what TRL makes of them.
+
+    Args:
+        path: the file to write.
+        *arguments: data set, config files, options and command line, as :class:`~recbole_ssm.config.SSMConfig` takes
+            them after the model.
+        **options: the same by name.
+
+    Returns:
+        How many pairs were written: one epoch of the training rows.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    config = SSMConfig("LlamaRec", *arguments, **options)
+    init_logger(config)
+    recommender, train_data, _, _ = _prepare(config, None)
+    init_seed(config["seed"], config["reproducibility"])
+    bar = tqdm(train_data, desc="Pairs", unit="step", disable=not config["show_progress"])
+    count = write_pairs(Path(path), preference_pairs(recommender, bar))
+    getLogger().info(f"{path}: {count:,} preference pairs of {train_data.plan.total:,} training rows")
+    return count
 
 
 def _retriever(

@@ -10,9 +10,11 @@ twice, once for each answer, where LlamaRec reads all letters in one pass.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from logging import getLogger
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -111,8 +113,8 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
 
     Args:
         pairs: a file of :func:`write_pairs`.
-        output: a folder for the result: weights with LoRA merged into them, and the tokenizer, as ``base_model`` takes
-            them.
+        output: a folder for the result, which must not exist: weights with LoRA merged into them, and the tokenizer, as
+            ``base_model`` takes them.
         config: ``base_model`` and its other keys, as :func:`~recbole_ssm.llm.base.load_base_model` reads them.
         **arguments: of TRL's ORPOConfig, such as ``beta`` (ORPO's lambda), ``learning_rate``, ``num_train_epochs`` and
             ``per_device_train_batch_size``. ``max_length`` is that of the longest pair: TRL would cut a longer one's
@@ -126,6 +128,9 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
         UserError: TRL is missing, a pair is longer than the base model's context, or TRL refuses an argument.
     """
     orpo, datasets = require("trl.experimental.orpo"), require("datasets")
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output}: exists; name a folder that does not")
     rows = read_pairs(Path(pairs))
     if config["quantize_4bit"]:
         raise UserError("quantize_4bit: LoRA is merged into the weights afterwards, which 4 bits cannot hold")
@@ -134,37 +139,39 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
     longest = max(lengths)
     if longest > base.context:
         raise UserError(
-            f"{pairs}, line {lengths.index(longest) + 1}: {longest} tokens, and {base.name} reads {base.context}; write "
-            "the pairs with a smaller prompt_history"
+            f"{pairs}, line {lengths.index(longest) + 1}: {longest} tokens, and {base.name} reads {base.context}; "
+            "write the pairs with a smaller prompt_history"
         )
     if arguments.setdefault("max_length", longest) < longest:
         raise UserError(
-            f"max_length: {arguments['max_length']} would cut off the answer of a pair of {longest} tokens; leave it out"
+            f"max_length: {arguments['max_length']} would cut off the answer of a pair of {longest} tokens; leave it "
+            "out"
         )
     on_gpu = torch.device(config["device"]).type == "cuda"
-    defaults = {
-        "output_dir": str(output),
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": not on_gpu,
-        "seed": config["seed"],
-        "disable_tqdm": not config["show_progress"],
-    }
-    try:
-        settings = orpo.ORPOConfig(**{**defaults, **arguments})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"TRL's ORPOConfig does not take {arguments} ({error})") from error
-    trainer = orpo.ORPOTrainer(
-        model=base.model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=base.tokenizer
-    )
-    trainer.train()
-    model = base.model.merge_and_unload() if hasattr(base.model, "merge_and_unload") else base.model
-    model.save_pretrained(output)
-    base.tokenizer.save_pretrained(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=".trl-") as scratch:
+        defaults = {
+            "output_dir": scratch,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": not on_gpu,
+            "seed": config["seed"],
+            "disable_tqdm": not config["show_progress"],
+        }
+        try:
+            settings = orpo.ORPOConfig(**{**defaults, **arguments})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"TRL's ORPOConfig does not take {arguments} ({error})") from error
+        data = datasets.Dataset.from_list(rows)
+        orpo.ORPOTrainer(base.model, settings, train_dataset=data, processing_class=base.tokenizer).train()
+        model = base.model.merge_and_unload() if hasattr(base.model, "merge_and_unload") else base.model
+        model.save_pretrained(Path(scratch) / "model")
+        base.tokenizer.save_pretrained(Path(scratch) / "model")
+        os.replace(Path(scratch) / "model", output)
     getLogger().info(f"{output}: {base.name}, trained on {len(rows)} pairs; use it as base_model")
-    return Path(output)
+    return output
 
 
 def _lengths(rows: list[dict[str, str]], tokenizer: Any) -> list[int]:

@@ -120,9 +120,7 @@ class GPT4Rec(LanguageModelRecommender):
         self.search.build(*self.bm25.tolist())
         scores = np.zeros((len(interaction), self.n_items), dtype=np.float32)
         for row, queries in enumerate(self.queries(interaction)):
-            bm25 = np.stack([self.search.scores(query) for query in queries])
-            order = full_order(self._merge(bm25), bm25)
-            scores[row, order] = -np.arange(1, self.n_items)
+            scores[row, self._order(queries)] = -np.arange(1, self.n_items)
         scores[:, 0] = -self.n_items
         return torch.from_numpy(scores).to(self.device)
 
@@ -169,13 +167,15 @@ class GPT4Rec(LanguageModelRecommender):
 
     def _gain(self, queries: Sequence[str], target: int) -> float:
         """NDCG at the cut-off, of the one right item."""
-        merged = self._merge([self.search.scores(query) for query in queries])
-        place = merged.index(target) if target in merged else self.valid_cutoff
-        return 1 / float(np.log2(place + 2)) if place < self.valid_cutoff else 0.0
+        order = self._order(queries, self.valid_cutoff)[: self.valid_cutoff]
+        place = np.flatnonzero(order == target)
+        return 1 / float(np.log2(place[0] + 2)) if len(place) else 0.0
 
-    def _merge(self, bm25: Iterable[np.ndarray]) -> list[int]:
-        """The items to show, from BM25 of each query ``[V]``."""
-        return merge([found(scores, max(self.cutoffs)) for scores in bm25], self.cutoffs)
+    def _order(self, queries: Sequence[str], enough: int | None = None) -> np.ndarray:
+        """Item ids in the order in which they are recommended ``[V - 1]``; or the first of them, ``enough`` or more."""
+        bm25 = np.stack([self.search.scores(query) for query in queries])
+        merged = merge([found(scores, max(self.cutoffs)) for scores in bm25], self.cutoffs)
+        return np.array(merged) if enough and len(merged) >= enough else full_order(merged, bm25)
 
     def _generate(self, prompts: list[list[int]]) -> list[list[str]]:
         tokens, mask = self._pad(prompts)

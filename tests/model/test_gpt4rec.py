@@ -1,5 +1,8 @@
 """GPT4Rec: what it writes, what BM25 makes of it, and that it learns."""
 
+import math
+import re
+
 import pytest
 import torch
 import transformers
@@ -155,13 +158,21 @@ def test_k1_and_b_are_chosen_on_validation_and_kept_in_the_state(build, monkeypa
     assert not model._ready
 
 
-def test_the_gain_is_ndcg(build, monkeypatch):
+def test_what_is_tuned_is_what_validation_measures(titled, caplog):
+    options = {**titled["config_dict"], **TINY, "epochs": 1, "bm25_k1": [0.5, 2.0], "valid_metric": "NDCG@5"}
+    with caplog.at_level("INFO"):
+        found = run_recbole_ssm("GPT4Rec", titled["dataset"], config_dict={**options, "state": "INFO"})
+    best = float(re.search(r"NDCG@5 ([\d.]+), the least", caplog.text)[1])
+    assert best == pytest.approx(found["best_valid_score"], abs=1e-4) and 0 < best < 1
+
+
+def test_the_gain_is_ndcg_of_the_place(build, monkeypatch):
     model, _ = build(valid_metric="NDCG@5", topk=[5])
-    model.search.build(1.2, 0.75)
-    blue = [item for item, title in enumerate(model.titles) if "blue" in title]
-    for place, item in enumerate(blue):
-        assert model._gain(["blue"], item) == pytest.approx(1 / torch.log2(torch.tensor(place + 2.0)).item())
-    assert model._gain(["blue"], next(i for i in range(1, 13) if i not in blue)) == 0
+    monkeypatch.setattr(model, "_generate", lambda prompts: [["blue", "blue table"]])
+    order = model.full_sort_predict(rows_of([[1]]))[0].argsort(descending=True).tolist()
+    assert "blue table" in model.titles[order[0]]
+    gains = [1 / math.log2(place + 2) if place < 5 else 0 for place in range(12)]
+    assert [model._gain(["blue", "blue table"], item) for item in order[:12]] == pytest.approx(gains)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
