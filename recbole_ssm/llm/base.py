@@ -145,6 +145,11 @@ class LanguageModelRecommender(SequentialRecommender):
         self.register_load_state_dict_pre_hook(_check_base)
         self.register_load_state_dict_post_hook(_expect_no_frozen)
 
+    def histories(self, interaction: Any) -> list[list[int]]:
+        """The item ids of each row's history, oldest first, without padding."""
+        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
+        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
+
     def tune(self, valid_data: Any) -> None:
         """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
 

@@ -49,7 +49,7 @@ def preference_pairs(model: Any, loader: Iterable[Any]) -> Iterator[dict[str, st
 
 
 def _pairs_of(model: Any, batch: Any) -> Iterator[dict[str, str]]:
-    histories = model._histories(batch)
+    histories = model.histories(batch)
     candidates, target = model._candidates_to_learn_from(batch, histories, batch[model.ITEM_ID])
     kept = (target >= 0).nonzero().squeeze(1)
     if not len(kept):

@@ -87,7 +87,7 @@ class GPT4Rec(LanguageModelRecommender):
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean over the rows of -ln P(title of the target and its end | prompt)."""
-        prompts = [self.prompt(history) for history in self._histories(interaction)]
+        prompts = [self.prompt(history) for history in self.histories(interaction)]
         answers = [[*self._title[item], self.tokenizer.eos_token_id] for item in interaction[self.POS_ITEM_ID].tolist()]
         length = max(map(len, answers))
         # padded on the left, so that the answers' tokens are the last ones [B, length]
@@ -106,7 +106,7 @@ class GPT4Rec(LanguageModelRecommender):
     @torch.no_grad()
     def queries(self, interaction: Any) -> list[list[str]]:
         """What the model would search for, for each row of a batch: ``num_queries`` texts, best beam first."""
-        histories = [tuple(history) for history in self._histories(interaction)]
+        histories = [tuple(history) for history in self.histories(interaction)]
         written = [self._ready.pop(history, None) for history in histories]
         missing = [number for number, queries in enumerate(written) if queries is None]
         if missing:
@@ -142,7 +142,7 @@ class GPT4Rec(LanguageModelRecommender):
         step = valid_data.step
         for start in tqdm(range(0, len(rows), step), desc="Queries", unit="batch", disable=not self.show_progress):
             batch = rows[start : start + step]
-            histories += [tuple(history) for history in self._histories(batch)]
+            histories += [tuple(history) for history in self.histories(batch)]
             queries += self.queries(batch)
         targets = rows[self.POS_ITEM_ID].tolist()
         gains = []
@@ -192,10 +192,6 @@ class GPT4Rec(LanguageModelRecommender):
         output = self.language_model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
         texts = self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
         return [texts[start : start + self.num_queries] for start in range(0, len(texts), self.num_queries)]
-
-    def _histories(self, interaction: Any) -> list[list[int]]:
-        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
-        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
 
     def _pad(self, rows: Iterable[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids ``[B, L]``, padded on the left, and the mask of what is real."""

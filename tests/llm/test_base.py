@@ -81,6 +81,20 @@ def test_the_digest_is_of_weights_that_stay_frozen(folder):
     assert load(folder).digest != first and load(folder, lora_r=0).digest == whole
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_a_name_is_looked_for_in_the_cache_and_fetched_only_where_asked(folder, monkeypatch, download):
+    asked = []
+
+    def snapshot(name, local_files_only, allow_patterns):
+        asked.append((name, local_files_only))
+        assert not any(pattern.endswith((".bin", ".pt", ".py", ".pickle")) for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load("some/model", base_model_download=download).context == 64
+    assert asked == [("some/model", not download)]
+
+
 def test_lora_on_named_layers(folder):
     trained = {
         name.split(".lora_")[0].rpartition(".")[2]

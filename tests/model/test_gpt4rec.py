@@ -59,14 +59,18 @@ def test_the_prompt_is_the_papers(build):
     )
 
 
-def test_a_long_history_loses_its_oldest_items(build):
-    model, _ = build(random_base_args={"vocab_size": 400, "max_position_embeddings": 64}, title_tokens=4)
-    text = text_of(model, list(range(1, 13)))
-    kept = [title for title in model.titles[1:] if f" {title[:5]}" in text]
-    assert kept and text.endswith("In the future, the customer wants to buy")
-    whole = model.prompt([11, 12])
-    assert len(model.prompt(list(range(1, 13)))) + 5 <= 64 and len(whole) < 64
-    assert text[: len("Previously")] == "Previously" and model._shortened == {tuple(range(1, 13))}
+def test_a_long_history_loses_its_oldest_items(build, caplog):
+    model, (_, valid, _) = build(random_base_args={"vocab_size": 400, "max_position_embeddings": 64}, title_tokens=4)
+    history, fits = list(range(1, 13)), 0
+    while not model._shortened:
+        fits += 1
+        assert len(model.prompt(history[-fits:])) + 4 + 1 <= 64  # with a title and its end
+    fits -= 1
+    assert 1 <= fits < 11
+    assert model.prompt(history) == model.prompt(history[-fits:])
+    with caplog.at_level("INFO"):
+        model.tune(valid)
+    assert f"{len(model._shortened)} histories were shortened from their old end to fit the context" in caplog.text
 
 
 def plain_loss(model, history, target):
@@ -152,7 +156,7 @@ def test_k1_and_b_are_chosen_on_validation_and_kept_in_the_state(build, monkeypa
     monkeypatch.setattr(model, "_generate", lambda prompts: pytest.fail("written twice"))
     distinct = {}
     rows = valid._dataset.inter_feat[slice(None)]
-    for number, history in enumerate(model._histories(rows)):
+    for number, history in enumerate(model.histories(rows)):
         distinct.setdefault(tuple(history), number)
     model.full_sort_predict(rows[torch.tensor(list(distinct.values()))])
     assert not model._ready
