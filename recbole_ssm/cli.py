@@ -23,6 +23,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
+  recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
+  recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
   recbole-ssm pairs     LlamaRec's training rows as preference pairs, for TRL: pairs OUT.jsonl [--key=value ...]
 """
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> None:
     """Train and test a model on a data set."""
-    options = _join_values(arguments)
+    options = join_values(arguments)
     files = _take(options, "config_files")
     resume, allow_pickle = _take(options, "resume"), _take(options, "allow_pickle")
 
@@ -67,6 +69,18 @@ def train(arguments: list[str]) -> None:
         resume=resume or None,
         allow_pickle=allow_pickle.lower() == "true",
     )
+
+
+def compare(arguments: list[str]) -> None:
+    """The study that the paper's table is."""
+    study(["compare", *arguments])
+
+
+def study(arguments: list[str]) -> None:
+    """Train what a question needs over many runs, and print its table."""
+    from recbole_ssm.study import main as run_study
+
+    run_study(arguments)
 
 
 def doctor(arguments: list[str]) -> None:
@@ -103,7 +117,7 @@ def pairs(arguments: list[str]) -> None:
     """Write LlamaRec's training rows as preference pairs."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError("pairs: name the file to write first: pairs OUT.jsonl --dataset=ml-100k [--key=value ...]")
-    options = _join_values(arguments[1:])
+    options = join_values(arguments[1:])
     files = _take(options, "config_files")
     from recbole_ssm.quick_start import export_pairs
 
@@ -112,16 +126,18 @@ def pairs(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": bench,
+    "compare": compare,
     "convert": convert,
     "doctor": doctor,
     "inspect": inspect,
     "pairs": pairs,
+    "study": study,
     "train": train,
 }
-WITH_HELP = {"bench", "convert", "inspect"}  # these answer --help themselves
+WITH_HELP = {"bench", "compare", "convert", "inspect", "study"}  # these answer --help themselves
 
 
-def _join_values(arguments: list[str]) -> list[str]:
+def join_values(arguments: list[str]) -> list[str]:
     """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``."""
     short = {"-m": "--model", "-d": "--dataset"}
     joined: list[str] = []

@@ -9,6 +9,7 @@ may crash or be killed without harm to the others.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,8 @@ class Outcome:
     epochs: int = 0
     parameters: int = 0
     """All numbers in the model's weights, trained or frozen."""
+    items: int = 0
+    """How many items were ranked."""
     peak_memory: int = 0
     """Bytes: of the GPU, or else of the whole process, data set included."""
     latency: dict[str, Any] | None = None
@@ -124,11 +128,10 @@ class Runs:
         self.folder = Path(folder).absolute()
         self.machine_options = {"data_path": "dataset/", **(machine_options or {})}
         self._files: dict[tuple[str, int, int], str] = {}
+        self._contents: dict[Path, dict[str, Any]] = {}
 
-    def digest(self, run: Run) -> str:
-        """What a run is cached under.
-
-        Keys that are None are left out, so that a new one that is off by default voids nothing.
+    def content(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set.
@@ -139,8 +142,28 @@ class Runs:
         if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
             create_dataset(config)  # which downloads it
         files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
-        content = {"version": __version__, "settings": settings, "files": files}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return {"version": __version__, "settings": settings, "files": files}
+
+    def folder_of(self, run: Run) -> Path:
+        """Where a run is, or will be.
+
+        A run that was done before this package knew some key is the same run wherever that key has its default.
+
+        Raises:
+            UserError: as of :meth:`content`.
+        """
+        content = self.content(run)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        stem = f"{run.model}-{run.dataset}-"
+        exact = self.folder / f"{stem}{digest[:16]}"
+        if not (exact / RUN).is_file():
+            for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
+                before = self._content_in(file)
+                new = set(content["settings"]) - set(before["settings"])
+                kept = {k: v for k, v in content["settings"].items() if k not in new}
+                if {**content, "settings": kept} == before and not new & {*run.options, *self.machine_options}:
+                    return file.parent
+        return exact
 
     def get(self, run: Run, progress: Progress | None = None) -> Outcome:
         """A run's outcome: read, or trained now.
@@ -156,14 +179,13 @@ class Runs:
             KeyboardInterrupt: the run has saved where it stands.
         """
         try:
-            digest = self.digest(run)
+            folder = self.folder_of(run)
         except UserError as error:
             return Outcome(run, str(error), self.folder)
-        folder = self.folder / f"{run.model}-{run.dataset}-{digest[:16]}"
         if not (folder / OUTCOME).is_file():
-            error = self._train(run, folder, progress or (lambda state: None))
-            if error is not None:
-                return Outcome(run, error, folder)
+            failure = self._train(run, folder, progress or (lambda state: None))
+            if failure is not None:
+                return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
 
     def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
@@ -179,7 +201,7 @@ class Runs:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
                 begin = time.monotonic()
-                outcome = self.get(run, lambda state, run=run: bar.set_postfix_str(f"{run}: {_where(state)}"))
+                outcome = self.get(run, partial(_show, bar, run))
                 outcomes.append(outcome)
                 took = time.monotonic() - begin
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
@@ -200,7 +222,8 @@ class Runs:
         # the process stands in the run's folder, where RecBole writes its logs
         options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
         options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
-        write_json(folder / RUN, {"run": asdict(run), "options": options})
+        content = self._content_in(folder / RUN) if (folder / RUN).is_file() else self.content(run)
+        write_json(folder / RUN, {"run": asdict(run), "options": options, "content": content})
         said: dict[str, Any] = {}
         path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         with (
@@ -229,6 +252,12 @@ class Runs:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
         return said.get("error") or f"its process ended with {how}; see {folder / LOG}"
 
+    def _content_in(self, file: Path) -> dict[str, Any]:
+        """The content for which a folder was made; it never changes."""
+        if file not in self._contents:
+            self._contents[file] = json.loads(file.read_text(encoding="utf-8"))["content"]
+        return self._contents[file]
+
     def _file_digest(self, path: Path) -> str:
         status = path.stat()
         key = (str(path), status.st_size, status.st_mtime_ns)
@@ -247,11 +276,11 @@ def _absolute(key: str, value: Any) -> Any:
     return str(Path(value).absolute()) if named and (key == "data_path" or Path(value).exists()) else value
 
 
-def _where(state: Mapping[str, Any]) -> str:
-    if "epoch" not in state:
-        return "starts"
-    valid = "" if state.get("valid") is None else f", valid {state['valid']:.4f}"
-    return f"epoch {state['epoch']}/{state['epochs']}, step {state['step']}/{state['steps']}{valid}"
+def _show(bar: Any, run: Run, state: Mapping[str, Any]) -> None:
+    if "epoch" in state:
+        valid = "" if state["valid"] is None else f", valid {state['valid']:.4f}"
+        where = f"epoch {state['epoch']}/{state['epochs']}, step {state['step']}/{state['steps']}"
+        bar.set_postfix_str(f"{run}: {where}{valid}")
 
 
 def _score(outcome: Outcome) -> str:

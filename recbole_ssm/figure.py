@@ -1,0 +1,35 @@
+"""Plots as files; Matplotlib is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.files import whole
+
+
+@contextmanager
+def figure(path: Path, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
+    """A Matplotlib figure, which is saved whole as ``path`` when the context ends well; no display is needed.
+
+    Args:
+        path: its ending says the format.
+        size: width and height in inches.
+
+    Raises:
+        UserError: Matplotlib is not installed, or writes no such format.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
+    drawn = Figure(figsize=size, layout="constrained")
+    if path.suffix[1:] not in FigureCanvasAgg(drawn).get_supported_filetypes():
+        raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
+    yield drawn
+    with whole(path) as temporary:
+        drawn.savefig(temporary, dpi=150)

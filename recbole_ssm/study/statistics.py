@@ -1,0 +1,105 @@
+"""Metrics from ranks, and whether two models differ over the same users."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from recbole_ssm.errors import UserError
+
+K = 10
+METRICS = (f"Hit@{K}", f"NDCG@{K}", f"MRR@{K}")
+Floats = NDArray[np.float64]
+
+
+def metric(name: str, ranks: Floats) -> Floats:
+    """A metric of every row, as RecBole defines it, from the rank of its one target.
+
+    Args:
+        name: ``Hit@k``, ``NDCG@k`` or ``MRR@k``.
+        ranks: ``[rows]``, 1 the best.
+
+    Returns:
+        ``[rows]``: 1, 1 / log2(rank + 1) or 1 / rank where the rank is within k, else 0.
+    """
+    kind, _, cutoff = name.partition("@")
+    gain = {"Hit": np.ones_like(ranks), "NDCG": 1 / np.log2(ranks + 1), "MRR": 1 / ranks}[kind]
+    return np.where(ranks <= int(cutoff), gain, 0.0)
+
+
+def over_users(name: str, runs: Sequence[tuple[NDArray[np.str_], Floats]]) -> dict[str, float]:
+    """User -> the metric's mean over that user's rows and over the runs (the seeds) given as (users, ranks)."""
+    total: dict[str, list[float]] = {}
+    for users, ranks in runs:
+        for user, value in zip(users.tolist(), metric(name, ranks).tolist()):
+            total.setdefault(user, []).append(value)
+    return {user: math.fsum(values) / len(values) for user, values in total.items()}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the users say of two models by one metric."""
+
+    metric: str
+    first: str
+    second: str
+    users: int
+    difference: float
+    """Mean of first minus second."""
+    low: float
+    """The 95% confidence interval of the difference, by the t distribution: from here ..."""
+    high: float
+    """... to here."""
+    t_p: float
+    """Two-sided p of the paired t-test."""
+    wilcoxon_p: float
+    """Two-sided p of Wilcoxon's signed-rank test; users without a difference are left out, as Wilcoxon did."""
+    holm_p: float = math.nan
+    """``t_p`` after Holm's correction over all pairs of one metric and data set."""
+
+
+def paired(name: str, first: tuple[str, Mapping[str, float]], second: tuple[str, Mapping[str, float]]) -> Pair:
+    """Test two models on the users that both have.
+
+    Args:
+        name: the metric.
+        first: a model's name, and its values by user (:func:`over_users`).
+        second: the other's.
+
+    Raises:
+        UserError: they share fewer than two users.
+    """
+    users = sorted(set(first[1]) & set(second[1]))
+    if len(users) < 2:
+        raise UserError(f"{first[0]} and {second[0]} share {len(users)} users; a paired test needs two")
+    difference = np.array([first[1][user] - second[1][user] for user in users])
+    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(users))
+    if not difference.any():
+        return Pair(name, first[0], second[0], len(users), 0.0, 0.0, 0.0, 1.0, 1.0)
+    half = float(stats.t.ppf(0.975, len(users) - 1)) * error
+    with np.errstate(divide="ignore"):  # all users differ by the same
+        t_p = float(2 * stats.t.sf(abs(np.float64(mean) / error), len(users) - 1))
+    wilcoxon_p = float(stats.wilcoxon(difference, zero_method="wilcox").pvalue)
+    return Pair(name, first[0], second[0], len(users), mean, mean - half, mean + half, t_p, wilcoxon_p)
+
+
+def all_pairs(name: str, models: Mapping[str, Mapping[str, float]]) -> list[Pair]:
+    """Every pair of models by one metric, with Holm's correction over the pairs."""
+    pairs = [paired(name, first, second) for first, second in combinations(models.items(), 2)]
+    corrected = holm([pair.t_p for pair in pairs])
+    return [Pair(**{**vars(pair), "holm_p": p}) for pair, p in zip(pairs, corrected)]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979): the smallest p times n, the next times n - 1, and so on, never falling."""
+    corrected, highest = [0.0] * len(p), 0.0
+    for place, index in enumerate(np.argsort(p, kind="stable").tolist()):
+        highest = max(highest, min(1.0, (len(p) - place) * p[index]))
+        corrected[index] = highest
+    return corrected
