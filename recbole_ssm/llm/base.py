@@ -78,14 +78,14 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
         raise UserError(
             f"base_model: must be a folder, a .gguf file, a name on the Hugging Face hub or 'random', got {name!r}"
         )
-    rank = _lora_rank(config, name)
-    dtype = _dtype(config)
+    rank, dtype = _lora_rank(config, name), _dtype(config)
+    if config["quantize_4bit"] and (not rank or name == RANDOM):
+        raise UserError("quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and lora_r: 8")
     with _quiet(transformers, config["show_progress"]):
         if name == RANDOM:
-            if config["quantize_4bit"]:
-                raise UserError("quantize_4bit: a random base has no weights worth freezing; leave it False")
-            tokenizer = random_tokenizer(texts, _random_sizes(config)["vocab_size"])
-            model = _random_model(_random_sizes(config), len(tokenizer), config["seed"]).to(dtype)
+            sizes = _random_sizes(config)
+            tokenizer = random_tokenizer(texts, sizes["vocab_size"])
+            model = _random_model(sizes, len(tokenizer), config["seed"]).to(dtype)
             frozen = _digest_of_tensors(model.state_dict())
         else:
             folder, gguf = _locate(name, bool(config["base_model_download"]))
@@ -94,11 +94,10 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False  # training reads no cache; generation asks for its own
+    model.generation_config = transformers.GenerationConfig()  # chat models bring penalties and temperatures along
     context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if rank:
         model = _with_lora(model, config, rank)
-    elif config["quantize_4bit"]:
-        raise UserError("lora_r: 0 trains all weights, and weights of 4 bits cannot be trained; try lora_r: 8")
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     digest = hashlib.sha256(f"{frozen if rank else ''} {vocabulary}".encode()).hexdigest()
     if not config["quantize_4bit"]:
@@ -308,6 +307,8 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
         raise UserError(f"base_model: {name} lacks the weights {missing[0]} ... ({len(missing)} of them)")
     if not tokenizer.is_fast or not tokenizer("A").input_ids:  # transformers makes an empty one where there is none
         raise UserError(f"base_model: {name} has no tokenizer.json; save its fast tokenizer beside it")
+    if tokenizer.eos_token is None:
+        raise UserError(f"base_model: the tokenizer of {name} has no token that ends a text (eos_token); set one in it")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"base_model: the tokenizer of {name} knows more tokens than the model; they are not a pair")
     if gguf is not None:  # transformers takes it for quantised, though it holds plain weights by now

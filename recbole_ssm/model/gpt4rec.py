@@ -31,7 +31,7 @@ class GPT4Rec(LanguageModelRecommender):
 
     The prompt, the beam search, BM25 and the merge are the paper's; its code is not public. Where it does not say, the
     choice is ours: the loss is that of the target's title and its end, the prompt carries none; titles are cut to
-    ``title_tokens``; a training row is any of RecBole's (``train_last: 1`` gives one a user, as the paper has).
+    ``title_tokens``; training rows are RecBole's, of each user the newest ``train_last``.
 
     A score is minus an item's place in the order of :func:`recbole_ssm.llm.search.full_order`, so no two are equal.
     """
@@ -151,7 +151,7 @@ class GPT4Rec(LanguageModelRecommender):
             gains.append(sum(self._gain(*row) for row in zip(queries, targets)) / max(len(targets), 1))
         gains = distributed.mean(gains)
         k1, b = self.grid[int(np.argmax(gains))]
-        self.bm25.copy_(torch.tensor([k1, b]))
+        self.bm25.copy_(torch.tensor([k1, b], dtype=self.bm25.dtype))
         self.logger.info(
             f"BM25: k1 {k1}, b {b} of {len(self.grid)} pairs, on {len(targets)} validation rows: "
             f"NDCG@{self.valid_cutoff} {max(gains):.4f}, the least {min(gains):.4f}"

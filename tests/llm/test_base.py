@@ -123,6 +123,11 @@ def drop_layer(folder):
     (folder / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
 
 
+def drop_end(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+
+
 def ask_for_code(folder):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
@@ -138,6 +143,7 @@ def ask_for_code(folder):
         (drop_weights, "holds no *.safetensors (its weights are pickles, whose loading could run code)"),
         (drop_layer, "lacks the weights"),
         (ask_for_code, "transformers cannot load"),
+        (drop_end, "has no token that ends a text (eos_token)"),
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer.json"),
     ],
@@ -162,7 +168,8 @@ def test_faulty_folders(folder, spoil, message):
         ({"base_model": ""}, "base_model: must be a folder, a .gguf file"),
         ({"lora_r": -1}, "lora_r: must be a whole number"),
         ({"lora_r": 2, "lora_modules": ["q"]}, "lora_modules: peft finds no ['q'] in LlamaForCausalLM; its layers are"),
-        ({"quantize_4bit": True}, "quantize_4bit: a random base has no weights worth freezing"),
+        ({"quantize_4bit": True}, "quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and"),
+        ({"quantize_4bit": True, "lora_r": 8}, "quantize_4bit: weights of 4 bits stay as they are"),
         ({"random_base_args": {"hidden": 3}}, "random_base_args: LlamaConfig has no 'hidden'"),
         ({"random_base_args": {"vocab_size": 10}}, "random_base_args: vocab_size must be at least 400"),
         ({"random_base_args": {"num_attention_heads": 5}}, "random_base_args: LlamaConfig refuses"),
