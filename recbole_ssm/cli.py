@@ -27,6 +27,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm tune      the best hyper-parameters: tune --model=M [--params_file=FILE.hyper] [--algo=bayes]; also --tune
   recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
+  recbole-ssm pairs     LlamaRec's training rows as preference pairs, for TRL: pairs OUT.jsonl [--key=value ...]
 """
 
 
@@ -120,12 +121,24 @@ def inspect(arguments: list[str]) -> None:
     run_inspect(arguments)
 
 
+def pairs(arguments: list[str]) -> None:
+    """Write LlamaRec's training rows as preference pairs."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("pairs: name the file to write first: pairs OUT.jsonl --dataset=ml-100k [--key=value ...]")
+    options = join_values(arguments[1:])
+    files = _take(options, "config_files")
+    from recbole_ssm.quick_start import export_pairs
+
+    export_pairs(arguments[0], config_file_list=files.split(), command_line=options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": bench,
     "compare": compare,
     "convert": convert,
     "doctor": doctor,
     "inspect": inspect,
+    "pairs": pairs,
     "study": study,
     "train": train,
     "tune": tune,

@@ -1,7 +1,8 @@
 """RecBole's Config with our models, our properties, and every key and value checked before anything runs.
 
 Priority, highest first, as in RecBole: command line, config_dict, config files (a later file wins), defaults. Among the
-defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own.
+defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own. For language models
+properties/model comes before properties/dataset.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
-from recbole_ssm.model import PackedRecommender, get_model  # noqa: E402
+from recbole_ssm.llm import LanguageModelRecommender, preference  # noqa: E402
+from recbole_ssm.llm.verbalizer import VERBALIZERS  # noqa: E402
+from recbole_ssm.model import PackedRecommender, get_model, llamarec  # noqa: E402
 from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
 from recbole_ssm.optim import LEARNERS, adaptive_batch  # noqa: E402
@@ -52,11 +55,20 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "readout": ("last", "mean"),
     "ssm_backend": BACKENDS,
     "on_bad_lines": ("error", "skip"),
+    "base_model_dtype": ("auto", "float32", "bfloat16"),
+    "verbalizer": VERBALIZERS,
+    "train_objective": preference.OBJECTIVES,
+    "orpo_rejected": preference.REJECTED,
+    "orpo_probabilities": preference.PROBABILITIES,
+    "train_candidates": llamarec.TRAIN_CANDIDATES,
+    "rerank": llamarec.RERANK,
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last", "eval_rows",
+    "num_queries", "num_beams", "title_tokens", "prompt_history", "prompt_tokens", "prompt_batch_tokens",
 )  # fmt: skip
+MAY_BE_EMPTY = ("train_last",)  # whatever a model's own default is
 REFUSED = {
     "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
     "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
@@ -167,13 +179,17 @@ class SSMConfig(recbole.config.Config):
         super()._load_internal_config_dict(model, model_class, dataset)
         defaults = self.internal_config_dict
         own_load_col = defaults["load_col"]
-        for file in ("overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"):
+        files = ["overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"]
+        if issubclass(model_class, LanguageModelRecommender):
+            files[1:] = files[:0:-1]  # a data set's batches and epochs are sized for embeddings of items
+        for file in files:
             if (PROPERTIES / file).is_file():
                 defaults.update(read_yaml(PROPERTIES / file))
         if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
             defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
-        if loss_type not in (None, "BPR"):  # RecBole's default samples negatives, and then refuses to run
+        samples_none = loss_type not in (None, "BPR") or issubclass(model_class, LanguageModelRecommender)
+        if samples_none:  # RecBole's default samples negatives, and then refuses to run
             defaults["train_neg_sample_args"] = None
 
     def _get_final_config_dict(self) -> dict[str, Any]:
@@ -202,6 +218,8 @@ class SSMConfig(recbole.config.Config):
             options["packed_window"], options["packed_context"] = self.model_class.window_and_context(
                 options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
             )
+        elif issubclass(self.model_class, LanguageModelRecommender):
+            refusal = f"{self.model} reads a history as one text"
         if options["transform"] is not None:
             refusal = f"transform: {options['transform']} changes prefixes one by one"
         negatives = options["train_neg_sample_args"] or {}
@@ -252,7 +270,7 @@ class SSMConfig(recbole.config.Config):
     def _check_values(self, merged: dict[str, Any]) -> None:
         for key, default in self.internal_config_dict.items():
             value = merged[key]
-            if key in CHOICES:
+            if key in CHOICES or (value is None and key in MAY_BE_EMPTY):
                 continue
             if isinstance(default, bool):
                 fits, kind = isinstance(value, bool), "True or False"
@@ -301,6 +319,8 @@ class SSMConfig(recbole.config.Config):
         if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         self._check_metrics(merged)
+        if self.model == "LlamaRec":
+            llamarec.check_options(merged)
 
     @staticmethod
     def _check_split(split: Any) -> None:

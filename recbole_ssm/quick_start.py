@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 
@@ -21,12 +22,15 @@ from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.llm.pairs import preference_pairs, write_pairs  # noqa: E402
+from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
+from recbole_ssm.trainer.trainer import load_weights  # noqa: E402
 
-__all__ = ["load_recommender", "objective_function", "run_recbole_ssm"]
+__all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbole_ssm"]
 
 
 @contextlib.contextmanager
@@ -88,21 +92,19 @@ def run_recbole_ssm(
             "dataset": saved_run["config"]["dataset"],
         }
     config = SSMConfig(model, dataset, config_file_list, config_dict, command_line, base)
-    set_backend(config["ssm_backend"])
-    init_seed(config["seed"], config["reproducibility"])
     if distributed.rank() == 0:
         init_logger(config)
+    result = _run(config, saved, start, hooks)
+    distributed.stop()
+    return result
+
+
+def _run(
+    config: SSMConfig, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
+) -> dict[str, Any]:
+    """One model, from its data to its test."""
     logger = getLogger()
-    logger.info(config)
-
-    data = create_dataset(config)
-    logger.info(data)
-    with recbole_refusals(config["dataset"]):
-        train_data, valid_data, test_data = create_loaders(config, data)
-
-    init_seed(config["seed"], config["reproducibility"])
-    with recbole_refusals(config["model"]):
-        recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    recommender, train_data, valid_data, test_data = _prepare(config, start)
     logger.info(recommender)
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
@@ -126,7 +128,7 @@ def run_recbole_ssm(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    distributed.stop()
+    reports = {"reranking": hook.report for hook in trainer.hooks if isinstance(hook, Reranking)}
     return {
         "model": config["model"],
         "best_valid_score": best_valid_score,
@@ -134,6 +136,7 @@ def run_recbole_ssm(
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
+        **reports,
     }
 
 
@@ -151,6 +154,93 @@ def objective_function(
         As :func:`run_recbole_ssm`.
     """
     return run_recbole_ssm(config_file_list=config_file_list, config_dict=config_dict, saved=saved)
+
+
+def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
+    """Model and loaders of a configuration; a ranker's retriever is trained or read first."""
+    logger = getLogger()
+    logger.info(config)
+    retriever = None
+    if issubclass(config.model_class, LlamaRec):
+        retriever = _retriever(config, start)
+    set_backend(config["ssm_backend"])
+    init_seed(config["seed"], config["reproducibility"])
+
+    data = create_dataset(config)
+    logger.info(data)
+    with recbole_refusals(config["dataset"]):
+        loaders = create_loaders(config, data)
+
+    init_seed(config["seed"], config["reproducibility"])
+    with recbole_refusals(config["model"]):
+        recommender = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
+    if retriever is not None:
+        load_weights(recommender.retriever, retriever[1], retriever[0])
+    return recommender, *loaders
+
+
+def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
+    """Write LlamaRec's training rows as preference pairs, JSON lines of ``prompt``, ``chosen`` and ``rejected``.
+
+    The retriever is trained first, or read from ``retriever_checkpoint``; the base model is not trained. See
+    :mod:`recbole_ssm.llm.pairs` for what TRL makes of them.
+
+    Args:
+        path: the file to write.
+        *arguments: data set, config files, options and command line, as :class:`~recbole_ssm.config.SSMConfig` takes
+            them after the model.
+        **options: the same by name.
+
+    Returns:
+        How many pairs were written: one epoch of the training rows.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    config = SSMConfig("LlamaRec", *arguments, **options)
+    init_logger(config)
+    recommender, train_data, _, _ = _prepare(config, None)
+    init_seed(config["seed"], config["reproducibility"])
+    bar = tqdm(train_data, desc="Pairs", unit="step", disable=not config["show_progress"])
+    count = write_pairs(Path(path), preference_pairs(recommender, bar))
+    getLogger().info(f"{path}: {count:,} preference pairs of {train_data.plan.total:,} training rows")
+    return count
+
+
+def _retriever(
+    config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
+) -> tuple[Path, checkpoint.Checkpoint] | None:
+    """The checkpoint of a ranker's retriever, trained now or before; None where the ranker's own holds its weights.
+
+    Its settings become ``retriever_settings`` of the ranker.
+
+    Raises:
+        UserError: it was trained on something else than this run's training part.
+    """
+    if start is not None:
+        config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
+        return None
+    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
+    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
+    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
+    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
+    own = SSMConfig(config["retriever"], config["dataset"], config_dict=options)
+    if config["retriever_checkpoint"] is None:
+        path = Path(_run(own, True, None, ())["checkpoint"])
+        config["retriever_checkpoint"] = str(path)
+        found = checkpoint.read(path)
+    else:
+        path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
+        if found.info["model"] != config["retriever"]:
+            raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
+        train_data, _, _ = create_loaders(own, create_dataset(own))
+        if train_data.fingerprint() != found.info["training"]["fingerprint"]:
+            raise UserError(
+                f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know "
+                "the targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
+            )
+    config["retriever_settings"] = found.info["config"]
+    return path, found
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

@@ -46,3 +46,20 @@ def write_dataset(tmp_path):
         return {"dataset": name, "config_dict": {"data_path": str(tmp_path / "data"), "show_progress": False}}
 
     return write
+
+
+@pytest.fixture
+def titled(write_dataset):
+    """Options of a run on 12 items with titles, in which item k is always followed by item k + 1 in a circle."""
+    colours, things = ("red", "green", "blue", "white"), ("table", "garden", "engine")
+    titles = [f"The {colour} {thing}" for colour in colours for thing in things]
+    rows = [
+        f"u{user}\ti{(user + 5 * (user // 12) + event) % 12}\t{event}"
+        for user in range(48)
+        for event in range(6 + user % 4)
+    ]
+    options = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "\n".join(rows) + "\n")
+    lines = [f"i{item}\t{title}" for item, title in enumerate(titles)]
+    write_dataset("item_id:token\ttitle:token_seq\n" + "\n".join(lines) + "\n", suffix="item")
+    options["config_dict"] |= {"topk": [1, 5], "valid_metric": "Hit@1", "state": "WARNING", "train_last": None}
+    return options

@@ -275,6 +275,17 @@ class SSMDataset(SequentialDataset):
         part = np.where(early, position >= (early_count * (train / (1 - test))).astype(np.int64), 2)
         return self._parts(order, part)
 
+    def newest(self, count: int) -> Any:
+        """Each user's newest rows alone, ``count`` of them at most, in the order in which they stand.
+
+        Raises:
+            UserError: the rows come from files that were split beforehand.
+        """
+        if not isinstance(self.inter_feat, Prefixes):
+            raise UserError("train_last: benchmark_filename names files whose rows are written out; leave one empty")
+        order, position, sizes = self._groups(self.uid_field)
+        return self.copy(self.inter_feat.select(np.sort(order[sizes - position <= count])))
+
     def _groups(self, field: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows group by group, groups in the order of their first row: (rows, position in the group, its size)."""
         key = self.inter_feat[field].numpy()

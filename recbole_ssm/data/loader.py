@@ -353,14 +353,18 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     an evaluation are the same in every epoch, every process and any number of workers; RecBole draws new ones.
 
     Raises:
-        UserError: there are fewer rows to evaluate than processes.
+        UserError: there are fewer rows to evaluate than processes, or ``train_last`` does not fit the data.
     """
     built = dataset.build()
+    if config["train_last"]:
+        built[0] = built[0].newest(config["train_last"])
     samplers = create_samplers(config, dataset, built)
     train = TrainLoader(config, built[0], samplers[0])
     evaluation = []
     world = distributed.world_size()
     for number, (phase, split, sampler) in enumerate(zip(("valid", "test"), built[1:], samplers[1:])):
+        if config["eval_rows"]:
+            split = _sample(split, config["eval_rows"], config["seed"])
         if 0 < len(split) < world:
             raise UserError(f"{phase}: {len(split)} rows for {world} processes; start at most {len(split)} processes")
         if config["eval_args"]["mode"][phase] == "full" and world > 1:
@@ -371,6 +375,14 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
         loader.collate_fn = _SeededCollate(loader, config["seed"], number)
         evaluation.append(loader)
     return train, evaluation[0], evaluation[1]
+
+
+def _sample(split: Any, count: int, seed: int) -> Any:
+    """So many rows of a split, the same ones for a seed and a number of rows, in the order in which they stand."""
+    rows = np.random.default_rng(seed).permutation(len(split))[:count]
+    rows.sort()
+    events = split.inter_feat
+    return split.copy(events.select(rows) if isinstance(events, Prefixes) else events[rows])
 
 
 def share_evenly(work: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -116,8 +116,8 @@ class _SavedCatalogue:
 
     item_counter: dict[int, int] = {}  # only a training loss reads it
 
-    def __init__(self, name: str, sizes: dict[str, int]) -> None:
-        self._name, self._sizes = name, sizes
+    def __init__(self, name: str, sizes: dict[str, int], titles: list[str] | None) -> None:
+        self._name, self._sizes, self.titles = name, sizes, titles
 
     def num(self, field: str) -> int:
         """How many tokens a field has, padding included."""
@@ -146,6 +146,6 @@ def load_recommender(path: str | Path, device: str | torch.device | None = None)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
     config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = get_model(name)(config, _SavedCatalogue(name, sizes))
+    model = get_model(name)(config, _SavedCatalogue(name, sizes, catalogue.get("titles")))
     load_weights(model, saved, path)
     return Recommender(model.to(config["device"]), config, items)

@@ -30,6 +30,7 @@ from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.latency import Latency
+from recbole_ssm.trainer.reranking import Reranking
 
 compat.install()
 
@@ -38,6 +39,8 @@ from recbole.trainer import Trainer  # noqa: E402
 from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
+from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
+from recbole_ssm.model import LlamaRec  # noqa: E402
 
 TRIM_EVERY = 16  # steps
 MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
@@ -45,7 +48,8 @@ MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not 
 FREE_KEYS = {
     *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
     "use_gpu", "checkpoint_steps", "checkpoint_keep", "measure_latency", "log_wandb", "wandb_project", "local_rank",
-    "metric_decimal_place", "loss_decimal_place",
+    "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download", "retriever_checkpoint",
+    "prompt_batch_tokens", "rerank",
 }  # fmt: skip
 
 
@@ -102,6 +106,8 @@ class SSMTrainer(Trainer):
         self._signal = 0
         if config["measure_latency"]:
             self.hooks.append(Latency())
+        if isinstance(model, LlamaRec):
+            self.hooks.append(Reranking())
         if distributed.rank():
             self.tensorboard.close()
             self.tensorboard = _Silence()
@@ -124,6 +130,8 @@ class SSMTrainer(Trainer):
             Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment is there.
         """
         self.catalogue = catalogue_of(train_data._dataset)
+        if isinstance(self.model, LanguageModelRecommender):
+            self.catalogue["titles"] = self.model.titles
         fingerprint = train_data.fingerprint()
         if self.fingerprint not in ("", fingerprint):
             raise UserError("resume: the training data is not what it was when the checkpoint was written")
@@ -194,6 +202,9 @@ class SSMTrainer(Trainer):
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
         with self._output():
+            if isinstance(self.model, LanguageModelRecommender):
+                self.model.eval()
+                self.model.tune(valid_data)
             score, result = self._valid_epoch(valid_data, show_progress=progress)
         self.best_valid_score, self.cur_step, stop, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
@@ -505,7 +516,8 @@ class SSMTrainer(Trainer):
             del defaults["weight_decay"]
         own: Mapping[str, Any] = self.config["learner_groups"] or {}
         try:
-            groups = parameter_groups(self.model.named_parameters(), own)
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            groups = parameter_groups(trained, own)
         except UserError as error:
             raise UserError(f"learner_groups: {error}") from error
         try:

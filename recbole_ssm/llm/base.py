@@ -1,0 +1,421 @@
+"""Base models: any causal language model of transformers, from a folder, a GGUF file, the hub's cache, or at random.
+
+Nothing that is loaded executes code: weights are safetensors or GGUF, never pickles, and a model's own Python is
+refused. Nothing is fetched unless ``base_model_download`` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from logging import getLogger
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor
+
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.llm.titles import titles_of
+
+RANDOM = "random"
+RANDOM_SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+END, PAD = "<|end|>", "<|pad|>"  # 0 and 1 in a random base's vocabulary
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SMALLEST_VOCABULARY = 400  # all bytes, the end, the letters with a space, and what may come before those
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
+
+
+class BaseModel(NamedTuple):
+    """A causal language model with its tokenizer."""
+
+    model: Any
+    """transformers' PreTrainedModel, or peft's PeftModel around it; in evaluation mode, on the config's device."""
+    tokenizer: Any
+    """A fast tokenizer; its padding token is set."""
+    context: int
+    """How many tokens the model can read."""
+    name: str
+    """How the user named it."""
+    digest: str
+    """SHA-256 of what a checkpoint of trained weights lacks: the tokenizer and, where frozen, the base's weights."""
+
+
+def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
+    """The base model of a configuration, with LoRA where it asks for that.
+
+    Args:
+        config: ``base_model`` is ``random``, a folder of transformers', a GGUF file, or a name on the Hugging Face hub
+            (from the local cache; fetched only with ``base_model_download``). ``base_model_dtype``, ``quantize_4bit``,
+            ``lora_r``, ``lora_alpha``, ``lora_dropout`` and ``lora_modules`` say how it is held and what is trained;
+            ``random_base_args`` the sizes of a random one, as LlamaConfig names them.
+        texts: what the tokenizer of a random base is trained on: the titles, and the prompt's own words.
+
+    Returns:
+        The model on ``config["device"]``, its tokenizer, and what identifies them.
+
+    Raises:
+        UserError: no such model, no causal language model, weights missing or pickled, a package missing, or a value
+            that does not fit; one line with the mend.
+    """
+    transformers = require("transformers")
+    name = config["base_model"]
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"base_model: must be a folder, a .gguf file, a name on the Hugging Face hub or 'random', got {name!r}"
+        )
+    rank, dtype = _lora_rank(config, name), _dtype(config)
+    if config["quantize_4bit"] and (not rank or name == RANDOM):
+        raise UserError("quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and lora_r: 8")
+    with _quiet(transformers, config["show_progress"]):
+        if name == RANDOM:
+            sizes = _random_sizes(config)
+            tokenizer = random_tokenizer(texts, sizes["vocab_size"])
+            model = _random_model(sizes, len(tokenizer), config["seed"]).to(dtype)
+            frozen = _digest_of_tensors(model.state_dict())
+        else:
+            folder, gguf = _locate(name, bool(config["base_model_download"]))
+            model, tokenizer = _load(folder, gguf, name, dtype, config)
+            frozen = _digest_of_files([folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))) if rank else ""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False  # training reads no cache; generation asks for its own
+    model.generation_config = transformers.GenerationConfig()  # chat models bring penalties and temperatures along
+    context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    if rank:
+        model = _with_lora(model, config, rank)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    digest = hashlib.sha256(f"{frozen if rank else ''} {vocabulary}".encode()).hexdigest()
+    if not config["quantize_4bit"]:
+        model = model.to(config["device"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    how = f"LoRA of rank {rank}" if rank else "all weights trained"
+    getLogger().info(
+        f"base model {name}: {total:,} parameters, {trained:,} trained ({how}), "
+        f"{'4-bit nf4' if config['quantize_4bit'] else str(dtype).removeprefix('torch.')}, context {context}"
+    )
+    return BaseModel(model.eval(), tokenizer, context, name, digest)
+
+
+class LanguageModelRecommender(SequentialRecommender):
+    """What LlamaRec and GPT4Rec share: titles, the base model, and checkpoints without the weights that stay frozen.
+
+    ``state_dict`` leaves out the frozen parameters of ``language_model`` and keeps all else. ``base_digest`` goes with
+    it, and a checkpoint that was trained on another base model is refused.
+
+    A model calls :meth:`load_language_model` in its ``__init__``; then ``language_model``, ``tokenizer`` and
+    ``context`` are there, as ``titles`` is from the start.
+    """
+
+    input_type = InputType.POINTWISE
+    language_model: Any
+    base_digest: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.titles = titles_of(dataset, config)
+        if len(self.titles) != self.n_items:
+            raise UserError(f"titles: {len(self.titles)} of them for {self.n_items} items; the data is not the model's")
+
+    def load_language_model(self, config: Any, prompt_texts: Sequence[str] = ()) -> None:
+        """Load the base model; ``prompt_texts`` are words that a random base's tokenizer should know besides titles."""
+        base = load_base_model(config, [*self.titles[1:], *prompt_texts])
+        self.language_model, self.tokenizer, self.context = base.model, base.tokenizer, base.context
+        self.base_name = base.name
+        plain = base.model.get_base_model() if hasattr(base.model, "get_base_model") else base.model
+        self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
+        self.register_buffer("base_digest", torch.tensor(list(bytes.fromhex(base.digest)), dtype=torch.uint8))
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_pre_hook(_check_base)
+        self.register_load_state_dict_post_hook(_expect_no_frozen)
+
+    def histories(self, interaction: Any) -> list[list[int]]:
+        """The item ids of each row's history, oldest first, without padding."""
+        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
+        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
+
+    def tune(self, valid_data: Any) -> None:
+        """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
+
+        What is chosen is kept in buffers, and so in checkpoints. In a run of several processes each sees its share of
+        the rows, and all must come to the same choice. By default there is nothing to choose.
+        """
+
+
+def _frozen_names(module: Any) -> set[str]:
+    """Names, as in state_dict, of what is frozen in the language model."""
+    return {
+        f"language_model.{name}"
+        for name, tensor in module.language_model.state_dict(keep_vars=True).items()
+        if not getattr(tensor, "requires_grad", False)
+    }
+
+
+def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for name in _frozen_names(module):
+        state.pop(prefix + name, None)
+
+
+def _check_base(module: Any, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    saved = state.get(f"{prefix}base_digest")
+    if saved is not None and saved.tolist() != module.base_digest.tolist():
+        raise UserError(
+            f"base_model: {module.base_name} is not what this checkpoint was trained on (its weights or its tokenizer "
+            "differ); name the same base model"
+        )
+
+
+def _expect_no_frozen(module: Any, keys: Any) -> None:
+    frozen = _frozen_names(module)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
+def require(package: str) -> Any:
+    """A package of the extra ``llm``.
+
+    Raises:
+        UserError: it is not installed; the message is the line that installs it.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise UserError(f"{name} is needed and cannot be imported ({error}); pip install {name}") from error
+
+
+def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer trained on some texts; any text can be encoded.
+
+    Each capital letter is one token, with a space before it and without.
+
+    Raises:
+        UserError: the vocabulary is too small for all bytes and letters.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"random_base_args: vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    tokenizers, transformers = require("tokenizers"), require("transformers")
+    texts = list(texts)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[END, PAD],
+        show_progress=False,
+    )
+    # a merge of a pair that stands n times shortens the texts by n symbols: so at most 100 merges come before these
+    letters = [f" {letter}" for letter in LETTERS] * (sum(len(text.encode()) for text in texts) // 100 + 1)
+    tokenizer.train_from_iterator([*texts, *letters], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def _random_sizes(config: Any) -> dict[str, Any]:
+    own = config["random_base_args"] or {}
+    if not isinstance(own, dict):
+        raise UserError(f"random_base_args: must be a mapping such as {{'hidden_size': 128}}, got {own!r}")
+    known = vars(require("transformers").LlamaConfig())
+    for key in own:
+        if key not in known:
+            raise UserError(f"random_base_args: LlamaConfig has no '{key}'{did_you_mean(str(key), known)}")
+    return {**RANDOM_SIZES, **own}
+
+
+def _random_model(sizes: dict[str, Any], vocab_size: int, seed: int) -> Any:
+    transformers = require("transformers")
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)  # of its own, so that a frozen one can be made again
+        try:
+            return transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**{**sizes, **ends, "vocab_size": vocab_size})
+            )
+        except Exception as error:  # its validation has classes of errors of its own
+            raise UserError(f"random_base_args: LlamaConfig refuses {sizes} ({_shortly(error)})") from error
+
+
+def _locate(name: str, download: bool) -> tuple[Path, str | None]:
+    """The folder of a base model, and its GGUF file where it is one."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        require("gguf")
+        return path.parent, path.name
+    if path.is_dir():
+        return path, None
+    mend = "give a folder with config.json and *.safetensors, a .gguf file, or 'random'"
+    if path.exists() or path.suffix.lower() == ".gguf" or path.is_absolute() or name.count("/") > 1:
+        raise UserError(f"base_model: {name} is no folder and no GGUF file; {mend}")
+    hub = require("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, local_files_only=not download, allow_patterns=list(HUB_FILES))), None
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
+        if download:
+            raise UserError(f"base_model: {name} could not be fetched from the hub ({_shortly(error)})") from error
+        raise UserError(
+            f"base_model: {name} is no folder here and not in the Hugging Face cache; {mend}, or fetch it once with "
+            "--base_model_download=True"
+        ) from error
+
+
+def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config: Any) -> tuple[Any, Any]:
+    transformers = require("transformers")
+    if gguf is None:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"base_model: {folder} holds no config.json; give the folder of a model of transformers")
+        if not any(folder.glob("*.safetensors")):
+            pickled = " (its weights are pickles, whose loading could run code)" if any(folder.glob("*.bin")) else ""
+            raise UserError(
+                f"base_model: {folder} holds no *.safetensors{pickled}; save it by save_pretrained, which writes them"
+            )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    weights: dict[str, Any] = {**options, "dtype": dtype, "output_loading_info": True}
+    if gguf is None:
+        weights["use_safetensors"] = True
+    if config["quantize_4bit"]:
+        if gguf is not None:
+            raise UserError("quantize_4bit: a GGUF file is dequantised when it is read; give a folder of safetensors")
+        weights |= _four_bits(config, dtype)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder, **options)
+        _check_causal(settings, name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights)
+    except UserError:
+        raise
+    except Exception as error:  # the errors of transformers, tokenizers and safetensors have no common class
+        raise UserError(f"base_model: transformers cannot load {name} ({_shortly(error)})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"base_model: {name} lacks the weights {missing[0]} ... ({len(missing)} of them)")
+    if not tokenizer.is_fast or not tokenizer("A").input_ids:  # transformers makes an empty one where there is none
+        raise UserError(f"base_model: {name} has no tokenizer.json; save its fast tokenizer beside it")
+    if tokenizer.eos_token is None:
+        raise UserError(f"base_model: the tokenizer of {name} has no token that ends a text (eos_token); set one in it")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"base_model: the tokenizer of {name} knows more tokens than the model; they are not a pair")
+    if gguf is not None:  # transformers takes it for quantised, though it holds plain weights by now
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model, tokenizer
+
+
+def _check_causal(settings: Any, name: str) -> None:
+    known = require("transformers").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = {n for names in known.values() for n in ([names] if isinstance(names, str) else names)}
+    architectures = settings.architectures or [known.get(settings.model_type, settings.model_type)]
+    if not names.intersection(architectures):
+        raise UserError(
+            f"base_model: {name} is {', '.join(map(str, architectures))}, no causal language model; take one such as "
+            "Llama, Qwen, SmolLM or GPT-2"
+        )
+
+
+def _four_bits(config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """nf4 with double quantisation, as QLoRA (Dettmers et al. 2023) and LlamaRec have it."""
+    if torch.device(config["device"]).type != "cuda":
+        raise UserError("quantize_4bit: bitsandbytes needs a GPU here; leave it False")
+    require("bitsandbytes")
+    return {
+        "quantization_config": require("transformers").BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "device_map": {"": config["device"]},
+    }
+
+
+def _with_lora(model: Any, config: Any, rank: int) -> Any:
+    peft = require("peft")
+    modules = config["lora_modules"]
+    layers = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules()}
+    layers = {name: kind for name, kind in layers.items() if "Linear" in kind or kind == "Conv1D"}
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=modules,
+        fan_in_fan_out="Conv1D" in layers.values(),  # GPT-2's layers, whose weights are transposed
+        task_type="CAUSAL_LM",
+    )
+    if config["quantize_4bit"]:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(
+            f"lora_modules: peft finds no {modules or 'default'} in {type(model).__name__}; its layers are "
+            f"{', '.join(sorted(layers))}"
+        ) from error
+
+
+def _lora_rank(config: Any, name: str) -> int:
+    rank = config["lora_r"]
+    if rank is None:
+        return 0 if name == RANDOM else 8
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        raise UserError(f"lora_r: must be a whole number, 0 to train all weights, got {rank!r}; try lora_r: 8")
+    return rank
+
+
+def _dtype(config: Any) -> torch.dtype:
+    if config["base_model_dtype"] == "auto":
+        return torch.bfloat16 if torch.device(config["device"]).type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config["base_model_dtype"]]
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_of_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet(transformers: Any, show_progress: bool) -> Iterator[None]:
+    """transformers' bars only where bars are wanted, and no threads of the tokenizer's before a loader forks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging = transformers.utils.logging
+    enabled = logging.is_progress_bar_enabled()
+    if not show_progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _shortly(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__

@@ -1,0 +1,237 @@
+"""From a language model to scores of candidates, in one forward pass.
+
+``letters``
+    The logits of the candidates' letters at the prompt's last position (LlamaRec, arXiv 2311.02089, section 3.3). Of
+    the vocabulary only those rows are computed.
+``title_likelihood``
+    The mean log-likelihood of each candidate's title as the answer. All titles follow their prompt in one row; each
+    sees the prompt and itself, so the prompt's keys and values are computed once.
+``embedding``
+    The dot product of the last hidden state with a title's embedding, the mean of its tokens' rows of the output head:
+    their mean logit.
+
+Rows are padded on the right, where a causal model does not look, so padding cannot change an answer. In evaluation the
+keys and values of what all prompts begin with are computed once, and rows of like length go together. The last two
+verbalizers and the tree of titles are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm.prompt import Prompts
+
+VERBALIZERS = ("letters", "title_likelihood", "embedding")
+LARGEST_LOGITS = 2**26  # entries of [positions, vocabulary] that are held at once without a gradient
+
+
+class Question(NamedTuple):
+    """What is asked of the model about one user."""
+
+    prompt: list[int]
+    """The prompt's tokens after the prefix."""
+    answers: list[list[int]]
+    """The tokens of each candidate's title, in the order of the letters."""
+
+
+class Verbalizer:
+    """Scores candidates by a causal language model.
+
+    Args:
+        language_model: transformers' causal model, or peft's around it.
+        prompts: what writes the prompts; its prefix comes before each of them.
+        kind: one of :data:`VERBALIZERS`.
+        batch_tokens: tokens of one forward pass, padding included; a longer row goes alone.
+        share_prefix: compute the prefix once where no gradient is wanted.
+
+    Raises:
+        UserError: the model does more to its logits than its head does, so that rows of the head alone mislead.
+    """
+
+    def __init__(
+        self, language_model: Any, prompts: Prompts, kind: str, batch_tokens: int = 16384, share_prefix: bool = True
+    ) -> None:
+        causal = language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
+        self.decoder: nn.Module = causal.base_model
+        self.head: Any = causal.get_output_embeddings()
+        self.kind, self.batch_tokens, self.share_prefix = kind, batch_tokens, share_prefix
+        self.prefix, self.letters = prompts.prefix, prompts.letters
+        self._check_head(causal)
+
+    def scores(self, questions: Sequence[Question]) -> Tensor:
+        """Scores ``[B, C]`` without a gradient, float32 and higher for the better; the answers number C in each row."""
+        found = torch.empty(len(questions), len(questions[0].answers), device=self._device)
+        with torch.no_grad():
+            cache = self._prefix_cache() if self.share_prefix else None
+            for rows in buckets([self._length(question) for question in questions], self.batch_tokens):
+                found[rows] = self._forward([questions[row] for row in rows], cache, probabilities=False)
+        return found
+
+    def log_probabilities(self, questions: Sequence[Question]) -> Tensor:
+        """Mean log-probabilities ``[B, C]`` over the whole vocabulary, with a gradient.
+
+        Those of ``embedding`` are over the candidates; there is no other.
+        """
+        found = self._forward(questions, None, probabilities=True)
+        return found.log_softmax(-1) if self.kind == "embedding" else found
+
+    # --- one forward pass --------------------------------------------------------------------------------------------
+
+    def _forward(
+        self, questions: Sequence[Question], cache: list[tuple[Tensor, Tensor]] | None, probabilities: bool
+    ) -> Tensor:
+        prompts = [question.prompt if cache else [*self.prefix, *question.prompt] for question in questions]
+        if self.kind == "title_likelihood":
+            return self._title_likelihood(prompts, [question.answers for question in questions], cache)
+        last = self._last_states(prompts, cache)
+        if self.kind == "embedding":
+            return self._pooled_logits(last, [question.answers for question in questions])
+        if not probabilities:
+            return F.linear(last, self.head.weight[self.letters], self._bias(self.letters)).float()
+        logits = self.head(last).float()
+        return logits[:, self.letters] - logits.logsumexp(-1, keepdim=True)
+
+    def _last_states(self, prompts: list[list[int]], cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """The hidden state at the last token of each prompt ``[B, hidden]``."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
+        states = self._decode(_padded(prompts, self._device), cache)
+        return states[torch.arange(len(prompts), device=self._device), lengths - 1]
+
+    def _title_likelihood(
+        self, prompts: list[list[int]], answers: list[list[list[int]]], cache: list[tuple[Tensor, Tensor]] | None
+    ) -> Tensor:
+        """Mean log-likelihoods ``[B, C]``: a row is a prompt and, side by side behind it, all but the titles' last tokens.
+
+        A title's first token is predicted at the end of the prompt, each other one at the one before it.
+        """
+        rows, branches, positions = [], [], []
+        where: list[tuple[int, int]] = []  # row and column of the state that predicts a token
+        what: list[int] = []  # that token
+        whose: list[int] = []  # its title, counted through the batch
+        for row, (prompt, titles) in enumerate(zip(prompts, answers)):
+            tokens, branch, position = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+            for number, title in enumerate(titles):
+                steps = [len(prompt) - 1, *range(len(tokens), len(tokens) + len(title) - 1)]
+                where += [(row, step) for step in steps]
+                what += title
+                whose += [row * len(titles) + number] * len(title)
+                tokens += title[:-1]
+                branch += [number + 1] * (len(title) - 1)
+                position += range(len(prompt), len(prompt) + len(title) - 1)
+            rows.append(tokens)
+            branches.append(branch)
+            positions.append(position)
+        branch_BS = _padded(branches, self._device, fill=-1)
+        states = self._decode(_padded(rows, self._device), cache, branch_BS, _padded(positions, self._device))
+        at = torch.tensor(where, device=self._device)
+        token, title = torch.tensor(what, device=self._device), torch.tensor(whose, device=self._device)
+        found = self._token_log_likelihood(states[at[:, 0], at[:, 1]], token)
+        count = len(prompts) * len(answers[0])
+        sums = found.new_zeros(count).index_add(0, title, found)
+        return (sums / title.bincount(minlength=count)).view(len(prompts), -1)
+
+    def _token_log_likelihood(self, states: Tensor, token: Tensor) -> Tensor:
+        """Log-likelihoods ``[n]`` of tokens ``[n]`` from the states ``[n, hidden]`` that predict them."""
+        if torch.is_grad_enabled():
+            return -F.cross_entropy(self.head(states).float(), token, reduction="none")
+        chunk = max(1, LARGEST_LOGITS // len(self.head.weight))
+        parts = zip(states.split(chunk), token.split(chunk))
+        return torch.cat([-F.cross_entropy(self.head(s).float(), t, reduction="none") for s, t in parts])
+
+    def _pooled_logits(self, last: Tensor, answers: list[list[list[int]]]) -> Tensor:
+        flat = [token for titles in answers for title in titles for token in title]
+        sizes = torch.tensor([len(title) for titles in answers for title in titles], device=self._device)
+        title = torch.arange(len(sizes), device=self._device).repeat_interleave(sizes)
+        rows = self.head.weight[flat].float()
+        if self.head.bias is not None:
+            raise UserError("verbalizer: embedding needs an output head without a bias; take another one")
+        pooled = rows.new_zeros(len(sizes), rows.shape[1]).index_add(0, title, rows) / sizes[:, None]
+        return torch.einsum("bch,bh->bc", pooled.view(len(answers), -1, rows.shape[1]), last.float())
+
+    def _decode(
+        self,
+        tokens_BS: Tensor,
+        cache: list[tuple[Tensor, Tensor]] | None,
+        branch_BS: Tensor | None = None,
+        position_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``[B, S, hidden]`` of right-padded tokens, after the cached prefix if there is one.
+
+        ``branch_BS`` lets the tokens of a title (its number from 1) see the prompt (0) and each other alone.
+        """
+        known = len(self.prefix) if cache else 0
+        options: dict[str, Any] = {"use_cache": False}
+        if cache:
+            options["past_key_values"] = _cache_of(cache, len(tokens_BS))
+        if branch_BS is not None and position_BS is not None:
+            length = tokens_BS.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
+            seen = (branch_BS[:, None, :] == 0) | (branch_BS[:, None, :] == branch_BS[:, :, None])
+            seen = F.pad(seen & causal, (known, 0), value=True)[:, None]
+            dtype = next(self.decoder.parameters()).dtype
+            mask = torch.zeros(seen.shape, dtype=dtype, device=self._device)
+            options["attention_mask"] = mask.masked_fill(~seen, torch.finfo(dtype).min)
+            options["position_ids"] = position_BS + known
+        return self.decoder(input_ids=tokens_BS, **options)[0]
+
+    def _prefix_cache(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the prefix, layer by layer ``[1, heads, tokens, head_dim]``."""
+        tokens = torch.tensor([self.prefix], device=self._device)
+        found = self.decoder(input_ids=tokens, use_cache=True).past_key_values
+        return [(layer.keys, layer.values) for layer in found.layers]
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.head.weight.device
+
+    def _bias(self, rows: list[int]) -> Tensor | None:
+        return None if self.head.bias is None else self.head.bias[rows]
+
+    def _length(self, question: Question) -> int:
+        if self.kind != "title_likelihood":
+            return len(question.prompt)
+        return len(question.prompt) + sum(map(len, question.answers)) - len(question.answers)
+
+    @torch.no_grad()
+    def _check_head(self, causal: Any) -> None:
+        tokens = torch.tensor([self.prefix[:2]], device=self._device)
+        whole = causal(input_ids=tokens).logits
+        own = self.head(self.decoder(input_ids=tokens)[0])
+        if not torch.allclose(whole, own, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"base_model: {type(causal).__name__} changes its logits after its output head (as by a soft cap or a "
+                "scale), which is not supported; take a model such as Llama, Qwen, SmolLM, Mistral or GPT-2"
+            )
+
+
+def buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Row numbers in groups of like length, shortest first: rows times longest is ``batch_tokens`` at most in each."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or (len(groups[-1]) + 1) * lengths[row] > batch_tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+
+def _cache_of(layers: list[tuple[Tensor, Tensor]], rows: int) -> Any:
+    """A cache of transformers' that holds the same keys and values for each of so many rows."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)
+    return cache

@@ -1,0 +1,214 @@
+"""
+GPT4Rec
+################################################
+Reference:
+    Jinming Li et al. "GPT4Rec: A Generative Framework for Personalized Recommendation and User Interests
+    Interpretation." arXiv 2304.03879, 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_ssm import distributed
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm.base import LanguageModelRecommender, require
+from recbole_ssm.llm.search import TitleSearch, found, full_order, merge
+
+BOUGHT = "Previously, the customer has bought:"
+WANTS = " In the future, the customer wants to buy"
+
+
+class GPT4Rec(LanguageModelRecommender):
+    """A language model writes search queries from the titles of a history; BM25 over all titles answers them.
+
+    The prompt, the beam search, BM25 and the merge are the paper's; its code is not public. Where it does not say, the
+    choice is ours: the loss is that of the target's title and its end, the prompt carries none; titles are cut to
+    ``title_tokens``; training rows are RecBole's, of each user the newest ``train_last``.
+
+    A score is minus an item's place in the order of :func:`recbole_ssm.llm.search.full_order`, so no two are equal.
+    """
+
+    bm25: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        self.num_queries = config["num_queries"]
+        self.num_beams = config["num_beams"] or self.num_queries
+        self.title_tokens = config["title_tokens"]
+        self.length_penalty = config["length_penalty"]
+        self.cutoffs = config["topk"]
+        self.grid = list(product(_values(config, "bm25_k1", 0, np.inf), _values(config, "bm25_b", 0, 1)))
+        self.valid_cutoff = int(str(config["valid_metric"]).partition("@")[2] or max(self.cutoffs))
+        self.show_progress = config["show_progress"]
+        if self.num_beams < self.num_queries:
+            raise UserError(f"num_beams: {self.num_beams} beams end in no {self.num_queries} queries; give more beams")
+
+        # define layers and loss
+        self.load_language_model(config, [BOUGHT, WANTS])
+        self.register_buffer("bm25", torch.tensor(self.grid[0], dtype=torch.float64))  # k1 and b
+        self.search = TitleSearch(self.titles)
+        bought, wants, self._dot, *titles = self.tokenizer(
+            [BOUGHT, WANTS, ".", *(f" {title}" for title in self.titles)], add_special_tokens=False
+        ).input_ids
+        self._begin, self._end = [*self.tokenizer("").input_ids, *bought], wants  # some tokenizers begin a text
+        self._title = [tokens[: self.title_tokens] for tokens in titles]
+        # what is left for the history, beside the fixed words and the query with its end
+        self._room = self.context - len(self._begin) - len(self._end) - self.title_tokens - 1
+        if self._room < self.title_tokens + len(self._dot):
+            raise UserError(
+                f"title_tokens: {self.title_tokens} leave no room for a history in the {self.context} tokens that "
+                f"{self.base_name} reads; try title_tokens: {max(1, self.context // 8)}"
+            )
+        self._shortened: set[tuple[int, ...]] = set()
+        self._ready: dict[tuple[int, ...], list[str]] = {}  # written while tuning, read by the evaluation that follows
+
+    def prompt(self, history: Sequence[int]) -> list[int]:
+        """The tokens of a prompt; the oldest items are left out where the base model cannot read them all."""
+        room, items = self._room, list(history)
+        kept: list[list[int]] = []
+        for item in reversed(items):
+            tokens = [*self._title[item], *self._dot]
+            room -= len(tokens)
+            if room < 0:
+                self._shortened.add(tuple(items))
+                break
+            kept.append(tokens)
+        return [*self._begin, *(token for tokens in reversed(kept) for token in tokens), *self._end]
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Mean over the rows of -ln P(title of the target and its end | prompt)."""
+        prompts = [self.prompt(history) for history in self.histories(interaction)]
+        answers = [[*self._title[item], self.tokenizer.eos_token_id] for item in interaction[self.POS_ITEM_ID].tolist()]
+        length = max(map(len, answers))
+        # padded on the left, so that the answers' tokens are the last ones [B, length]
+        tokens, mask = self._pad(prompt + answer for prompt, answer in zip(prompts, answers))
+        options = {"logits_to_keep": length + 1, "attention_mask": mask}
+        if self._takes_positions:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.language_model(tokens, **options).logits[:, -length - 1 : -1]
+        asked = torch.arange(length, 0, -1, device=self.device) <= torch.tensor(
+            [[len(answer)] for answer in answers], device=self.device
+        )
+        target = tokens[:, -length:].masked_fill(~asked, -100)
+        nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
+        return nll / len(prompts)
+
+    @torch.no_grad()
+    def queries(self, interaction: Any) -> list[list[str]]:
+        """What the model would search for, for each row of a batch: ``num_queries`` texts, best beam first."""
+        histories = [tuple(history) for history in self.histories(interaction)]
+        written = [self._ready.pop(history, None) for history in histories]
+        missing = [number for number, queries in enumerate(written) if queries is None]
+        if missing:
+            fresh = self._generate([self.prompt(histories[number]) for number in missing])
+            for number, queries in zip(missing, fresh):
+                written[number] = queries
+        return [queries for queries in written if queries is not None]
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B, V]`` of all items."""
+        self.search.build(*self.bm25.tolist())
+        scores = np.zeros((len(interaction), self.n_items), dtype=np.float32)
+        for row, queries in enumerate(self.queries(interaction)):
+            scores[row, self._order(queries)] = -np.arange(1, self.n_items)
+        scores[:, 0] = -self.n_items
+        return torch.from_numpy(scores).to(self.device)
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of one item a row."""
+        return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
+
+    @torch.no_grad()
+    def tune(self, valid_data: Any) -> None:
+        """Choose BM25's k1 and b from the grid by NDCG at the cut-off of ``valid_metric`` on the validation rows."""
+        self._ready.clear()
+        if self._shortened:
+            self.logger.info(f"{len(self._shortened)} histories were shortened from their old end to fit the context")
+        if len(self.grid) == 1:
+            return
+        rows = valid_data._dataset.inter_feat
+        histories: list[tuple[int, ...]] = []
+        queries: list[list[str]] = []
+        step = valid_data.step
+        for start in tqdm(range(0, len(rows), step), desc="Queries", unit="batch", disable=not self.show_progress):
+            batch = rows[start : start + step]
+            histories += [tuple(history) for history in self.histories(batch)]
+            queries += self.queries(batch)
+        targets = rows[self.POS_ITEM_ID].tolist()
+        gains = []
+        for k1, b in tqdm(self.grid, desc="BM25", unit="pair", disable=not self.show_progress):
+            self.search.build(k1, b)
+            gains.append(sum(self._gain(*row) for row in zip(queries, targets)) / max(len(targets), 1))
+        gains = distributed.mean(gains)
+        k1, b = self.grid[int(np.argmax(gains))]
+        self.bm25.copy_(torch.tensor([k1, b], dtype=self.bm25.dtype))
+        self.logger.info(
+            f"BM25: k1 {k1}, b {b} of {len(self.grid)} pairs, on {len(targets)} validation rows: "
+            f"NDCG@{self.valid_cutoff} {max(gains):.4f}, the least {min(gains):.4f}"
+        )
+        self._ready = dict(zip(histories, queries))
+
+    def train(self, mode: bool = True) -> GPT4Rec:
+        """As any module's; queries that were written before are forgotten."""
+        if mode:
+            self._ready.clear()
+        super().train(mode)
+        return self
+
+    def _gain(self, queries: Sequence[str], target: int) -> float:
+        """NDCG at the cut-off, of the one right item."""
+        order = self._order(queries, self.valid_cutoff)[: self.valid_cutoff]
+        place = np.flatnonzero(order == target)
+        return 1 / float(np.log2(place[0] + 2)) if len(place) else 0.0
+
+    def _order(self, queries: Sequence[str], enough: int | None = None) -> np.ndarray:
+        """Item ids in the order in which they are recommended ``[V - 1]``; or the first of them, ``enough`` or more."""
+        bm25 = np.stack([self.search.scores(query) for query in queries])
+        merged = merge([found(scores, max(self.cutoffs)) for scores in bm25], self.cutoffs)
+        return np.array(merged) if enough and len(merged) >= enough else full_order(merged, bm25)
+
+    def _generate(self, prompts: list[list[int]]) -> list[list[str]]:
+        tokens, mask = self._pad(prompts)
+        settings = require("transformers").GenerationConfig(
+            num_beams=self.num_beams,
+            num_return_sequences=self.num_queries,
+            max_new_tokens=self.title_tokens + 1,
+            length_penalty=self.length_penalty,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        output = self.language_model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
+        texts = self.tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
+        return [texts[start : start + self.num_queries] for start in range(0, len(texts), self.num_queries)]
+
+    def _pad(self, rows: Iterable[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids ``[B, L]``, padded on the left, and the mask of what is real."""
+        rows = list(rows)
+        longest = max(map(len, rows))
+        tokens = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
+
+
+def _values(config: Any, key: str, least: float, most: float) -> list[float]:
+    given = config[key]
+    values = given if isinstance(given, list) else [given]
+    for value in values:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+            limits = f"from {least} on" if most == np.inf else f"from {least} to {most}"
+            raise UserError(f"{key}: must be numbers {limits}, got {value!r}; try {key}: {1.2 if most > 1 else 0.75}")
+    if not values:
+        raise UserError(f"{key}: must be a number or a list of some, got {given!r}")
+    return [float(value) for value in values]

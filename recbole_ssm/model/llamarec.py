@@ -1,0 +1,304 @@
+"""
+LlamaRec
+################################################
+Reference:
+    Zhenrui Yue et al. "LlamaRec: Two-Stage Recommendation using Large Language Models for Ranking." arXiv 2311.02089,
+    2023. ORPO in place of its fine-tuning: arXiv 2408.05606, 2024.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recbole_ssm import distributed
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm import preference
+from recbole_ssm.llm.base import LanguageModelRecommender
+from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
+from recbole_ssm.llm.verbalizer import Question, Verbalizer
+
+TRAIN_CANDIDATES = ("random", "insert", "skip")
+RERANK = ("all", "retrieved")
+TUNED = "tuned"
+FUSION_WEIGHTS = [step / 20 for step in range(21)]
+
+
+class Reranked(NamedTuple):
+    """What a batch of evaluation looked like within its candidates."""
+
+    target: Tensor
+    """The column of the item that came ``[B]``; -1 where it was not retrieved."""
+    language: Tensor
+    """Log-probabilities of the language model over the candidates ``[B, C]``; NaN where it was not asked."""
+    retriever: Tensor
+    """The same of the retriever ``[B, C]``."""
+
+
+class LlamaRec(LanguageModelRecommender):
+    """LlamaRec lets a language model order the best items of a retriever, in one forward pass.
+
+    The retriever is any sequential model; it is frozen here, and its weights lie beside the language model's in
+    checkpoints. Scores are the retriever's: the same values are given to the same candidates, in the language model's
+    order, so what is not among them stays where it is.
+
+    Learning takes prefixes of the training part. ``train_candidates`` says what the item that came stands among:
+    ``random`` items that the history does not hold, as LlamaRec's code has it; the retriever's best, the last of which
+    makes room where it is missing (``insert``), or a row without a loss there (``skip``).
+
+    In evaluation candidates stand in an order that depends on the seed, the history and the items, and not on their
+    ranks; in training it is random. LlamaRec's code shows the retriever's order in evaluation.
+
+    Args:
+        config: besides its keys, ``retriever_settings``: the configuration that the retriever was trained with.
+        dataset: the training set, or the catalogue of a checkpoint.
+    """
+
+    fusion: Tensor
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        self.num_candidates = min(config["num_candidates"], self.n_items - 1)
+        self.train_candidates = config["train_candidates"]
+        self.train_objective = config["train_objective"]
+        self.orpo_lambda = config["orpo_lambda"]
+        self.orpo_rejected = config["orpo_rejected"]
+        self.orpo_probabilities = config["orpo_probabilities"]
+        self.rerank = config["rerank"]
+        self.seed = config["seed"]
+        verbalizer = config["verbalizer"]
+        if self.n_items < 3:
+            raise UserError(f"num_candidates: a catalogue of {self.n_items - 1} items leaves nothing to rank")
+
+        # define layers
+        self.retriever = build_retriever(config["retriever_settings"], config["device"], dataset)
+        # a prompt's titles have a space before them, and so should those that a random base's tokenizer learns from
+        self.load_language_model(config, [*prompt_words(), *(f" {title}" for title in self.titles[1:])])
+        self.prompts = Prompts(
+            self.tokenizer,
+            self.titles,
+            history=config["prompt_history"],
+            candidates=self.num_candidates,
+            title_tokens=config["title_tokens"],
+            max_tokens=min(config["prompt_tokens"], self.context),
+            answer="title" if verbalizer == "title_likelihood" else "letter",
+        )
+        self.verbalizer = Verbalizer(self.language_model, self.prompts, verbalizer, config["prompt_batch_tokens"])
+        weight = config["fusion_weight"]
+        self.fusion_tuned = weight == TUNED
+        self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
+        self.records: list[Reranked] | None = None  # where someone asks for them
+
+    def train(self, mode: bool = True) -> LlamaRec:
+        """As torch's; the retriever stays in evaluation mode."""
+        super().train(mode)
+        self.retriever.eval()
+        return self
+
+    # --- RecBole's interface -----------------------------------------------------------------------------------------
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Mean loss over the rows of a batch; a row that is skipped counts as one without loss."""
+        histories = self._histories(interaction)
+        came = interaction[self.ITEM_ID]
+        candidates, target = self._candidates_to_learn_from(interaction, histories, came)  # [B, C], [B]
+        kept = (target >= 0).nonzero().squeeze(1)
+        if not len(kept):
+            return sum((p.sum() * 0.0 for p in self.language_model.parameters() if p.requires_grad), came.new_zeros(()))
+        candidates, target = candidates[kept], target[kept]
+        questions = self._questions([histories[row] for row in kept.tolist()], candidates)
+        orpo = self.train_objective == "orpo"
+        columns = target[:, None]  # whose likelihoods are computed: of a title each costs its tokens
+        if self.verbalizer.kind != "title_likelihood" or (orpo and self._needs_all):
+            columns = torch.arange(candidates.shape[1], device=target.device).expand_as(candidates)
+        elif orpo:
+            rejected = preference.choose_rejected(candidates, target, self.orpo_rejected)
+            columns = torch.cat([columns, rejected], 1)
+        if columns.shape[1] < candidates.shape[1]:
+            asked = zip(questions, columns.tolist())
+            questions = [q._replace(answers=[q.answers[column] for column in row]) for q, row in asked]
+            target = torch.zeros_like(target)
+        log_p = self.verbalizer.log_probabilities(questions)  # [B, columns]
+        loss = -log_p.gather(1, target[:, None]).squeeze(1)
+        if orpo:
+            odds_of = log_p.log_softmax(-1) if self.orpo_probabilities == "letters" else log_p
+            chosen = odds_of.gather(1, target[:, None]).squeeze(1)
+            rejected = preference.choose_rejected(log_p, target, self.orpo_rejected)
+            loss = preference.orpo_loss(loss, chosen, odds_of.gather(1, rejected), self.orpo_lambda)
+        return loss.sum() / len(came)
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
+        """Log-probabilities ``[B, C]`` of the language model over candidates ``[B, C]`` of histories ``[B, L]``."""
+        histories = [row[:length] for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
+        return self.verbalizer.scores(self._questions(histories, candidates)).log_softmax(-1)
+
+    @torch.no_grad()
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B, V]`` of all items."""
+        scores = self._retrieve(interaction)
+        best = scores.topk(self.num_candidates).indices
+        histories, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        candidates = best.gather(1, shuffled(best, histories, self.seed).argsort(1))  # [B, C]
+        values = scores.gather(1, candidates)
+        retriever = values.log_softmax(-1)
+        target = torch.full_like(lengths, -1)
+        asked = torch.ones_like(lengths, dtype=torch.bool)
+        if self.ITEM_ID in interaction.interaction:
+            target = column_of(candidates, interaction[self.ITEM_ID])
+            if self.rerank == "retrieved":  # the order of the candidates cannot change where the others' targets stand
+                asked = target >= 0
+        language = torch.full_like(retriever, torch.nan)
+        if asked.any():
+            language[asked] = self.forward(histories[asked], lengths[asked], candidates[asked]).to(language.dtype)
+        if self.records is not None:
+            self.records.append(Reranked(target.cpu(), language.cpu(), retriever.cpu()))
+        order = fuse(language, retriever, float(self.fusion)).argsort(dim=1, descending=True, stable=True)
+        order[~asked] = retriever[~asked].argsort(dim=1, descending=True, stable=True)
+        return scores.scatter(1, candidates.gather(1, order), values.sort(1, descending=True).values)
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores ``[B]`` of one item a row."""
+        scores = self.full_sort_predict(interaction)
+        return scores.gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
+
+    # --- candidates --------------------------------------------------------------------------------------------------
+
+    def _retrieve(self, interaction: Any) -> Tensor:
+        """The retriever's scores ``[B, V]``, minus infinity for the padding."""
+        with torch.no_grad():
+            scores = self.retriever.full_sort_predict(interaction)
+        scores = scores.view(len(interaction[self.ITEM_SEQ_LEN]), -1)[:, : self.n_items].float().clone()
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def _candidates_to_learn_from(
+        self, interaction: Any, histories: list[list[int]], came: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Candidates ``[B, C]`` in random order, and the column of what came ``[B]``, -1 for a row to skip."""
+        if self.train_candidates == "random":
+            noise = torch.rand(len(came), self.n_items, device=came.device)
+            noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)  # of the history only where the catalogue ends
+            noise[:, 0] = -2.0
+            noise.scatter_(1, came[:, None], 2.0)
+            candidates = noise.topk(self.num_candidates).indices
+        else:
+            candidates = self._retrieve(interaction).topk(self.num_candidates).indices
+            if self.train_candidates == "insert":
+                missing = (candidates != came[:, None]).all(1)
+                candidates[missing, -1] = came[missing]
+        order = torch.rand(candidates.shape, device=came.device).argsort(1)
+        candidates = candidates.gather(1, order)
+        return candidates, column_of(candidates, came)
+
+    def _histories(self, interaction: Any) -> list[list[int]]:
+        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
+        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
+
+    def _questions(self, histories: list[list[int]], candidates: Tensor) -> list[Question]:
+        titles = self.prompts.titles
+        return [
+            Question(self.prompts.write(history, items), [titles[item] for item in items])
+            for history, items in zip(histories, candidates.tolist())
+        ]
+
+    @torch.no_grad()
+    def tune(self, valid_data: Any) -> None:
+        """Choose the fusion weight of the highest NDCG among validation rows, the least of those that are equal."""
+        if not self.fusion_tuned:
+            return
+        self.records = []
+        for batch in valid_data:
+            self.full_sort_predict(batch[0].to(self.fusion.device))
+        target, language, retriever = (torch.cat(column) for column in zip(*self.records))
+        self.records = None
+        found = target >= 0
+        ranks = [target_ranks(fuse(language, retriever, w)[found], target[found]) for w in FUSION_WEIGHTS]
+        gains = distributed.mean([float((1 / torch.log2(r + 1.0)).sum()) for r in ranks])
+        self.fusion.fill_(FUSION_WEIGHTS[gains.index(max(gains))])
+
+    @property
+    def _needs_all(self) -> bool:
+        return self.orpo_rejected != "random" or self.orpo_probabilities == "letters"
+
+
+def build_retriever(settings: Mapping[str, Any], device: Any, dataset: Any) -> Any:
+    """The retriever of a configuration, frozen, its weights still those of the start."""
+    from recbole_ssm.model import get_model
+
+    config: dict[str, Any] = defaultdict(lambda: None, settings, device=device)  # RecBole's absent keys are None
+    retriever = get_model(config["model"])(config, dataset)
+    return retriever.eval().requires_grad_(False)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what cannot work, before a retriever is trained for it.
+
+    Raises:
+        UserError: a value is impossible, or does not go with another.
+    """
+    from recbole_ssm.model import get_model
+
+    retriever = get_model(options["retriever"])
+    if issubclass(retriever, LanguageModelRecommender):
+        raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
+    if options["retriever_config"] is not None and options["retriever_checkpoint"] is not None:
+        raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
+    if not 2 <= options["num_candidates"] <= len(LETTERS):
+        raise UserError(
+            f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
+            f"{options['num_candidates']}; try num_candidates: 20"
+        )
+    weight = options["fusion_weight"]
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if weight not in (None, TUNED) and not (number and 0 <= weight <= 1):
+        raise UserError(f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5")
+    if options["orpo_lambda"] < 0:
+        raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
+    if (options["train_objective"], options["verbalizer"]) == ("orpo", "embedding"):
+        if options["orpo_probabilities"] == "vocabulary":
+            raise UserError(
+                "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
+                "take orpo_probabilities: letters"
+            )
+    mode = options["eval_args"]["mode"]
+    if mode != "full":
+        raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
+
+
+def column_of(candidates: Tensor, items: Tensor) -> Tensor:
+    """Where in its row of candidates ``[B, C]`` an item ``[B]`` stands; -1 where it does not."""
+    same = candidates == items[:, None]
+    return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+def shuffled(items: Tensor, histories: Tensor, seed: int) -> Tensor:
+    """Numbers ``[B, C]`` to sort items ``[B, C]`` by: a hash of the seed, the history ``[B, L]`` and the item."""
+    key = torch.full_like(histories[:, 0], seed)
+    for column in histories.T:  # padding leaves the key as it is, so its width does not count
+        key = torch.where(column > 0, _mix(key ^ column), key)
+    return _mix(_mix(key)[:, None] ^ items)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al. 2014), with an added constant, on int64 that wraps around."""
+    x = x + -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def fuse(language: Tensor, retriever: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) language + weight retriever``, of log-probabilities over the same candidates ``[B, C]``."""
+    return (1 - weight) * language + weight * retriever
+
+
+def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
+    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of equals the first wins."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return (order == target[:, None]).int().argmax(1) + 1

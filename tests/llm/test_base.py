@@ -1,0 +1,196 @@
+"""Base models: what is loaded, what is refused, and what a checkpoint holds of them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm.base import END, LETTERS, load_base_model, random_tokenizer
+
+TEXTS = ["Toy Story", "GoldenEye", "Four Rooms", "Get Shorty"]
+
+
+class Options(dict):
+    def __missing__(self, key):
+        return None
+
+
+def load(base_model="random", texts=TEXTS, **options):
+    defaults = {
+        "device": "cpu", "seed": 1, "show_progress": False, "base_model_dtype": "auto", "lora_alpha": 32.0,
+        "lora_dropout": 0.0, "random_base_args": {"vocab_size": 400, "num_hidden_layers": 1},
+    }  # fmt: skip
+    return load_base_model(Options({**defaults, "base_model": str(base_model), **options}), texts)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny GPT-2 with its tokenizer, as save_pretrained writes them."""
+    tokenizer = random_tokenizer(TEXTS, 400)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=0))
+    path = tmp_path / "gpt2"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_random_base_is_the_same_again_and_leaves_the_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second, other = load(), load(), load(seed=2)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name])
+    assert not torch.equal(first.model.lm_head.weight, other.model.lm_head.weight)
+    assert first.digest == second.digest == other.digest  # all weights are trained, so checkpoints hold them
+    assert load(lora_r=2).digest == load(lora_r=2).digest != load(lora_r=2, seed=2).digest
+    assert load(texts=["Other words"]).digest != first.digest
+
+
+def test_letters_are_single_tokens_of_a_random_base_and_any_text_comes_back():
+    tokenizer = random_tokenizer([*TEXTS, "A AA AAA " * 50], 400)
+    for letter in LETTERS:
+        assert len(tokenizer(letter).input_ids) == len(tokenizer(f" {letter}").input_ids) == 1
+    for text in ("naïve 東京 \n\t x", "Toy Story"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == (END, 0) and tokenizer.pad_token_id == 1
+
+
+def test_a_folder_is_loaded_with_and_without_lora(folder):
+    whole, lora = load(folder, lora_r=0), load(folder)
+    assert all(p.requires_grad for p in whole.model.parameters())
+    trained = [name for name, p in lora.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(whole.model(tokens).logits, lora.model(tokens).logits)  # LoRA starts as nothing
+    assert (whole.context, whole.name, whole.model.training) == (64, str(folder), False)
+    assert next(load(folder, base_model_dtype="bfloat16", lora_r=0).model.parameters()).dtype == torch.bfloat16
+
+
+def test_the_digest_is_of_weights_that_stay_frozen(folder):
+    first, whole = load(folder).digest, load(folder, lora_r=0).digest
+    assert first == load(folder, base_model_dtype="bfloat16").digest != whole
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(model.transformer.wte.weight)
+    model.save_pretrained(folder)
+    assert load(folder).digest != first and load(folder, lora_r=0).digest == whole
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_name_is_looked_for_in_the_cache_and_fetched_only_where_asked(folder, monkeypatch, download):
+    asked = []
+
+    def snapshot(name, local_files_only, allow_patterns):
+        asked.append((name, local_files_only))
+        assert not any(pattern.endswith((".bin", ".pt", ".py", ".pickle")) for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load("some/model", base_model_download=download).context == 64
+    assert asked == [("some/model", not download)]
+
+
+def test_lora_on_named_layers(folder):
+    trained = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, p in load(folder, lora_modules=["c_proj"]).model.named_parameters()
+        if p.requires_grad
+    }
+    assert trained == {"c_proj"}
+
+
+def make_bert(folder):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=60)).save_pretrained(folder)
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def drop_weights(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_layer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
+
+
+def drop_end(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+
+
+def ask_for_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('this ran')")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (make_bert, "is BertForMaskedLM, no causal language model; take one such as"),
+        (cut, "transformers cannot load"),
+        (drop_weights, "holds no *.safetensors (its weights are pickles, whose loading could run code)"),
+        (drop_layer, "lacks the weights"),
+        (ask_for_code, "transformers cannot load"),
+        (drop_end, "has no token that ends a text (eos_token)"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+        (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer.json"),
+    ],
+)
+def test_faulty_folders(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert str(caught.value).startswith("base_model: ")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"base_model": "no/such-model"},
+            "base_model: no/such-model is no folder here and not in the Hugging Face cache",
+        ),
+        ({"base_model": "absent.gguf"}, "base_model: absent.gguf is no folder and no GGUF file"),
+        ({"base_model": "/absent/folder"}, "base_model: /absent/folder is no folder and no GGUF file"),
+        ({"base_model": ""}, "base_model: must be a folder, a .gguf file"),
+        ({"lora_r": -1}, "lora_r: must be a whole number"),
+        ({"lora_r": 2, "lora_modules": ["q"]}, "lora_modules: peft finds no ['q'] in LlamaForCausalLM; its layers are"),
+        ({"quantize_4bit": True}, "quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and"),
+        ({"quantize_4bit": True, "lora_r": 8}, "quantize_4bit: weights of 4 bits stay as they are"),
+        ({"random_base_args": {"hidden": 3}}, "random_base_args: LlamaConfig has no 'hidden'"),
+        ({"random_base_args": {"vocab_size": 10}}, "random_base_args: vocab_size must be at least 400"),
+        ({"random_base_args": {"num_attention_heads": 5}}, "random_base_args: LlamaConfig refuses"),
+        ({"random_base_args": 7}, "random_base_args: must be a mapping"),
+    ],
+)
+def test_wrong_values(options, message):
+    with pytest.raises(UserError) as caught:
+        load(**options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_four_bits_need_a_gpu(folder):
+    with pytest.raises(UserError, match="quantize_4bit: bitsandbytes needs a GPU here; leave it False"):
+        load(folder, quantize_4bit=True)
+
+
+def test_a_missing_package_is_one_line(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(UserError, match="peft is needed and cannot be imported .*; pip install peft"):
+        load(folder)
+    assert load(folder, lora_r=0).name == str(folder)
+    with pytest.raises(UserError, match="peft is needed"):
+        load(shutil.copytree(folder, folder.with_name("copy")))

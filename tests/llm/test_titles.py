@@ -1,0 +1,78 @@
+"""Titles by item id, and what is wrong where there are none."""
+
+import pytest
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm import titles_of
+
+EVENTS = "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(
+    f"u{user}\ti{item}\t{item}\n" for user in range(3) for item in range(12)
+)
+
+
+@pytest.fixture
+def titles(write_dataset):
+    """The titles by token that an .item file gives."""
+
+    def read(item_file, **options):
+        found = write_dataset(EVENTS)
+        if item_file is not None:
+            write_dataset(item_file, suffix="item")
+        config = SSMConfig("GPT4Rec", found["dataset"], config_dict={**found["config_dict"], **options})
+        dataset = create_dataset(config)
+        dataset.build()
+        listed = titles_of(dataset, config)
+        assert listed[0] == "" and len(listed) == dataset.item_num == 13
+        return dict(zip(dataset.field2id_token["item_id"], listed))
+
+    return read
+
+
+def test_titles_are_cleaned_and_items_without_events_stay_out(titles, caplog):
+    file = "item_id:token\tprice:float\ttitle:token_seq\n"
+    file += "i1\t1.5\tBeauty &amp; the  Beast \nnever_bought\t2\tX\ni2\t\t\n"
+    file += "".join(f"i{item}\t\tNo. {item}\n" for item in (0, *range(3, 12)))
+    found = titles(file)
+    assert (found["i1"], found["i2"], found["i11"]) == ("Beauty & the Beast", "i2", "No. 11")
+    assert "1 of 12 items have no title; their ids stand for them" in caplog.text
+
+
+def test_a_column_of_single_tokens_and_another_name(titles):
+    file = "item_id:token\tlabel:token\ttitle:token\n" + "".join(f"i{i}\tL {i}\tT {i}\n" for i in range(12))
+    assert titles(file)["i3"] == "T 3"
+    assert titles(file, title_field="label")["i3"] == "L 3"
+
+
+def test_movie_titles_are_found_without_a_word():
+    config = SSMConfig("GPT4Rec", "ml-100k")
+    dataset = create_dataset(config)
+    dataset.build()
+    found = titles_of(dataset, config)
+    assert found[int(dataset.token2id("item_id", "1"))] == "Toy Story" and len(found) == 1683
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        (None, {}, "made.item: there is no such file, and GPT4Rec reads titles from it; write one with the columns"),
+        ("item_id:token\tyear:float\ni1\t3\n", {}, "no column of titles (its columns of text are none); set title"),
+        (
+            "item_id:token\theadline:token_seq\ni1\tx\n",
+            {},
+            "no column of titles (its columns of text are headline); set title_field",
+        ),
+        (
+            "item_id:token\theadline:token_seq\ni1\tx\n",
+            {"title_field": "headlin"},
+            "has no column headlin of text; did you mean 'headline'? (its columns of text are headline)",
+        ),
+        ("item:token\ttitle:token\ni1\tx\n", {}, "no column item_id:token (there are item, title)"),
+        ("item_id:token\ttitle:token\nother\tx\n", {}, "has no title for any of the 12 items; set title_field"),
+    ],
+)
+def test_bad_files(titles, file, options, message):
+    with pytest.raises(UserError) as caught:
+        titles(file, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,199 @@
+"""Scores of candidates: equal to plain forward passes, however rows are padded, batched and prefixed."""
+
+import random
+
+import pytest
+import torch
+import transformers
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.llm.base import RANDOM_SIZES, random_tokenizer
+from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
+from recbole_ssm.llm.verbalizer import VERBALIZERS, Question, Verbalizer, buckets
+
+TITLES = ["", *(f"The {a} {b}" for a in ("red", "blue", "green", "old") for b in ("house", "river of war", "day"))]
+TOKENIZER = random_tokenizer([*TITLES, *prompt_words()], 1000)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+
+
+def llama():
+    sizes = {**RANDOM_SIZES, **SIZES, "vocab_size": len(TOKENIZER)}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+def gpt2():
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(TOKENIZER), **sizes, **ends))
+
+
+def qwen2():
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER)}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+
+
+def gemma2():
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER), "head_dim": 8}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5))
+
+
+def prompts_of(kind="letters", **options):
+    answer = "title" if kind == "title_likelihood" else "letter"
+    sizes = {"history": 20, "candidates": 5, "title_tokens": 8, "max_tokens": 900, "answer": answer, **options}
+    return Prompts(TOKENIZER, TITLES, **sizes)
+
+
+def questions_of(prompts, count=6):
+    rng = random.Random(0)
+    found = []
+    for number in range(count):
+        candidates = rng.sample(range(1, len(TITLES)), 5)
+        history = rng.choices(range(1, len(TITLES)), k=3 * number + 1)
+        titles = [prompts.titles[item] for item in candidates]
+        found.append(Question(prompts.write(history, candidates), titles))
+    return found
+
+
+def plain(model, prompts, questions, kind):
+    """One forward pass a row, or a title, over the whole vocabulary at all positions."""
+    rows = []
+    for question in questions:
+        prompt = [*prompts.prefix, *question.prompt]
+        if kind == "title_likelihood":
+            row = []
+            for title in question.answers:
+                log_p = model(input_ids=torch.tensor([prompt + title])).logits[0].log_softmax(-1)
+                row.append(torch.stack([log_p[len(prompt) - 1 + n, token] for n, token in enumerate(title)]).mean())
+            rows.append(torch.stack(row))
+            continue
+        logits = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+        wanted = [[t] for t in prompts.letters] if kind == "letters" else question.answers
+        rows.append(torch.stack([logits[tokens].mean() for tokens in wanted]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, qwen2])
+@pytest.mark.parametrize("kind", VERBALIZERS)
+@torch.no_grad()
+def test_row_by_row_batched_and_prefixed_are_the_plain_scores(build, kind):
+    torch.manual_seed(0)
+    model, prompts = build().double().eval(), prompts_of(kind)
+    questions = questions_of(prompts)
+    expected = plain(model, prompts, questions, kind).float()
+    assert expected.std() > 0.05
+    for batch_tokens in (1, 300, 10**6):
+        for share_prefix in (True, False):
+            found = Verbalizer(model, prompts, kind, batch_tokens, share_prefix).scores(questions)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", VERBALIZERS)
+def test_what_is_learned_from_is_what_is_ranked_by(kind):
+    """Log-probabilities differ from scores by a constant of the row, and carry gradients."""
+    torch.manual_seed(0)
+    model, prompts = llama().eval(), prompts_of(kind)
+    questions = questions_of(prompts)
+    verbalizer = Verbalizer(model, prompts, kind)
+    log_p = verbalizer.log_probabilities(questions)
+    torch.testing.assert_close(log_p.log_softmax(-1), verbalizer.scores(questions).log_softmax(-1), rtol=1e-4, atol=1e-4)
+    assert (log_p <= 0).all()
+    log_p.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_log_probabilities_of_letters_are_over_the_vocabulary():
+    model, prompts = llama().eval(), prompts_of()
+    question = questions_of(prompts, 1)
+    logits = model(input_ids=torch.tensor([[*prompts.prefix, *question[0].prompt]])).logits[0, -1]
+    found = Verbalizer(model, prompts, "letters").log_probabilities(question)[0]
+    torch.testing.assert_close(found, logits.log_softmax(-1)[prompts.letters], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_bends_its_logits_is_refused():
+    with pytest.raises(UserError, match="base_model: Gemma2ForCausalLM changes its logits after its output head"):
+        Verbalizer(gemma2().eval(), prompts_of(), "letters")
+
+
+def test_buckets_hold_every_row_once_and_the_budget():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 50) for _ in range(200)] + [900]
+    found = buckets(lengths, 256)
+    assert sorted(row for group in found for row in group) == list(range(201))
+    assert all(len(group) * max(lengths[row] for row in group) <= 256 for group in found[:-1])
+    assert found[-1] == [200]
+    padded = sum(len(group) * max(lengths[row] for row in group) for group in found)
+    assert padded < 1.3 * sum(lengths)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_is_llamarecs():
+    prompts = prompts_of(candidates=3)
+    text = TOKENIZER.decode([*prompts.prefix, *prompts.write([1, 5], [2, 3, 4])])
+    assert text == (
+        "### Instruction:\nGiven user history in chronological order, recommend an item from the candidate pool with "
+        "its index letter.\n\n### Input:\nUser history: (1) The red house \n (2) The blue river of war; \n "
+        "Candidate pool: (A) The red river of war \n (B) The red day \n (C) The blue house\n\n### Response:\n"
+    )
+    assert [TOKENIZER.decode([letter]) for letter in prompts.letters] == ["A", "B", "C"]
+
+
+def test_long_histories_lose_their_oldest_titles():
+    roomy = prompts_of(history=6)
+    whole = len(roomy.prefix) + len(roomy.write([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11])) + 1
+    assert (roomy.written, roomy.shortened) == (1, 0)
+    tight = prompts_of(history=6, max_tokens=whole - 1)
+    text = TOKENIZER.decode(tight.write([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]))
+    assert text.startswith(f" (1) {TITLES[2]} \n (2) {TITLES[3]}") and f"(5) {TITLES[6]};" in text
+    assert (tight.written, tight.shortened) == (1, 1)
+    exact = prompts_of(history=6, max_tokens=whole)
+    assert exact.write([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]) == roomy.write([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11])
+    assert exact.shortened == 0
+
+
+def test_only_the_newest_titles_and_the_first_tokens_of_long_ones_are_shown():
+    whole, prompts = prompts_of(), prompts_of(history=2, title_tokens=3)
+    assert prompts.titles == [title[:3] for title in whole.titles] != whole.titles
+    text = TOKENIZER.decode(prompts.write([1, 2, 5], [7, 8, 9, 10, 11]))
+    second, fifth = (TOKENIZER.decode(prompts.titles[item]) for item in (2, 5))
+    assert text.startswith(f" (1){second} \n (2){fifth};")
+
+
+def test_the_tokenizer_may_begin_a_text():
+    class Begins:
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+    prompts = Prompts(Begins(), TITLES, history=2, candidates=2, title_tokens=8, max_tokens=900)
+    assert prompts.prefix == [1, *prompts_of().prefix]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidates": 27}, "num_candidates: 27 are more than the 26 letters that name them; try num_candidates: 20"),
+        ({"max_tokens": 60}, "prompt_tokens: 5 candidates of up to .* leave no room for a history in 60 tokens; try"),
+    ],
+)
+def test_prompts_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        prompts_of(**options)
+
+
+def test_a_tokenizer_that_splits_letters():
+    class Splits:
+        bos_token_id = None
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            return {"input_ids": [7, *ids] if text in LETTERS else ids}
+
+    options = {"history": 2, "candidates": 2, "title_tokens": 8, "max_tokens": 900}
+    with pytest.raises(UserError, match="base_model: its tokenizer splits the letter A into 2 tokens"):
+        Prompts(Splits(), TITLES, **options)
+    assert Prompts(Splits(), TITLES, answer="title", **options).letters == []
