@@ -143,14 +143,14 @@ def _run(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    reports = {"reranking": hook.report for hook in trainer.hooks if isinstance(hook, Reranking)}
+    reranking = next((hook.report for hook in trainer.hooks if isinstance(hook, Reranking)), None)
     return {
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
-        **reports,
+        **({} if reranking is None else {"reranking": reranking}),
     }
 
 

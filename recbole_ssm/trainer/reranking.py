@@ -68,7 +68,7 @@ def report(records: Reranked, weight: float, cutoffs: list[int]) -> dict[str, An
 def metrics(ranks: Tensor, cutoffs: list[int]) -> dict[str, float]:
     """Hit, NDCG and MRR at each cut-off, of the targets' ranks ``[n]``, 1 the best; 0 of no ranks."""
     ranks = ranks.double()
-    found = {}
+    found: dict[str, float] = {}
     for k in cutoffs:
         hit = (ranks <= k).double()
         values = {"hit": hit, "ndcg": hit / torch.log2(ranks + 1), "mrr": hit / ranks}

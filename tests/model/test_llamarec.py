@@ -1,4 +1,4 @@
-"""LlamaRec: learns a catalogue in which the history decides the answer, leaks nothing, and reorders no more than it may."""
+"""LlamaRec learns a catalogue in which the history decides the answer, leaks nothing, and reorders candidates alone."""
 
 import json
 import os
@@ -136,7 +136,9 @@ def test_orpo_changes_nothing_in_the_graph(trained):
             model.full_sort_predict(rows(HISTORIES))
         calls.append(record.calls)
     assert len(calls[0]) > 100 and calls[0] == calls[1]
-    weights = [torch.cat([p.flatten() for p in model_of(trained[o]).language_model.parameters()]) for o in ("sft", "orpo")]
+    weights = [
+        torch.cat([p.flatten() for p in model_of(trained[o]).language_model.parameters()]) for o in ("sft", "orpo")
+    ]
     assert not torch.equal(*weights)
 
 
