@@ -203,8 +203,8 @@ def test_frozen_keys():
     ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
     assert sorted(ours) == [
         "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
-        "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "fusion_weight", "gbce_t",
-        "head_dim", "hidden_size", "initializer_range", "learning_rate", "length_penalty", "lora_alpha",
+        "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "fusion_weight",
+        "gbce_t", "head_dim", "hidden_size", "initializer_range", "learning_rate", "length_penalty", "lora_alpha",
         "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler", "lr_scheduler_args",
         "lr_scheduler_interval", "n_groups", "negative_power", "num_beams", "num_candidates", "num_layers",
         "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
