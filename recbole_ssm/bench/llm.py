@@ -23,7 +23,7 @@ from recbole_ssm.llm.base import load_base_model
 from recbole_ssm.llm.prompt import Prompts, prompt_words
 from recbole_ssm.llm.verbalizer import VERBALIZERS, Question, Verbalizer
 
-WORDS = "the of red silent river night last city winter garden king stone empire letter ship mountain day song".split()
+WORDS = ("the", "of", "red", "silent", "river", "night", "last", "city", "winter", "garden", "king", "stone", "letter")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=128, help="of the random one")
     parser.add_argument("--layers", type=int, default=4, help="of the random one")
     parser.add_argument("--verbalizers", default=",".join(VERBALIZERS), help="which, separated by commas")
-    parser.add_argument("--users", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8, help="users in a batch of the plain implementation")
+    parser.add_argument("--users", type=int, default=8, help="whose candidates are scored")
+    parser.add_argument("--batch", type=int, default=4, help="rows in a batch of the plain implementation")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
 
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rng = random.Random(0)
     titles = ["", *(" ".join(rng.choices(WORDS, k=rng.randint(2, 8))).title() for _ in range(1000))]
     base = load_base_model(_keys(options), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
+    if options.base_model == "random":  # the tokenizer has learned fewer tokens from so few titles
+        base.model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
     budget = options.batch * 512  # tokens
     rows = []
     for kind in kinds:
@@ -68,7 +70,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             "plain": partial(plain, base.model, prompts, kind, questions, options.batch),
             "ours": partial(Verbalizer(base.model, prompts, kind, budget).scores, questions),
             "without prefix": partial(Verbalizer(base.model, prompts, kind, budget, False).scores, questions),
-            "without buckets": partial(_in_turn, Verbalizer(base.model, prompts, kind, 10**9), questions, options.batch),
+            "without buckets": partial(
+                _in_turn, Verbalizer(base.model, prompts, kind, 10**9), questions, options.batch
+            ),
         }
         expected = ways["plain"]()
         for name, way in ways.items():
@@ -104,11 +108,12 @@ def plain(model: Any, prompts: Prompts, kind: str, questions: list[Question], ba
                 found += [torch.stack([row[title].mean() for title in q.answers]) for row, q in zip(last, part)]
             continue
         for question, prompt in zip(part, whole):
-            log_p = _logits(model, [[*prompt, *title] for title in question.answers]).log_softmax(-1)
             row = []
-            for one, title in zip(log_p, question.answers):
-                at = torch.arange(len(title)) + len(prompt) - 1
-                row.append(one[at, title].mean())
+            for first in range(0, len(question.answers), batch):
+                titles = question.answers[first : first + batch]
+                log_p = _logits(model, [[*prompt, *title] for title in titles]).log_softmax(-1)
+                for one, title in zip(log_p, titles):
+                    row.append(one[torch.arange(len(title)) + len(prompt) - 1, title].mean())
             found.append(torch.stack(row))
     return torch.stack(found).float()
 
@@ -127,7 +132,6 @@ def _in_turn(verbalizer: Verbalizer, questions: list[Question], batch: int) -> T
 
 def _keys(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {
-        "vocab_size": options.vocabulary,
         "hidden_size": options.width,
         "intermediate_size": 3 * options.width,
         "num_hidden_layers": options.layers,

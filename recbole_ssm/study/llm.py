@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
 
 
 def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
-    """A row for each arm and order: NDCG@10 and Hit@10, overall and of the retrieved, and the test against the retriever.
+    """A row for each arm and order: NDCG@10 and Hit@10, overall and among the retrieved, and against the retriever.
 
     ``difference`` is that of NDCG@10 over all users, ``low`` and ``high`` its 95% interval, ``p`` that of the paired
     t-test with Holm's correction over all rows of the table that are no retriever's.
@@ -92,11 +92,10 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
         }
         for order in values if done else ():
             reports = [outcome.reranking for outcome in done if outcome.reranking is not None]
-            mine = [{k: report[part][order][k] for k in report[part][order]} for report in reports for part in PARTS]
             row: Row = {"base": base, "verbalizer": verbalizer, "objective": objective, "order": order}
-            for name in ("ndcg@10", "hit@10"):
-                for place, part in enumerate(PARTS):
-                    row[f"{part} {name}"] = float(np.mean([found[name] for found in mine[place :: len(PARTS)]]))
+            for part in ("overall", "retrieved"):
+                for name in ("ndcg@10", "hit@10"):
+                    row[f"{part} {name}"] = float(np.mean([report[part][order][name] for report in reports]))
             row |= {"difference": None, "low": None, "high": None, "p": None}
             if order != RETRIEVER:
                 pair = paired("NDCG@10", (order, values[order]), (RETRIEVER, values[RETRIEVER]))
@@ -110,9 +109,6 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
     for row, p in zip(tested, holm([row["p"] for row in tested])):
         row["p"] = p
     return rows
-
-
-PARTS = ("overall", "retrieved")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -165,8 +161,8 @@ def _protocol(outcomes: list[Outcome], seeds: range) -> str:
               "verbalizer", "train_objective", "orpo_probabilities")}  # fmt: skip
     return (
         f"\n{first.run.dataset}: {found['users']:,} users tested, the target of {found['retrieved_users']:,} among the "
-        f"candidates (the rest are misses for every order); {' or '.join(f'{s:,.0f}' for s in steps)} steps each; seeds "
-        f"{seeds.start} to {seeds.stop - 1}; {', '.join(f'{k} {v}' for k, v in others.items())}. "
+        f"candidates (the rest are misses for every order); {' or '.join(f'{s:,.0f}' for s in steps)} steps each; "
+        f"seeds {seeds.start} to {seeds.stop - 1}; {', '.join(f'{k} {v}' for k, v in others.items())}. "
         "The weight is the retriever's share, chosen on validation. p: two-sided paired t-test of NDCG@10 over users, "
         "Holm-corrected over the rows. s a user: language model and retriever, a user whose candidates were ordered, "
         "on a machine with other work."

@@ -88,8 +88,9 @@ class Outcome:
     def ranks(self, order: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of every row of the test: the user's token, and the rank of the target among all items, 1 the best.
 
-        ``order`` is ``retriever``, ``language model`` or ``fused``, for LlamaRec alone: ranks among its candidates, infinite
-        where the target is none of them. Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks).
+        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks). LlamaRec
+        has an ``order`` besides, ``retriever``, ``language model`` or ``fused``: ranks among its candidates, infinite
+        where the target is none of them.
 
         Raises:
             UserError: the run failed, or was tested against samples.
