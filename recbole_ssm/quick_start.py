@@ -77,7 +77,9 @@ def run_recbole_ssm(
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
-        ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its name.
+        ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its name. For LlamaRec also
+        ``reranking``, the metrics of the test in the retriever's, the language model's and the fused order, overall and
+        among the users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's target.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to mend it.
@@ -128,7 +130,7 @@ def _run(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    reports = {"reranking": hook.report for hook in trainer.hooks if isinstance(hook, Reranking)}
+    reranking = next((hook for hook in trainer.hooks if isinstance(hook, Reranking)), None)
     return {
         "model": config["model"],
         "best_valid_score": best_valid_score,
@@ -136,7 +138,7 @@ def _run(
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
-        **reports,
+        **({} if reranking is None else {"reranking": reranking.report, "ranks": reranking.ranks}),
     }
 
 

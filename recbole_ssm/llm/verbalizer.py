@@ -106,9 +106,10 @@ class Verbalizer:
     def _title_likelihood(
         self, prompts: list[list[int]], answers: list[list[list[int]]], cache: list[tuple[Tensor, Tensor]] | None
     ) -> Tensor:
-        """Mean log-likelihoods ``[B, C]``: a row is a prompt and, side by side behind it, all but the titles' last tokens.
+        """Mean log-likelihoods ``[B, C]``; a row is a prompt and, side by side behind it, the titles.
 
-        A title's first token is predicted at the end of the prompt, each other one at the one before it.
+        A title's first token is predicted at the end of the prompt, each other one at the one before it; so the last
+        ones are left out.
         """
         rows, branches, positions = [], [], []
         where: list[tuple[int, int]] = []  # row and column of the state that predicts a token
@@ -130,11 +131,11 @@ class Verbalizer:
         branch_BS = _padded(branches, self._device, fill=-1)
         states = self._decode(_padded(rows, self._device), cache, branch_BS, _padded(positions, self._device))
         at = torch.tensor(where, device=self._device)
-        token, title = torch.tensor(what, device=self._device), torch.tensor(whose, device=self._device)
-        found = self._token_log_likelihood(states[at[:, 0], at[:, 1]], token)
+        found = self._token_log_likelihood(states[at[:, 0], at[:, 1]], torch.tensor(what, device=self._device))
+        title_of = torch.tensor(whose, device=self._device)
         count = len(prompts) * len(answers[0])
-        sums = found.new_zeros(count).index_add(0, title, found)
-        return (sums / title.bincount(minlength=count)).view(len(prompts), -1)
+        sums = found.new_zeros(count).index_add(0, title_of, found)
+        return (sums / title_of.bincount(minlength=count)).view(len(prompts), -1)
 
     def _token_log_likelihood(self, states: Tensor, token: Tensor) -> Tensor:
         """Log-likelihoods ``[n]`` of tokens ``[n]`` from the states ``[n, hidden]`` that predict them."""

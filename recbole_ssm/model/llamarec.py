@@ -260,12 +260,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UserError(f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5")
     if options["orpo_lambda"] < 0:
         raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
-    if (options["train_objective"], options["verbalizer"]) == ("orpo", "embedding"):
-        if options["orpo_probabilities"] == "vocabulary":
-            raise UserError(
-                "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
-                "take orpo_probabilities: letters"
-            )
+    three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
+    if three == ("orpo", "embedding", "vocabulary"):
+        raise UserError(
+            "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
+            "take orpo_probabilities: letters"
+        )
     mode = options["eval_args"]["mode"]
     if mode != "full":
         raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")

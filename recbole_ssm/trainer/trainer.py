@@ -516,7 +516,7 @@ class SSMTrainer(Trainer):
             del defaults["weight_decay"]
         own: Mapping[str, Any] = self.config["learner_groups"] or {}
         try:
-            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            trained = [(path, p) for path, p in self.model.named_parameters() if p.requires_grad]
             groups = parameter_groups(trained, own)
         except UserError as error:
             raise UserError(f"learner_groups: {error}") from error
