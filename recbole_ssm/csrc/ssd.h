@@ -68,25 +68,15 @@ void product(Triangle triangle, i64 m, i64 columns, i64 k, const float* A, i64 r
 
 // [rows, columns] -> [columns, rows]; both are multiples of VL.
 void transpose(i64 rows, i64 columns, const float* from, i64 ld_from, float* to, i64 ld_to) {
-#if HAS_SHUFFLE && VL == 16
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif HAS_SHUFFLE && VL == 8
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#elif HAS_SHUFFLE && VL == 4
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#endif
   for (i64 i = 0; i < rows; i += VL)
     for (i64 j = 0; j < columns; j += VL) {
-#ifdef LOW
+#if HAS_SHUFFLE
       vec a[VL], b[VL];
       for (int r = 0; r < VL; r++) a[r] = load(from + (i + r) * ld_from + j);
       for (int width = 1; width < VL; width *= 2) {  // interleave row r with row r + VL / 2, as often as it takes
         for (int r = 0; r < VL / 2; r++) {
-          b[2 * r] = __builtin_shufflevector(a[r], a[r + VL / 2], LOW);
-          b[2 * r + 1] = __builtin_shufflevector(a[r], a[r + VL / 2], HIGH);
+          b[2 * r] = low_lanes(a[r], a[r + VL / 2]);
+          b[2 * r + 1] = high_lanes(a[r], a[r + VL / 2]);
         }
         for (int r = 0; r < VL; r++) a[r] = b[r];
       }
@@ -96,8 +86,6 @@ void transpose(i64 rows, i64 columns, const float* from, i64 ld_from, float* to,
         for (i64 c = 0; c < VL; c++) to[(j + c) * ld_to + i + r] = from[(i + r) * ld_from + j + c];
 #endif
     }
-#undef LOW
-#undef HIGH
 }
 
 // --- one call -----------------------------------------------------------------------------------------------------
@@ -203,13 +191,6 @@ INLINE vec decay_over(vec time, float A2) {
 }
 INLINE float decay_over(double time, double A2) { return time * A2 < -126 ? 0.f : exp2f((float)(time * A2)); }
 const double LOG2E_DOUBLE = 1.4426950408889634;
-
-// Lanes from `count` on become 0.
-INLINE vec first_lanes(vec v, i64 count) {
-  if (count >= VL) return v;
-  for (i64 i = count; i < VL; i++) v[i] = 0;
-  return v;
-}
 
 // State [N, P] <-> [Np, Pp]
 void unpack_state(const SsdUnit& u, const float* from, float* to) {

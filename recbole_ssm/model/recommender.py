@@ -94,6 +94,11 @@ class SSMRecommender(PackedRecommender):
         sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
         return sums / item_seq_len.clamp(min=1)[:, None]
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether events can be taken one by one: :meth:`step`, :meth:`read` and :meth:`alloc_state` work."""
+        return self.readout == "last" and all(hasattr(block.mixer, "alloc_state") for block in self.blocks)
+
     def alloc_state(self, batch: int) -> list[MixerState]:
         """The state of ``batch`` users before their first event, one entry a block."""
         return [block.mixer.alloc_state(batch) for block in self.blocks]
@@ -109,3 +114,12 @@ class SSMRecommender(PackedRecommender):
             u, new = block.step(u, before)
             after.append(new)
         return u, after
+
+    def read(self, items_L: Tensor) -> tuple[Tensor, list[MixerState]]:
+        """One history of any length at once: item ids ``[L]`` -> a vector ``[1, hidden_size]`` and what steps leave."""
+        u = self.embed(items_L)[None]
+        states = []
+        for block in self.blocks:
+            u, state = block(u)
+            states.append(state)
+        return u[:, -1], states
