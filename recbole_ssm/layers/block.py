@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.state import MixerState
 from recbole_ssm.layers.step import norm_fields, step
+from recbole_ssm.ops import dropout
 from recbole_ssm.ops.packing import last_of
+
+
+class Dropout(nn.Dropout):
+    """:func:`recbole_ssm.ops.dropout` as a module; never in place."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``[...]`` -> ``[...]``."""
+        return dropout(u, self.p, self.training)
 
 
 class FeedForward(nn.Module):
@@ -25,7 +34,7 @@ class FeedForward(nn.Module):
         self.w_1 = nn.Linear(d_model, d_inner)
         self.w_2 = nn.Linear(d_inner, d_model)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -49,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module, d_model: int, dropout: float, residual: bool) -> None:
         super().__init__()
         self.mixer: Any = mixer
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
         self.feed_forward = FeedForward(d_model, 4 * d_model, dropout)
         self.residual = residual

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, MixerState
+from recbole_ssm.layers import Block, Dropout, MixerState
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender, pack
 
@@ -41,7 +41,7 @@ class SSMRecommender(PackedRecommender):
 
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
-        self.dropout = nn.Dropout(self.dropout_prob)
+        self.dropout = Dropout(self.dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         blocks = [
             Block(self.build_mixer(config), self.hidden_size, self.dropout_prob, residual)

@@ -22,6 +22,7 @@ from torch.autograd.forward_ad import unpack_dual
 from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
+from recbole_ssm.ops.dropout import torch_dropout
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
@@ -727,6 +728,41 @@ def _centered_conv1d(
     return _conv_op(x, weight, bias, None, cu_seqlens, K // 2, activation == "silu", False)[0]
 
 
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+def _dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
+    threshold = round(p * 2**32)
+    y = _dropout_fake(x, p, seed)
+    fields = {"size": x.numel(), "seed": seed, "threshold": threshold, "scale": 1 / (1 - threshold / 2**32)}
+    _run("dropout", 0, False, {**fields, "x": _whole(x), "y": y})
+    return y
+
+
+def _dropout_fake(x: Tensor, p: float, seed: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
+
+
+def _dropout_autograd(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    return _dropout_op(gy, *ctx.arguments), None, None  # the same mask: linear, and its own transpose
+
+
+_dropout_op = _operator("dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake)
+torch.library.register_autograd(_dropout_op, _dropout_autograd, setup_context=_dropout_setup, lib=_operators)
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    if torch.compiler.is_compiling() or not _usable(x) or round(p * 2**32) == 2**32:
+        return torch_dropout(x, p)
+    seed = torch.empty((), dtype=torch.int64).random_()  # one draw a call
+    y: Tensor = _dropout_op(x, p, int(seed))
+    return y
+
+
 # --- availability -------------------------------------------------------------------------------------------------
 
 unusable = load(LIBRARY)  # why there is no native backend; "" where there is one
@@ -739,6 +775,7 @@ if not unusable:
         ("quasiseparable", _quasiseparable),
         ("causal_conv1d", _causal_conv1d),
         ("centered_conv1d", _centered_conv1d),
+        ("dropout", _dropout),
     ):
         implements(_op, "native")(_function)
 elif unusable != "not built":
