@@ -157,6 +157,19 @@ INLINE vec high_lanes(vec a, vec b) { return __builtin_shufflevector(a, b, 2, 6,
 #endif
 #endif
 
+// The sums of the lanes of each of VL vectors. Every pass halves the vectors and interleaves what they belong to.
+INLINE vec sum_each(vec* a) {
+#if HAS_SHUFFLE
+  for (int half = VL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) a[i] = low_lanes(a[i], a[i + half]) + high_lanes(a[i], a[i + half]);
+  return a[0];
+#else
+  float sums[VL];
+  for (int i = 0; i < VL; i++) sums[i] = sum(a[i]);
+  return load(sums);
+#endif
+}
+
 INLINE i64 begin_of(const i64* offsets, i64 L, i64 s) { return offsets ? offsets[s] : s * L; }
 
 // Sums over sequences are taken group by group and the groups in their order: the number of threads changes no bit.
@@ -173,6 +186,18 @@ INLINE i64 group_begin(const i64* offsets, i64 S, i64 group) {
     if (offsets[middle] < row) low = middle + 1; else high = middle;
   }
   return group ? low : 0;
+}
+
+// In how many pieces a forward takes a sequence that could fall into `most`: none knows of another, so unlike in a backward
+// the number of threads may decide.
+INLINE i64 forward_parts(i64 threads, i64 S, i64 most) { return threads == 1 || S >= 8 * threads ? 1 : most; }
+
+// A row of sums to where it belongs: as it is, or onto what is there.
+INLINE void add_row(const float* from, i64 n, float* to, bool add) {
+  for (i64 i = 0; i < n; i += VL) {
+    const vec sums = load(from + i, n - i);
+    store(to + i, add ? load(to + i, n - i) + sums : sums, n - i);
+  }
 }
 
 // Pieces of the workspace, each on a cache line of its own.

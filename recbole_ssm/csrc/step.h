@@ -12,19 +12,6 @@ const i64 USERS = 16;
 
 // --- linear layers ------------------------------------------------------------------------------------------------
 
-// The sums of the lanes of each of VL vectors. Every pass halves the vectors and interleaves what they belong to.
-INLINE vec sum_each(vec* a) {
-#if HAS_SHUFFLE
-  for (int half = VL / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) a[i] = low_lanes(a[i], a[i + half]) + high_lanes(a[i], a[i + half]);
-  return a[0];
-#else
-  float sums[VL];
-  for (int i = 0; i < VL; i++) sums[i] = sum(a[i]);
-  return load(sums);
-#endif
-}
-
 // The products of ROWS rows of W with x of VL / ROWS users; those of one user stand together.
 template <int ROWS>
 INLINE vec dot_products(i64 inner, i64 rows, const float* W, const float* x, i64 ldx) {
