@@ -137,6 +137,42 @@ def _plain_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(y[..., :L]).transpose(1, 2)
 
 
+def _mambapy(*t: Tensor) -> Tensor:
+    """The selective scan as mambapy computes it: its parallel scan over all states at once."""
+    from mambapy.pscan import pscan
+
+    x, dt, A, B, C, skip, z, bias = t
+    dt = F.softplus(dt + bias)
+    states = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B[:, :, None])  # [B, L, D, N]
+    return ((states @ C[..., None]).squeeze(-1) + skip * x) * F.silu(z)
+
+
+def _mamba_ssm(*t: Tensor) -> Tensor:
+    """The selective scan as mamba-ssm's own plain function computes it."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    x, dt, A, B, C, skip, z, bias = t
+    x, dt, B, C, z = (v.transpose(1, 2) for v in (x, dt, B, C, z))
+    y: Tensor = selective_scan_ref(x, dt, A, B, C, skip, z, bias, True).transpose(1, 2)
+    return y
+
+
+def _others(name: str, L: int) -> dict[str, Callable[..., Tensor]]:
+    """What others compute the same op with, as far as it is installed; on short sequences, for it keeps all states."""
+    if name == "causal_conv1d":
+        return {"conv1d": _plain_conv1d}
+    usable = {}
+    if name == "selective_scan" and L <= REFERENCE_UP_TO:
+        for package, call in (("mambapy", _mambapy), ("mamba_ssm", _mamba_ssm)):
+            try:
+                with torch.no_grad():
+                    call(*_scan(1, 2).tensors)
+                usable[package] = call
+            except Exception:  # not installed, or not importable on this machine: without a GPU it fails in many ways
+                continue
+    return usable
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--ops", default=",".join(CASES), help="which, separated by commas (default: all)")
@@ -164,8 +200,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _rows(name: str, B: int, L: int, case: Case, rounds: int) -> list[dict[str, Any]]:
     inputs = [t.requires_grad_() for t in case.tensors]
     calls = {b: case.call for b in available_backends() if b != "reference" or L <= REFERENCE_UP_TO}
-    if name == "causal_conv1d":
-        calls["conv1d"] = _plain_conv1d
+    calls |= _others(name, L)
     with torch.no_grad():
         gradient = torch.randn_like(case.call(*inputs))
 

@@ -10,7 +10,7 @@
 
 typedef int64_t i64;
 
-enum { ABI = 1 };     // raise with every change here; Python refuses a library of another number
+enum { ABI = 2 };     // raise with every change here; Python refuses a library of another number
 enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
 
 // selective scan: D channels with a state of N each; states are stored [S, N, D]
@@ -80,6 +80,34 @@ struct Conv {
   char* workspace;
 };
 
+struct Norm { const float *weight, *bias; double eps; };
+
+// One event of each of B users through a block: Mamba where H is 0, else Mamba-2 of H heads in G groups; the mixer alone
+// where F is 0. Weights are PyTorch's, [out, in]. States may be written where they were read.
+struct Step {
+  i64 B, M, D, N, K, R, H, G, F, residual, threads;
+  const i64* rows; i64 items;                // or null: u of user b is row rows[b] of that many
+  const float* u;                            // [B, M]
+  Norm first;                                // LayerNorm of u, or null
+  const float *in_weight, *conv_weight, *conv_bias;
+  const float *x_weight, *dt_weight;         // of Mamba
+  const float *dt_bias, *A_log, *skip;       // Mamba: [D], [D, N], [D]; Mamba-2: [H] each
+  Norm gate_norm;                            // of Mamba-2, without a bias
+  const float* out_weight;
+  Norm norm; const float *w_1, *b_1, *w_2, *b_2; Norm last;
+  const float *conv, *ssm;                   // [B, D (Mamba-2: D + 2 G N), K], [B, D, N]
+  float *conv_after, *ssm_after, *y;
+  char* workspace;
+};
+
+struct Dropout {
+  i64 size, threads, seed, threshold;        // an element stays where its 32 random bits are not below the threshold
+  double scale;
+  const float* x;
+  float* y;
+  char* workspace;                           // of no size
+};
+
 // What one instruction set offers. workspace_*: bytes that a call needs.
 struct Kernels {
   void (*scan_forward)(const Scan&);
@@ -90,10 +118,13 @@ struct Kernels {
   void (*ssd_last_backward)(const SsdLast&);
   void (*conv_forward)(const Conv&);
   void (*conv_backward)(const Conv&);
+  void (*step)(const Step&);
+  void (*dropout)(const Dropout&);
   i64 (*scan_workspace)(const Scan&, i64 backward);
   i64 (*ssd_workspace)(const Ssd&, i64 backward);
   i64 (*ssd_last_workspace)(const SsdLast&, i64 backward);
   i64 (*conv_workspace)(const Conv&, i64 backward);
+  i64 (*step_workspace)(const Step&);
 };
 
 // Run task(0) ... task(tasks - 1) on several threads, each task once, in any order. `run(context, task, thread)`.

@@ -124,3 +124,20 @@ KERNEL(scan, Scan)
 KERNEL(ssd, Ssd)
 KERNEL(ssd_last, SsdLast)
 KERNEL(conv, Conv)
+
+// `count` blocks, one after the other; 1 where a row does not exist.
+EXPORT i64 recbole_ssm_step_workspace(const Step* a, i64) { return chosen->kernels->step_workspace(*a); }
+EXPORT i64 recbole_ssm_step(const Step* a, i64 count, i64) {
+  for (i64 i = 0; i < count; i++) {
+    for (i64 b = 0; a[i].rows && b < a[i].B; b++)
+      if (a[i].rows[b] < 0 || a[i].rows[b] >= a[i].items) return 1;
+    chosen->kernels->step(a[i]);
+  }
+  return 0;
+}
+
+EXPORT i64 recbole_ssm_dropout_workspace(const Dropout*, i64) { return 0; }
+EXPORT i64 recbole_ssm_dropout(const Dropout* a, i64, i64) {
+  chosen->kernels->dropout(*a);
+  return 0;
+}

@@ -14,17 +14,18 @@ const i64 NB = 4;
 struct ScanCall {
   const Scan* a;
   i64 width;             // channels, padded
-  i64 parts;             // pieces of the channels that are worked on apart
+  i64 parts, pieces;     // of the channels: sums of their own, by the shape alone; tasks of their own, by the threads
   float* A2;             // [N, width]: A log2(e), transposed
   float *gA, *gskip, *gbias;  // one of each a group of sequences: [groups, N, width], [groups, width] twice
-  float *gB, *gC;        // [parts, rows, N]: sums over the channels of a part
+  float *gB, *gC;        // [pieces, rows, N]: sums over the channels of a piece
   char* scratch;
   i64 scratch_bytes;     // of one thread
+  i64 channel(i64 part) const { return width / VL * part / parts * VL; }  // the first of a part
 };
 
 i64 scan_rows(const Scan& a) { return a.offsets ? a.offsets[a.S] : a.S * a.L; }
 
-// Few sequences leave threads idle unless their channels are split too; this depends on the shape alone.
+// Few sequences leave threads idle unless their channels are split too.
 i64 scan_parts(const Scan& a) { return a.S >= 8 ? 1 : min_of(4, padded(a.D) / VL); }
 
 i64 scan_scratch(const Scan& a, i64 backward) {
@@ -33,7 +34,7 @@ i64 scan_scratch(const Scan& a, i64 backward) {
     return backward ? 2 * room(CHUNK * a.N) + 4 * room(CHUNK * width) + 2 * room(width, 8) + 2 * room(width)
                     : room(CHUNK * a.N) + 2 * room(width);
   return backward ? 7 * room(CHUNK * width) + 2 * room(a.N * width) + 4 * room(tile)
-                  : 3 * room(CHUNK * VL) + room(a.N * VL);
+                  : 3 * room(CHUNK * VL) + room(a.N * width);
 }
 
 i64 scan_workspace(const Scan& a, i64 backward) {
@@ -41,7 +42,7 @@ i64 scan_workspace(const Scan& a, i64 backward) {
   i64 bytes = 64 + room(a.N * width) + a.threads * room(scan_scratch(a, backward), 1);
   if (backward) {
     bytes += room(groups * a.N * width) + 2 * room(groups * width);
-    if (!a.last && parts > 1) bytes += 2 * room(parts * scan_rows(a) * a.N);
+    if (!a.last && a.threads > 1 && parts > 1) bytes += 2 * room(parts * scan_rows(a) * a.N);
   }
   return bytes;
 }
@@ -53,6 +54,7 @@ ScanCall scan_call(const Scan& a, i64 backward) {
   call.a = &a;
   call.width = width;
   call.parts = scan_parts(a);
+  call.pieces = !backward ? forward_parts(a.threads, a.S, width / VL) : a.threads == 1 ? 1 : call.parts;
   call.A2 = arena.floats(a.N * width);
   zero(call.A2, a.N * width);
   for (i64 d = 0; d < a.D; d++)
@@ -66,9 +68,9 @@ ScanCall scan_call(const Scan& a, i64 backward) {
     zero(call.gbias, groups * width);
     call.gB = a.gB;
     call.gC = a.gC;
-    if (!a.last && call.parts > 1) {
-      call.gB = arena.floats(call.parts * scan_rows(a) * a.N);
-      call.gC = arena.floats(call.parts * scan_rows(a) * a.N);
+    if (!a.last && call.pieces > 1) {
+      call.gB = arena.floats(call.pieces * scan_rows(a) * a.N);
+      call.gC = arena.floats(call.pieces * scan_rows(a) * a.N);
     }
   }
   call.scratch_bytes = room(scan_scratch(a, backward), 1);
@@ -115,44 +117,50 @@ INLINE void scan_tile(i64 steps, const float* A2, i64 width, const float* B, i64
   for (int k = 0; k < K; k++) store(h + k * VL, state[k]);
 }
 
-void scan_forward_block(const ScanCall& call, i64 s, i64 d, char* scratch) {
+// The channels from d0 to d1 of a sequence, chunk by chunk, so that all of a row is read while it is near.
+void scan_forward_channels(const ScanCall& call, i64 s, i64 d0, i64 d1, char* scratch) {
   const Scan& a = *call.a;
-  const i64 N = a.N, D = a.D, width = call.width, lanes = min_of(VL, D - d);
+  const i64 N = a.N, D = a.D, width = call.width;
   const i64 begin = begin_of(a.offsets, a.L, s), length = begin_of(a.offsets, a.L, s + 1) - begin;
   Arena arena(scratch);
-  float *h = arena.floats(N * VL), *dt = arena.floats(CHUNK * VL), *v = arena.floats(CHUNK * VL);
+  float *states = arena.floats(N * width), *dt = arena.floats(CHUNK * VL), *v = arena.floats(CHUNK * VL);
   float* y = arena.floats(CHUNK * VL);
-  const vec skip = skip_of(a, d, lanes);
-  for (i64 n = 0; n < N; n++) store(h + n * VL, a.state ? load(a.state + (s * N + n) * D + d, lanes) : all(0.f));
-  for (i64 first = 0; first < length; first += CHUNK) {
-    const i64 row = begin + first, steps = min_of(CHUNK, length - first);
-    if (first && a.kept) {
-      float* kept = a.kept + (begin / CHUNK + first / CHUNK - 1) * N * D + d;
-      for (i64 n = 0; n < N; n++) store(kept + n * D, load(h + n * VL), lanes);
-    }
-    for (i64 t = 0; t < steps; t++) {
-      const vec x = load(a.x + (row + t) * a.sx + d, lanes), step = step_size(a, row + t, d, lanes);
-      store(dt + t * VL, step);
-      store(v + t * VL, step * x);
-      store(y + t * VL, skip * x);
-    }
-    i64 n = 0;
-    for (; n + NB <= N; n += NB)
-      scan_tile<NB>(steps, call.A2 + n * width + d, width, a.B + row * a.sB + n, a.sB, a.C + row * a.sC + n, a.sC, dt,
-                    v, y, h + n * VL);
-    for (; n < N; n++)
-      scan_tile<1>(steps, call.A2 + n * width + d, width, a.B + row * a.sB + n, a.sB, a.C + row * a.sC + n, a.sC, dt,
-                   v, y, h + n * VL);
-    for (i64 t = 0; t < steps; t++) {
-      vec out = load(y + t * VL);
-      if (a.z) {
-        const vec z = load(a.z + (row + t) * a.sz + d, lanes);
-        out *= z * sigmoid(z);
+  for (i64 d = d0; d < d1; d += VL)
+    for (i64 n = 0; n < N; n++)
+      store(states + d * N + n * VL, a.state ? load(a.state + (s * N + n) * D + d, D - d) : all(0.f));
+  for (i64 first = 0; first < length; first += CHUNK)
+    for (i64 d = d0; d < d1; d += VL) {
+      const i64 row = begin + first, steps = min_of(CHUNK, length - first), lanes = D - d;
+      float* h = states + d * N;  // [N, VL]
+      const vec skip = skip_of(a, d, lanes);
+      if (first && a.kept) {
+        float* kept = a.kept + (begin / CHUNK + first / CHUNK - 1) * N * D + d;
+        for (i64 n = 0; n < N; n++) store(kept + n * D, load(h + n * VL), lanes);
       }
-      store(a.y + (row + t) * D + d, out, lanes);
+      for (i64 t = 0; t < steps; t++) {
+        const vec x = load(a.x + (row + t) * a.sx + d, lanes), step = step_size(a, row + t, d, lanes);
+        store(dt + t * VL, step);
+        store(v + t * VL, step * x);
+        store(y + t * VL, skip * x);
+      }
+      i64 n = 0;
+      for (; n + NB <= N; n += NB)
+        scan_tile<NB>(steps, call.A2 + n * width + d, width, a.B + row * a.sB + n, a.sB, a.C + row * a.sC + n, a.sC,
+                      dt, v, y, h + n * VL);
+      for (; n < N; n++)
+        scan_tile<1>(steps, call.A2 + n * width + d, width, a.B + row * a.sB + n, a.sB, a.C + row * a.sC + n, a.sC,
+                     dt, v, y, h + n * VL);
+      for (i64 t = 0; t < steps; t++) {
+        vec out = load(y + t * VL);
+        if (a.z) {
+          const vec z = load(a.z + (row + t) * a.sz + d, lanes);
+          out *= z * sigmoid(z);
+        }
+        store(a.y + (row + t) * D + d, out, lanes);
+      }
     }
-  }
-  for (i64 n = 0; n < N; n++) store(a.final + (s * N + n) * D + d, load(h + n * VL), lanes);
+  for (i64 d = d0; d < d1; d += VL)
+    for (i64 n = 0; n < N; n++) store(a.final + (s * N + n) * D + d, load(states + d * N + n * VL), D - d);
 }
 
 // K states of one vector of channels back through a chunk. The states and decays of the chunk are computed again (H, E);
@@ -172,8 +180,8 @@ INLINE void scan_tile_backward(i64 steps, bool first_block, const float* A2, i64
   }
   for (i64 t = 0; t < steps; t++) {
     const float *Bt = B + t * sB, *Ct = C + t * sC;
-    const vec step = load(dt + t * width), in = load(v + t * width);
-    vec out = load(y + t * width);
+    const vec step = load(dt + t * VL), in = load(v + t * VL);
+    vec out = load(y + t * VL);
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       const vec decay = exp2_of(step * A[k]);
@@ -182,12 +190,12 @@ INLINE void scan_tile_backward(i64 steps, bool first_block, const float* A2, i64
       store(H + (t * K + k) * VL, state[k]);
       store(E + (t * K + k) * VL, decay);
     }
-    store(y + t * width, out);
+    store(y + t * VL, out);
   }
   for (i64 t = steps - 1; t >= 0; t--) {
     const float *Bt = B + t * sB, *Ct = C + t * sC;
-    const vec step = load(dt + t * width), in = load(v + t * width), gout = load(gy + t * width);
-    vec sum_v = load(gv + t * width), sum_dt = load(gdt + t * width);
+    const vec step = load(dt + t * VL), in = load(v + t * VL), gout = load(gy + t * VL);
+    vec sum_v = load(gv + t * VL), sum_dt = load(gdt + t * VL);
 #pragma GCC unroll 8
     for (int k = 0; k < K; k++) {
       const i64 at = (t * K + k) * VL;
@@ -207,8 +215,8 @@ INLINE void scan_tile_backward(i64 steps, bool first_block, const float* A2, i64
       sum_dt += flow * A[k];
       gradA[k] += flow * step;
     }
-    store(gv + t * width, sum_v);
-    store(gdt + t * width, sum_dt);
+    store(gv + t * VL, sum_v);
+    store(gdt + t * VL, sum_dt);
   }
   for (int k = 0; k < K; k++) {
     store(g + k * width, grad[k]);
@@ -217,33 +225,52 @@ INLINE void scan_tile_backward(i64 steps, bool first_block, const float* A2, i64
 }
 
 struct ScanBackwardScratch {
-  float *dt, *v, *x, *gy, *y, *gv, *gdt;  // [CHUNK, width] each
+  float *dt, *v, *x, *gy, *y, *gv, *gdt;  // [width / VL, CHUNK, VL] each
   float *g, *start;                       // [N, width]: gradient of the state, state before the chunk
   float *H, *E, *outer_B, *outer_C;       // [CHUNK, NB, VL] each
 };
 
+// Sums over channels of what was gathered for K states of every step, [steps, K, VL]; to K numbers of each row.
 template <int K>
-INLINE void scan_states_backward(const ScanCall& call, const ScanBackwardScratch& w, i64 row, i64 steps, i64 n, i64 d0,
-                                 i64 d1, float* gA, float* gB, float* gC) {
+INLINE void sum_outer(i64 steps, const float* outer, float* out, i64 stride, bool add) {
+  float sums[VL];
+  for (i64 i = 0; i < steps * K; i += VL) {
+    const i64 count = min_of(VL, steps * K - i);
+    vec of[VL];
+    if (count == VL)
+      for (int j = 0; j < VL; j++) of[j] = load(outer + (i + j) * VL);
+    else
+      for (int j = 0; j < VL; j++) of[j] = j < count ? load(outer + (i + j) * VL) : all(0.f);
+    store(sums, sum_each(of));
+    for (int j = 0; j < count; j += K) {
+      float* to = out + (i + j) / K * stride;
+      for (int k = 0; k < K; k++) to[k] = add ? to[k] + sums[j + k] : sums[j + k];
+    }
+  }
+}
+
+template <int K>
+INLINE void scan_states_backward(const ScanCall& call, const ScanBackwardScratch& w, i64 row, i64 steps, i64 n,
+                                 i64 part0, i64 part, float* gA) {
   const Scan& a = *call.a;
-  const i64 width = call.width;
+  const i64 width = call.width, d0 = call.channel(part), d1 = call.channel(part + 1);
+  const i64 at = (part0 * scan_rows(a) + row) * a.N + n;
   for (i64 d = d0; d < d1; d += VL)
     scan_tile_backward<K>(steps, d == d0, call.A2 + n * width + d, width, a.B + row * a.sB + n, a.sB,
-                          a.C + row * a.sC + n, a.sC, w.dt + d, w.v + d, w.gy + d, w.y + d, w.gv + d, w.gdt + d,
+                          a.C + row * a.sC + n, a.sC, w.dt + d * CHUNK, w.v + d * CHUNK, w.gy + d * CHUNK, w.y + d * CHUNK,
+                          w.gv + d * CHUNK, w.gdt + d * CHUNK,
                           w.start + n * width + d, width, w.g + n * width + d, gA + n * width + d, w.H, w.E, w.outer_B,
                           w.outer_C);
-  for (i64 t = 0; t < steps; t++)
-    for (int k = 0; k < K; k++) {
-      gB[(row + t) * a.N + n + k] = sum(load(w.outer_B + (t * K + k) * VL));
-      gC[(row + t) * a.N + n + k] = sum(load(w.outer_C + (t * K + k) * VL));
-    }
+  sum_outer<K>(steps, w.outer_B, call.gB + at, a.N, part > part0);
+  sum_outer<K>(steps, w.outer_C, call.gC + at, a.N, part > part0);
 }
 
 void scan_backward_task(void* context, i64 task, i64 thread) {
   const ScanCall& call = *(const ScanCall*)context;
   const Scan& a = *call.a;
-  const i64 N = a.N, D = a.D, width = call.width, part = task % call.parts, group = task / call.parts;
-  const i64 blocks = width / VL, d0 = blocks * part / call.parts * VL, d1 = blocks * (part + 1) / call.parts * VL;
+  const i64 N = a.N, D = a.D, width = call.width, piece = task % call.pieces, group = task / call.pieces;
+  const i64 part0 = call.parts * piece / call.pieces, part1 = call.parts * (piece + 1) / call.pieces;
+  const i64 d0 = call.channel(part0), d1 = call.channel(part1);
   Arena arena(call.scratch + thread * call.scratch_bytes);
   ScanBackwardScratch w;
   w.dt = arena.floats(CHUNK * width);
@@ -260,7 +287,6 @@ void scan_backward_task(void* context, i64 task, i64 thread) {
   w.outer_B = arena.floats(CHUNK * NB * VL);
   w.outer_C = arena.floats(CHUNK * NB * VL);
   float *gA = call.gA + group * N * width, *gskip = call.gskip + group * width, *gbias = call.gbias + group * width;
-  float *gB = call.gB + part * scan_rows(a) * N, *gC = call.gC + part * scan_rows(a) * N;
 
   for (i64 s = group_begin(a.offsets, a.S, group); s < group_begin(a.offsets, a.S, group + 1); s++) {
     const i64 begin = begin_of(a.offsets, a.L, s), length = begin_of(a.offsets, a.L, s + 1) - begin;
@@ -271,7 +297,7 @@ void scan_backward_task(void* context, i64 task, i64 thread) {
       const i64 row = begin + first, steps = min_of(CHUNK, length - first);
       for (i64 t = 0; t < steps; t++)
         for (i64 d = d0; d < d1; d += VL) {
-          const i64 at = t * width + d, lanes = D - d;
+          const i64 at = d * CHUNK + t * VL, lanes = D - d;
           const vec x = load(a.x + (row + t) * a.sx + d, lanes), step = step_size(a, row + t, d, lanes);
           vec gy = load(a.gy + (row + t) * a.sgy + d, lanes);
           if (a.z) {
@@ -291,12 +317,14 @@ void scan_backward_task(void* context, i64 task, i64 thread) {
       for (i64 n = 0; n < N; n++)
         for (i64 d = d0; d < d1; d += VL)
           store(w.start + n * width + d, start ? load(start + n * D + d, D - d) : all(0.f));
-      i64 n = 0;
-      for (; n + NB <= N; n += NB) scan_states_backward<NB>(call, w, row, steps, n, d0, d1, gA, gB, gC);
-      for (; n < N; n++) scan_states_backward<1>(call, w, row, steps, n, d0, d1, gA, gB, gC);
+      for (i64 part = part0; part < part1; part++) {
+        i64 n = 0;
+        for (; n + NB <= N; n += NB) scan_states_backward<NB>(call, w, row, steps, n, part0, part, gA);
+        for (; n < N; n++) scan_states_backward<1>(call, w, row, steps, n, part0, part, gA);
+      }
       for (i64 t = 0; t < steps; t++)
         for (i64 d = d0; d < d1; d += VL) {
-          const i64 at = t * width + d, lanes = D - d;
+          const i64 at = d * CHUNK + t * VL, lanes = D - d;
           const vec x = load(w.x + at), gv = load(w.gv + at), gy = load(w.gy + at);
           const vec gdt = (gv * x + load(w.gdt + at) * LN2) * step_slope(a, row + t, d, lanes);  // LN2: A2 = A log2(e)
           store(a.gx + (row + t) * D + d, gv * load(w.dt + at) + gy * skip_of(a, d, lanes), lanes);
@@ -494,17 +522,13 @@ void scan_forward_task(void* context, i64 task, i64 thread) {
   const Scan& a = *call.a;
   char* scratch = call.scratch + thread * call.scratch_bytes;
   if (a.last) return scan_last_forward(call, task, scratch);
-  if (a.S >= 64) {
-    for (i64 d = 0; d < a.D; d += VL) scan_forward_block(call, task, d, scratch);
-  } else {
-    const i64 blocks = call.width / VL;
-    scan_forward_block(call, task / blocks, task % blocks * VL, scratch);
-  }
+  const i64 blocks = call.width / VL, s = task / call.pieces, piece = task % call.pieces;
+  scan_forward_channels(call, s, blocks * piece / call.pieces * VL, blocks * (piece + 1) / call.pieces * VL, scratch);
 }
 
 void scan_forward(const Scan& a) {
   ScanCall call = scan_call(a, 0);
-  parallel(a.threads, a.last || a.S >= 64 ? a.S : a.S * (call.width / VL), scan_forward_task, &call);
+  parallel(a.threads, a.last ? a.S : a.S * call.pieces, scan_forward_task, &call);
 }
 
 void scan_backward(const Scan& a) {
@@ -513,18 +537,11 @@ void scan_backward(const Scan& a) {
   if (a.last)
     parallel(a.threads, groups, scan_last_backward_task, &call);
   else
-    parallel(a.threads, groups * call.parts, scan_backward_task, &call);
-  if (call.gB != a.gB) {
+    parallel(a.threads, groups * call.pieces, scan_backward_task, &call);
+  for (i64 piece = 0; call.gB != a.gB && piece < call.pieces; piece++) {
     const i64 size = scan_rows(a) * N;
-    for (i64 i = 0; i < size; i++) {
-      a.gB[i] = call.gB[i];
-      a.gC[i] = call.gC[i];
-    }
-    for (i64 part = 1; part < call.parts; part++)
-      for (i64 i = 0; i < size; i++) {
-        a.gB[i] += call.gB[part * size + i];
-        a.gC[i] += call.gC[part * size + i];
-      }
+    add_row(call.gB + piece * size, size, a.gB, piece > 0);
+    add_row(call.gC + piece * size, size, a.gC, piece > 0);
   }
   for (i64 group = 1; group < groups; group++) {
     for (i64 i = 0; i < N * width; i++) call.gA[i] += call.gA[group * N * width + i];

@@ -34,15 +34,35 @@ INLINE void zero(float* p, i64 n) { memset(p, 0, n * sizeof(float)); }
 // The first n of VL lanes; the rest is zero, and is not written.
 INLINE vec load(const float* p, i64 n) {
   if (n >= VL) return load(p);
+#if defined(__AVX512DQ__)
+  const __m512 wide = _mm512_maskz_loadu_ps((__mmask16)((1u << max_of(n, 0)) - 1), p);
+  vec v;
+  memcpy(&v, &wide, sizeof v);
+  return v;
+#else
   float lanes[VL] = {};
   for (i64 i = 0; i < n; i++) lanes[i] = p[i];
   return load(lanes);
+#endif
 }
 INLINE void store(float* p, vec v, i64 n) {
   if (n >= VL) return store(p, v);
+#if defined(__AVX512DQ__)
+  __m512 wide;
+  memcpy(&wide, &v, sizeof v);
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << max_of(n, 0)) - 1), wide);
+#else
   float lanes[VL];
   store(lanes, v);
   for (i64 i = 0; i < n; i++) p[i] = lanes[i];
+#endif
+}
+
+// Lanes from `count` on become 0.
+INLINE vec first_lanes(vec v, i64 count) {
+  if (count >= VL) return v;
+  for (i64 i = count; i < VL; i++) v[i] = 0;
+  return v;
 }
 
 // Sum of all lanes, by halves: the order is fixed.
@@ -119,6 +139,37 @@ INLINE vec softplus(vec x) {
   return (zeros > x ? zeros : x) + p * s;
 }
 
+#if HAS_SHUFFLE
+// Lanes of the lower (upper) half of a and b in turn.
+#if VL == 16
+INLINE vec low_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE vec high_lanes(vec a, vec b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif VL == 8
+INLINE vec low_lanes(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+INLINE vec high_lanes(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+INLINE vec low_lanes(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+INLINE vec high_lanes(vec a, vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+#endif
+
+// The sums of the lanes of each of VL vectors. Every pass halves the vectors and interleaves what they belong to.
+INLINE vec sum_each(vec* a) {
+#if HAS_SHUFFLE
+  for (int half = VL / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) a[i] = low_lanes(a[i], a[i + half]) + high_lanes(a[i], a[i + half]);
+  return a[0];
+#else
+  float sums[VL];
+  for (int i = 0; i < VL; i++) sums[i] = sum(a[i]);
+  return load(sums);
+#endif
+}
+
 INLINE i64 begin_of(const i64* offsets, i64 L, i64 s) { return offsets ? offsets[s] : s * L; }
 
 // Sums over sequences are taken group by group and the groups in their order: the number of threads changes no bit.
@@ -135,6 +186,18 @@ INLINE i64 group_begin(const i64* offsets, i64 S, i64 group) {
     if (offsets[middle] < row) low = middle + 1; else high = middle;
   }
   return group ? low : 0;
+}
+
+// In how many pieces a forward takes a sequence that could fall into `most`: none knows of another, so unlike in a backward
+// the number of threads may decide.
+INLINE i64 forward_parts(i64 threads, i64 S, i64 most) { return threads == 1 || S >= 8 * threads ? 1 : most; }
+
+// A row of sums to where it belongs: as it is, or onto what is there.
+INLINE void add_row(const float* from, i64 n, float* to, bool add) {
+  for (i64 i = 0; i < n; i += VL) {
+    const vec sums = load(from + i, n - i);
+    store(to + i, add ? load(to + i, n - i) + sums : sums, n - i);
+  }
 }
 
 // Pieces of the workspace, each on a cache line of its own.

@@ -68,25 +68,15 @@ void product(Triangle triangle, i64 m, i64 columns, i64 k, const float* A, i64 r
 
 // [rows, columns] -> [columns, rows]; both are multiples of VL.
 void transpose(i64 rows, i64 columns, const float* from, i64 ld_from, float* to, i64 ld_to) {
-#if HAS_SHUFFLE && VL == 16
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif HAS_SHUFFLE && VL == 8
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#elif HAS_SHUFFLE && VL == 4
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#endif
   for (i64 i = 0; i < rows; i += VL)
     for (i64 j = 0; j < columns; j += VL) {
-#ifdef LOW
+#if HAS_SHUFFLE
       vec a[VL], b[VL];
       for (int r = 0; r < VL; r++) a[r] = load(from + (i + r) * ld_from + j);
       for (int width = 1; width < VL; width *= 2) {  // interleave row r with row r + VL / 2, as often as it takes
         for (int r = 0; r < VL / 2; r++) {
-          b[2 * r] = __builtin_shufflevector(a[r], a[r + VL / 2], LOW);
-          b[2 * r + 1] = __builtin_shufflevector(a[r], a[r + VL / 2], HIGH);
+          b[2 * r] = low_lanes(a[r], a[r + VL / 2]);
+          b[2 * r + 1] = high_lanes(a[r], a[r + VL / 2]);
         }
         for (int r = 0; r < VL; r++) a[r] = b[r];
       }
@@ -96,8 +86,6 @@ void transpose(i64 rows, i64 columns, const float* from, i64 ld_from, float* to,
         for (i64 c = 0; c < VL; c++) to[(j + c) * ld_to + i + r] = from[(i + r) * ld_from + j + c];
 #endif
     }
-#undef LOW
-#undef HIGH
 }
 
 // --- one call -----------------------------------------------------------------------------------------------------
@@ -107,18 +95,23 @@ const i64 Q = CHUNK;  // a multiple of every VL
 struct SsdCall {
   const Ssd* a;
   i64 Pp, Np;          // P and N, padded
-  i64 splits;          // pieces of the heads of a group that are worked on apart
+  i64 splits, pieces;  // of the heads of a group: sums of their own, by the shape alone; tasks of their own, by the threads
   double *gA, *gskip;  // [groups of sequences, H]
-  float *gB, *gC;      // [splits, rows, G, N]
+  float *gB, *gC;      // [pieces, rows, G, N]
   char* scratch;
   i64 scratch_bytes;   // of one thread
 };
 
 i64 ssd_rows(const Ssd& a) { return a.offsets ? a.offsets[a.S] : a.S * a.L; }
 i64 ssd_splits(const Ssd& a) { return a.S >= 8 ? 1 : max_of(1, min_of(4, a.H / a.G)); }
+i64 ssd_pieces(const Ssd& a, i64 backward) {
+  if (backward) return a.threads == 1 ? 1 : ssd_splits(a);
+  return forward_parts(a.threads, a.S * a.G, max_of(1, a.H / a.G));
+}
 
 i64 ssd_scratch(const Ssd& a, i64 backward) {
-  const i64 Pp = padded(a.P), Np = padded(a.N), states = (a.H / a.G + ssd_splits(a) - 1) / ssd_splits(a) * Np * Pp;
+  const i64 Pp = padded(a.P), Np = padded(a.N), pieces = ssd_pieces(a, backward);
+  const i64 states = (a.H / a.G + pieces - 1) / pieces * Np * Pp;
   i64 bytes = 2 * room(Q * Np) + room(Np * Q) + 2 * room(Q * Q) + 2 * room(Q * Pp) + room(Q * Np) + room(states) +
               4 * room(Q);
   if (backward)
@@ -131,7 +124,7 @@ i64 ssd_workspace(const Ssd& a, i64 backward) {
   i64 bytes = 64 + a.threads * room(ssd_scratch(a, backward), 1);
   if (backward) {
     bytes += 2 * room(row_groups(a.S) * a.H, 8);
-    if (ssd_splits(a) > 1) bytes += 2 * room(ssd_splits(a) * ssd_rows(a) * a.G * a.N);
+    if (ssd_pieces(a, 1) > 1) bytes += 2 * room(ssd_pieces(a, 1) * ssd_rows(a) * a.G * a.N);
   }
   return bytes;
 }
@@ -143,32 +136,35 @@ SsdCall ssd_call(const Ssd& a, i64 backward) {
   call.Pp = padded(a.P);
   call.Np = padded(a.N);
   call.splits = ssd_splits(a);
+  call.pieces = ssd_pieces(a, backward);
   if (backward) {
-    const i64 partial = row_groups(a.S) * a.H, size = call.splits * ssd_rows(a) * a.G * a.N;
+    const i64 partial = row_groups(a.S) * a.H, size = call.pieces * ssd_rows(a) * a.G * a.N;
     call.gA = arena.take<double>(partial);
     call.gskip = arena.take<double>(partial);
     for (i64 i = 0; i < partial; i++) call.gA[i] = call.gskip[i] = 0;
-    call.gB = call.splits > 1 ? arena.floats(size) : a.gB;
-    call.gC = call.splits > 1 ? arena.floats(size) : a.gC;
+    call.gB = call.pieces > 1 ? arena.floats(size) : a.gB;
+    call.gC = call.pieces > 1 ? arena.floats(size) : a.gC;
   }
   call.scratch_bytes = room(ssd_scratch(a, backward), 1);
   call.scratch = arena.at;
   return call;
 }
 
-// One sequence, one group of heads, one direction of time.
+// One sequence, heads of one group, one direction of time.
 struct SsdUnit {
   const SsdCall* call;
   const Ssd* a;
-  i64 s, begin, length, group, h0, h1;
+  i64 s, begin, length, group, h0, h1, split0, split1;
   i64 row(i64 t) const { return a->reverse ? begin + length - 1 - t : begin + t; }
+  i64 head(i64 split) const { return (group * call->splits + split) * (a->H / a->G) / call->splits; }
 };
 
-SsdUnit ssd_unit(const SsdCall& call, i64 s, i64 group, i64 split) {
+SsdUnit ssd_unit(const SsdCall& call, i64 s, i64 group, i64 piece) {
   const Ssd& a = *call.a;
   const i64 heads = a.H / a.G, begin = begin_of(a.offsets, a.L, s);
   return {&call, &a, s, begin, begin_of(a.offsets, a.L, s + 1) - begin, group,
-          group * heads + heads * split / call.splits, group * heads + heads * (split + 1) / call.splits};
+          group * heads + heads * piece / call.pieces, group * heads + heads * (piece + 1) / call.pieces,
+          call.splits * piece / call.pieces, call.splits * (piece + 1) / call.pieces};
 }
 
 // Rows of B or C of a chunk, [Q, Np]; zeros behind them.
@@ -203,13 +199,6 @@ INLINE vec decay_over(vec time, float A2) {
 }
 INLINE float decay_over(double time, double A2) { return time * A2 < -126 ? 0.f : exp2f((float)(time * A2)); }
 const double LOG2E_DOUBLE = 1.4426950408889634;
-
-// Lanes from `count` on become 0.
-INLINE vec first_lanes(vec v, i64 count) {
-  if (count >= VL) return v;
-  for (i64 i = count; i < VL; i++) v[i] = 0;
-  return v;
-}
 
 // State [N, P] <-> [Np, Pp]
 void unpack_state(const SsdUnit& u, const float* from, float* to) {
@@ -301,7 +290,7 @@ void ssd_forward_unit(const SsdUnit& u, char* scratch) {
 
 // --- backward -----------------------------------------------------------------------------------------------------
 
-void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, char* scratch) {
+void ssd_backward_unit(const SsdUnit& u, double* gA, double* gskip, char* scratch) {
   const Ssd& a = *u.a;
   const i64 N = a.N, P = a.P, D = a.H * P, Np = u.call->Np, Pp = u.call->Pp;
   Arena arena(scratch);
@@ -325,136 +314,136 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
     pack_map(u, a.C, a.sC, first, steps, C);
     transpose(columns, Np, B, Np, BT, Q);
     product(LOWER_OUT, steps, columns, N, C, Np, 1, BT, Q, G, Q, false);
-    zero(gG, Q * Q);
-    zero(gB, Q * Np);
-    zero(gC, Q * Np);
-    for (i64 h = u.h0; h < u.h1; h++) {
-      const double T = pack_steps(u, h, first, steps, dt, high, low), A2 = a.A[h] * LOG2E_DOUBLE;
-      const float skip = a.skip ? a.skip[h] : 0.f;
-      double gsum = 0;
-      for (i64 t = 0; t < steps; t++) {
-        const float* x = a.x + u.row(first + t) * a.sx + h * P;
-        const bool read = first + t + a.shift < u.length;  // a shifted output of the last position is dropped
-        const float* gy = read ? a.gy + u.row(first + t + a.shift) * a.sgy + h * P : nullptr;
-        vec both = all(0.f);
-        for (i64 p = 0; p < P; p += VL) {
-          const vec in = load(x + p, P - p), g = gy ? load(gy + p, P - p) : all(0.f);
-          store(X + t * Pp + p, in);
-          store(gY + t * Pp + p, g);
-          both += in * g;
-        }
-        gsum += sum(both);
-      }
-      gskip[h] += gsum;
-      zero(X + steps * Pp, (Q - steps) * Pp);
-
-      // within the chunk: gM = gY X^T dt, and what it gives to B, C, x and the decays
-      transpose(columns, Pp, X, Pp, XT, Q);
-      product(LOWER_OUT, steps, columns, P, gY, Pp, 1, XT, Q, gM, Q, false);
-      zero(columns_sum, Q);
-      double sum_A = 0;  // flow times the time it decays over: taken apart, for in the sums of gT its digits cancel
-      for (i64 t = 0; t < steps; t++) {
-        vec row_sum = all(0.f), row_A = all(0.f);
-        for (i64 j = 0; j <= t; j += VL) {
-          const i64 at = t * Q + j;
-          const vec time = gap(high[t], low[t], high + j, low + j);
-          vec decay = decay_over(time, (float)A2);
-          if (j + VL > t + 1) decay = first_lanes(decay, t + 1 - j);
-          const vec m = decay * load(G + at), g = load(gM + at) * load(dt + j);
-          vec flow = g * m;
-          if (j + VL > t) flow = first_lanes(flow, t - j);  // on the diagonal there is no decay
-          store(M + at, m);
-          store(gG + at, load(gG + at) + g * decay);
-          store(columns_sum + j, load(columns_sum + j) + flow);
-          row_sum += flow;
-          row_A += flow * time;
-        }
-        for (i64 j = padded(t + 1); j < min_of(Q, t / MR * MR + MR); j++) M[t * Q + j] = 0;
-        gT[t] = sum(row_sum);
-        sum_A += sum(row_A);
-      }
-      for (i64 t = 0; t < steps; t++) gT[t] -= columns_sum[t];
-      product(LOWER_T, steps, Pp, steps, M, 1, Q, gY, Pp, gV, Pp, false);
-
-      // through the states at either end
-      float* gstate = gstates + (h - u.h0) * Np * Pp;
-      const float* given = start_of(u, h, first);
-      double gwhole = 0;  // gradient of A T at the chunk's end
-      if (flows_back) {
-        product(FULL, steps, Pp, N, B, Np, 1, gstate, Pp, U, Pp, false);
-        transpose(Np, Pp, gstate, Pp, stateT, Np);
+    for (i64 split = u.split0; split < u.split1; split++) {
+      zero(gG, Q * Q);
+      zero(gB, Q * Np);
+      zero(gC, Q * Np);
+      for (i64 h = u.head(split); h < u.head(split + 1); h++) {
+        const double T = pack_steps(u, h, first, steps, dt, high, low), A2 = a.A[h] * LOG2E_DOUBLE;
+        const float skip = a.skip ? a.skip[h] : 0.f;
+        double gsum = 0;
         for (i64 t = 0; t < steps; t++) {
-          const double time = T - high[t] - low[t];
-          const float decay = decay_over(time, A2), weight = decay * dt[t];
+          const float* x = a.x + u.row(first + t) * a.sx + h * P;
+          const bool read = first + t + a.shift < u.length;  // a shifted output of the last position is dropped
+          const float* gy = read ? a.gy + u.row(first + t + a.shift) * a.sgy + h * P : nullptr;
           vec both = all(0.f);
-          for (i64 p = 0; p < Pp; p += VL) {
-            const vec x = load(X + t * Pp + p), g = load(U + t * Pp + p);
-            both += g * x;
-            store(gV + t * Pp + p, load(gV + t * Pp + p) + decay * g);
-            store(U + t * Pp + p, weight * x);
+          for (i64 p = 0; p < P; p += VL) {
+            const vec in = load(x + p, P - p), g = gy ? load(gy + p, P - p) : all(0.f);
+            store(X + t * Pp + p, in);
+            store(gY + t * Pp + p, g);
+            both += in * g;
           }
-          const double flow = weight * (double)sum(both);
-          gT[t] -= flow;
+          gsum += sum(both);
+        }
+        gskip[h] += gsum;
+        zero(X + steps * Pp, (Q - steps) * Pp);
+
+        // within the chunk: gM = gY X^T dt, and what it gives to B, C, x and the decays
+        transpose(columns, Pp, X, Pp, XT, Q);
+        product(LOWER_OUT, steps, columns, P, gY, Pp, 1, XT, Q, gM, Q, false);
+        zero(columns_sum, Q);
+        double sum_A = 0;  // flow times the time it decays over: taken apart, for in the sums of gT its digits cancel
+        for (i64 t = 0; t < steps; t++) {
+          vec row_sum = all(0.f), row_A = all(0.f);
+          for (i64 j = 0; j <= t; j += VL) {
+            const i64 at = t * Q + j;
+            const vec time = gap(high[t], low[t], high + j, low + j);
+            vec decay = decay_over(time, (float)A2);
+            if (j + VL > t + 1) decay = first_lanes(decay, t + 1 - j);
+            const vec m = decay * load(G + at), g = load(gM + at) * load(dt + j);
+            vec flow = g * m;
+            if (j + VL > t) flow = first_lanes(flow, t - j);  // on the diagonal there is no decay
+            store(M + at, m);
+            store(gG + at, load(gG + at) + g * decay);
+            store(columns_sum + j, load(columns_sum + j) + flow);
+            row_sum += flow;
+            row_A += flow * time;
+          }
+          for (i64 j = padded(t + 1); j < min_of(Q, t / MR * MR + MR); j++) M[t * Q + j] = 0;
+          gT[t] = sum(row_sum);
+          sum_A += sum(row_A);
+        }
+        for (i64 t = 0; t < steps; t++) gT[t] -= columns_sum[t];
+        product(LOWER_T, steps, Pp, steps, M, 1, Q, gY, Pp, gV, Pp, false);
+
+        // through the states at either end
+        float* gstate = gstates + (h - u.h0) * Np * Pp;
+        const float* given = start_of(u, h, first);
+        double gwhole = 0;  // gradient of A T at the chunk's end
+        if (flows_back) {
+          product(FULL, steps, Pp, N, B, Np, 1, gstate, Pp, U, Pp, false);
+          transpose(Np, Pp, gstate, Pp, stateT, Np);
+          for (i64 t = 0; t < steps; t++) {
+            const double time = T - high[t] - low[t];
+            const float decay = decay_over(time, A2), weight = decay * dt[t];
+            vec both = all(0.f);
+            for (i64 p = 0; p < Pp; p += VL) {
+              const vec x = load(X + t * Pp + p), g = load(U + t * Pp + p);
+              both += g * x;
+              store(gV + t * Pp + p, load(gV + t * Pp + p) + decay * g);
+              store(U + t * Pp + p, weight * x);
+            }
+            const double flow = weight * (double)sum(both);
+            gT[t] -= flow;
+            gwhole += flow;
+            sum_A += flow * time;
+          }
+          product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, gB, Np, true);
+        }
+        if (given) {
+          pack_state(u, given, start);
+          transpose(Np, Pp, start, Pp, stateT, Np);
+          for (i64 t = 0; t < steps; t++) {
+            const float decay = decay_over((double)high[t] + low[t], A2);
+            for (i64 p = 0; p < Pp; p += VL) store(U + t * Pp + p, decay * load(gY + t * Pp + p));
+          }
+          product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, inner, Np, false);
+          for (i64 t = 0; t < steps; t++) {
+            vec both = all(0.f);
+            for (i64 n = 0; n < Np; n += VL) {
+              const i64 at = t * Np + n;
+              both += load(inner + at) * load(C + at);
+              store(gC + at, load(gC + at) + load(inner + at));
+            }
+            const double flow = sum(both);
+            gT[t] += flow;
+            sum_A += flow * ((double)high[t] + low[t]);
+          }
+          const float whole = decay_over(T, A2);
+          vec both = all(0.f);
+          for (i64 i = 0; i < N * Pp; i += VL) {
+            both += load(start + i) * load(gstate + i);
+            store(gstate + i, whole * load(gstate + i));
+          }
+          const double flow = whole * (double)sum(both);
           gwhole += flow;
-          sum_A += flow * time;
+          sum_A += flow * T;
+          product(FULL, N, Pp, steps, C, 1, Np, U, Pp, gstate, Pp, true);
         }
-        product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, gB, Np, true);
-      }
-      if (given) {
-        pack_state(u, given, start);
-        transpose(Np, Pp, start, Pp, stateT, Np);
-        for (i64 t = 0; t < steps; t++) {
-          const float decay = decay_over((double)high[t] + low[t], A2);
-          for (i64 p = 0; p < Pp; p += VL) store(U + t * Pp + p, decay * load(gY + t * Pp + p));
-        }
-        product(FULL, steps, Np, P, U, Pp, 1, stateT, Np, inner, Np, false);
-        for (i64 t = 0; t < steps; t++) {
-          vec both = all(0.f);
-          for (i64 n = 0; n < Np; n += VL) {
-            const i64 at = t * Np + n;
-            both += load(inner + at) * load(C + at);
-            store(gC + at, load(gC + at) + load(inner + at));
-          }
-          const double flow = sum(both);
-          gT[t] += flow;
-          sum_A += flow * ((double)high[t] + low[t]);
-        }
-        const float whole = decay_over(T, A2);
-        vec both = all(0.f);
-        for (i64 i = 0; i < N * Pp; i += VL) {
-          both += load(start + i) * load(gstate + i);
-          store(gstate + i, whole * load(gstate + i));
-        }
-        const double flow = whole * (double)sum(both);
-        gwhole += flow;
-        sum_A += flow * T;
-        product(FULL, N, Pp, steps, C, 1, Np, U, Pp, gstate, Pp, true);
-      }
-      gT[steps - 1] += gwhole;
+        gT[steps - 1] += gwhole;
 
-      gA[h] += sum_A;
-      double later = 0;  // gradient of A dt_t: T carries it to all later positions
-      for (i64 t = steps - 1; t >= 0; t--) {
-        const i64 row = u.row(first + t);
-        later += gT[t];
-        vec both = all(0.f);
-        for (i64 p = 0; p < P; p += VL) {
-          const vec gv = load(gV + t * Pp + p);
-          both += gv * load(X + t * Pp + p);
-          const vec gx = dt[t] * gv + skip * load(gY + t * Pp + p);
-          float* out = a.gx + row * D + h * P + p;
-          store(out, a.accumulate ? load(out, P - p) + gx : gx, P - p);
+        gA[h] += sum_A;
+        double later = 0;  // gradient of A dt_t: T carries it to all later positions
+        for (i64 t = steps - 1; t >= 0; t--) {
+          const i64 row = u.row(first + t);
+          later += gT[t];
+          vec both = all(0.f);
+          for (i64 p = 0; p < P; p += VL) {
+            const vec gv = load(gV + t * Pp + p);
+            both += gv * load(X + t * Pp + p);
+            const vec gx = dt[t] * gv + skip * load(gY + t * Pp + p);
+            float* out = a.gx + row * D + h * P + p;
+            store(out, a.accumulate ? load(out, P - p) + gx : gx, P - p);
+          }
+          a.gdt[row * a.H + h] = (float)(later * a.A[h] + sum(both));
         }
-        a.gdt[row * a.H + h] = (float)(later * a.A[h] + sum(both));
       }
-    }
-    product(LOWER, steps, Np, steps, gG, Q, 1, B, Np, gC, Np, true);
-    product(LOWER_T, steps, Np, steps, gG, 1, Q, C, Np, gB, Np, true);
-    for (i64 t = 0; t < steps; t++) {
-      const i64 at = ((split * ssd_rows(a) + u.row(first + t)) * a.G + u.group) * N;
-      for (i64 n = 0; n < N; n += VL) {
-        store(u.call->gB + at + n, load(gB + t * Np + n), N - n);
-        store(u.call->gC + at + n, load(gC + t * Np + n), N - n);
+      product(LOWER, steps, Np, steps, gG, Q, 1, B, Np, gC, Np, true);
+      product(LOWER_T, steps, Np, steps, gG, 1, Q, C, Np, gB, Np, true);
+      for (i64 t = 0; t < steps; t++) {
+        const i64 at = ((u.split0 * ssd_rows(a) + u.row(first + t)) * a.G + u.group) * N;
+        add_row(gB + t * Np, N, u.call->gB + at, split > u.split0);
+        add_row(gC + t * Np, N, u.call->gC + at, split > u.split0);
       }
     }
   }
@@ -465,35 +454,33 @@ void ssd_backward_unit(const SsdUnit& u, i64 split, double* gA, double* gskip, c
 
 void ssd_forward_task(void* context, i64 task, i64 thread) {
   const SsdCall& call = *(const SsdCall*)context;
-  const i64 units = call.a->G * call.splits, unit = task % units;
-  ssd_forward_unit(ssd_unit(call, task / units, unit / call.splits, unit % call.splits),
+  const i64 units = call.a->G * call.pieces, unit = task % units;
+  ssd_forward_unit(ssd_unit(call, task / units, unit / call.pieces, unit % call.pieces),
                    call.scratch + thread * call.scratch_bytes);
 }
 
 void ssd_backward_task(void* context, i64 task, i64 thread) {
   const SsdCall& call = *(const SsdCall*)context;
   const Ssd& a = *call.a;
-  const i64 units = a.G * call.splits, unit = task % units, group = task / units;
+  const i64 units = a.G * call.pieces, unit = task % units, group = task / units;
   for (i64 s = group_begin(a.offsets, a.S, group); s < group_begin(a.offsets, a.S, group + 1); s++)
-    ssd_backward_unit(ssd_unit(call, s, unit / call.splits, unit % call.splits), unit % call.splits,
-                      call.gA + group * a.H, call.gskip + group * a.H, call.scratch + thread * call.scratch_bytes);
+    ssd_backward_unit(ssd_unit(call, s, unit / call.pieces, unit % call.pieces), call.gA + group * a.H,
+                      call.gskip + group * a.H, call.scratch + thread * call.scratch_bytes);
 }
 
 void ssd_forward(const Ssd& a) {
   SsdCall call = ssd_call(a, 0);
-  parallel(a.threads, a.S * a.G * call.splits, ssd_forward_task, &call);
+  parallel(a.threads, a.S * a.G * call.pieces, ssd_forward_task, &call);
 }
 
 void ssd_backward(const Ssd& a) {
   SsdCall call = ssd_call(a, 1);
   const i64 groups = row_groups(a.S), size = ssd_rows(a) * a.G * a.N;
-  parallel(a.threads, groups * a.G * call.splits, ssd_backward_task, &call);
-  if (call.splits > 1)
-    for (i64 split = 0; split < call.splits; split++)
-      for (i64 i = 0; i < size; i++) {
-        a.gB[i] = (split ? a.gB[i] : 0.f) + call.gB[split * size + i];
-        a.gC[i] = (split ? a.gC[i] : 0.f) + call.gC[split * size + i];
-      }
+  parallel(a.threads, groups * a.G * call.pieces, ssd_backward_task, &call);
+  for (i64 piece = 0; call.pieces > 1 && piece < call.pieces; piece++) {
+    add_row(call.gB + piece * size, size, a.gB, piece > 0);
+    add_row(call.gC + piece * size, size, a.gC, piece > 0);
+  }
   for (i64 h = 0; h < a.H; h++) {
     double sum_A = a.accumulate ? a.gA[h] : 0, sum_skip = 0;
     for (i64 group = 0; group < groups; group++) {

@@ -7,7 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.step import norm_fields, step
+from recbole_ssm.ops import dropout
 from recbole_ssm.ops.packing import last_of
+
+
+class Dropout(nn.Dropout):
+    """:func:`recbole_ssm.ops.dropout` as a module; never in place."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``[...]`` -> ``[...]``."""
+        return dropout(u, self.p, self.training)
 
 
 class FeedForward(nn.Module):
@@ -24,7 +34,7 @@ class FeedForward(nn.Module):
         self.w_1 = nn.Linear(d_model, d_inner)
         self.w_2 = nn.Linear(d_inner, d_model)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -48,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module, d_model: int, dropout: float, residual: bool) -> None:
         super().__init__()
         self.mixer: Any = mixer
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
         self.feed_forward = FeedForward(d_model, 4 * d_model, dropout)
         self.residual = residual
@@ -68,8 +78,23 @@ class Block(nn.Module):
 
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """One event ``[B, d_model]``, as in :meth:`recbole_ssm.layers.Mamba.step`."""
+        return step(self, u_t, state)
+
+    def step_formula(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """:meth:`step` in PyTorch."""
         y, state = self.mixer.step(u_t, state)
         return self._finish(u_t, y), state
+
+    def step_weights(self) -> dict[str, Any]:
+        """What ``csrc/step.h`` reads of this layer; nothing where its mixer is of another kind."""
+        if not hasattr(self.mixer, "step_weights"):
+            return {}
+        w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
+        return {
+            **self.mixer.step_weights(), "F": w_1.out_features, "residual": self.residual,
+            "w_1": w_1.weight, "b_1": w_1.bias, "w_2": w_2.weight, "b_2": w_2.bias,
+            **norm_fields("norm", self.norm), **norm_fields("last", self.feed_forward.norm),
+        }  # fmt: skip
 
     def _finish(self, u: Tensor, y: Tensor) -> Tensor:
         y = self.dropout(y)

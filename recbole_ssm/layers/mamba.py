@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.init import init_dt_bias, require_positive
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.step import step
 from recbole_ssm.ops import causal_conv1d, selective_scan, selective_scan_last
 from recbole_ssm.ops.packing import last_of
 
@@ -130,7 +131,11 @@ class Mamba(nn.Module):
         return self.out_proj(y)
 
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state; the formula of ``forward``."""
+        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state."""
+        return step(self, u_t, state)
+
+    def step_formula(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """:meth:`step` in PyTorch: the formula of ``forward``."""
         x, z = self.in_proj(u_t).chunk(2, -1)  # [B, D] each
         conv = torch.cat([state.conv_BDK[..., 1:], x[..., None]], -1)
         x = F.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)
@@ -139,3 +144,12 @@ class Mamba(nn.Module):
         ssm = torch.exp(dt * -self.A_log.exp()) * state.ssm + dt * B[:, None] * x[..., None]
         y = (ssm * C[:, None]).sum(-1) + self.D * x
         return self.out_proj(y * F.silu(z)), MixerState(conv, ssm)
+
+    def step_weights(self) -> dict[str, Any]:
+        """What ``csrc/step.h`` reads of this layer."""
+        return {
+            "M": self.in_proj.in_features, "D": self.d_inner, "N": self.d_state, "K": self.d_conv, "R": self.dt_rank,
+            "H": 0, "in_weight": self.in_proj.weight, "conv_weight": self.conv1d.weight, "conv_bias": self.conv1d.bias,
+            "x_weight": self.x_proj.weight, "dt_weight": self.dt_proj.weight, "dt_bias": self.dt_proj.bias,
+            "A_log": self.A_log, "skip": self.D, "out_weight": self.out_proj.weight,
+        }  # fmt: skip

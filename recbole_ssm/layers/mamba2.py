@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.step import norm_fields, step
 from recbole_ssm.ops import causal_conv1d, ssd, ssd_last
 from recbole_ssm.ops.packing import last_of
 
@@ -112,7 +113,11 @@ class Mamba2(nn.Module):
         return self._gate_and_project(y, F.linear(u, to_z)), after
 
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state; the formula of ``forward``."""
+        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state."""
+        return step(self, u_t, state)
+
+    def step_formula(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """:meth:`step` in PyTorch: the formula of ``forward``."""
         z, xBC, dt = self.in_proj(u_t).split([self.d_inner, self.d_conv_in, self.n_heads], -1)
         conv = torch.cat([state.conv_BDK[..., 1:], xBC[..., None]], -1)
         x, B, C = self._split(F.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias))
@@ -122,6 +127,15 @@ class Mamba2(nn.Module):
         ssm = decay * state.ssm + (dt[..., None] * x)[..., None] * B[:, :, None]
         y = (ssm * C[:, :, None]).sum(-1) + self.D[:, None] * x
         return self._gate_and_project(y, z), MixerState(conv, ssm)
+
+    def step_weights(self) -> dict[str, Any]:
+        """What ``csrc/step.h`` reads of this layer."""
+        return {
+            "M": self.in_proj.in_features, "D": self.d_inner, "N": self.d_state, "K": self.d_conv, "H": self.n_heads,
+            "G": self.n_groups, "in_weight": self.in_proj.weight, "conv_weight": self.conv1d.weight,
+            "conv_bias": self.conv1d.bias, "dt_bias": self.dt_bias, "A_log": self.A_log, "skip": self.D,
+            "out_weight": self.out_proj.weight, **norm_fields("gate_norm", self.norm),
+        }  # fmt: skip
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x ``[..., H, P]``, B and C ``[..., G, N]``."""

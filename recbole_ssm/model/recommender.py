@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, MixerState
+from recbole_ssm.layers import Block, Dropout, MixerState
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender, pack
 
@@ -41,7 +41,7 @@ class SSMRecommender(PackedRecommender):
 
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
-        self.dropout = nn.Dropout(self.dropout_prob)
+        self.dropout = Dropout(self.dropout_prob)
         self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         blocks = [
             Block(self.build_mixer(config), self.hidden_size, self.dropout_prob, residual)
@@ -94,6 +94,11 @@ class SSMRecommender(PackedRecommender):
         sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
         return sums / item_seq_len.clamp(min=1)[:, None]
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether events can be taken one by one: :meth:`step`, :meth:`read` and :meth:`alloc_state` work."""
+        return self.readout == "last" and all(hasattr(block.mixer, "alloc_state") for block in self.blocks)
+
     def alloc_state(self, batch: int) -> list[MixerState]:
         """The state of ``batch`` users before their first event, one entry a block."""
         return [block.mixer.alloc_state(batch) for block in self.blocks]
@@ -109,3 +114,12 @@ class SSMRecommender(PackedRecommender):
             u, new = block.step(u, before)
             after.append(new)
         return u, after
+
+    def read(self, items_L: Tensor) -> tuple[Tensor, list[MixerState]]:
+        """One history of any length at once: item ids ``[L]`` -> a vector ``[1, hidden_size]`` and what steps leave."""
+        u = self.embed(items_L)[None]
+        states = []
+        for block in self.blocks:
+            u, state = block(u)
+            states.append(state)
+        return u[:, -1], states

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from recbole.model.layers import TransformerEncoder
 from torch import Tensor, nn
 
+from recbole_ssm.layers import Dropout
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender
 from recbole_ssm.ops.packing import buckets, last_of, positions_of
@@ -51,7 +52,11 @@ class SASRec(PackedRecommender):
             layer_norm_eps=config["layer_norm_eps"],
         )
         self.LayerNorm = nn.LayerNorm(self.hidden_size, eps=config["layer_norm_eps"])
-        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.dropout = Dropout(config["hidden_dropout_prob"])
+        for module in list(self.trm_encoder.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Dropout:
+                    setattr(module, name, Dropout(child.p))
         self.loss = NextItemLoss(config, dataset, self.n_items)
 
         # parameters initialization

@@ -16,6 +16,7 @@ convolutions, which keep it.
 from recbole_ssm.ops import native  # noqa: F401  it registers its implementations
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
+from recbole_ssm.ops.dropout import dropout
 from recbole_ssm.ops.quasiseparable import quasiseparable
 from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
@@ -24,6 +25,7 @@ __all__ = [
     "available_backends",
     "causal_conv1d",
     "centered_conv1d",
+    "dropout",
     "quasiseparable",
     "selective_scan",
     "selective_scan_last",

@@ -22,20 +22,22 @@ from torch.autograd.forward_ad import unpack_dual
 from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
+from recbole_ssm.ops.dropout import torch_dropout
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
 
-ABI = 1  # of csrc/kernels.h
+ABI = 2  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
 MOST_TAPS = 16  # of a convolution; wider ones are PyTorch's
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 
 
 def _structure(fields: str) -> type[ctypes.Structure]:
-    """A structure of csrc/kernels.h: a star marks a pointer, all else is an int64."""
-    kinds = [(name.lstrip("*"), ctypes.c_void_p if name[0] == "*" else ctypes.c_int64) for name in fields.split()]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": kinds})
+    """A structure of csrc/kernels.h: a star marks a pointer, a tilde a double, all else is an int64."""
+    kinds = {"*": ctypes.c_void_p, "~": ctypes.c_double}
+    members = [(name.lstrip("*~"), kinds.get(name[0], ctypes.c_int64)) for name in fields.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": members})
 
 
 _STRUCTURES = {
@@ -54,6 +56,13 @@ _STRUCTURES = {
         "S L D K lead silu threads *offsets *x sx *weight *bias *state *y *final "
         "*gy sgy *gfinal *gx *gweight *gbias *gstate *workspace"
     ),
+    "step": _structure(
+        "B M D N K R H G F residual threads *rows items *u *first_weight *first_bias ~first_eps "
+        "*in_weight *conv_weight *conv_bias *x_weight *dt_weight *dt_bias *A_log *skip "
+        "*gate_norm_weight *gate_norm_bias ~gate_norm_eps *out_weight *norm_weight *norm_bias ~norm_eps "
+        "*w_1 *b_1 *w_2 *b_2 *last_weight *last_bias ~last_eps *conv *ssm *conv_after *ssm_after *y *workspace"
+    ),
+    "dropout": _structure("size threads seed threshold ~scale *x *y *workspace"),
 }
 _kernels: dict[str, tuple[Any, Any]] = {}  # name -> (run, size of the workspace)
 _select: Any = None
@@ -130,13 +139,29 @@ def _run(name: str, rows: int, backward: bool, fields: dict[str, Any]) -> None:
     for field, value in fields.items():  # the sums gA and gskip are this module's own, and in double for SSD
         if isinstance(value, Tensor) and value.dtype != torch.float32 and field not in ("offsets", "gA", "gskip"):
             raise ValueError(f"{name}: the native kernels compute float32, not {value.dtype} as given for {field}")
-    values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    call = _STRUCTURES[name](threads=torch.get_num_threads(), **values)
+    call = structure(name, **fields)
     run, size = _kernels[name]
     workspace = torch.empty(size(call, backward), dtype=torch.uint8)
     call.workspace = workspace.data_ptr()
     if run(call, rows, backward):
         raise ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
+
+
+def structure(name: str, **fields: Any) -> Any:
+    """A structure of csrc/kernels.h with the addresses of the tensors, which have to outlive it."""
+    values = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    return _STRUCTURES[name](threads=torch.get_num_threads(), **values)
+
+
+def step_workspace(call: Any) -> Tensor:
+    """What one block's step writes in between."""
+    return torch.empty(_kernels["step"][1](call, False), dtype=torch.uint8)
+
+
+def run_steps(calls: Any, count: int) -> None:
+    """Run one event through ``count`` blocks, whose structures stand in a row with all their tensors and workspaces."""
+    if _kernels["step"][0](calls, count, False):
+        raise IndexError("step: there is no item of such an id")
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -703,6 +728,41 @@ def _centered_conv1d(
     return _conv_op(x, weight, bias, None, cu_seqlens, K // 2, activation == "silu", False)[0]
 
 
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+def _dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
+    threshold = round(p * 2**32)
+    y = _dropout_fake(x, p, seed)
+    fields = {"size": x.numel(), "seed": seed, "threshold": threshold, "scale": 1 / (1 - threshold / 2**32)}
+    _run("dropout", 0, False, {**fields, "x": _whole(x), "y": y})
+    return y
+
+
+def _dropout_fake(x: Tensor, p: float, seed: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
+
+
+def _dropout_autograd(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    return _dropout_op(gy, *ctx.arguments), None, None  # the same mask: linear, and its own transpose
+
+
+_dropout_op = _operator("dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake)
+torch.library.register_autograd(_dropout_op, _dropout_autograd, setup_context=_dropout_setup, lib=_operators)
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    if torch.compiler.is_compiling() or not _usable(x) or round(p * 2**32) == 2**32:
+        return torch_dropout(x, p)
+    seed = torch.empty((), dtype=torch.int64).random_()  # one draw a call
+    y: Tensor = _dropout_op(x, p, int(seed))
+    return y
+
+
 # --- availability -------------------------------------------------------------------------------------------------
 
 unusable = load(LIBRARY)  # why there is no native backend; "" where there is one
@@ -715,6 +775,7 @@ if not unusable:
         ("quasiseparable", _quasiseparable),
         ("causal_conv1d", _causal_conv1d),
         ("centered_conv1d", _centered_conv1d),
+        ("dropout", _dropout),
     ):
         implements(_op, "native")(_function)
 elif unusable != "not built":

@@ -19,6 +19,7 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.serving.session import Session  # noqa: E402
 
 
 class Recommender:
@@ -61,15 +62,32 @@ class Recommender:
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = False
     ) -> list[list[tuple[str, float]]]:
         """:meth:`recommend` for several histories at once, in their order."""
+        ids = [self._history(history) for history in histories]
+        return self.best(self.scores(ids), k, ids if exclude_seen else None) if ids else []
+
+    def session(self, history: Sequence[str] = ()) -> Session:
+        """A user whose events come one by one: ``update(item)`` takes one, ``top(k)`` recommends.
+
+        Args:
+            history: item tokens so far, oldest first; all of them are read.
+
+        Raises:
+            UserError: the history holds an unknown token, or the model carries no state.
+        """
+        if not getattr(self.model, "carries_state", False):
+            raise UserError(f"session: {self._name} carries no state from event to event; use recommend(history)")
+        return Session(self, self.to_ids(history))
+
+    def best(
+        self, scores: Tensor, k: int, excluded: Sequence[Sequence[int]] | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """The k best of scores ``[B, V]``, which are written into, as tokens; without padding and the excluded ids."""
         if k < 1:
             raise UserError(f"k: must be at least 1, got {k}")
-        ids = [self._to_ids(history) for history in histories]
-        if not ids:
-            return []
-        scores = self.scores(ids)
-        if exclude_seen:
-            for row, seen in enumerate(ids):
-                scores[row, seen] = -torch.inf
+        scores = scores[:, : len(self.items)]
+        scores[:, 0] = -torch.inf
+        for row, seen in enumerate(excluded or ()):
+            scores[row, seen] = -torch.inf
         best = scores.topk(min(k, len(self.items) - 1))
         return [
             [(self.items[item], score) for item, score in zip(items, row) if score > -torch.inf]
@@ -94,9 +112,17 @@ class Recommender:
         scores[:, 0] = -torch.inf
         return scores
 
-    def _to_ids(self, history: Sequence[str]) -> list[int]:
+    def _history(self, history: Sequence[str]) -> list[int]:
         if isinstance(history, str) or not len(history):
             raise UserError(f"history: must be a list of one item token or more, got {history!r}")
+        return self.to_ids(history)
+
+    def to_ids(self, history: Sequence[str]) -> list[int]:
+        """Item ids of tokens.
+
+        Raises:
+            UserError: a token is not in the catalogue.
+        """
         try:
             return [self._ids[str(token)] for token in history]
         except KeyError as error:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from recbole_ssm.bench.ops import CASES
 from recbole_ssm.cli import main
@@ -27,9 +28,11 @@ def test_every_step_is_measured(tmp_path):
     out = tmp_path / "step.json"
     assert main(["bench", "step", "--batch=2", "--length=5", "--items=20", "--rounds=1", f"--json={out}"]) == 0
     rows = json.loads(out.read_text())
-    assert {row["model"] for row in rows} == {"SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"}
-    assert {row["step"] for row in rows} == {"train", "evaluate", "one event"}
+    assert {row["model"] for row in rows} == {"RecBole SASRec", "SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"}
+    assert {row["step"] for row in rows} == {"train", "evaluate", "one event", "in place"}
     assert all(row["x_sasrec"] == 1 for row in rows if row["model"] == "SASRec")
+    assert all(row["x_recbole"] == 1 for row in rows if row["model"] == "RecBole SASRec")
+    assert not torch.is_anomaly_enabled()
 
 
 @pytest.mark.parametrize(

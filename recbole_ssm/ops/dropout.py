@@ -1,0 +1,38 @@
+"""Dropout: y = x / (1 - p) where an element stays, 0 where it is dropped with probability p.
+
+torch's own draws its mask on a CPU one element after the other and keeps it for the backward, which is a quarter of a
+training step. The native backend draws one seed from torch's generator for each call; whether an element stays is a
+hash of the seed and its place, computed again in the backward. So a run is as reproducible, and resumable from torch's
+generator state, as with torch's dropout, and the mask depends neither on threads nor on the instruction set.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recbole_ssm.ops.backend import dispatch, implements
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Drop elements of x, of any shape, with probability p; x itself where nothing is to be dropped.
+
+    Raises:
+        ValueError: p is not within [0, 1].
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout: the probability must be within [0, 1], got {p}")
+    if not training or p == 0:
+        return x
+    if x.dtype != torch.float32 or not x.is_cpu:
+        return F.dropout(x, p)
+    y: Tensor = dispatch("dropout", x)(x, p)
+    return y
+
+
+@implements("dropout", "reference")
+@implements("dropout", "torch")
+def torch_dropout(x: Tensor, p: float) -> Tensor:
+    """:func:`dropout` by torch's generator alone."""
+    return F.dropout(x, p)

@@ -1,0 +1,114 @@
+"""A user whose events come one by one: the model's state is carried, so an event costs the same after any history."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.layers import MixerState
+from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
+from recbole_ssm.ops import native
+
+if TYPE_CHECKING:
+    from recbole_ssm.serving.recommender import Recommender
+
+
+class Session:
+    """What :meth:`Recommender.session` returns. Of a user it keeps the state of the model and the set of items seen.
+
+    Up to MAX_ITEM_LIST_LENGTH events :meth:`top` gives what ``recommend`` gives for the same history. Beyond, the two
+    part: ``recommend`` reads the newest MAX_ITEM_LIST_LENGTH events, as RecBole does; the state has read all of them.
+
+    A session is for one thread at a time, and its model must stay where it is: no ``to``, no further training.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, recommender: Recommender, history: Sequence[int]) -> None:
+        model = recommender.model
+        self._recommender = recommender
+        self._seen = set(history)
+        device = model.item_embedding.weight.device
+        if history:
+            self._output, state = model.read(torch.tensor(history, device=device))
+        else:
+            self._output, state = None, model.alloc_state(1)
+        self._step = Stepper(model, state)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the carried state; they do not depend on how many events there were."""
+        return sum(state.nbytes for state in self._step.state)
+
+    def update(self, item: str) -> None:
+        """Take one more event.
+
+        Raises:
+            UserError: the item is not in the catalogue.
+        """
+        (index,) = self._recommender.to_ids([item])
+        self._output = self._step([index])
+        self._seen.add(index)
+
+    @torch.inference_mode()
+    def top(self, k: int = 10, *, exclude_seen: bool = False) -> list[tuple[str, float]]:
+        """The k items most likely to come next; as :meth:`Recommender.recommend`.
+
+        Raises:
+            UserError: there was no event yet, or k is below 1.
+        """
+        if self._output is None:
+            raise UserError("session: there was no event yet; give a history, or update(item) first")
+        scores = self._output @ self._recommender.model.item_embedding.weight.T
+        return self._recommender.best(scores, k, [list(self._seen)] if exclude_seen else None)[0]
+
+
+class Stepper:
+    """Advances the states of B users in place, an event of each at a time; in C++, without new memory, where it can.
+
+    Args:
+        model: a causal state-space model in evaluation mode; its weights are read where they lie now.
+        state: what came before, one entry a block; it is copied.
+    """
+
+    def __init__(self, model: Any, state: Sequence[MixerState]) -> None:
+        self.model = model
+        copies = [[t.detach().clone(memory_format=torch.contiguous_format) for t in one] for one in state]
+        self.state = [MixerState(*copy) for copy in copies]
+        table = model.item_embedding.weight.detach()
+        layers = [Prepared(block) for block in model.blocks]
+        self._native = runs_natively(table) and table.is_contiguous() and all(layer.usable for layer in layers)
+        if not self._native:
+            return
+        B = len(self.state[0].ssm)
+        self._output = table.new_empty(B, table.shape[1])
+        self._rows: Any = (ctypes.c_int64 * B)()
+        calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(layers, self.state)]
+        self._calls = (type(calls[0]) * len(calls))(*calls)
+        first = self._calls[0]  # reads its input from the table, through the norm behind it
+        first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
+        for name, value in norm_fields("first", model.norm).items():
+            setattr(first, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        spaces = [native.step_workspace(call) for call in self._calls]
+        for call, space in zip(self._calls, spaces):
+            call.workspace = space.data_ptr()
+        self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
+
+    def __call__(self, items: Sequence[int]) -> Tensor:
+        """Ids of one item a user -> vectors ``[B, hidden_size]``, which the next call writes over.
+
+        Raises:
+            IndexError: there is no such item.
+        """
+        if not self._native:
+            with torch.inference_mode():
+                device = self.model.item_embedding.weight.device
+                output, self.state = self.model.step(torch.tensor(items, device=device), self.state)
+            return output
+        self._rows[:] = items
+        native.run_steps(self._calls, len(self._calls))
+        return self._output
