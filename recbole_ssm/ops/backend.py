@@ -36,6 +36,7 @@ class Implementation(NamedTuple):
 
 _implementations: dict[tuple[str, str], list[Implementation]] = {}  # (op, backend) -> the best first
 _requirements: dict[str, Callable[[], str]] = {}
+_lacks: dict[str, str] = {}
 _selected = "auto"
 _forced = threading.local()
 _tested: set[tuple[str, str, str]] = set()
@@ -67,20 +68,22 @@ def requires(backend: str, why_not: Callable[[], str]) -> None:
     _requirements[backend] = why_not
 
 
-def usable(backend: str) -> bool:
-    """Whether this machine has what the backend needs."""
-    return backend not in _requirements or not _requirements[backend]()
+def lacks(backend: str) -> str:
+    """What the backend needs and this machine has not, "" for nothing; found out once."""
+    if backend not in _lacks:
+        _lacks[backend] = _requirements[backend]() if backend in _requirements else ""
+    return _lacks[backend]
 
 
 def implementations(op: str, backend: str) -> list[Implementation]:
     """Those that are not switched off, the best first."""
-    return list(_implementations.get((op, backend), ())) if usable(backend) else []
+    return [] if lacks(backend) else list(_implementations.get((op, backend), ()))
 
 
 def available_backends(op: str | None = None) -> list[str]:
     """Names of the backends that have an implementation of ``op``, or of any op, on this machine."""
     present = {backend for (name, backend), found in _implementations.items() if found and op in (None, name)}
-    return [backend for backend in BACKENDS if backend in present and usable(backend)]
+    return [backend for backend in BACKENDS if backend in present and not lacks(backend)]
 
 
 def switch_off(op: str, backend: str, why: str) -> None:
@@ -106,11 +109,11 @@ def set_backend(name: str) -> None:
     global _selected
     if name not in BACKENDS:
         raise UserError(f"ssm_backend: '{name}' is not one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
-    if name != "auto" and name not in available_backends():
-        lacks = _requirements[name]() if name in _requirements else ""
-        options = ", ".join(["auto", *available_backends()])
+    available = available_backends()
+    if name != "auto" and name not in available:
+        why = f" ({lacks(name)})" if lacks(name) else ""
         raise UserError(
-            f"ssm_backend: '{name}' is not installed on this machine{lacks and f' ({lacks})'}; use one of {options}"
+            f"ssm_backend: '{name}' is not installed on this machine{why}; use one of {', '.join(['auto', *available])}"
         )
     _selected = name
 
@@ -180,8 +183,10 @@ def _test(op: str, backend: str, device: torch.device) -> None:
     """Switch off what fails, until an implementation passes.
 
     A forked child trusts its parent: autograd does not run in it. While a CUDA graph is captured nothing else may run.
+    Triton's interpreter would take seconds, and is there for tests.
     """
-    if _forked or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    interpreted = backend == "cuda" and device.type == "cpu"
+    if _forked or interpreted or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
     _tested.add((op, backend, device.type))
     from recbole_ssm.ops import selftest

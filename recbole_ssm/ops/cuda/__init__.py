@@ -10,7 +10,6 @@ With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CP
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import Any
@@ -30,7 +29,6 @@ from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def unusable() -> str:
     """Why there is no cuda backend on this machine; "" where there is."""
     if importlib.util.find_spec("triton") is None:
