@@ -69,7 +69,8 @@ def quasiseparable(
     if cu_seqlens is not None and lengths_B is not None:
         raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
     count_sequences(op, cu_seqlens, batch, L)
-    if lengths_B is not None and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
+    read = lengths_B is not None and not lengths_B.is_cuda  # as count_sequences does
+    if lengths_B is not None and read and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
         raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
     function = dispatch(op, x_BLHP)
     x, dt_fwd, dt_bwd, *maps_wide = widen_for(function, x_BLHP, dt_fwd, dt_bwd, *maps.values())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 from recbole_ssm.ops.arguments import takes_half, widen
 from recbole_ssm.ops.backend import HALF, implements, requires
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
-from recbole_ssm.ops.cuda import operators
+from recbole_ssm.ops.cuda import operators, upstream
 from recbole_ssm.ops.operators import no_tangents
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
 
+Kernel = Callable[..., Any]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -49,77 +51,68 @@ def _fit(*tensors: Tensor | None) -> bool:
     return fits and no_tangents(*given)
 
 
-@implements("selective_scan", "cuda", "triton")
-def _selective_scan(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *tensors, _, state, _ = rest
-    if A.shape[1] > operators.MOST_STATE or not _fit(x, dt, A, *tensors, state):
-        return torch_scan(x, dt, A, *rest)
-    return operators.selective_scan(x, dt, A, *rest)
-
-
-@implements("selective_scan_last", "cuda", "triton")
-def _selective_scan_last(x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> Tensor:
-    if A.shape[1] > operators.MOST_STATE or not _fit(x, dt, A, *rest[:-2]):
-        return torch_scan_last(x, dt, A, *rest)
-    return operators.selective_scan_last(x, dt, A, *rest)
-
-
 def _too_large(x: Tensor, B: Tensor) -> bool:
     return x.shape[3] * B.shape[3] > operators.MOST_CELLS
 
 
-@implements("ssd", "cuda", "triton")
-@takes_half
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if _too_large(x, B) or not _fit(x, dt, A, B, C, D, state):
-        x, dt, A, B, C, D, state = widen(x, dt, A, B, C, D, state)
-        return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens, return_state)
-    return operators.ssd(x, dt, A, B, C, D, state, cu_seqlens, return_state)
+# --- each op by a kernel, and by PyTorch where that does not take what is given -----------------------------------
 
 
-@implements("ssd_last", "cuda", "triton")
-@takes_half
-def _ssd_last(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Any) -> Tensor:
-    if _too_large(x, B) or not _fit(x, dt, A, B, C, D):
-        return torch_ssd_last(*widen(x, dt, A, B, C, D), cu_seqlens)
-    return operators.ssd_last(x, dt, A, B, C, D, cu_seqlens)
+def _selective_scan(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *tensors, _, state, _ = rest
+    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *tensors, state)
+    return (kernel if fits else torch_scan)(x, dt, A, *rest)
 
 
-@implements("quasiseparable", "cuda", "triton")
-@takes_half
-def _quasiseparable(x: Tensor, *given: Any) -> Tensor:
+def _selective_scan_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> Tensor:
+    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *rest[:-2])
+    return (kernel if fits else torch_scan_last)(x, dt, A, *rest)
+
+
+def _ssd(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    *tensors, cu_seqlens, return_state = rest  # C, D, state
+    if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
+        return kernel(x, dt, A, B, *rest)
+    return torch_ssd(*widen(x, dt, A, B, *tensors), cu_seqlens, return_state)
+
+
+def _ssd_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+    *tensors, cu_seqlens = rest  # C, D
+    if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
+        return kernel(x, dt, A, B, *rest)
+    return torch_ssd_last(*widen(x, dt, A, B, *tensors), cu_seqlens)
+
+
+def _quasiseparable(kernel: Kernel, x: Tensor, *given: Any) -> Tensor:
     *tensors, cu_seqlens = given
-    if _too_large(x, tensors[3]) or not _fit(x, *tensors):
-        return torch_quasiseparable(*widen(x, *tensors), cu_seqlens)
-    return operators.quasiseparable(x, *given)
+    if _fit(x, *tensors) and not _too_large(x, tensors[3]):
+        return kernel(x, *given)
+    return torch_quasiseparable(*widen(x, *tensors), cu_seqlens)
 
 
-@implements("causal_conv1d", "cuda", "triton")
 def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, state_BDK: Tensor | None, **options: Any
+    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, *, state_BDK: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    kernel = operators.causal_conv1d
-    if weight.shape[1] > operators.MOST_TAPS or not _fit(x, weight, bias, state_BDK):
-        kernel = torch_causal
-    return kernel(x, weight, bias, state_BDK=state_BDK, **options)
+    fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias, state_BDK)
+    return (kernel if fits else torch_causal)(x, weight, bias, state_BDK=state_BDK, **options)
 
 
-@implements("centered_conv1d", "cuda", "triton")
-def _centered_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-    kernel = operators.centered_conv1d
-    if weight.shape[1] > operators.MOST_TAPS or not _fit(x, weight, bias):
-        kernel = torch_centered
-    return kernel(x, weight, bias, **options)
+def _centered_conv1d(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias)
+    return (kernel if fits else torch_centered)(x, weight, bias, **options)
 
 
+def _by(around: Kernel, kernel: Kernel) -> Kernel:
+    def implementation(*arguments: Any, **options: Any) -> Any:
+        return around(kernel, *arguments, **options)
+
+    return takes_half(implementation)
+
+
+for _around in (
+    _selective_scan, _selective_scan_last, _ssd, _ssd_last, _quasiseparable, _causal_conv1d, _centered_conv1d
+):  # fmt: skip
+    _op = _around.__name__[1:]
+    for _name, _kernel in (*([] if INTERPRETED else upstream.installed(_op)), ("triton", getattr(operators, _op))):
+        implements(_op, "cuda", _name)(_by(_around, _kernel))
 requires("cuda", unusable)
