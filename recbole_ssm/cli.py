@@ -97,7 +97,13 @@ def doctor(arguments: list[str]) -> None:
         raise UserError(f"doctor takes no arguments but --numerics, got {' '.join(arguments)}")
     from recbole_ssm.doctor import numerics, report
 
-    print(numerics() if arguments else report())
+    if not arguments:
+        print(report())
+        return
+    text, right = numerics()
+    print(text)
+    if not right:
+        raise UserError("a backend is wrong on this machine; choose another with ssm_backend, and report the table")
 
 
 def bench(arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from recbole_ssm import __version__, ops
 from recbole_ssm.compat import INSTALL_RECBOLE
 from recbole_ssm.ops import native
+from recbole_ssm.ops.backend import lacks
 
 NEEDED = (
     "recbole", "torch", "numpy", "pandas", "pyarrow", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard",
@@ -39,6 +40,7 @@ def report() -> str:
     lines.append(f"  native kernels {native.unusable or 'built; instruction set ' + native.instruction_set}")
     if native.unusable:
         missing.append(INSTALL_NATIVE)
+    lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + importlib.metadata.version('triton')}")
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"
@@ -49,8 +51,10 @@ def report() -> str:
     return "\n".join(lines + [f"  {line}" for line in missing])
 
 
-def numerics() -> str:
-    """The text that ``recbole-ssm doctor --numerics`` prints: every backend against the float64 reference."""
+def numerics() -> tuple[str, bool]:
+    """The text that ``recbole-ssm doctor --numerics`` prints, every backend against the float64 reference, and whether
+    all agree with it.
+    """
     from recbole_ssm.bench import table
     from recbole_ssm.ops import selftest
 
@@ -68,10 +72,9 @@ def numerics() -> str:
         }
         for device, r in results
     ]
-    verdict = "all backends agree with the float64 reference"
-    if not all(r.passed for _, r in results):
-        verdict = "a backend is wrong on this machine; choose another with ssm_backend, and please report this table"
-    return f"float32, forward and backward; errors relative to the largest entry\n\n{table(rows)}\n\n{verdict}"
+    right = all(r.passed for _, r in results)
+    verdict = "\n\nall backends agree with the float64 reference" if right else ""
+    return f"float32, forward and backward; errors relative to the largest entry\n\n{table(rows)}{verdict}", right
 
 
 def _device() -> str:

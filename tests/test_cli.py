@@ -32,14 +32,17 @@ def test_doctor_compares_the_backends(capsys, monkeypatch, caplog):
 def test_a_wrong_backend_is_switched_off(capsys, monkeypatch, caplog):
     from recbole_ssm.ops import backend
 
-    right = backend._implementations["ssd", "torch"]
+    right = backend.implementations("ssd", "torch")[0].function
     monkeypatch.setattr(backend, "_implementations", dict(backend._implementations))
-    backend.implements("ssd", "cuda")(lambda *arguments: (right(*arguments)[0] * 1.001, None))
-    assert "cuda" in backend.available_backends()
-    assert main(["doctor", "--numerics"]) == 0
-    assert "FAILED" in capsys.readouterr().out
-    assert "backend cuda is switched off: it computes ssd wrongly" in caplog.text
-    assert "cuda" not in backend.available_backends()
+    monkeypatch.setitem(backend._implementations, ("ssd", "torch"), backend.implementations("ssd", "torch"))
+    backend.implements("ssd", "faulty")(lambda *arguments: (right(*arguments)[0] * 1.001, None))
+    monkeypatch.setattr(backend, "BACKENDS", (*backend.BACKENDS, "faulty"))
+    assert "faulty" in backend.available_backends("ssd")
+    assert main(["doctor", "--numerics"]) == 2
+    out, error = capsys.readouterr()
+    assert "FAILED" in out and "a backend is wrong on this machine" in error
+    assert "op ssd: backend faulty is switched off: doctor finds it wrong" in caplog.text
+    assert "faulty" not in backend.available_backends()
 
 
 def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):

@@ -80,3 +80,14 @@ def pack(item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[B, L]`` and lengths ``[B]`` -> packed ids ``[total]`` and their bounds ``[B + 1]``."""
     real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
     return item_seq[real], cu_seqlens_of(item_seq_len)
+
+
+def split_padding(item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`pack`, in shapes that no length changes: ids ``[B L]`` and bounds ``[2 B + 1]``.
+
+    Row b is sequence 2 b, and its padding, which may be empty, is sequence 2 b + 1.
+    """
+    B, L = item_seq.shape
+    begin = torch.arange(B, device=item_seq.device) * L
+    ends = torch.stack([begin + item_seq_len, begin + L], 1)  # [B, 2]
+    return item_seq.flatten(), torch.nn.functional.pad(ends.flatten(), (1, 0))

@@ -10,10 +10,10 @@ Glossary, for the whole package. A tensor's name carries its dimensions where th
 
 A state goes in and comes out, so a sequence may be cut anywhere. A packed batch is ``[1, total, ...]`` with
 ``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in float64; half precision in float32, but for the
-convolutions, which keep it.
+convolutions, which keep it, and the GPU's kernels, which read it and compute in float32.
 """
 
-from recbole_ssm.ops import native  # noqa: F401  it registers its implementations
+from recbole_ssm.ops import cuda, native  # noqa: F401  they register their implementations
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ def widen(*tensors: Tensor | None) -> tuple[Any, ...]:
     for t in tensors:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def takes_half(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark an implementation that reads half precision as it stands in memory, and itself sees to the digits."""
+    function.takes_half = True  # type: ignore[attr-defined]
+    return function
+
+
+def widen_for(function: Callable[..., Any], *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What the implementation is given: :func:`widen`, unless it :func:`takes_half`."""
+    return tensors if getattr(function, "takes_half", False) else widen(*tensors)
 
 
 def floor_of_exponent(dtype: torch.dtype) -> float:

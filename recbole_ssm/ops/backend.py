@@ -3,49 +3,100 @@
 An op is a public function that checks its arguments and calls the implementation that :func:`dispatch` picks.
 A backend is a set of implementations; it takes part as soon as its module registers them, so that a native or
 a GPU backend drops in without a change to ops, layers or models.
+
+The compiled ones, native and cuda, prove themselves where they run: before an op's first use on a kind of device a small
+example of it is held against the reference (:mod:`recbole_ssm.ops.selftest`), values and gradients. What is wrong, or
+fails, is switched off with a warning, and the next in order takes its place.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from recbole_ssm.errors import UserError, did_you_mean
 
 BACKENDS = ("auto", "reference", "torch", "native", "cuda")
+COMPILED = ("native", "cuda")
+HALF = (torch.bfloat16, torch.float16)
 
-_implementations: dict[tuple[str, str], Callable[..., Any]] = {}
+
+class Implementation(NamedTuple):
+    """One way to compute an op."""
+
+    function: Callable[..., Any]
+    name: str  # of the backend, or of the library that a backend stands on
+
+
+_implementations: dict[tuple[str, str], list[Implementation]] = {}  # (op, backend) -> the best first
+_requirements: dict[str, Callable[[], str]] = {}
+_lacks: dict[str, str] = {}
 _selected = "auto"
+_forced = threading.local()
+_tested: set[tuple[str, str, str]] = set()
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
+_forked = False
 
 
-def implements(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as ``backend``'s implementation of ``op``."""
+def _mark_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_fork)
+
+
+def implements(op: str, backend: str, name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as an implementation of ``op`` in ``backend``, behind those there are."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations[op, backend] = function
+        _implementations.setdefault((op, backend), []).append(Implementation(function, name or backend))
         return function
 
     return register
 
 
+def requires(backend: str, why_not: Callable[[], str]) -> None:
+    """Let ``why_not`` say what a backend lacks on this machine, "" for nothing; it is asked when first needed."""
+    _requirements[backend] = why_not
+
+
+def lacks(backend: str) -> str:
+    """What the backend needs and this machine has not, "" for nothing; found out once."""
+    if backend not in _lacks:
+        _lacks[backend] = _requirements[backend]() if backend in _requirements else ""
+    return _lacks[backend]
+
+
+def implementations(op: str, backend: str) -> list[Implementation]:
+    """Those that are not switched off, the best first."""
+    return [] if lacks(backend) else list(_implementations.get((op, backend), ()))
+
+
 def available_backends(op: str | None = None) -> list[str]:
     """Names of the backends that have an implementation of ``op``, or of any op, on this machine."""
-    present = {backend for name, backend in _implementations if op in (None, name)}
-    return [backend for backend in BACKENDS if backend in present]
+    present = {backend for (name, backend), found in _implementations.items() if found and op in (None, name)}
+    return [backend for backend in BACKENDS if backend in present and not lacks(backend)]
 
 
-def switch_off(backend: str) -> None:
-    """Take a backend out of every following choice, in this process: a self-test has found it wrong."""
+def switch_off(op: str, backend: str, why: str) -> None:
+    """Take the first implementation of ``op`` in ``backend`` out of every following choice, in this process."""
     global _selected
-    for op, name in list(_implementations):
-        if name == backend:
-            del _implementations[op, name]
-    if _selected == backend:
+    name = _implementations[op, backend].pop(0).name
+    rest = [i.name for i in _implementations[op, backend]] or ["torch"]
+    called = backend if name == backend else f"{backend} ({name})"
+    logging.getLogger().warning(
+        f"op {op}: backend {called} is switched off: {why}; {rest[0]} takes its place. Please report what "
+        "'recbole-ssm doctor --numerics' prints"
+    )
+    if _selected == backend and backend not in available_backends():
         _selected = "auto"
 
 
@@ -58,9 +109,12 @@ def set_backend(name: str) -> None:
     global _selected
     if name not in BACKENDS:
         raise UserError(f"ssm_backend: '{name}' is not one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
-    if name != "auto" and name not in available_backends():
-        usable = ", ".join(["auto", *available_backends()])
-        raise UserError(f"ssm_backend: '{name}' is not installed on this machine; use one of {usable}")
+    available = available_backends()
+    if name != "auto" and name not in available:
+        why = f" ({lacks(name)})" if lacks(name) else ""
+        raise UserError(
+            f"ssm_backend: '{name}' is not installed on this machine{why}; use one of {', '.join(['auto', *available])}"
+        )
     _selected = name
 
 
@@ -75,24 +129,70 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(previous)
 
 
+@contextmanager
+def force(function: Callable[..., Any]) -> Iterator[None]:
+    """Let :func:`dispatch` return ``function``, whatever it computes, in this thread alone: how a self-test calls it."""
+    _forced.function = function
+    try:
+        yield
+    finally:
+        _forced.function = None
+
+
+def _order(x: torch.Tensor) -> tuple[list[str], str]:
+    """The backends that may compute a tensor like ``x``, the first choice first, and why."""
+    kind = f"{x.dtype} on {x.device.type}"
+    fits = {
+        "native": x.dtype == torch.float32 and x.device.type == "cpu",
+        "cuda": x.dtype in (torch.float32, *HALF) and (x.is_cuda or _selected == "cuda"),
+    }  # told to, cuda takes what is on the CPU too: Triton's interpreter does
+    if _selected in COMPILED:
+        if fits[_selected]:
+            return [_selected, "torch"], f"ssm_backend: {_selected}"
+        return ["torch"], f"ssm_backend: {_selected} does not compute {kind}"
+    if _selected != "auto":
+        return [_selected], f"ssm_backend: {_selected}"
+    order = [backend for backend in COMPILED if fits[backend]]
+    reason = f"first usable for {kind}" if order else f"the vectorised form serves {kind}"
+    return [*order, "torch"], reason
+
+
 def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``op`` for a tensor like ``x``; the first choice of each kind is logged with its reason."""
-    if _selected == "native" and not (x.dtype == torch.float32 and x.device.type == "cpu"):
-        order, reason = ["torch"], f"ssm_backend: native computes float32 on the CPU, not {x.dtype} on {x.device.type}"
-    elif _selected != "auto":
-        order, reason = [_selected], f"ssm_backend: {_selected}"
-    elif x.is_cuda:
-        order, reason = ["cuda", "torch"], "first usable for a GPU tensor"
-    elif x.dtype == torch.float32 and x.device.type == "cpu":
-        order, reason = ["native", "torch"], "first usable for a float32 CPU tensor"
-    else:
-        order, reason = ["torch"], f"the vectorised form serves {x.dtype} on {x.device.type}"
-    for backend in order:
-        function = _implementations.get((op, backend))
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        function: Callable[..., Any] | None = getattr(_forced, "function", None)
         if function is not None:
-            choice = (op, backend, x.device, x.dtype)
-            if choice not in _logged:
-                _logged.add(choice)
-                logging.getLogger().info(f"op {op}: backend {backend} ({reason})")
             return function
+    order, reason = _order(x)
+    for backend in order:
+        if not tracing and backend in COMPILED and (op, backend, x.device.type) not in _tested:
+            _test(op, backend, x.device)
+        found = implementations(op, backend)
+        if found:
+            choice = (op, backend, x.device, x.dtype)
+            if not tracing and choice not in _logged:
+                _logged.add(choice)
+                name = backend if found[0].name == backend else f"{backend} ({found[0].name})"
+                logging.getLogger().info(f"op {op}: backend {name} ({reason})")
+            return found[0].function
     raise UserError(f"ssm_backend: '{_selected}' has no implementation of {op}; use ssm_backend: auto")
+
+
+def _test(op: str, backend: str, device: torch.device) -> None:
+    """Switch off what fails, until an implementation passes.
+
+    A forked child trusts its parent: autograd does not run in it. While a CUDA graph is captured nothing else may run.
+    Triton's interpreter would take seconds, and is there for tests.
+    """
+    interpreted = backend == "cuda" and device.type == "cpu"
+    if _forked or interpreted or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    _tested.add((op, backend, device.type))
+    from recbole_ssm.ops import selftest
+
+    while found := implementations(op, backend):
+        why = selftest.why_wrong(op, found[0].function, device)
+        if not why:
+            return
+        switch_off(op, backend, why)

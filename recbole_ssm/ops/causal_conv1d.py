@@ -228,13 +228,13 @@ def torch_causal(
             seen = torch.cat([t for pair in zip(before, x[0].split(cu_seqlens.diff().tolist())) for t in pair])[None]
             bounds = cu_seqlens + K * torch.arange(len(cu_seqlens), device=x.device)
     y = _convolve(seen, weight, bias, K - 1, bounds)
-    state = _last_inputs(seen, bounds, K)
+    state = last_inputs(seen, bounds, K)
     if state_BDK is not None:
         y = y[:, K:] if bounds is None else y[:, positions_of(bounds) >= K]
     return _activate(y, activation), state
 
 
-def _last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
+def last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
     """The last K inputs of each sequence ``[S, D, K]``, zeros where it is shorter."""
     if bounds is None:
         return F.pad(seen, (0, 0, max(K - seen.shape[1], 0), 0))[:, -K:].transpose(1, 2)

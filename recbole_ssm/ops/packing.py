@@ -21,6 +21,8 @@ def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
 def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int) -> int:
     """Number of sequences in ``[batch, total, ...]``: its rows, or what ``cu_seqlens`` bounds.
 
+    Bounds on a GPU are taken as they are: to read them the CPU would have to wait, and no CUDA graph could be captured.
+
     Raises:
         ValueError: ``cu_seqlens`` does not describe a packed batch of that shape.
     """
@@ -28,6 +30,8 @@ def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int) 
         return batch
     if batch != 1 or total == 0:
         raise ValueError(f"{op}: a packed batch has shape [1, total > 0, ...], got [{batch}, {total}, ...]")
+    if cu_seqlens.is_cuda and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1:
+        return cu_seqlens.numel() - 1
     rises = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1 and bool((cu_seqlens.diff() >= 0).all())
     if not rises or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {total}, got {cu_seqlens.tolist()}")

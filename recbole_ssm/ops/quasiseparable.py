@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, widen
+from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, widen_for
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import count_sequences, map_padded, map_sequences
 from recbole_ssm.ops.ssd import _reference as ssd_reference
@@ -69,15 +69,17 @@ def quasiseparable(
     if cu_seqlens is not None and lengths_B is not None:
         raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
     count_sequences(op, cu_seqlens, batch, L)
-    if lengths_B is not None and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
+    read = lengths_B is not None and not lengths_B.is_cuda  # as count_sequences does
+    if lengths_B is not None and read and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
         raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
-    x, dt_fwd, dt_bwd, *maps_wide = widen(x_BLHP, dt_fwd, dt_bwd, *maps.values())
     function = dispatch(op, x_BLHP)
+    x, dt_fwd, dt_bwd, *maps_wide = widen_for(function, x_BLHP, dt_fwd, dt_bwd, *maps.values())
+    A = A_H.to(torch.promote_types(dt_fwd.dtype, torch.float32))
     if lengths_B is None:
-        return function(x, dt_fwd, dt_bwd, A_H.to(x.dtype), *maps_wide, cu_seqlens).to(x_BLHP.dtype)
+        return function(x, dt_fwd, dt_bwd, A, *maps_wide, cu_seqlens).to(x_BLHP.dtype)
     real_BL1 = (torch.arange(L, device=x.device) < lengths_B[:, None])[..., None]
     # a step of size 0 is silent: decay 1, input 0
-    y = function(x, dt_fwd * real_BL1, dt_bwd * real_BL1, A_H.to(x.dtype), *maps_wide, None)
+    y = function(x, dt_fwd * real_BL1, dt_bwd * real_BL1, A, *maps_wide, None)
     return (y * real_BL1[..., None]).to(x_BLHP.dtype)
 
 

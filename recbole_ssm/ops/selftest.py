@@ -1,8 +1,13 @@
-"""Every usable backend against the float64 reference on this machine: what ``recbole-ssm doctor --numerics`` runs."""
+"""Every usable backend against the float64 reference on this machine.
+
+:func:`why_wrong` is the quick test of one implementation before its first use; :func:`run` is what
+``recbole-ssm doctor --numerics`` shows.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.ops.backend import available_backends, switch_off, use_backend
+from recbole_ssm.ops.backend import available_backends, force, implementations, switch_off
 
 TOLERANCE = 1e-4
 """Of the largest entry: ten times what float32 leaves at these sizes, far below what any defect does."""
@@ -33,6 +38,37 @@ class Result(NamedTuple):
         return self.value_error <= TOLERANCE and self.gradient_error <= TOLERANCE
 
 
+class Example(NamedTuple):
+    """A call of an op, and its tensors, which all take a gradient."""
+
+    call: Callable[..., Tensor]
+    tensors: list[Tensor]
+
+
+def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> str:
+    """Hold an implementation against the reference on a small example, values and gradients; "" if it is right.
+
+    It runs in a thread of its own: what the caller has switched on (inference mode, autocast, a transform of
+    ``torch.func``, a default device) holds in its thread alone. The example draws no random numbers.
+    """
+    found: list[str] = []
+
+    def compare() -> None:
+        try:
+            result = _compare(op, "", function, _examples(device, B=2, L=70)[op], rounds=1)
+            if not result.passed:
+                error = max(result.value_error, result.gradient_error)
+                found.append(f"on this machine its result is wrong by {error:.1e} of the largest entry")
+        except Exception as error:  # whatever a compiler or a driver raises
+            line = (str(error).splitlines() or [""])[0]
+            found.append(f"it does not run on this machine ({type(error).__name__}: {line})")
+
+    thread = threading.Thread(target=compare)
+    thread.start()
+    thread.join()
+    return found[0] if found else ""
+
+
 def run(device: str = "cpu") -> list[Result]:
     """Compare all backends, and switch off, with a warning, each that fails.
 
@@ -40,54 +76,71 @@ def run(device: str = "cpu") -> list[Result]:
         device: where the tensors live.
     """
     results = []
-    for name, (call, tensors) in _examples(device).items():
-        with use_backend("reference"):
-            expected, expected_gradients, _ = _evaluate(call, [t.double() for t in tensors])
-        for backend in available_backends(name):
+    for op, example in _examples(torch.device(device), B=4, L=150).items():
+        for backend in available_backends(op):
             if backend == "reference" or (backend == "native" and device != "cpu"):
                 continue  # there the torch backend takes the place of the native one
-            with use_backend(backend):
-                value, gradients, seconds = _evaluate(call, tensors)
-            error = max(_error(f, e) for f, e in zip(gradients, expected_gradients))
-            results.append(Result(name, backend, _error(value, expected), error, seconds * 1e3))
-    for backend in {result.backend for result in results if not result.passed} - {"torch"}:
-        failed = ", ".join(r.op for r in results if r.backend == backend and not r.passed)
-        logging.getLogger().warning(f"backend {backend} is switched off: it computes {failed} wrongly on this machine")
-        switch_off(backend)
+            for found in implementations(op, backend):
+                try:
+                    result = _compare(op, found.name, found.function, example, rounds=3)
+                except Exception as error:
+                    logging.getLogger().warning(f"op {op}: backend {found.name}: {error}")
+                    result = Result(op, found.name, torch.inf, torch.inf, torch.nan)
+                results.append(result)
+                if not result.passed and backend != "torch":
+                    switch_off(op, backend, "doctor finds it wrong on this machine")
     return results
+
+
+def _compare(op: str, name: str, function: Callable[..., Any], example: Example, rounds: int) -> Result:
+    reference = implementations(op, "reference")[0].function
+    with force(reference):
+        expected, expected_gradients, _ = _evaluate(example.call, [t.double().cpu() for t in example.tensors], 1)
+    with force(function):
+        value, gradients, seconds = _evaluate(example.call, example.tensors, rounds)
+    error = max(_error(f, e) for f, e in zip(gradients, expected_gradients))
+    return Result(op, name, _error(value, expected), error, seconds * 1e3)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest entry; infinite where a NaN is found."""
-    difference = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    difference = (found.double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     return float(torch.nan_to_num(difference, nan=torch.inf))
 
 
-def _evaluate(call: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], float]:
-    """Value, gradients, and the shortest of three runs in seconds."""
+def _evaluate(
+    call: Callable[..., Tensor], tensors: list[Tensor], rounds: int
+) -> tuple[Tensor, tuple[Tensor, ...], float]:
+    """Value, gradients, and the shortest run in seconds."""
     inputs = [t.detach().requires_grad_() for t in tensors]
     times = []
-    for _ in range(3):
+    for _ in range(rounds):
         start = time.perf_counter()
         value = call(*inputs)
         weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
         gradients = torch.autograd.grad(value, inputs, weights)
+        if value.is_cuda:
+            torch.cuda.synchronize(value.device)
         times.append(time.perf_counter() - start)
     return value.detach(), gradients, min(times)
 
 
-def _examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """A call and its inputs for each op: sizes of this field, and lengths that cut every kernel's chunks."""
-    generator = torch.Generator().manual_seed(0)
+def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
+    """An example of each op: sizes of this field's models, and lengths that cut every kernel's chunks."""
+    D, N, H, G, P = 48, 32, 4, 2, 16
+    phase = 0.0
 
     def r(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        """Numbers between -2 and 2 without a period, other ones at each call."""
+        nonlocal phase
+        phase += 0.7
+        count = torch.Size(shape).numel()
+        return (2 * torch.sin(1e4 * torch.sin(torch.arange(count) + phase))).view(shape).to(device)
 
-    B, L, D, N, H, P = 4, 150, 40, 16, 4, 10
     A_DN, A_H = -torch.arange(1.0, N + 1, device=device).repeat(D, 1), -torch.arange(1.0, H + 1, device=device)
     scan = [r(B, L, D), r(B, L, D) - 2, A_DN, r(B, L, N), r(B, L, N), r(D), r(B, L, D)]
     steps = F.softplus(r(B, L, H) - 2), F.softplus(r(B, L, H) - 2)
-    maps = [r(B, L, 2, N) for _ in range(4)]
+    maps = [r(B, L, G, N) for _ in range(4)]
 
     def first(op: Callable[..., Any], **keywords: Any) -> Callable[..., Tensor]:
         return lambda *tensors: op(*tensors, **keywords)[0]
@@ -97,14 +150,13 @@ def _examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor
         return lambda *t: op(*[v[:, -1] if i in at_last else v for i, v in enumerate(t)], **keywords)
 
     return {
-        "selective_scan": (first(ops.selective_scan, dt_softplus=True), scan),
-        "selective_scan_last": (last(ops.selective_scan_last, 4, 6, dt_softplus=True), scan),
-        "ssd": (first(ops.ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "ssd_last": (last(ops.ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "quasiseparable": (ops.quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
-        "causal_conv1d": (first(ops.causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
-        "centered_conv1d": (
-            lambda *t: ops.centered_conv1d(*t, activation="silu"),
-            [r(B, L, D), r(D, 7), r(D)],
+        "selective_scan": Example(first(ops.selective_scan, dt_softplus=True), scan),
+        "selective_scan_last": Example(last(ops.selective_scan_last, 4, 6, dt_softplus=True), scan),
+        "ssd": Example(first(ops.ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
+        "ssd_last": Example(last(ops.ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
+        "quasiseparable": Example(ops.quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
+        "causal_conv1d": Example(first(ops.causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
+        "centered_conv1d": Example(
+            lambda *t: ops.centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]
         ),
     }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, step_size, widen
+from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, step_size, widen_for
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
 
@@ -55,9 +55,11 @@ def ssd(
     sequences = _check("ssd", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
     _, _, H, P = x_BLHP.shape
     expect_shape("ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3])))
-    x, dt, B, C, state = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_BLGN, state_BHPN)
-    D_H = None if D_H is None else D_H.to(x.dtype)
-    y, final = dispatch("ssd", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, state, cu_seqlens, return_state)
+    function = dispatch("ssd", x_BLHP)
+    dt = step_size(dt_BLH, dt_bias, dt_softplus)
+    x, dt, B, C, state = widen_for(function, x_BLHP, dt, B_BLGN, C_BLGN, state_BHPN)
+    D_H = None if D_H is None else D_H.to(dt.dtype)
+    y, final = function(x, dt, A_H.to(dt.dtype), B, C, D_H, state, cu_seqlens, return_state)
     return y.to(x_BLHP.dtype), final
 
 
@@ -85,9 +87,10 @@ def ssd_last(
     """
     sequences = _check("ssd_last", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
     expect_shape("ssd_last", C=(C_SGN, (sequences, *B_BLGN.shape[2:])))
-    x, dt, B, C = widen(x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_SGN)
-    D_H = None if D_H is None else D_H.to(x.dtype)
-    y: Tensor = dispatch("ssd_last", x_BLHP)(x, dt, A_H.to(x.dtype), B, C, D_H, cu_seqlens)
+    function = dispatch("ssd_last", x_BLHP)
+    x, dt, B, C = widen_for(function, x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_SGN)
+    D_H = None if D_H is None else D_H.to(dt.dtype)
+    y: Tensor = function(x, dt, A_H.to(dt.dtype), B, C, D_H, cu_seqlens)
     return y.to(x_BLHP.dtype)
 
 

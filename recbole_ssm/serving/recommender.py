@@ -18,7 +18,9 @@ compat.install()
 
 from recbole.data.interaction import Interaction  # noqa: E402
 
+from recbole_ssm.graphs import graphed_scores  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
 
@@ -29,9 +31,18 @@ class Recommender:
         model: a trained sequential model; it is put in evaluation mode.
         config: the configuration it was built with.
         items: the token of each item id; id 0 is padding.
+        cuda_graphs: on a GPU, score as a CUDA graph for each number of histories (:mod:`recbole_ssm.graphs`); a model
+            of ours that reads the last position.
+
+    Raises:
+        UserError: CUDA graphs for another model.
     """
 
-    def __init__(self, model: Any, config: Any, items: Sequence[str]) -> None:
+    def __init__(self, model: Any, config: Any, items: Sequence[str], *, cuda_graphs: bool = False) -> None:
+        if cuda_graphs and not (isinstance(model, PackedRecommender) and config["readout"] == "last"):
+            raise UserError(f"cuda_graphs: {config['model']} is not a model of ours with readout: last; leave it out")
+        on_gpu = torch.device(config["device"]).type == "cuda"
+        self._graphed = graphed_scores(model) if cuda_graphs and on_gpu else None
         self.model = model.eval()
         self.items = list(items)
         self._ids = {token: index for index, token in enumerate(self.items) if index}
@@ -103,7 +114,10 @@ class Recommender:
         lengths = torch.tensor([len(ids) for ids in recent])
         rows = Interaction({self._list_field: padded, self._length_field: lengths}).to(self._device)
         try:
-            scores: Tensor = self.model.full_sort_predict(rows)
+            if self._graphed is not None:
+                scores: Tensor = self._graphed(rows[self._list_field], rows[self._length_field])
+            else:
+                scores = self.model.full_sort_predict(rows)
         except KeyError as error:
             raise UserError(
                 f"{self._name} needs {error} beside the items; recommend() serves models of items alone"
@@ -153,12 +167,15 @@ class _SavedCatalogue:
         raise UserError(f"{self._name} reads its data set's {attribute}; recommend() serves models of items alone")
 
 
-def load_recommender(path: str | Path, device: str | torch.device | None = None) -> Recommender:
+def load_recommender(
+    path: str | Path, device: str | torch.device | None = None, *, cuda_graphs: bool = False
+) -> Recommender:
     """A recommender from a checkpoint file alone: no data set, and whatever machine it was trained on.
 
     Args:
         path: a ``.safetensors`` checkpoint that this package wrote.
         device: where to run; None takes a GPU if there is one.
+        cuda_graphs: as of :class:`Recommender`.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or the model needs more than items.
@@ -174,4 +191,4 @@ def load_recommender(path: str | Path, device: str | torch.device | None = None)
     config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = get_model(name)(config, _SavedCatalogue(name, sizes, catalogue.get("titles")))
     load_weights(model, saved, path)
-    return Recommender(model.to(config["device"]), config, items)
+    return Recommender(model.to(config["device"]), config, items, cuda_graphs=cuda_graphs)

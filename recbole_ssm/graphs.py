@@ -1,0 +1,108 @@
+"""CUDA graphs: a function of fixed shapes is recorded once and replayed, all its kernels in one launch.
+
+A step of one event and the scores of a few users are dozens of kernels of microseconds; on a GPU their launches, one by
+one from Python, are most of the time. On a CPU, or wherever a graph does not serve, the function runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from recbole_ssm.model.packed import PackedRecommender, split_padding
+
+WARM_UP = 3  # calls before one is recorded: kernels are compiled and tested, and memory is found
+
+
+class Recording(NamedTuple):
+    """What is replayed for one kind of arguments."""
+
+    inputs: list[Tensor]  # where the graph reads
+    outputs: Any  # where it writes
+    replay: Callable[[], None]
+
+
+def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) -> Recording:
+    """Record ``function`` on copies of its arguments' tensors."""
+    inputs = [t.clone() for t in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function(*pytree.tree_unflatten(inputs, structure))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function(*pytree.tree_unflatten(inputs, structure))
+    return Recording(inputs, outputs, graph.replay)
+
+
+class Graphed:
+    """A function of tensors, or of tuples and lists of them, that is replayed as a CUDA graph.
+
+    It must not read a tensor's value in Python, nor train. Weights are read where they lie when it is recorded: load new
+    ones into them, and make a new ``Graphed`` after a move. Each kind of arguments (shapes, dtypes, devices) is recorded
+    on its first call and keeps its memory; beyond ``most`` kinds, or where recording fails, the function runs as it is.
+
+    Args:
+        function: what to run.
+        most: kinds of arguments that are recorded.
+        serves: whether tensors like these can be recorded; by default, whether all are on a GPU.
+        record: takes function, tensors and their structure to a :class:`Recording`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        most: int = 8,
+        serves: Callable[[list[Tensor]], bool] = lambda tensors: all(t.is_cuda for t in tensors),
+        record: Callable[[Callable[..., Any], list[Tensor], Any], Recording] = capture,
+    ) -> None:
+        self._function, self._most, self._serves, self._record = function, most, serves, record
+        self._recordings: dict[Any, Recording] = {}
+        self._failed = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run or replay; what comes back is the caller's own, no later call writes over it."""
+        tensors, structure = pytree.tree_flatten(arguments)
+        if self._failed or torch.is_grad_enabled() or not tensors or not self._serves(tensors):
+            return self._function(*arguments)
+        key = structure, *[(t.shape, t.dtype, t.device) for t in tensors]
+        if key not in self._recordings:
+            if len(self._recordings) >= self._most:
+                return self._function(*arguments)
+            try:
+                self._recordings[key] = self._record(self._function, tensors, structure)
+            except RuntimeError as error:
+                self._failed = True
+                line = (str(error).splitlines() or [""])[0]
+                logging.getLogger().warning(f"CUDA graphs are switched off: recording failed ({line})")
+                return self._function(*arguments)
+        recording = self._recordings[key]
+        for place, tensor in zip(recording.inputs, tensors):
+            place.copy_(tensor)
+        recording.replay()
+        return pytree.tree_map(torch.clone, recording.outputs)
+
+
+def graphed_step(model: Any) -> Graphed:
+    """``model.step(item_B, state)`` of a recurrent model, recorded for each number of users."""
+    return Graphed(model.step)
+
+
+def graphed_scores(model: PackedRecommender) -> Graphed:
+    """``(item_seq [B, L], item_seq_len [B]) -> scores [B, V]`` of a model that reads the last position.
+
+    Its shapes do not depend on the lengths, as a graph demands: padding is computed too, which pays for few users.
+    """
+
+    def scores(item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        output = model.encode(*split_padding(item_seq, item_seq_len), last_only=True)[::2]
+        return output @ model.item_embedding.weight.T
+
+    return Graphed(scores)

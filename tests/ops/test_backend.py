@@ -1,0 +1,148 @@
+"""The choice of a backend, and the test of a compiled one before its first use."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from recbole_ssm import ops
+from recbole_ssm.errors import UserError
+from recbole_ssm.ops import backend, selftest
+from tests.conftest import REPOSITORY
+from tests.ops.test_ops import OPS, arguments, each_op
+
+right = backend.implementations("ssd", "torch")[0].function
+
+
+def slightly_wrong(*arguments):
+    y, final = right(*arguments)
+    return y * 1.001, final
+
+
+def breaks(*arguments):
+    raise RuntimeError("out of resource: shared memory\nRequired: 163840")
+
+
+def gradient_wrong(x, *arguments):
+    y, final = right(x, *arguments)
+    return y + 0.01 * (x - x.detach()), final
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry of this test's own, in which native has nothing for ssd yet."""
+    copied = {key: list(found) for key, found in backend._implementations.items() if key != ("ssd", "native")}
+    monkeypatch.setattr(backend, "_implementations", copied)
+    monkeypatch.setattr(backend, "_tested", set())
+    monkeypatch.setattr(backend, "_logged", set())
+    return copied
+
+
+def ssd():
+    tensors, keywords = arguments(ops.ssd, 1, 5, 1, torch.float32)
+    return tensors, keywords, ops.ssd(*tensors, **keywords)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (slightly_wrong, "its result is wrong by 1.0e-03 of the largest entry"),
+        (gradient_wrong, "its result is wrong by"),
+        (breaks, "it does not run on this machine (RuntimeError: out of resource: shared memory)"),
+    ],
+)
+def test_what_fails_is_switched_off_with_one_warning(registry, caplog, function, why):
+    backend.implements("ssd", "native")(function)
+    for _ in range(2):
+        tensors, keywords, y = ssd()
+        with ops.use_backend("torch"):
+            assert torch.equal(y, ops.ssd(*tensors, **keywords)[0])
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("op ssd: backend native is switched off: ") and why in warnings[0]
+    assert "torch takes its place. Please report what 'recbole-ssm doctor --numerics' prints" in warnings[0]
+    assert "native" not in backend.available_backends("ssd")
+
+
+def test_the_next_implementation_takes_the_place_of_a_wrong_one(registry, caplog):
+    backend.implements("ssd", "native", "theirs")(slightly_wrong)
+    backend.implements("ssd", "native", "ours")(lambda *arguments: right(*arguments))
+    ssd()
+    assert "backend native (theirs) is switched off" in caplog.text and "; ours takes its place" in caplog.text
+    assert [i.name for i in backend.implementations("ssd", "native")] == ["ours"]
+    assert backend.available_backends("ssd") == ["reference", "torch", "native"]
+
+
+def test_whatever_the_caller_has_switched_on_does_not_matter(registry):
+    tested = []
+
+    def watched(*arguments):
+        tested.append(threading.get_ident())
+        return right(*arguments)
+
+    tensors, keywords = arguments(ops.ssd, 1, 5, 1, torch.float32)
+    state = torch.get_rng_state()
+
+    def call(x):
+        return ops.ssd(x, *tensors[1:], **keywords)[0]
+
+    for enter in (
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: torch.autograd.graph.saved_tensors_hooks(breaks, breaks),
+    ):
+        backend._tested.clear()
+        registry["ssd", "native"] = [backend.Implementation(watched, "native")]
+        with enter(), torch.no_grad():
+            call(tensors[0])
+    backend._tested.clear()
+    torch.func.vmap(call)(tensors[0][None].expand(3, -1, -1, -1, -1))
+    assert backend.available_backends("ssd") == ["reference", "torch", "native"]
+    assert len(set(tested)) > 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tracing_and_forked_workers_are_left_alone(registry, monkeypatch):
+    backend.implements("ssd", "native")(lambda *arguments: right(*arguments))
+    tensors, keywords = arguments(ops.ssd, 1, 5, 1, torch.float32)
+    monkeypatch.setattr(selftest, "why_wrong", lambda *arguments: pytest.fail("tested"))
+    torch.compile(lambda *t: ops.ssd(*t)[0], backend="eager", fullgraph=True)(*[t.abs() for t in tensors])
+    torch.export.export(Once(), tuple(t.abs() for t in tensors), strict=False)
+    monkeypatch.setattr(backend, "_forked", True)
+    ssd()
+
+
+class Once(torch.nn.Module):
+    def forward(self, *tensors):
+        return ops.ssd(*tensors)[0]
+
+
+def test_a_forked_child_knows_that_it_is_one():
+    code = "import os; from recbole_ssm.ops import backend\n"
+    code += "pid = os.fork()\nif not pid: os._exit(7 if backend._forked else 1)\n"
+    code += "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7 and not backend._forked"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@each_op
+def test_the_examples_reach_every_op(op):
+    assert set(selftest._examples(torch.device("cpu"), 1, 3)) == {op.__name__ for op in OPS}
+    torch_form = backend.implementations(op.__name__, "torch")[0].function
+    assert selftest.why_wrong(op.__name__, torch_form, torch.device("cpu")) == ""
+
+
+def test_a_backend_that_the_machine_lacks_says_what(monkeypatch):
+    monkeypatch.setattr(backend, "_lacks", {"cuda": "there is no GPU that PyTorch can use"})
+    with pytest.raises(UserError, match=r"'cuda' is not installed on this machine \(there is no GPU .* use one of auto"):
+        ops.set_backend("cuda")
+
+
+@pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
+def test_what_a_backend_does_not_compute_is_computed_by_torch():
+    x, dt, A, B, C, skip = arguments(ops.ssd, 1, 5, 1)[0]
+    with ops.use_backend("native"):
+        assert ops.ssd(x, dt.abs(), A, B, C, skip)[0].dtype == torch.float64

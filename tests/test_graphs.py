@@ -1,0 +1,143 @@
+"""CUDA graphs: the logic on a stand-in for the recording, the recording itself where there is a GPU."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from recbole_ssm import compat, ops
+from recbole_ssm.graphs import Graphed, Recording, graphed_scores, graphed_step
+
+compat.install()
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.errors import UserError
+from recbole_ssm.model import get_model
+from recbole_ssm.serving.recommender import Recommender
+from tests.ops.test_ops import assert_close
+
+
+class Catalogue:
+    def num(self, field):
+        return 30
+
+
+def model_of(name, **keys):
+    config = SSMConfig(name, "ml-100k", config_dict={"train_neg_sample_args": None, "loss_type": "CE", **keys})
+    config["device"] = torch.device("cpu")
+    return get_model(name)(config, Catalogue()).eval(), config
+
+
+recorded = []
+
+
+def record(function, tensors, structure):
+    """As a graph: it reads and writes where it did when it was recorded."""
+    inputs = [t.clone() for t in tensors]
+    outputs = function(*pytree.tree_unflatten(inputs, structure))
+    flat, _ = pytree.tree_flatten(outputs)
+
+    def replay():
+        again, _ = pytree.tree_flatten(function(*pytree.tree_unflatten(inputs, structure)))
+        for place, value in zip(flat, again):
+            place.copy_(value)
+
+    recorded.append(structure)
+    return Recording(inputs, outputs, replay)
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded():
+    recorded.clear()
+
+
+def graphed(function, **options):
+    return Graphed(function, serves=lambda tensors: True, record=record, **options)
+
+
+@torch.no_grad()
+def test_replays_for_each_kind_and_gives_its_own_memory():
+    double = graphed(lambda x, pair: (2 * x, [pair[0] + 1]))
+    one, two = (double(torch.full((3,), v), (torch.tensor(v),)) for v in (1.0, 2.0))
+    assert one[0].tolist() == [2, 2, 2] and one[1][0] == 2
+    assert two[0].tolist() == [4, 4, 4] and two[1][0] == 3
+    assert len(recorded) == 1
+    double(torch.ones(4), (torch.tensor(1.0),))
+    double(torch.ones(3, dtype=torch.float64), (torch.tensor(1.0),))
+    assert len(recorded) == 3
+
+
+def test_runs_as_it_is_where_a_graph_does_not_serve():
+    plain = Graphed(lambda x: 2 * x, record=record)
+    with torch.no_grad():
+        assert plain(torch.ones(1)) == 2  # on a CPU
+    few = graphed(lambda x: 2 * x, most=1)
+    assert few(torch.ones(1, requires_grad=True)).requires_grad
+    assert not recorded
+    with torch.no_grad():
+        assert [few(torch.ones(n)).numel() for n in (1, 2, 1)] == [1, 2, 1]
+    assert len(recorded) == 1
+
+
+@torch.no_grad()
+def test_a_failed_recording_is_said_once(caplog):
+    def fails(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    function = Graphed(lambda x: 2 * x, serves=lambda tensors: True, record=fails)
+    assert [function(torch.ones(1)).item() for _ in range(2)] == [2, 2]
+    assert [r.message for r in caplog.records] == [
+        "CUDA graphs are switched off: recording failed (operation not permitted when stream is capturing)"
+    ]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"])
+def test_scores_do_not_depend_on_the_form(name):
+    model, config = model_of(name, MAX_ITEM_LIST_LENGTH=9, num_layers=2, readout="last")
+    lengths = torch.tensor([9, 1, 4])
+    rows = torch.randint(1, 30, (3, 9)) * (torch.arange(9) < lengths[:, None])
+    expected = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
+    assert_close(graphed_scores(model)(rows, lengths), expected, 1e-5)
+    assert Recommender(model, config, [str(i) for i in range(30)], cuda_graphs=True)._graphed is None  # on a CPU
+
+
+@torch.inference_mode()
+def test_steps_carry_their_state_through_the_graph():
+    model, _ = model_of("Mamba4Rec")
+    step = graphed(model.step)
+    state = other = model.alloc_state(2)
+    for item in (3, 4, 5):
+        items = torch.full((2,), item)
+        expected, state = model.step(items, state)
+        found, other = step(items, other)
+        assert torch.equal(found, expected)
+    assert len(recorded) == 1 and type(other[0]) is type(state[0])
+
+
+def test_other_models_refuse():
+    model, config = model_of("Mamba4Rec", readout="mean")
+    with pytest.raises(UserError, match="cuda_graphs: Mamba4Rec is not a model of ours with readout: last"):
+        Recommender(model, config, ["", "a"], cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.inference_mode()
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_on_a_gpu(backend):
+    model, _ = model_of("2Mamba4Rec", MAX_ITEM_LIST_LENGTH=50, readout="last")
+    model.cuda()
+    step, scores = graphed_step(model), graphed_scores(model)
+    with ops.use_backend(backend):
+        state = other = [s.to("cuda") for s in model.alloc_state(2)]
+        for item in (3, 4, 5):
+            items = torch.full((2,), item, device="cuda")
+            expected, state = model.step(items, state)
+            found, other = step(items, other)
+            assert_close(found, expected, 1e-6)
+        if backend == "auto":
+            for n in (50, 7):
+                rows, lengths = torch.randint(1, 30, (2, 50), device="cuda"), torch.tensor([n, 1], device="cuda")
+                expected = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
+                assert_close(scores(rows, lengths), expected, 1e-5)
+            assert not scores._failed
+    assert not step._failed
