@@ -390,8 +390,13 @@ def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
                 at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
                 axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
                 axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
-        axes.set(xscale="log", xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-        axes.margins(0.25)
+        axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
+        axes.margins(0.3)
+        latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
+        if latencies and max(latencies) > 20 * min(latencies):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
 
 
 def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:
