@@ -71,6 +71,9 @@ def _draw(drawn: Any, table: Sequence[Row]) -> None:
                 mine = [row for row in here if row["model"].rpartition(", ")[0] == model and row[key] is not None]
                 axes.plot([row["max_length"] for row in mine], [row[key] for row in mine], "o-", label=model)
             axes.set(xscale="log", yscale="linear" if key == "ndcg" else "log", ylabel=title)
+            lengths = sorted({row["max_length"] for row in here})
+            axes.set_xticks(lengths, map(str, lengths))
+            axes.set_xticks([], minor=True)
         column[0].set_title(dataset)
         column[0].legend(fontsize="small")
         column[-1].set_xlabel("longest history")

@@ -286,23 +286,26 @@ SHOWN = (
 
 
 def _common(entries: Sequence[Entry]) -> str:
-    first = entries[0].settings
-    split = first["eval_args"]["split"]
+    """The split, and what all entries share."""
+    split = entries[0].settings["eval_args"]["split"]
     kind = "leave one out by time" if split == {"LS": "valid_and_test"} else f"split {split}"
-    missing = object()
-    values = {key: [entry.settings.get(key, missing) for entry in entries] for key in _shown(entries)}
-    alike = [key for key, (one, *others) in values.items() if all(other == one for other in others)]
-    return "; ".join([kind, *(f"{key} {first[key]}" for key in alike)])
+    alike = [key for key in _shown(entries) if not _differs(key, entries)]
+    return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
 
 
 def _own(entry: Entry, entries: Sequence[Entry]) -> str:
-    keys = _shown(entries)
-    own = [key for key in keys if any(other.settings.get(key) != entry.settings.get(key) for other in entries)]
-    return ", ".join(f"{key} {_value(entry, key)}" for key in own if key in entry.settings) or "as above"
+    """What one entry has, where they differ."""
+    own = [key for key in _shown(entries) if _differs(key, entries) and key in entry.settings]
+    return ", ".join(f"{key} {_value(entry, key)}" for key in own) or "as above"
+
+
+def _differs(key: str, entries: Sequence[Entry]) -> bool:
+    there = [key in entry.settings for entry in entries]
+    return any(there) != all(there) or any(_value(entry, key) != _value(entries[0], key) for entry in entries)
 
 
 def _value(entry: Entry, key: str) -> Any:
-    value = entry.settings[key]
+    value = entry.settings.get(key)
     if key == "residual" and value == "auto":  # Mamba4Rec's published rule
         return entry.settings["num_layers"] > 1
     return value
@@ -373,10 +376,8 @@ def write(
         with whole(folder / f"{name}{ending}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     datasets = len({row["dataset"] for row in table})
-    with (
-        contextlib.suppress(UserError),
-        figure(folder / f"{name}.png", (5 * datasets, height)) as drawn,
-    ):  # no Matplotlib
+    missing = contextlib.suppress(UserError)  # Matplotlib is optional
+    with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
         (draw or quality_against_latency)(drawn, table)
     return text
 
@@ -390,8 +391,13 @@ def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
                 at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
                 axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
                 axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
-        axes.set(xscale="log", xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-        axes.margins(0.25)
+        axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
+        axes.margins(0.3)
+        latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
+        if latencies and max(latencies) > 20 * min(latencies):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
 
 
 def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:

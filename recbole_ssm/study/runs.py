@@ -201,6 +201,9 @@ class Runs:
         Args:
             runs: the runs.
             after: called with the outcomes so far, after each.
+
+        Raises:
+            KeyboardInterrupt: what is done is kept, and what was under way has saved where it stands.
         """
         todo, outcomes = list(runs), list[Outcome]()
         spent: list[tuple[Run, float]] = []  # wall seconds of what was trained now
@@ -208,7 +211,12 @@ class Runs:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
                 begin = time.monotonic()
-                outcome = self.get(run, partial(_show, bar, run))
+                try:
+                    outcome = self.get(run, partial(_show, bar, run))
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(
+                        f"{number - 1} of {len(todo)} runs are done; go on by the same command"
+                    ) from None
                 outcomes.append(outcome)
                 took = time.monotonic() - begin
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]

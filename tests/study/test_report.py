@@ -108,6 +108,15 @@ def test_protocol(two, entry):
     assert "- C, 1 thread; recbole_ssm 0, PyTorch 2, Python 3, X; 2026-01-02.\n" in text
 
 
+def test_a_residual_that_follows_from_the_layers_is_told_apart(entry):
+    layers = {"Mamba4Rec": 1, "2Mamba4Rec": 2}
+    two = [entry(name, [1, 2], residual="auto", num_layers=number) for name, number in layers.items()]
+    two[0].outcomes[0].run.options["clip_grad_norm"] = None
+    text = report.protocol(two, [1], "none")
+    assert "  - Mamba4Rec: num_layers 1, residual False\n  - 2Mamba4Rec: num_layers 2, residual True\n" in text
+    assert "clip_grad_norm None\n" in text
+
+
 def test_keys_that_the_user_gave_are_in_the_protocol(entry):
     one = entry("Mamba4Rec", [1, 2], d_state=16)
     one.outcomes[0].run.options["d_state"] = 16
