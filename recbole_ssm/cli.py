@@ -23,7 +23,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
-  recbole-ssm compare   models by data sets in one table, with paired tests: compare --models=SASRec,GRU4Rec --seeds=5
+  recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
   recbole-ssm tune      the best hyper-parameters: tune --model=M [--params_file=FILE.hyper] [--algo=bayes]; also --tune
   recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
@@ -33,7 +33,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--tune" in arguments:
+    if "--tune" in arguments and arguments[0].startswith("-"):  # of the main job; compare has one too
         arguments = ["tune", *(argument for argument in arguments if argument != "--tune")]
     try:
         if not set(arguments[:1]) & WITH_HELP and any(argument in ("-h", "--help", "help") for argument in arguments):

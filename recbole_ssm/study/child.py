@@ -46,8 +46,7 @@ class History(Hook):
 
     def __init__(self, say: TextIO) -> None:
         self.entries: list[dict[str, Any]] = []
-        self.parameters = self.peak_memory = 0
-        self.latency: dict[str, Any] | None = None
+        self.parameters = self.items = self.peak_memory = 0
         self._say, self._said = say, 0.0
         self._done: dict[str, float] = {"seconds": 0.0, "steps": 0, "targets": 0}
         self._begin: float | None = None  # of the stretch of training that is under way
@@ -55,8 +54,9 @@ class History(Hook):
         self._steps = 0
 
     def on_fit_start(self, trainer: SSMTrainer, loader: Any) -> None:
-        """Count the parameters."""
+        """Count the parameters and the items."""
         self._fitting, self._steps = True, len(loader.steps)
+        self.items = loader._dataset.item_num - 1  # RecBole's counts its padding
         self.parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
 
     def on_epoch_start(self, trainer: SSMTrainer, epoch: int) -> None:
@@ -149,6 +149,7 @@ def _train(folder: Path, lines: TextIO) -> None:
         seconds=history.entries[-1]["seconds"] if history.entries else 0.0,
         epochs=len(history.entries),
         parameters=history.parameters,
+        items=history.items,
         peak_memory=history.peak_memory,
         latency=json.loads(latency.read_text(encoding="utf-8")) if latency.is_file() else None,
         made=machine(),

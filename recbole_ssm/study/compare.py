@@ -1,0 +1,198 @@
+"""Models by data sets in one table: quality over seeds with paired tests, latency, parameters, seconds and memory.
+
+What is missing is trained, one run after the other, seeds in the outer loop: the table is written anew after every run,
+so it is balanced at any moment. Stop it as you like; the same command goes on. Options for one model or data set alone
+look like --SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from recbole_ssm.config import PROPERTIES, SSMConfig
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.model import get_model
+from recbole_ssm.study import report
+from recbole_ssm.study.report import Entry
+from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.search import Search, Trial, read_space
+from recbole_ssm.study.speed import speeds
+
+MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
+FIRST_SEED = 2020
+UNTUNED = "none; every model has its defaults and what the command gives"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    parser.add_argument("--models", default=MODELS, help=f"comma-separated; default {MODELS}")
+    parser.add_argument("--datasets", default="ml-100k", help="comma-separated; default ml-100k, which comes along")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each; seeds from --seed=2020 on; default 5")
+    parser.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first try N settings of each model's search space (properties/hyper), its defaults the first of them, on "
+        "the first seed; the best by validation runs on all seeds. Default 0: the defaults",
+    )
+
+
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
+    """Train what is missing, print the table, and write it to the folder.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value.
+    """
+    if options.tune < 0:
+        raise UserError(f"--tune: must be at least 0, got {options.tune}")
+    runs, todo, seeds = plan(options, keys)
+    entries = [Entry(one, one.model) for one in todo]
+    tuning = UNTUNED
+    if options.tune:
+        entries = [Entry(one, one.model) for one in tuned(runs, todo, options.tune, seeds[0])]
+        tuning = (
+            f"{options.tune} settings of each model's own search space on each data set, the defaults among them, by "
+            f"validation with seed {seeds[0]}"
+        )
+
+    def write() -> str:
+        return report.write(options.folder, "compare", entries, seeds, tuning)
+
+    carry_out(runs, entries, seeds, write)
+    print(write())
+    print(f"written to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, compare.png")
+
+
+def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:
+    """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value: before anything is trained.
+    """
+    models, datasets = options.models.split(","), options.datasets.split(",")
+    for option, names in (("--models", models), ("--datasets", datasets)):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{option}: {twice} stands twice")
+    for model in models:
+        get_model(model)
+    if options.seeds < 1:
+        raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
+    plain, own = split_keys(keys, models, datasets)
+    first = plain.pop("seed", FIRST_SEED)
+    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
+    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
+    todo = [
+        Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
+        for dataset, model in itertools.product(datasets, models)
+    ]
+    for one in todo:
+        if config_of(runs, one)["eval_args"]["mode"]["test"] != "full":
+            raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
+    return runs, todo, list(range(first, first + options.seeds))
+
+
+def split_keys(
+    keys: Mapping[str, Any], models: Sequence[str], datasets: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """``{"epochs": 5, "SASRec.n_layers": 1}`` -> the keys for all, and those of each model or data set.
+
+    Raises:
+        UserError: a key is of a model or data set that is not compared, or ``--model`` or ``--dataset`` is given.
+    """
+    plain: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in keys.items():
+        scope, dot, name = key.rpartition(".")
+        if key in ("model", "dataset"):
+            raise UserError(f"--{key}: here it is --{key}s, with commas between names")
+        if not dot:
+            plain[key] = value
+        elif scope in (*models, *datasets):
+            own.setdefault(scope, {})[name] = value
+        else:
+            hint = did_you_mean(scope, [*models, *datasets])
+            raise UserError(f"--{key}: '{scope}' is none of the models and data sets compared{hint}")
+    return plain, own
+
+
+def config_of(runs: Runs, one: Run) -> SSMConfig:
+    """A run's resolved configuration.
+
+    Raises:
+        UserError: it is refused.
+    """
+    return SSMConfig(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
+
+
+def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
+    """Measure the entries' speed, then run each on every seed, seeds in the outer loop; ``write`` after each run."""
+    for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
+        entry.speed, entry.seeds = speed, len(seeds)
+        try:
+            entry.settings = runs.content(entry.run)["settings"]
+        except UserError:
+            continue  # its runs say why
+    todo = [
+        (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
+        for seed, entry in itertools.product(seeds, entries)
+    ]
+
+    def after(outcomes: list[Outcome]) -> None:
+        todo[len(outcomes) - 1][0].outcomes.append(outcomes[-1])
+        write()
+
+    runs.all([one for _, one in todo], after)
+
+
+def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
+    """Each run with the best of so many settings, its own and then those of its model's search space.
+
+    The same number for every model, on one seed, chosen by the best validation score. Nothing of the test is looked at.
+
+    Raises:
+        UserError: a model has no search space, or a smaller one.
+    """
+    tried = [
+        [Run(one.model, one.dataset, {**one.options, **more}) for more in ({}, *samples(one.model, count - 1, seed))]
+        for one in todo
+    ]
+    trials = [
+        Run(one.model, one.dataset, {**one.options, "seed": seed})
+        for one in itertools.chain.from_iterable(zip(*tried))  # a setting of each in turn
+    ]
+    outcomes = runs.all(trials)
+    best = []
+    for place, settings in enumerate(tried):
+        scores = [_validation(runs, outcome) for outcome in outcomes[place :: len(todo)]]
+        best.append(settings[scores.index(max(scores))])
+    return best
+
+
+def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """So many points of a model's search space, at random and each once.
+
+    Raises:
+        UserError: the model has none, or it is smaller.
+    """
+    search = Search("random", read_space(PROPERTIES / "hyper" / f"{model}.hyper"), seed)
+    trials: list[Trial] = []
+    while len(trials) < count:
+        params = search.propose(trials, bigger=True)
+        if params is None:
+            raise UserError(f"--tune: the search space of {model} has {len(trials)} points; take {len(trials) + 1}")
+        trials.append(Trial(len(trials), params))
+    return [trial.params for trial in trials]
+
+
+def _validation(runs: Runs, outcome: Outcome) -> float:
+    """The best validation score, signed so that more is better; of a failed run less than any."""
+    if outcome.error is not None:
+        return -float("inf")
+    config = config_of(runs, outcome.run)
+    score = outcome.valid[config["valid_metric"].lower()]
+    return score if config["valid_metric_bigger"] else -score

@@ -1,0 +1,416 @@
+"""The tables and plots of a study: outcomes in, Markdown, CSV and LaTeX out."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.figure import figure
+from recbole_ssm.files import whole
+from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
+from recbole_ssm.study.speed import Speed
+from recbole_ssm.study.statistics import METRICS, Pair, corrected, metric, over_users, paired
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+Row = dict[str, Any]
+Compared = Callable[["Entry", "Entry"], bool]
+
+
+@dataclass
+class Entry:
+    """What becomes one row of a table: one configuration, its runs over seeds."""
+
+    run: Run
+    """Without a seed."""
+    label: str
+    """What the row is called: the model, and what else tells it from its neighbours."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved configuration; empty where it is refused."""
+    speed: Speed | None = None
+    seeds: int = 1
+    """How many runs there will be."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """One a seed, failed ones too."""
+
+    @property
+    def dataset(self) -> str:
+        """Its data set."""
+        return self.run.dataset
+
+    @property
+    def done(self) -> list[Outcome]:
+        """The runs that succeeded."""
+        return [outcome for outcome in self.outcomes if outcome.error is None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the printed table: its title, and its text by a row."""
+
+    title: str
+    text: Callable[[Row], str]
+
+
+def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
+    """The table's figures, a row an entry; None where there is none.
+
+    ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._sd`` their sample standard deviations (None for one
+    seed), ``p_best`` the Holm-corrected p of NDCG@10 against the data set's best (None for the best itself),
+    ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
+    """
+    found = []
+    for entry in entries:
+        row: Row = {"dataset": entry.dataset, "model": entry.label, "seeds": len(entry.done), "of_seeds": entry.seeds}
+        for name in METRICS:
+            values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in entry.done]
+            key = name.partition("@")[0].lower()
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        row["p_best"] = None
+        row["latency_p50_s"] = entry.speed["p50_s"] if entry.speed else None
+        row["users_per_second"] = entry.speed["users_per_second"] if entry.speed else None
+        row["parameters"] = entry.done[0].parameters if entry.done else None
+        for key, value in (("seconds", "seconds"), ("epochs", "epochs"), ("peak_memory_bytes", "peak_memory")):
+            row[key] = statistics.fmean(getattr(o, value) for o in entry.done) if entry.done else None
+        row["seconds_per_epoch"] = row["seconds"] / row["epochs"] if row["epochs"] else None
+        row["train_mode"] = entry.settings.get("train_mode")
+        row["max_length"] = entry.settings.get("MAX_ITEM_LIST_LENGTH")
+        row["error"] = next((outcome.error for outcome in entry.outcomes if outcome.error), None)
+        found.append(row)
+    for dataset, pairs in tests.items():
+        here = [row for row in found if row["dataset"] == dataset and row["ndcg"] is not None]
+        best = max(here, key=lambda row: row["ndcg"])["model"] if here else None
+        for pair in pairs:
+            if pair.metric == "NDCG@10" and best in (pair.first, pair.second):
+                other = pair.second if pair.first == best else pair.first
+                next(row for row in here if row["model"] == other)["p_best"] = pair.holm_p
+    return found
+
+
+def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
+    """Data set -> the pairs of its entries that are to be compared, by every metric, over the users."""
+    found: dict[str, list[Pair]] = {entry.dataset: [] for entry in entries}
+    for dataset, pairs in found.items():
+        done = [entry for entry in entries if entry.dataset == dataset and entry.done]
+        for name in METRICS:
+            values = {id(entry): over_users(name, [outcome.ranks() for outcome in entry.done]) for entry in done}
+            pairs += corrected(
+                paired(name, (one.label, values[id(one)]), (other.label, values[id(other)]))
+                for one, other in combinations(done, 2)
+                if compared(one, other)
+            )
+    return found
+
+
+def _mean(key: str, latex: bool = False) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        if row[key] is None:
+            return ""
+        deviation = row[f"{key}_sd"]
+        plus = "" if deviation is None else f" $\\pm$ {_part(deviation)}" if latex else f" ± {_part(deviation)}"
+        return f"{_part(row[key])}{plus}"
+
+    return text
+
+
+def _part(value: float) -> str:
+    return f"{value:.4f}".removeprefix("0")
+
+
+def _seeds(row: Row) -> str:
+    missing = row["seeds"] < row["of_seeds"]
+    return f"{row['seeds']} of {row['of_seeds']}" if missing else f"{row['seeds']}"
+
+
+def _number(key: str, scale: float = 1.0, digits: int = 0) -> Callable[[Row], str]:
+    return lambda row: "" if row[key] is None else f"{row[key] * scale:,.{digits}f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+
+
+def columns(latex: bool = False) -> list[Column]:
+    """What is printed, in this order."""
+    return [
+        Column("data set", lambda row: row["dataset"]),
+        Column("model", lambda row: row["model"]),
+        Column("seeds", _seeds),
+        Column("Hit@10", _mean("hit", latex)),
+        Column("NDCG@10", _mean("ndcg", latex)),
+        Column("MRR@10", _mean("mrr", latex)),
+        Column("p", lambda row: _p(row["p_best"])),
+        Column("ms a user", _number("latency_p50_s", 1e3, 2)),
+        Column("users/s", _number("users_per_second")),
+        Column("parameters", _number("parameters")),
+        Column("trained on", lambda row: row["train_mode"] or ""),
+        Column("epochs", _number("epochs", 1, 1)),
+        Column("seconds", _number("seconds")),
+        Column("MiB", _number("peak_memory_bytes", 2**-20)),
+    ]
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The table; the best mean of each data set is bold, and a failed row says why below it."""
+    best = {
+        (row["dataset"], key): max((r[key] for r in table if r["dataset"] == row["dataset"] and r[key]), default=None)
+        for row in table
+        for key in ("hit", "ndcg", "mrr")
+    }
+    lines = _header([column.title for column in columns()])
+    for row in table:
+        cells = []
+        for column in columns():
+            text = column.text(row)
+            key = column.title.partition("@")[0].lower()
+            if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
+                text = f"**{text}**"
+            cells.append(text)
+        lines.append(_line(cells))
+    failed = [f"- {row['dataset']}, {row['model']}: {row['error']}" for row in table if row["error"]]
+    return "\n".join(lines + (["", "Failed:", "", *failed] if failed else [])) + "\n"
+
+
+def latex(table: Sequence[Row]) -> str:
+    """The same as a LaTeX tabular, without packages."""
+    shown = columns(latex=True)
+    lines = [rf"\begin{{tabular}}{{ll{'r' * (len(shown) - 2)}}}", r"\hline"]
+    lines += [" & ".join(_escape(column.title) for column in shown) + r" \\", r"\hline"]
+    for row in table:
+        cells = [column.text(row) for column in shown]
+        cells = [cell if r"\pm" in cell else _escape(cell) for cell in cells]
+        lines.append(" & ".join(cells) + r" \\" + (f" % {row['error']}" if row["error"] else ""))
+    return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
+
+
+def _escape(text: str) -> str:
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "$<$")
+
+
+def comma_separated(table: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, every figure in full; a column is a key of the first row."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(table[0]) if table else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return file.getvalue()
+
+
+def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = ("NDCG@10",)) -> str:
+    """The paired tests as a table."""
+    lines = _header(
+        ["data set", "metric", "models", "users", "difference", "95% interval", "p (t)", "p (Holm)", "p (Wilcoxon)"]
+    )
+    for dataset, pairs in found.items():
+        for pair in pairs:
+            if pair.metric in names:
+                interval = f"{pair.low:+.4f} to {pair.high:+.4f}"
+                ps = [_p(pair.t_p), _p(pair.holm_p), _p(pair.wilcoxon_p)]
+                who = f"{pair.first} - {pair.second}"
+                cells = [dataset, pair.metric, who, f"{pair.users:,}", f"{pair.difference:+.4f}", interval, *ps]
+                lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def published(datasets: Collection[str], models: Collection[str]) -> list[dict[str, str]]:
+    """What others published of these models on these data sets, with ``source`` and ``protocol``."""
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["dataset"] in datasets and row["model"] in models]
+
+
+def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
+    """Published figures as a table."""
+    if not found:
+        return "None that we know of.\n"
+    keys = ["dataset", "model", "hit", "ndcg", "mrr", "latency_s", "source", "protocol"]
+    titles = ["data set", "model", "Hit@10", "NDCG@10", "MRR@10", "latency, s", "source", "what differs"]
+    lines = _header(titles)
+    lines += [_line([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys]) for row in found]
+    return "\n".join(lines) + "\n"
+
+
+MEANING = """\
+- Ranking is against all items; items of the history are not masked, as in RecBole; items of equal score share the mean
+  of their ranks. The weights of the best validation are tested.
+- p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
+  pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
+  seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
+- ms a user: median of encoding, scoring all items and choosing ten, one user a call; users/s: 256 a call; all models in
+  turns in one process (on one thread, its processor time).
+- Seconds: training without validations, a run; with other work on the machine read the ratios. MiB: the peak of the
+  process, data set included, or of the GPU.
+"""
+
+
+def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str:
+    """What every figure of the table stands on, in Markdown."""
+    lines = []
+    for dataset in dict.fromkeys(entry.dataset for entry in entries):
+        here = [entry for entry in entries if entry.dataset == dataset and entry.settings]
+        if here:
+            lines.append(f"- {dataset}{_counts(here)}: {_common(here)}")
+            lines += [f"  - {entry.label}: {_own(entry, here)}" for entry in here]
+    lines += [
+        f"- Seeds {', '.join(map(str, seeds))}; ± is the sample standard deviation over seeds.",
+        f"- Tuning: {tuning}.",
+        *_machines(entries),
+    ]
+    return "\n".join(lines) + f"\n{MEANING}"
+
+
+def _counts(entries: Sequence[Entry]) -> str:
+    done = [outcome for entry in entries for outcome in entry.done]
+    if not done:
+        return ""
+    return f" ({len(np.unique(done[0].ranks()[0])):,} users tested, {done[0].items:,} items)"
+
+
+SHOWN = (
+    "MAX_ITEM_LIST_LENGTH", "epochs", "stopping_step", "valid_metric", "train_batch_size", "learner", "learning_rate",
+    "weight_decay", "loss_type", "train_mode", "hidden_size", "num_layers", "n_layers", "residual", "dropout_prob",
+    "hidden_dropout_prob", "attn_dropout_prob",
+)  # fmt: skip
+
+
+def _common(entries: Sequence[Entry]) -> str:
+    """The split, and what all entries share."""
+    split = entries[0].settings["eval_args"]["split"]
+    kind = "leave one out by time" if split == {"LS": "valid_and_test"} else f"split {split}"
+    alike = [key for key in _shown(entries) if not _differs(key, entries)]
+    return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
+
+
+def _own(entry: Entry, entries: Sequence[Entry]) -> str:
+    """What one entry has, where they differ."""
+    own = [key for key in _shown(entries) if _differs(key, entries) and key in entry.settings]
+    return ", ".join(f"{key} {_value(entry, key)}" for key in own) or "as above"
+
+
+def _differs(key: str, entries: Sequence[Entry]) -> bool:
+    there = [key in entry.settings for entry in entries]
+    return any(there) != all(there) or any(_value(entry, key) != _value(entries[0], key) for entry in entries)
+
+
+def _value(entry: Entry, key: str) -> Any:
+    value = entry.settings.get(key)
+    if key == "residual" and value == "auto":  # Mamba4Rec's published rule
+        return entry.settings["num_layers"] > 1
+    return value
+
+
+def _shown(entries: Sequence[Entry]) -> list[str]:
+    """The keys of SHOWN that are set somewhere, and any other that the user gave."""
+    given = dict.fromkeys(key for entry in entries for outcome in entry.outcomes for key in outcome.run.options)
+    others = [key for key in given if key not in (*SHOWN, *NOT_CACHED, "seed")]
+    return [*(key for key in SHOWN if any(key in entry.settings for entry in entries)), *others]
+
+
+def _machines(entries: Sequence[Entry]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for outcome in (outcome for entry in entries for outcome in entry.done):
+        made = dict(outcome.made)
+        date = made.pop("date")
+        what = f"recbole_ssm {made['recbole_ssm']}, PyTorch {made['torch']}, Python {made['python']}, {made['system']}"
+        where = made["gpu"] or f"{made['cpu']}, {made['threads']} thread{'s' if made['threads'] > 1 else ''}"
+        found.setdefault(f"{where}; {what}", []).append(date)
+    return [f"- {key}; {min(d)}{'' if min(d) == max(d) else f' to {max(d)}'}." for key, d in found.items()]
+
+
+def write(
+    folder: Path,
+    name: str,
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    tuning: str,
+    compared: Compared = lambda one, other: True,
+    draw: Callable[[Any, Sequence[Row]], None] | None = None,
+    height: float = 4,
+) -> str:
+    """Write ``name.md``, ``name.csv``, ``name-tests.csv``, ``name.tex`` and, with Matplotlib, ``name.png``.
+
+    Args:
+        folder: where.
+        name: of the files.
+        entries: the table's rows.
+        seeds: of the study, for its protocol.
+        tuning: the budget of every model, in words.
+        compared: which pairs are tested.
+        draw: draws the table's rows into a Matplotlib figure; None is quality against latency.
+        height: of the figure, in inches.
+
+    Returns:
+        The Markdown, in which all is told.
+    """
+    found = tests(entries, compared)
+    table = rows(entries, found)
+    others = published({entry.dataset for entry in entries}, {entry.run.model for entry in entries})
+    text = "\n".join(
+        [
+            "## Results\n",
+            markdown(table),
+            "## Protocol\n",
+            protocol(entries, seeds, tuning),
+            "## Paired tests\n",
+            pairs_markdown(found),
+            "## Published by others\n",
+            published_markdown(others),
+        ]
+    )
+    tested = [{"dataset": dataset, **vars(pair)} for dataset, pairs in found.items() for pair in pairs]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {".md": text, ".csv": comma_separated(table), "-tests.csv": comma_separated(tested), ".tex": latex(table)}
+    for ending, content in files.items():
+        with whole(folder / f"{name}{ending}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    datasets = len({row["dataset"] for row in table})
+    missing = contextlib.suppress(UserError)  # Matplotlib is optional
+    with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
+        (draw or quality_against_latency)(drawn, table)
+    return text
+
+
+def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
+    """NDCG@10 against milliseconds a user, a panel a data set."""
+    models = list(dict.fromkeys(row["model"] for row in table))
+    for axes, dataset, here in panels(drawn, table):
+        for row in here:
+            if row["ndcg"] is not None and row["latency_p50_s"]:
+                at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
+                axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
+                axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
+        axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
+        axes.margins(0.3)
+        latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
+        if latencies and max(latencies) > 20 * min(latencies):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
+
+
+def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:
+    """For each data set: its axes (a list of them where there are several lines), its name, its rows."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in table))
+    grid = drawn.subplots(lines, len(datasets), squeeze=False)
+    for column, dataset in zip(grid.T, datasets):
+        yield column[0] if lines == 1 else list(column), dataset, [r for r in table if r["dataset"] == dataset]
+
+
+def _header(titles: Sequence[str]) -> list[str]:
+    return [_line(titles), _line(["---"] * len(titles))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

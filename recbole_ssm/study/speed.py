@@ -1,0 +1,103 @@
+"""What a recommendation costs, of several runs' models side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from recbole_ssm.bench.measure import Function, medians
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.loader import create_loaders
+from recbole_ssm.files import write_json
+from recbole_ssm.model import get_model
+from recbole_ssm.ops import set_backend
+from recbole_ssm.study.child import machine
+from recbole_ssm.study.runs import Run, Runs
+
+BATCH = 256  # users of a call, where throughput is measured
+TOP_K = 10
+ROUNDS, SECONDS = 100, 20.0  # of each kind of call: at most
+
+Speed = dict[str, float]
+
+
+def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
+    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of 256.
+
+    A call is encoding, scores of all items and the ten best, of histories of the test. The models take turns, so that
+    a slow minute of the machine meets all of them: read the ratios. Their weights are random, since times do not depend
+    on them. On one thread the time is the processor's, else that of the wall. None where a model cannot be built; its
+    run says why. What was measured is kept beside the runs, in ``speed-*.json``: delete those to measure again.
+    """
+    by_dataset = {run.dataset: [other for other in todo if other.dataset == run.dataset] for run in todo}
+    found = {dataset: _kept(runs, alike) for dataset, alike in by_dataset.items()}
+    return [found[run.dataset][by_dataset[run.dataset].index(run)] for run in todo]
+
+
+def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
+    here = {key: value for key, value in machine().items() if key != "date"}
+    content = json.dumps([[[run.model, run.dataset, dict(run.options)] for run in todo], here], sort_keys=True)
+    file = runs.folder / f"speed-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        write_json(file, _measure(runs.machine_options, todo))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Speed | None]:
+    one: dict[str, Function] = {}
+    many: dict[str, Function] = {}
+    users = {}
+    for number, run in enumerate(todo):
+        try:
+            model, rows = _model(machine_options, run)
+        except Exception:  # whatever it is, the run meets it too, and says so in its row
+            continue
+        # each call another user: the caches hold what they would hold in use
+        turns = itertools.cycle([rows[at : at + 1] for at in range(len(rows))])
+        one[str(number)] = partial(_call, model, turns)
+        many[str(number)] = partial(_call, model, itertools.repeat(rows))
+        users[str(number)] = len(rows)
+    p50, batch = medians(one, _rounds(one)), medians(many, _rounds(many))
+    return [
+        {"p50_s": p50[key], "users_per_second": users[key] / batch[key]} if key in users else None
+        for key in map(str, range(len(todo)))
+    ]
+
+
+def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
+    """A run's model on its device, and a batch of its test."""
+    keys = {**machine_options, **run.options, "eval_batch_size": BATCH, "state": "ERROR", "show_progress": False}
+    config = SSMConfig(run.model, run.dataset, config_dict=keys)
+    set_backend(config["ssm_backend"])
+    logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
+    try:
+        train, _, test = create_loaders(config, create_dataset(config))
+    finally:
+        logging.disable(logging.NOTSET)
+    model = get_model(run.model)(config, train._dataset).to(config["device"]).eval()
+    return model, next(iter(test))[0].to(config["device"])
+
+
+@torch.inference_mode()
+def _call(model: Any, batches: Iterator[Any]) -> None:
+    rows = next(batches)
+    model.full_sort_predict(rows).view(len(rows), -1).topk(TOP_K)
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+
+
+def _rounds(calls: Mapping[str, Function]) -> int:
+    begin = time.perf_counter()
+    for call in calls.values():
+        call()
+    once = 2 * (time.perf_counter() - begin)  # each call that is timed follows one that is not
+    return max(3, min(ROUNDS, int(SECONDS / max(once, 1e-9))))
