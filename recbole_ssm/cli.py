@@ -34,7 +34,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--tune" in arguments:
+    if "--tune" in arguments and arguments[0].startswith("-"):  # of the main job; compare has one too
         arguments = ["tune", *(argument for argument in arguments if argument != "--tune")]
     try:
         if not set(arguments[:1]) & WITH_HELP and any(argument in ("-h", "--help", "help") for argument in arguments):

@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, default=10, help="best items of each history (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row, else it is skipped (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda ... (%(default)s)")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        help="wall (default), or processor: what a thread of a shared machine would take if it were alone",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw seconds against length")
 
 
@@ -74,14 +79,17 @@ def run(options: argparse.Namespace) -> list[Row]:
     if min(*lengths, *batches, *catalogues, options.top_k) < 1 or options.seconds <= 0:
         raise UserError("bench latency: --lengths, --batch_sizes, --items, --top_k from 1, --seconds above 0")
     device = _device(options.device)
+    chosen("--clock", options.clock, ("wall", "processor"))
+    if options.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UserError("--clock: processor is for one thread of a CPU; set OMP_NUM_THREADS=1, or take wall")
     if options.plot:
         with figure(options.plot):  # whether it can be drawn is known before anything is measured
             pass
     print(
-        f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}; weights are random: a length "
-        "beyond those of training tells what it would cost, not how good it would be"
+        f"{device}, {torch.get_num_threads()} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights "
+        "are random: a length beyond those of training tells what it would cost, not how good it would be"
     )
-    bench = _Bench(device, options.seconds, options.top_k)
+    bench = _Bench(device, options.seconds, options.top_k, _Processor if options.clock == "processor" else Latency)
     rows: list[Row] = []
     total = len(catalogues) * len(batches) * (len(lengths) + 1) * len(names)
     with tqdm(total=total, unit="row", leave=False) as progress:
@@ -201,15 +209,15 @@ class _Costs(NamedTuple):
 class _Bench:
     """Measures rows, and leaves those out that would take too much memory or time."""
 
-    def __init__(self, device: torch.device, seconds: float, top_k: int) -> None:
-        self.device, self.seconds, self.top_k = device, seconds, top_k
+    def __init__(self, device: torch.device, seconds: float, top_k: int, clock: type[Latency]) -> None:
+        self.device, self.seconds, self.top_k, self.clock = device, seconds, top_k, clock
 
     def row(self, model: Any, costs: _Costs, length: int, batch: int, items: int) -> Row:
         """The measured columns of one row; ``length`` 0 is one event from the carried state."""
         row: Row = dict.fromkeys(MEASURED)
 
         def calls(batch: int, events: int) -> _Calls:
-            return _Calls(model, events if length else 0, batch, items, self.device, self.top_k)
+            return _Calls(model, events if length else 0, batch, items, self.device, self.top_k, self.clock())
 
         try:
             row["note"] = self._refusal(calls, costs, batch, length or 1, items)
@@ -286,7 +294,9 @@ class _Bench:
 class _Calls:
     """Calls of one model with one batch of random histories, and the seconds of their parts."""
 
-    def __init__(self, model: Any, length: int, batch: int, items: int, device: torch.device, top_k: int) -> None:
+    def __init__(
+        self, model: Any, length: int, batch: int, items: int, device: torch.device, top_k: int, clock: Latency
+    ) -> None:
         self.length, self.batch, self.items, self.device = length or 1, batch, items, device
         self.seconds: list[tuple[float, float, float, float]] = []  # encode, score, top-k, all three
         history = torch.randint(1, items + 1, (batch, self.length), device=device)
@@ -294,7 +304,7 @@ class _Calls:
         self._rows = Interaction({"item_id_list": history, "item_length": lengths, "item_id": history[:, -1]})
         self._top_k = min(top_k, items)
         # the clock of measure_latency, which needs no more of a trainer than this
-        self._clock = Latency()
+        self._clock = clock
         model = model if length else _OneEvent(model, batch)
         self._trainer = cast(Any, SimpleNamespace(model=model, device=device))
         self._clock.on_evaluation_start(self._trainer)
@@ -319,6 +329,13 @@ class _Calls:
         before = torch.cuda.memory_allocated(self.device)
         self.once()
         return (torch.cuda.max_memory_allocated(self.device) - before) / MIB
+
+
+class _Processor(Latency):
+    """The same clock in time that the process was given."""
+
+    def _now(self) -> float:
+        return time.process_time()
 
 
 class _OneEvent(nn.Module):

@@ -101,7 +101,7 @@ def test_end_to_end(tmp_path, capsys):
 
 def test_what_would_not_fit_is_a_row_that_says_so(tmp_path, monkeypatch):
     sizes = ["--models=SASRec,FPMC", "--lengths=5,500", "--batch_sizes=2000", "--items=30"]
-    rows = run(tmp_path, *sizes, "--seconds=0.02")
+    rows = run(tmp_path, *sizes, "--seconds=0.02", "--clock=processor")
     assert [(row["model"], row["length"]) for row in rows] == [(m, n) for n in (5, 500) for m in ("SASRec", "FPMC")]
     assert "skipped: a call takes about" in rows[2]["note"] and rows[2]["p50_s"] is None
     assert rows[1]["note"].startswith("failed: ")  # it wants users
@@ -134,6 +134,7 @@ def test_a_step_gives_what_the_whole_history_gives():
         (["--lengths=long"], "--lengths: must be whole numbers with commas, got long"),
         (["--batch_sizes=0"], "--batch_sizes, --items, --top_k from 1"),
         (["--device=gpu"], "--device: 'gpu' cannot be used"),
+        (["--clock=sun"], "--clock: 'sun' is not one of wall, processor"),
         (["--plot=nosuch/x.png"], "--plot: there is no folder"),
         (["--plot=x.xyz"], "x.xyz: a plot must end in .png, .svg or .pdf"),
         (["--csv=nosuch/x.csv"], "--csv: there is no folder"),

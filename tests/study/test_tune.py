@@ -270,3 +270,14 @@ compat.install()
 assert sys.modules["ray"] is ray and "ray.tune" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tune_is_an_option_of_the_main_job_alone(monkeypatch):
+    from recbole_ssm import cli
+
+    seen = []
+    monkeypatch.setattr(
+        cli, "COMMANDS", {name: lambda rest, name=name: seen.append((name, rest)) for name in cli.COMMANDS}
+    )
+    assert main(["--model=SASRec", "--tune"]) == main(["compare", "--tune", "8"]) == 0
+    assert seen == [("tune", ["--model=SASRec"]), ("compare", ["--tune", "8"])]
