@@ -48,7 +48,7 @@ def _usgm(learner: str = "usgm", arguments: Mapping[str, Any] | None = None, **m
 
 
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0)
-DIAMETERS = (30.0, 100.0, 300.0, 1000.0)
+DIAMETERS = (10.0, 30.0, 100.0, 300.0)  # first steps of 0.1 to 3, between too short and divergent on ml-100k
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
