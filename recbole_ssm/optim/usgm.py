@@ -285,6 +285,9 @@ class USGM(_UniversalMethod):
 
     so where noise outweighs the mean gradient, H is about sqrt(sum |g_k|^2) / D: the AdaGrad-norm method.
 
+    H never decreases. In a network the first step must therefore not be too long: where the loss explodes once, H keeps
+    what it met there, and the steps stay short for good. rho * D has to be tuned as a learning rate is.
+
     The authors': the recursion, ``rule``, ``projection="origin"`` with ``H0=0``, the uniform average. A third party's
     (OPTAMI): ``passive_start``, ``same_batch``, ``projection="start"``. Ours, for networks: ``rho``, ``average_power``,
     weight decay, a recursion for each parameter group (the papers have a single H), sparse gradients.

@@ -315,9 +315,11 @@ class SSMTrainer(Trainer):
         where = f"epoch {self._position['epoch']}, step {step.number}" if step else "training"
         written = self.folder is not None and any(self.folder.glob(f"*{checkpoint.SUFFIX}"))
         kept = f"; the last good checkpoint is in {self.folder}" if written else ""
+        smaller = f"a smaller learning_rate than {self.learning_rate}"
+        if hasattr(self.optimizer, "step_sizes"):
+            smaller = f"a smaller D or rho in learner_args than {self.config['learner_args']}"
         raise UserError(
-            f"{where}: the training loss became {loss.item()}; try a smaller learning_rate than {self.learning_rate} "
-            f"or clip_grad_norm: {{'max_norm': 5}}{kept}"
+            f"{where}: the training loss became {loss.item()}; try {smaller} or clip_grad_norm: {{'max_norm': 5}}{kept}"
         )
 
     # --- evaluate ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from recbole_ssm.study.optimizers import OPTIMIZERS, Cell, turns
 from recbole_ssm.study.runs import Outcome, Run
 from tests.conftest import REPOSITORY
 
-QUALITY = {0.0003: 0.1, 0.001: 0.3, 0.003: 0.2, 0.01: 0.1, 30.0: 0.1, 100.0: 0.2, 300.0: 0.25, 1000.0: None}
+QUALITY = {0.0003: 0.1, 0.001: 0.3, 0.003: 0.2, 0.01: 0.1, 10.0: 0.1, 25.0: 0.2, 50.0: 0.25, 100.0: None}
 
 
 def outcome(run, scores, sizes=None, error=None):
@@ -73,7 +73,7 @@ def test_every_value_once_and_the_best_on_all_seeds(studied):
     runs, cells, seeds, written = studied
     assert seeds == [2020, 2021, 2022]
     assert written == list(range(1, 4 * 4 + 4 * 3 + 1)), "the tables are written after each run"
-    assert [cell.value for cell in cells] == [0.001, 300.0, 0.001, 300.0], "what failed is never chosen"
+    assert [cell.value for cell in cells] == [0.001, 50.0, 0.001, 50.0], "what failed is never chosen"
     tuning, final = runs.asked[:16], runs.asked[16:]
     assert {run.options["seed"] for run in tuning} == {2020}
     assert [run.options["seed"] for run in final] == [2020] * 4 + [2021] * 4 + [2022] * 4, "balanced at any moment"
@@ -81,7 +81,7 @@ def test_every_value_once_and_the_best_on_all_seeds(studied):
     assert all(run.options["epochs"] == 3 for run in runs.asked)
     assert {run.options.get("n_layers") for run in runs.asked if run.model == "SASRec"} == {1}
     usgm = final[1].options
-    assert (usgm["learner"], usgm["learner_args"]["D"], usgm["adaptive_batch"]) == ("usgm", 300.0, "hoelder")
+    assert (usgm["learner"], usgm["learner_args"]["D"], usgm["adaptive_batch"]) == ("usgm", 50.0, "hoelder")
 
 
 def test_the_figures(studied):
@@ -136,7 +136,9 @@ def test_one_budget_for_all_and_options_that_exist():
         for value in method.values:
             options = method.options(value)
             assert options["learner"] in LEARNERS
-            assert value in (options.get("learning_rate"), options.get("learner_args", {}).get("D"))
+            groups = options.get("learner_groups", {}).values()
+            diameters = [group["D"] for group in (*groups, options.get("learner_args", {})) if "D" in group]
+            assert value in (options.get("learning_rate"), *diameters)
 
 
 def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):

@@ -130,15 +130,23 @@ def test_unknown_schedules_are_named(toy):
         build("2Mamba4Rec", toy, lr_scheduler="OneCicleLR")
 
 
-def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_checkpoint(toy):
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        ({}, "a smaller learning_rate than 0.01"),
+        ({"learner": "usgm", "learner_args": {"D": 20, "rho": 0.01}}, "a smaller D or rho in learner_args than .*20"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_checkpoint(toy, options, mend):
     class Poison(Hook):
         def on_step_start(self, trainer, step):
             if trainer.global_step == 7:
                 with torch.no_grad():
                     trainer.model.item_embedding.weight.fill_(torch.inf)
 
-    trainer, train, valid = build("2Mamba4Rec", toy, [Poison()], epochs=3)
-    with pytest.raises(UserError, match=r"epoch 1, step 2: the training loss became nan; try .*the last good .* saved"):
+    trainer, train, valid = build("2Mamba4Rec", toy, [Poison()], epochs=3, **options)
+    message = rf"epoch 1, step 2: the training loss became nan; try {mend} .*the last good .* saved"
+    with pytest.raises(UserError, match=message):
         trainer.fit(train, valid)
     path, saved = checkpoint.newest(trainer.folder)
     assert path.name == "step-000000005.safetensors"
