@@ -65,8 +65,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last", "eval_rows",
-    "num_queries", "num_beams", "title_tokens", "prompt_history", "prompt_tokens", "prompt_batch_tokens",
+    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last", "train_rows",
+    "eval_rows", "num_queries", "num_beams", "title_tokens", "prompt_history", "prompt_tokens", "prompt_batch_tokens",
 )  # fmt: skip
 MAY_BE_EMPTY = ("train_last",)  # whatever a model's own default is
 REFUSED = {

@@ -77,7 +77,9 @@ def run_recbole_ssm(
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
-        ``checkpoint``, the path of the best checkpoint (None if not saved).
+        ``checkpoint``, the path of the best checkpoint (None if not saved). For LlamaRec also ``reranking``, the
+        metrics of the test in the retriever's, the language model's and the fused order, overall and among the users
+        whose target was retrieved; and ``ranks``, order -> the rank of each tested row's target.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to mend it.
@@ -128,14 +130,14 @@ def _run(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    reports = {"reranking": hook.report for hook in trainer.hooks if isinstance(hook, Reranking)}
+    reranking = next((hook for hook in trainer.hooks if isinstance(hook, Reranking)), None)
     return {
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
-        **reports,
+        **({} if reranking is None else {"reranking": reranking.report, "ranks": reranking.ranks}),
     }
 
 

@@ -17,6 +17,7 @@ from recbole_ssm.files import write_json
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
     "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
+    "llm": "candidates a second of LlamaRec, beside a plain implementation",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
     "optim": "what USGM and the adaptive batch size cost, in parts of a training step",
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",

@@ -358,6 +358,8 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     built = dataset.build()
     if config["train_last"]:
         built[0] = built[0].newest(config["train_last"])
+    if config["train_rows"]:
+        built[0] = _sample(built[0], config["train_rows"], config["seed"])
     samplers = create_samplers(config, dataset, built)
     train = TrainLoader(config, built[0], samplers[0])
     evaluation = []

@@ -92,8 +92,9 @@ class Verbalizer:
         last = self._last_states(prompts, cache)
         if self.kind == "embedding":
             return self._pooled_logits(last, [question.answers for question in questions])
-        if not probabilities:
-            return F.linear(last, self.head.weight[self.letters], self._bias(self.letters)).float()
+        if not probabilities:  # in float32, as bfloat16 would make ties of near logits
+            bias = None if self.head.bias is None else self.head.bias[self.letters].float()
+            return F.linear(last.float(), self.head.weight[self.letters].float(), bias)
         logits = self.head(last).float()
         return logits[:, self.letters] - logits.logsumexp(-1, keepdim=True)
 
@@ -106,9 +107,10 @@ class Verbalizer:
     def _title_likelihood(
         self, prompts: list[list[int]], answers: list[list[list[int]]], cache: list[tuple[Tensor, Tensor]] | None
     ) -> Tensor:
-        """Mean log-likelihoods ``[B, C]``: a row is a prompt and, side by side behind it, all but the titles' last tokens.
+        """Mean log-likelihoods ``[B, C]``; a row is a prompt and, side by side behind it, the titles.
 
-        A title's first token is predicted at the end of the prompt, each other one at the one before it.
+        A title's first token is predicted at the end of the prompt, each other one at the one before it; so the last
+        ones are left out.
         """
         rows, branches, positions = [], [], []
         where: list[tuple[int, int]] = []  # row and column of the state that predicts a token
@@ -130,11 +132,11 @@ class Verbalizer:
         branch_BS = _padded(branches, self._device, fill=-1)
         states = self._decode(_padded(rows, self._device), cache, branch_BS, _padded(positions, self._device))
         at = torch.tensor(where, device=self._device)
-        token, title = torch.tensor(what, device=self._device), torch.tensor(whose, device=self._device)
-        found = self._token_log_likelihood(states[at[:, 0], at[:, 1]], token)
+        found = self._token_log_likelihood(states[at[:, 0], at[:, 1]], torch.tensor(what, device=self._device))
+        title_of = torch.tensor(whose, device=self._device)
         count = len(prompts) * len(answers[0])
-        sums = found.new_zeros(count).index_add(0, title, found)
-        return (sums / title.bincount(minlength=count)).view(len(prompts), -1)
+        sums = found.new_zeros(count).index_add(0, title_of, found)
+        return (sums / title_of.bincount(minlength=count)).view(len(prompts), -1)
 
     def _token_log_likelihood(self, states: Tensor, token: Tensor) -> Tensor:
         """Log-likelihoods ``[n]`` of tokens ``[n]`` from the states ``[n, hidden]`` that predict them."""
@@ -174,7 +176,7 @@ class Verbalizer:
             causal = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
             seen = (branch_BS[:, None, :] == 0) | (branch_BS[:, None, :] == branch_BS[:, :, None])
             seen = F.pad(seen & causal, (known, 0), value=True)[:, None]
-            dtype = next(self.decoder.parameters()).dtype
+            dtype = self.head.weight.dtype
             mask = torch.zeros(seen.shape, dtype=dtype, device=self._device)
             options["attention_mask"] = mask.masked_fill(~seen, torch.finfo(dtype).min)
             options["position_ids"] = position_BS + known
@@ -191,9 +193,6 @@ class Verbalizer:
     @property
     def _device(self) -> torch.device:
         return self.head.weight.device
-
-    def _bias(self, rows: list[int]) -> Tensor | None:
-        return None if self.head.bias is None else self.head.bias[rows]
 
     def _length(self, question: Question) -> int:
         if self.kind != "title_likelihood":

@@ -16,6 +16,7 @@ from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 
 STUDIES = {
     "compare": "models by data sets: quality over seeds with paired tests, latency, parameters, seconds, memory",
+    "llm": "LlamaRec by base model, verbalizer and objective, each paired with its retriever",
     "length": "quality and cost by the longest history that a model sees",
 }
 

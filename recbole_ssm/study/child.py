@@ -133,11 +133,12 @@ def _train(folder: Path, lines: TextIO) -> None:
     run = Run(**job["run"])
     history, ranks = History(lines), Ranks()
     result = run_recbole_ssm(
-        run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder)
+        run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder, run)
     )
     if len(ranks.ranks):
         with whole(folder / RANKS) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, user=ranks.users, rank=ranks.ranks)
+            of_orders = {f"rank of {order}": values for order, values in result.get("ranks", {}).items()}
+            np.savez_compressed(file, user=ranks.users, rank=ranks.ranks, **of_orders)
     latency = Path(result["checkpoint"]).with_name("latency.json")
     Outcome(
         run=run,
@@ -152,14 +153,19 @@ def _train(folder: Path, lines: TextIO) -> None:
         items=history.items,
         peak_memory=history.peak_memory,
         latency=json.loads(latency.read_text(encoding="utf-8")) if latency.is_file() else None,
+        reranking=result.get("reranking"),
         made=machine(),
     ).write()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _interrupted(folder: Path) -> Path | None:
+def _interrupted(folder: Path, run: Run) -> Path | None:
     """The folder of checkpoints from which the run can go on; what came to nothing is deleted."""
-    found = sorted((folder / CHECKPOINTS).glob("*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = sorted(
+        (folder / CHECKPOINTS).glob(f"{run.model}-{run.dataset}-*"),
+        key=lambda path: path.stat().st_mtime_ns,
+        reverse=True,
+    )
     for path in found:
         with contextlib.suppress(UserError):
             checkpoint.newest(path)

@@ -33,7 +33,7 @@ from recbole_ssm.files import write_json
 from recbole_ssm.trainer.trainer import FREE_KEYS, settings_of
 
 # What changes neither a run's result nor what is reported of it.
-NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency"}
+NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency", "base_model", "rerank"}
 RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
 
 Progress = Callable[[dict[str, Any]], None]
@@ -80,13 +80,17 @@ class Outcome:
     """Bytes: of the GPU, or else of the whole process, data set included."""
     latency: dict[str, Any] | None = None
     """What ``latency.json`` holds, where the run has ``measure_latency``."""
+    reranking: dict[str, Any] | None = None
+    """What ``reranking.json`` holds, where the model is LlamaRec."""
     made: dict[str, Any] = field(default_factory=dict)
     """Date, versions, processor, threads."""
 
-    def ranks(self) -> tuple[np.ndarray, np.ndarray]:
+    def ranks(self, order: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Of every row of the test: the user's token, and the rank of the target among all items, 1 the best.
 
-        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks).
+        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks). LlamaRec
+        has an ``order`` besides, ``retriever``, ``language model`` or ``fused``: ranks among its candidates, infinite
+        where the target is none of them.
 
         Raises:
             UserError: the run failed, or was tested against samples.
@@ -94,7 +98,7 @@ class Outcome:
         if self.error is not None or not (self.folder / RANKS).is_file():
             raise UserError(f"{self.run}: it has no ranks{f' ({self.error})' if self.error else ''}")
         with np.load(self.folder / RANKS, allow_pickle=False) as file:
-            return file["user"], file["rank"]
+            return file["user"], file["rank" if order is None else f"rank of {order}"]
 
     def write(self) -> None:
         """Write ``outcome.json``, by which the run counts as done."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.files import write_json
@@ -15,21 +16,36 @@ from recbole_ssm.trainer.hooks import Hook
 if TYPE_CHECKING:
     from recbole_ssm.trainer.trainer import SSMTrainer
 
+RETRIEVER, LANGUAGE_MODEL, FUSED = "retriever", "language model", "fused"
+
 
 class Reranking(Hook):
     """Measures LlamaRec's candidates in the retriever's order, in the language model's, and in that of both fused.
 
     ``overall`` counts a user whose target was not retrieved as a miss, ``retrieved`` leaves such users out: there the
     language model decides everything. After every evaluation the report is logged, and written to ``reranking.json``
-    in the run's folder, if it has one.
+    in the run's folder, if it has one. Its ``seconds_per_user`` are this process's, for those whom the language model
+    was asked for.
     """
 
     def __init__(self) -> None:
         self.report: dict[str, Any] = {}
+        self.ranks: dict[str, np.ndarray] = {}
+        """Order -> the rank of each row's target among the candidates; infinite where it was not retrieved."""
+        self._begin = self._seconds = 0.0
 
     def on_evaluation_start(self, trainer: SSMTrainer) -> None:
         """Ask the model for what it sees."""
         trainer.model.records = []
+        self._seconds = 0.0
+
+    def on_evaluation_batch_start(self, trainer: SSMTrainer) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_scores(self, trainer: SSMTrainer, rows: int) -> None:
+        """Stop it; the model's records are on the CPU already, so a GPU is done."""
+        self._seconds += time.perf_counter() - self._begin
 
     def on_evaluation_end(self, trainer: SSMTrainer, result: dict[str, float]) -> None:
         """Measure, log and write."""
@@ -42,7 +58,11 @@ class Reranking(Hook):
         mine = [torch.cat(column) for column in zip(*records)]
         everyone = Reranked(*(torch.cat(parts) for parts in zip(*distributed.gather(mine))))
         cutoffs = [k for k in trainer.config["topk"] if k <= everyone.language.shape[1]]
-        self.report = report(everyone, float(model.fusion), cutoffs or [everyone.language.shape[1]])
+        self.ranks = ranks_of(everyone, float(model.fusion))
+        self.report = report(self.ranks, cutoffs or [everyone.language.shape[1]])
+        asked = int((~mine[1].isnan()).all(1).sum())
+        self.report["fusion_weight"] = float(model.fusion)
+        self.report["seconds_per_user"] = self._seconds / asked if asked else None
         trainer.logger.info(text(self.report))
         if shortened:
             trainer.logger.warning(
@@ -53,25 +73,35 @@ class Reranking(Hook):
             write_json(trainer.folder / "reranking.json", self.report)
 
 
-def report(records: Reranked, weight: float, cutoffs: list[int]) -> dict[str, Any]:
+def ranks_of(records: Reranked, weight: float) -> dict[str, np.ndarray]:
+    """Order -> ranks of the targets ``[rows]``, infinite where they are no candidates."""
+    target, language, retriever = records
+    found = target >= 0
+    orders = {RETRIEVER: retriever, LANGUAGE_MODEL: language, FUSED: fuse(language, retriever, weight)}
+    ranks = {}
+    for name, scores in orders.items():
+        ranks[name] = np.full(len(target), np.inf)
+        ranks[name][found.numpy()] = target_ranks(scores[found], target[found]).numpy()
+    return ranks
+
+
+def report(ranks: dict[str, np.ndarray], cutoffs: list[int]) -> dict[str, Any]:
     """Users, how many of them were retrieved, and each order's metrics ``overall`` and among the ``retrieved``."""
-    found = records.target >= 0
-    target, language, retriever = (column[found] for column in records)
-    orders = {"retriever": retriever, "language model": language, "fused": fuse(language, retriever, weight)}
-    retrieved = {name: metrics(target_ranks(scores, target), cutoffs) for name, scores in orders.items()}
-    share = float(found.double().mean())
-    overall = {name: {k: share * v for k, v in values.items()} for name, values in retrieved.items()}
-    users = {"users": len(found), "retrieved_users": int(found.sum()), "fusion_weight": weight}
-    return {**users, "retrieved": retrieved, "overall": overall}
+    found = np.isfinite(ranks[RETRIEVER])
+    return {
+        "users": len(found),
+        "retrieved_users": int(found.sum()),
+        "retrieved": {name: metrics(values[found], cutoffs) for name, values in ranks.items()},
+        "overall": {name: metrics(values, cutoffs) for name, values in ranks.items()},
+    }
 
 
-def metrics(ranks: Tensor, cutoffs: list[int]) -> dict[str, float]:
+def metrics(ranks: np.ndarray, cutoffs: list[int]) -> dict[str, float]:
     """Hit, NDCG and MRR at each cut-off, of the targets' ranks ``[n]``, 1 the best; 0 of no ranks."""
-    ranks = ranks.double()
-    found = {}
+    found: dict[str, float] = {}
     for k in cutoffs:
-        hit = (ranks <= k).double()
-        values = {"hit": hit, "ndcg": hit / torch.log2(ranks + 1), "mrr": hit / ranks}
+        hit = ranks <= k
+        values = {"hit": hit, "ndcg": hit / np.log2(ranks + 1), "mrr": hit / ranks}
         found |= {f"{name}@{k}": float(value.mean()) if len(ranks) else 0.0 for name, value in values.items()}
     return found
 
@@ -81,7 +111,7 @@ def text(found: dict[str, Any]) -> str:
     names = list(next(iter(found["overall"].values())))
     lines = [
         f"{found['retrieved_users']} of {found['users']} users had their target among the candidates; "
-        f"fusion weight {found['fusion_weight']:.2f}",
+        f"fusion weight {found['fusion_weight']:.2f}, {found['seconds_per_user'] or 0:.3f} s a user",
         f"{'':26}" + "".join(f"{name:>9}" for name in names),
     ]
     for part in ("overall", "retrieved"):

@@ -104,5 +104,3 @@ def test_trls_loss_on_the_same_rows(tmp_path):
     ours = orpo_loss(-whole.expand(2), chosen, rejected, 0.3).mean()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert not torch.isclose(ours, orpo_loss(-chosen, chosen, rejected, 0.3).mean(), rtol=1e-4)  # another convention
-
-

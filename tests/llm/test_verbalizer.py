@@ -95,7 +95,9 @@ def test_what_is_learned_from_is_what_is_ranked_by(kind):
     questions = questions_of(prompts)
     verbalizer = Verbalizer(model, prompts, kind)
     log_p = verbalizer.log_probabilities(questions)
-    torch.testing.assert_close(log_p.log_softmax(-1), verbalizer.scores(questions).log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        log_p.log_softmax(-1), verbalizer.scores(questions).log_softmax(-1), rtol=1e-4, atol=1e-4
+    )
     assert (log_p <= 0).all()
     log_p.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -1,10 +1,11 @@
-"""LlamaRec: learns a catalogue in which the history decides the answer, leaks nothing, and reorders no more than it may."""
+"""LlamaRec learns a catalogue in which the history decides the answer, leaks nothing, and reorders candidates alone."""
 
 import json
 import os
 import pathlib
 import random
 
+import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
@@ -136,7 +137,9 @@ def test_orpo_changes_nothing_in_the_graph(trained):
             model.full_sort_predict(rows(HISTORIES))
         calls.append(record.calls)
     assert len(calls[0]) > 100 and calls[0] == calls[1]
-    weights = [torch.cat([p.flatten() for p in model_of(trained[o]).language_model.parameters()]) for o in ("sft", "orpo")]
+    weights = [
+        torch.cat([p.flatten() for p in model_of(trained[o]).language_model.parameters()]) for o in ("sft", "orpo")
+    ]
     assert not torch.equal(*weights)
 
 
@@ -182,8 +185,7 @@ def test_sft_is_the_negative_log_likelihood_of_the_right_letter(circle):
     torch.manual_seed(5)
     loss = model.calculate_loss(batch)
     torch.manual_seed(5)
-    histories = model._histories(batch)
-    candidates, target = model._candidates_to_learn_from(batch, histories, batch["item_id"])
+    histories, candidates, target = model.candidates_to_learn_from(batch)
     assert (candidates.gather(1, target[:, None]).squeeze(1) == batch["item_id"]).all()
     log_p = []
     for history, items in zip(histories, candidates.tolist()):
@@ -199,7 +201,7 @@ def test_random_candidates_are_unseen_and_each_once(circle):
     firsts = set()
     for _ in range(20):
         batch = rows(HISTORIES, item_id=came)
-        candidates, target = model._candidates_to_learn_from(batch, model._histories(batch), came)
+        _, candidates, target = model.candidates_to_learn_from(batch)
         for history, items, wanted in zip(HISTORIES, candidates.tolist(), came.tolist()):
             assert len(set(items)) == 3 and 0 not in items and wanted in items
             assert not set(items) & set(history)
@@ -293,11 +295,11 @@ def test_the_metrics_are_recboles(trained):
 
 
 def test_metrics_of_known_ranks():
-    found = metrics(torch.tensor([1, 2, 5]), [1, 3])
+    found = metrics(np.array([1, 2, np.inf]), [1, 3])
     assert found["hit@1"] == pytest.approx(1 / 3) and found["hit@3"] == pytest.approx(2 / 3)
     assert found["mrr@3"] == pytest.approx(1.5 / 3)
     assert found["ndcg@3"] == pytest.approx((1 + 0.63093) / 3, abs=1e-5)
-    assert metrics(torch.tensor([]), [1]) == {"hit@1": 0.0, "ndcg@1": 0.0, "mrr@1": 0.0}
+    assert metrics(np.array([]), [1]) == {"hit@1": 0.0, "ndcg@1": 0.0, "mrr@1": 0.0}
 
 
 # --- fusion ----------------------------------------------------------------------------------------------------------

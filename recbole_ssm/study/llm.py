@@ -1,0 +1,169 @@
+"""Does a language model order a retriever's candidates better than the retriever, and what of size, ORPO, verbalizer?
+
+One LlamaRec for each base model, verbalizer and objective, all of as many steps, over the same retriever. The order of
+its candidates by the language model alone, and fused with the retriever's by a weight that is chosen on validation, is
+paired with the retriever's own over the users of the test. Bases are separated by commas: folders, GGUF files, hub
+names, `random`, or `random:64x2` for a random Llama of width 64 and 2 layers. On a GPU the same command takes larger
+ones; on a CPU --eval_rows and --train_last say how much is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+import numpy as np
+
+from recbole_ssm.config import SSMConfig
+from recbole_ssm.errors import UserError
+from recbole_ssm.files import whole
+from recbole_ssm.llm.preference import OBJECTIVES
+from recbole_ssm.llm.verbalizer import VERBALIZERS
+from recbole_ssm.study.report import comma_separated
+from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.statistics import holm, over_users, paired
+from recbole_ssm.trainer.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
+
+BASES = "random:32x1,random:64x2,random:128x4"
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    parser.add_argument("--base_models", default=BASES, help=f"separated by commas; default {BASES}")
+    parser.add_argument("--verbalizers", default="letters", help=f"of {', '.join(VERBALIZERS)}; default letters")
+    parser.add_argument("--objectives", default="sft,orpo", help="of sft, orpo; default both")
+    parser.add_argument("--dataset", default="ml-100k", help="default ml-100k, which comes along")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed=2020 on; default 1")
+
+
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
+    """Train what is missing, print the table, and write it to the folder.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value.
+    """
+    for name, known in (("verbalizers", VERBALIZERS), ("objectives", OBJECTIVES)):
+        for value in getattr(options, name).split(","):
+            if value not in known:
+                raise UserError(f"--{name}: '{value}' is not one of {', '.join(known)}")
+    if options.seeds < 1:
+        raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
+    # users without their target among the candidates are left out of the work, not of the metrics
+    keys = {"rerank": "retrieved", "fusion_weight": "tuned", **keys}
+    first = keys.pop("seed", 2020)
+    runs = Runs(options.folder / "runs", {key: value for key, value in keys.items() if key in NOT_CACHED})
+    common = {key: value for key, value in keys.items() if key not in NOT_CACHED}
+    arms = [
+        (base, verbalizer, objective)
+        for base in options.base_models.split(",")
+        for verbalizer in options.verbalizers.split(",")
+        for objective in options.objectives.split(",")
+    ]
+    seeds = range(first, first + options.seeds)
+    todo = [Run("LlamaRec", options.dataset, {**_options_of(*arm), **common, "seed": s}) for arm in arms for s in seeds]
+    for one in todo:
+        SSMConfig(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})  # mistakes come first
+    outcomes = runs.all(todo)
+    grouped = [outcomes[n : n + options.seeds] for n in range(0, len(outcomes), options.seeds)]
+    rows = table(dict(zip(arms, grouped)))
+    failed = [f"- {one.run}: {one.error}" for one in outcomes if one.error is not None]
+    text = "\n".join([markdown(rows), _protocol(outcomes, seeds), *failed]) + "\n"
+    for ending, content in ((".md", text), (".csv", comma_separated(rows))):
+        with whole(options.folder / f"llm{ending}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    print(text)
+    print(f"written to {options.folder}/: llm.md, llm.csv")
+
+
+def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
+    """A row for each arm and order: NDCG@10 and Hit@10, overall and among the retrieved, and against the retriever.
+
+    ``difference`` is that of NDCG@10 over all users, ``low`` and ``high`` its 95% interval, ``p`` that of the paired
+    t-test with Holm's correction over all rows of the table that are no retriever's.
+    """
+    rows: list[Row] = []
+    for (base, verbalizer, objective), outcomes in arms.items():
+        done = [outcome for outcome in outcomes if outcome.error is None]
+        values = {
+            order: over_users("NDCG@10", [outcome.ranks(order) for outcome in done])
+            for order in (RETRIEVER, LANGUAGE_MODEL, FUSED)
+        }
+        for order in values if done else ():
+            reports = [outcome.reranking for outcome in done if outcome.reranking is not None]
+            row: Row = {"base": base, "verbalizer": verbalizer, "objective": objective, "order": order}
+            for part in ("overall", "retrieved"):
+                for name in ("ndcg@10", "hit@10"):
+                    row[f"{part} {name}"] = float(np.mean([report[part][order][name] for report in reports]))
+            row |= {"difference": None, "low": None, "high": None, "p": None}
+            if order != RETRIEVER:
+                pair = paired("NDCG@10", (order, values[order]), (RETRIEVER, values[RETRIEVER]))
+                row |= {"difference": pair.difference, "low": pair.low, "high": pair.high, "p": pair.t_p}
+            row["fusion_weight"] = float(np.mean([report["fusion_weight"] for report in reports]))
+            row["seconds_per_user"] = float(np.mean([report["seconds_per_user"] or 0.0 for report in reports]))
+            row["parameters"], row["seconds"] = done[0].parameters, float(np.mean([o.seconds for o in done]))
+            row["users"], row["retrieved_users"] = reports[0]["users"], reports[0]["retrieved_users"]
+            rows.append(row)
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p in zip(tested, holm([row["p"] for row in tested])):
+        row["p"] = p
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table; the retriever once for all arms that share it."""
+    titles = ["base", "parameters", "verbalizer", "objective", "order", "NDCG@10", "Hit@10", "NDCG@10 retrieved"]
+    titles += ["against the retriever", "p (Holm)", "weight", "s a user"]
+    lines = [titles, ["---"] * len(titles)]
+    seen: set[tuple[float, ...]] = set()
+    for row in rows:
+        figures = [row["overall ndcg@10"], row["overall hit@10"], row["retrieved ndcg@10"]]
+        who = [row["base"], f"{row['parameters']:,}", row["verbalizer"], row["objective"]]
+        if row["order"] == RETRIEVER:
+            if tuple(figures) in seen:
+                continue
+            seen.add(tuple(figures))
+            who = [""] * 4
+        cells = [*who, row["order"], *(f"{figure:.4f}" for figure in figures)]
+        if row["order"] == RETRIEVER:
+            cells += [""] * 4
+        else:
+            cells += [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", f"{row['p']:.3f}"]
+            cells += [f"{row['fusion_weight']:.2f}" if row["order"] == FUSED else "", f"{row['seconds_per_user']:.3f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _options_of(base: str, verbalizer: str, objective: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"base_model": base, "verbalizer": verbalizer, "train_objective": objective}
+    if sizes := re.fullmatch(r"random:(\d+)x(\d+)", base):
+        width, layers = map(int, sizes.groups())
+        options["base_model"] = "random"
+        options["random_base_args"] = {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": max(1, width // 16),
+        }
+    if verbalizer == "embedding":
+        options["orpo_probabilities"] = "letters"
+    return options
+
+
+def _protocol(outcomes: list[Outcome], seeds: range) -> str:
+    done = [outcome for outcome in outcomes if outcome.error is None]
+    if not done or done[0].reranking is None:
+        return ""
+    first, found = done[0], done[0].reranking
+    steps = sorted({outcome.history[-1]["steps"] for outcome in done if outcome.history})
+    others = {k: v for k, v in first.run.options.items() if k not in ("seed", "base_model", "random_base_args",
+              "verbalizer", "train_objective", "orpo_probabilities")}  # fmt: skip
+    return (
+        f"\n{first.run.dataset}: {found['users']:,} users tested, the target of {found['retrieved_users']:,} among the "
+        f"candidates (the rest are misses for every order); {' or '.join(f'{s:,.0f}' for s in steps)} steps each; "
+        f"seeds {seeds.start} to {seeds.stop - 1}; {', '.join(f'{k} {v}' for k, v in others.items())}. "
+        "The weight is the retriever's share, chosen on validation. p: two-sided paired t-test of NDCG@10 over users, "
+        "Holm-corrected over the rows. s a user: language model and retriever, a user whose candidates were ordered, "
+        "on a machine with other work."
+    )
