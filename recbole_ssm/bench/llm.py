@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             items = rng.sample(range(1, len(titles)), options.candidates)
             history = rng.choices(range(1, len(titles)), k=rng.randint(1, 20))
             questions.append(Question(prompts.write(history, items), [prompts.titles[item] for item in items]))
-        ways: dict[str, Callable[[], Tensor]] = {
+        ways: dict[str, Any] = {
             "plain": partial(plain, base.model, prompts, kind, questions, options.batch),
             "ours": partial(Verbalizer(base.model, prompts, kind, budget).scores, questions),
             "without prefix": partial(Verbalizer(base.model, prompts, kind, budget, False).scores, questions),

@@ -49,20 +49,17 @@ def preference_pairs(model: Any, loader: Iterable[Any]) -> Iterator[dict[str, st
 
 
 def _pairs_of(model: Any, batch: Any) -> Iterator[dict[str, str]]:
-    histories = model.histories(batch)
-    candidates, target = model._candidates_to_learn_from(batch, histories, batch[model.ITEM_ID])
-    kept = (target >= 0).nonzero().squeeze(1)
-    if not len(kept):
+    histories, candidates, target = model.candidates_to_learn_from(batch)
+    if not histories:
         return
-    candidates, target = candidates[kept], target[kept]
+    questions = model.questions(histories, candidates)
     scores = torch.zeros(candidates.shape, device=candidates.device)
     if model.orpo_rejected == "hardest":
-        scores = model.verbalizer.scores(model._questions([histories[row] for row in kept.tolist()], candidates))
+        scores = model.verbalizer.scores(questions)
     rejected = choose_rejected(scores, target, model.orpo_rejected)
-    for row, right, wrong, items in zip(kept.tolist(), target.tolist(), rejected.tolist(), candidates.tolist()):
-        tokens = [*model.prompts.prefix, *model.prompts.write(histories[row], items)]
-        prompt = model.tokenizer.decode(tokens, skip_special_tokens=True)
-        letters = model.prompts.answer == "letter"
+    letters = model.prompts.answer == "letter"
+    for question, right, wrong, items in zip(questions, target.tolist(), rejected.tolist(), candidates.tolist()):
+        prompt = model.tokenizer.decode([*model.prompts.prefix, *question.prompt], skip_special_tokens=True)
         answers = [LETTERS[number] if letters else model.titles[item] for number, item in enumerate(items)]
         for column in wrong:
             yield {"prompt": prompt, "chosen": answers[right], "rejected": answers[column]}

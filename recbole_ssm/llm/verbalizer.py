@@ -92,8 +92,9 @@ class Verbalizer:
         last = self._last_states(prompts, cache)
         if self.kind == "embedding":
             return self._pooled_logits(last, [question.answers for question in questions])
-        if not probabilities:
-            return F.linear(last, self.head.weight[self.letters], self._bias(self.letters)).float()
+        if not probabilities:  # in float32, as bfloat16 would make ties of near logits
+            bias = None if self.head.bias is None else self.head.bias[self.letters].float()
+            return F.linear(last.float(), self.head.weight[self.letters].float(), bias)
         logits = self.head(last).float()
         return logits[:, self.letters] - logits.logsumexp(-1, keepdim=True)
 
@@ -175,7 +176,7 @@ class Verbalizer:
             causal = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
             seen = (branch_BS[:, None, :] == 0) | (branch_BS[:, None, :] == branch_BS[:, :, None])
             seen = F.pad(seen & causal, (known, 0), value=True)[:, None]
-            dtype = next(self.decoder.parameters()).dtype
+            dtype = self.head.weight.dtype
             mask = torch.zeros(seen.shape, dtype=dtype, device=self._device)
             options["attention_mask"] = mask.masked_fill(~seen, torch.finfo(dtype).min)
             options["position_ids"] = position_BS + known
@@ -192,9 +193,6 @@ class Verbalizer:
     @property
     def _device(self) -> torch.device:
         return self.head.weight.device
-
-    def _bias(self, rows: list[int]) -> Tensor | None:
-        return None if self.head.bias is None else self.head.bias[rows]
 
     def _length(self, question: Question) -> int:
         if self.kind != "title_likelihood":

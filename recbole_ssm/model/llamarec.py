@@ -105,14 +105,10 @@ class LlamaRec(LanguageModelRecommender):
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean loss over the rows of a batch; a row that is skipped counts as one without loss."""
-        histories = self._histories(interaction)
-        came = interaction[self.ITEM_ID]
-        candidates, target = self._candidates_to_learn_from(interaction, histories, came)  # [B, C], [B]
-        kept = (target >= 0).nonzero().squeeze(1)
-        if not len(kept):
-            return sum((p.sum() * 0.0 for p in self.language_model.parameters() if p.requires_grad), came.new_zeros(()))
-        candidates, target = candidates[kept], target[kept]
-        questions = self._questions([histories[row] for row in kept.tolist()], candidates)
+        histories, candidates, target = self.candidates_to_learn_from(interaction)
+        if not histories:
+            return sum((p.sum() * 0.0 for p in self.language_model.parameters() if p.requires_grad), self.fusion * 0.0)
+        questions = self.questions(histories, candidates)
         orpo = self.train_objective == "orpo"
         columns = target[:, None]  # whose likelihoods are computed: of a title each costs its tokens
         if self.verbalizer.kind != "title_likelihood" or (orpo and self._needs_all):
@@ -131,12 +127,12 @@ class LlamaRec(LanguageModelRecommender):
             chosen = odds_of.gather(1, target[:, None]).squeeze(1)
             rejected = preference.choose_rejected(log_p, target, self.orpo_rejected)
             loss = preference.orpo_loss(loss, chosen, odds_of.gather(1, rejected), self.orpo_lambda)
-        return loss.sum() / len(came)
+        return loss.sum() / len(interaction)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
         """Log-probabilities ``[B, C]`` of the language model over candidates ``[B, C]`` of histories ``[B, L]``."""
         histories = [row[:length] for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
-        return self.verbalizer.scores(self._questions(histories, candidates)).log_softmax(-1)
+        return self.verbalizer.scores(self.questions(histories, candidates)).log_softmax(-1)
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Any) -> Tensor:
@@ -177,10 +173,9 @@ class LlamaRec(LanguageModelRecommender):
         scores[:, 0] = -torch.inf
         return scores
 
-    def _candidates_to_learn_from(
-        self, interaction: Any, histories: list[list[int]], came: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Candidates ``[B, C]`` in random order, and the column of what came ``[B]``, -1 for a row to skip."""
+    def candidates_to_learn_from(self, interaction: Any) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Histories, candidates ``[B, C]`` in random order, the column of what came ``[B]``; skipped rows left out."""
+        came = interaction[self.ITEM_ID]
         if self.train_candidates == "random":
             noise = torch.rand(len(came), self.n_items, device=came.device)
             noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)  # of the history only where the catalogue ends
@@ -194,13 +189,13 @@ class LlamaRec(LanguageModelRecommender):
                 candidates[missing, -1] = came[missing]
         order = torch.rand(candidates.shape, device=came.device).argsort(1)
         candidates = candidates.gather(1, order)
-        return candidates, column_of(candidates, came)
+        target = column_of(candidates, came)
+        kept = target >= 0  # of all rows, but for train_candidates: skip
+        lists, lengths = interaction[self.ITEM_SEQ][kept].tolist(), interaction[self.ITEM_SEQ_LEN][kept].tolist()
+        return [row[:length] for row, length in zip(lists, lengths)], candidates[kept], target[kept]
 
-    def _histories(self, interaction: Any) -> list[list[int]]:
-        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
-        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
-
-    def _questions(self, histories: list[list[int]], candidates: Tensor) -> list[Question]:
+    def questions(self, histories: list[list[int]], candidates: Tensor) -> list[Question]:
+        """What is asked about histories of candidates ``[B, C]``."""
         titles = self.prompts.titles
         return [
             Question(self.prompts.write(history, items), [titles[item] for item in items])

@@ -185,8 +185,7 @@ def test_sft_is_the_negative_log_likelihood_of_the_right_letter(circle):
     torch.manual_seed(5)
     loss = model.calculate_loss(batch)
     torch.manual_seed(5)
-    histories = model._histories(batch)
-    candidates, target = model._candidates_to_learn_from(batch, histories, batch["item_id"])
+    histories, candidates, target = model.candidates_to_learn_from(batch)
     assert (candidates.gather(1, target[:, None]).squeeze(1) == batch["item_id"]).all()
     log_p = []
     for history, items in zip(histories, candidates.tolist()):
@@ -202,7 +201,7 @@ def test_random_candidates_are_unseen_and_each_once(circle):
     firsts = set()
     for _ in range(20):
         batch = rows(HISTORIES, item_id=came)
-        candidates, target = model._candidates_to_learn_from(batch, model._histories(batch), came)
+        _, candidates, target = model.candidates_to_learn_from(batch)
         for history, items, wanted in zip(HISTORIES, candidates.tolist(), came.tolist()):
             assert len(set(items)) == 3 and 0 not in items and wanted in items
             assert not set(items) & set(history)

@@ -1,0 +1,14 @@
+"""The benchmark of LlamaRec checks that all implementations give the same scores, and measures each."""
+
+import json
+
+from recbole_ssm.bench import main
+
+
+def test_every_implementation_is_measured(tmp_path):
+    small = ["--users=2", "--rounds=1", "--width=16", "--layers=1", "--vocabulary=1000", "--candidates=4"]
+    main(["llm", *small, f"--json={tmp_path / 'rows.json'}"])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 3 * 4
+    assert all(row["candidates_per_second"] > 0 for row in rows)
+    assert all(row["x_plain"] == 1 for row in rows if row["implementation"] == "plain")
