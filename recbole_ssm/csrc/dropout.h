@@ -1,7 +1,7 @@
 // Dropout whose mask is a function of a seed and the place of an element alone, so that backward computes it again, any
 // number of threads gives the same one, and nothing of it is ever stored.
 //
-// The bits are those of Threefry-2x32 with 13 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+// The bits are those of Threefry-2x32 with 13 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
 // a counter-based generator of additions, rotations and exclusive ors.
 
 #pragma once
@@ -11,7 +11,7 @@ namespace {
 
 typedef uint32_t uvec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-const i64 STRIPE = 16;           // counters side by side; a multiple of every VL, so that the mask does not depend on VL
+const i64 STRIPE = 16;             // counters side by side; a multiple of every VL: the mask does not depend on VL
 const i64 DROPOUT_TASK = 1 << 15;  // elements of a task, a multiple of 2 STRIPE
 
 INLINE uvec rotate(uvec x, int bits) { return x << bits | x >> (32 - bits); }

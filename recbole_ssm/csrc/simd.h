@@ -188,8 +188,8 @@ INLINE i64 group_begin(const i64* offsets, i64 S, i64 group) {
   return group ? low : 0;
 }
 
-// In how many pieces a forward takes a sequence that could fall into `most`: none knows of another, so unlike in a backward
-// the number of threads may decide.
+// In how many pieces a forward takes a sequence that could fall into `most`: none knows of another, so unlike in a
+// backward the number of threads may decide.
 INLINE i64 forward_parts(i64 threads, i64 S, i64 most) { return threads == 1 || S >= 8 * threads ? 1 : most; }
 
 // A row of sums to where it belongs: as it is, or onto what is there.

@@ -95,7 +95,7 @@ const i64 Q = CHUNK;  // a multiple of every VL
 struct SsdCall {
   const Ssd* a;
   i64 Pp, Np;          // P and N, padded
-  i64 splits, pieces;  // of the heads of a group: sums of their own, by the shape alone; tasks of their own, by the threads
+  i64 splits, pieces;  // of the heads of a group: with sums of their own, by the shape alone; tasks, by the threads
   double *gA, *gskip;  // [groups of sequences, H]
   float *gB, *gC;      // [pieces, rows, G, N]
   char* scratch;

@@ -177,7 +177,7 @@ void ssd_step(const Step& a, i64 b, const float* in, const float* xBC, float* y)
   const i64 N = a.N, D = a.D, P = D / a.H, heads = a.H / a.G;
   const float *dt = in + 2 * D + 2 * a.G * N, *B = xBC + D, *C = B + a.G * N;
   for (i64 h = 0; h < a.H; h++) {
-    float lane[VL] = {dt[h] + a.dt_bias[h]}, rate[VL] = {a.A_log[h] * LOG2E};
+    float lane[VL] = {dt[h] + a.dt_bias[h]}, rate[VL] = {fminf(a.A_log[h] * LOG2E, 126.f)};
     store(lane, softplus(load(lane)));
     const float step = lane[0];
     store(lane, exp2_of(load(rate)) * -step * LOG2E);

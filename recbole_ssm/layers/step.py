@@ -31,14 +31,14 @@ def step(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState
         y ``[B, d_model]`` and the next state.
     """
     if u_t.dtype != torch.float32 or not u_t.is_cpu or torch.compiler.is_compiling():
-        return layer.step_formula(u_t, state)  # type: ignore[no-any-return]
-    return dispatch("step", u_t)(layer, u_t, state)  # type: ignore[no-any-return]
+        return layer.step_formula(u_t, state)
+    return dispatch("step", u_t)(layer, u_t, state)
 
 
 @implements("step", "reference")
 @implements("step", "torch")
 def _formula(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    return layer.step_formula(u_t, state)  # type: ignore[no-any-return]
+    return layer.step_formula(u_t, state)
 
 
 def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
@@ -46,9 +46,9 @@ def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerSt
     if prepared is None or not prepared.holds():
         prepared = _prepared[layer] = Prepared(layer)
     if not prepared.usable or not _plain(u_t, *state) or (layer.training and prepared.drops):
-        return layer.step_formula(u_t, state)  # type: ignore[no-any-return]
+        return layer.step_formula(u_t, state)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u_t, *state, *prepared.weights)):
-        return layer.step_formula(u_t, state)  # type: ignore[no-any-return]
+        return layer.step_formula(u_t, state)
     u_t, before = u_t.contiguous(), MixerState(state.conv_BDK.contiguous(), state.ssm.contiguous())
     y, after = torch.empty_like(u_t), MixerState(torch.empty_like(before.conv_BDK), torch.empty_like(before.ssm))
     call = prepared.call(u_t, before, after, y)
@@ -77,8 +77,8 @@ class Prepared:
         drops: whether the layer drops out while it is trained.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        fields: dict[str, Any] = layer.step_weights()  # type: ignore[operator]
+    def __init__(self, layer: Any) -> None:
+        fields: dict[str, Any] = layer.step_weights()
         self.weights = [value for value in fields.values() if isinstance(value, Tensor)]
         self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
         owners = {id(p): (m._parameters, name) for m in layer.modules() for name, p in m._parameters.items()}

@@ -27,8 +27,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         return x
     if x.dtype != torch.float32 or not x.is_cpu:
         return F.dropout(x, p)
-    y: Tensor = dispatch("dropout", x)(x, p)
-    return y
+    return dispatch("dropout", x)(x, p)
 
 
 @implements("dropout", "reference")

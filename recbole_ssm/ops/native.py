@@ -175,15 +175,9 @@ def _offsets(x: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
     return {"S": _sequences(x, cu_seqlens), "L": x.shape[1], "offsets": cu_seqlens}
 
 
-def _kept(x: Tensor, keep: bool, *state: int) -> Tensor:
-    """Room for the state at the start of every chunk but each sequence's first: at most one a CHUNK of rows."""
-    return x.new_empty(x.shape[0] * x.shape[1] // CHUNK if keep else 0, *state)
-
-
-def _expect_kept(op: str, kept: Tensor, x: Tensor, *state: int) -> None:
-    """An exported program may run backward although its forward was traced without gradients."""
-    if tuple(kept.shape) != (x.shape[0] * x.shape[1] // CHUNK, *state):
-        raise ValueError(f"{op}: the forward kept no states for a backward; run or export it with gradients enabled")
+def _kept(x: Tensor, keep: bool, *state: int) -> tuple[int, ...]:
+    """The shape of the states at the start of every chunk but each sequence's first: at most one a CHUNK of rows."""
+    return (x.shape[0] * x.shape[1] // CHUNK if keep else 0, *state)
 
 
 def _usable(*tensors: Tensor | None) -> bool:
@@ -194,37 +188,17 @@ def _usable(*tensors: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or all(unpack_dual(t).tangent is None for t in given)
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _like(t: Tensor | None) -> Tensor | None:
-    return None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """An operator returns tensors alone: an empty one stands for None."""
-    return tuple(torch.empty(0) if t is None else t for t in tensors)
-
-
-def _absent(gradient: Tensor, given: Tensor | None) -> Tensor | None:
-    return None if given is None else gradient
-
-
 _operators = torch.library.Library("recbole_ssm", "DEF")
 
 
-def _operator(schema: str, function: Any, fake: Any) -> Any:
+def _define(schema: str, function: Any, fake: Any, backward: Any, setup: Any = None) -> Any:
     name = schema.partition("(")[0]
     _operators.define(schema)
     _operators.impl(name, function, "CPU")
     torch.library.register_fake(f"recbole_ssm::{name}", fake, lib=_operators)
-    return getattr(torch.ops.recbole_ssm, name).default
-
-
-def _with_gradient(operator: Any, backward_operator: Any, backward: Any, setup: Any) -> None:
+    operator = getattr(torch.ops.recbole_ssm, name).default
     torch.library.register_autograd(operator, backward, setup_context=setup, lib=_operators)
-    torch.library.register_autograd(backward_operator, _refuse_second_derivative, lib=_operators)
+    return operator
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
@@ -232,10 +206,119 @@ def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError("the native kernels have no second derivative; use ssm_backend: reference")
 
 
+class _Operator:
+    """An operator of torch.library and its backward, around one kernel.
+
+    In tables of names, those that begin with ``kept`` are what the forward keeps for the backward, ``name@1`` belongs
+    to the second run of a kernel that runs twice, and ``*name`` is a sum in double. An operator returns tensors alone,
+    so an empty one, whose address is null, stands for None.
+
+    Args:
+        name: of the operator.
+        kernel: what it runs.
+        tensors: the inputs that are tensors, the last of them ``cu_seqlens``, by their schema.
+        flags: the inputs that are not; ``bool keep``, if there is something to keep, comes after them.
+        outputs: the kernel's fields for the outputs, separated by blanks: ``y``, then perhaps ``final``, then the kept.
+        gradients: the kernel's fields for the gradients of the first tensors.
+        shapes: all inputs -> the shapes of the outputs.
+        fields: all inputs but ``keep``, and gy or None -> the kernel's other fields, for each run; it checks shapes.
+    """
+
+    def __init__(
+        self, name: str, kernel: str, tensors: str, flags: str, outputs: str, gradients: str, shapes: Any, fields: Any
+    ) -> None:
+        self.name, self.kernel, self.shapes, self.fields = name, kernel, shapes, fields
+        self.outputs, self.gradients = outputs.split(), gradients.split()
+        self.inputs = tensors.count(",") + 1
+        self.keeps = sum(output.startswith("kept") for output in self.outputs)
+        given = f"{tensors}, {flags}" if flags else tensors
+        returns = {"y": "Tensor gy", "final": "Tensor? gfinal"}
+        back = ", ".join(returns.get(output, f"Tensor {output.replace('@', '_')}") for output in self.outputs)
+        results = f"({', '.join(['Tensor'] * len(self.outputs))})" if self.outputs[1:] else "Tensor"
+        self.backward_operator = _define(
+            f"{name}_backward({back}, {given}) -> ({', '.join(['Tensor'] * len(self.gradients))})",
+            self.backward, self.backward_fake, _refuse_second_derivative,
+        )  # fmt: skip
+        self.operator = _define(
+            f"{name}({given}{', bool keep' if self.keeps else ''}) -> {results}",
+            self.forward, self.forward_fake, self.autograd, self.setup,
+        )  # fmt: skip
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The outputs; without ``keep``, which is whether gradients are wanted."""
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return self.operator(*inputs, keep) if self.keeps else self.operator(*inputs)
+
+    def forward_fake(self, *inputs: Any) -> Any:
+        """The outputs, not yet computed."""
+        outputs = tuple(inputs[0].new_empty(shape) for shape in self.shapes(*inputs))
+        return outputs if self.outputs[1:] else outputs[0]
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the kernel."""
+        runs = self.fields(*(inputs[:-1] if self.keeps else inputs), None)
+        outputs = self.forward_fake(*inputs)
+        self._run(runs, False, inputs[0], zip(self.outputs, outputs if self.outputs[1:] else [outputs]))
+        return outputs
+
+    def backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The gradients, not yet computed; arguments are those of the outputs, then the inputs but ``keep``."""
+        return tuple(
+            torch.empty(0) if t is None
+            else torch.empty(t.shape, dtype=torch.float64 if name[0] == "*" else t.dtype, device=t.device)
+            for name, t in zip(self.gradients, arguments[len(self.outputs) :])
+        )  # fmt: skip
+
+    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run the kernel backward."""
+        incoming, inputs = arguments[: len(self.outputs)], arguments[len(self.outputs) :]
+        shapes = self.shapes(*inputs, True) if self.keeps else self.shapes(*inputs)
+        for output, given, shape in zip(self.outputs, incoming, shapes):
+            if not output.startswith("kept"):
+                expect_shape(self.name, **{f"g{output}": (given, tuple(shape))})
+            elif given.shape != shape:  # an exported program may run backward although traced without gradients
+                message = "the forward kept no states for a backward; run or export it with gradients enabled"
+                raise ValueError(f"{self.name}: {message}")
+        gradients = self.backward_fake(*arguments)
+        fields = [*zip(self.gradients, gradients), *zip(self.outputs[1:], incoming[1:])]
+        fields = [("gfinal", _whole(t)) if name == "final" else (name, t) for name, t in fields]
+        self._run(self.fields(*inputs, incoming[0]), True, inputs[0], fields)
+        return gradients
+
+    def _run(self, runs: list[dict[str, Any]], backward: bool, x: Tensor, fields: Any) -> None:
+        names = [(name.lstrip("*").partition("@"), t) for name, t in fields]
+        for number, run in enumerate(runs):
+            own = {field: t for (field, _, only), t in names if only in ("", str(number))}
+            _run(self.kernel, x.shape[0] * x.shape[1], backward, {**run, **own})
+
+    def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """What the backward will need."""
+        kept = output[-self.keeps :] if self.keeps else ()
+        ctx.save_for_backward(*inputs[: self.inputs], *kept)
+        ctx.flags = inputs[self.inputs : -1] if self.keeps else inputs[self.inputs :]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+
+    def autograd(self, ctx: Any, gy: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
+        """A gradient or None for every input."""
+        saved = ctx.saved_tensors
+        inputs, kept = saved[: self.inputs], saved[self.inputs :]
+        if gy is None:  # the final state alone was used, so this is not the last position's op
+            gy = torch.zeros_like(inputs[0])
+        incoming = gy, *more[: len(more) - self.keeps], *kept
+        gradients = self.backward_operator(*incoming, *inputs, *ctx.flags)
+        found = [None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs)]
+        return *found, *[None] * (self.inputs - len(found) + len(ctx.flags) + bool(self.keeps))
+
+
 # --- selective scan -----------------------------------------------------------------------------------------------
 
-_SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state, "
-_SCAN += "Tensor? cu_seqlens, bool softplus, bool last"
+
+def _scan_shapes(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    _, A, *_, cu_seqlens, _, last, keep = arguments
+    S, (D, N) = _sequences(x, cu_seqlens), A.shape
+    return (S, D) if last else x.shape, (0,) if last else (S, N, D), _kept(x, keep and not last, N, D)
 
 
 def _scan_fields(
@@ -251,7 +334,8 @@ def _scan_fields(
     cu_seqlens: Tensor | None,
     softplus: bool,
     last: bool,
-) -> dict[str, Any]:
+    gy: Tensor | None,
+) -> list[dict[str, Any]]:
     (batch, L, channels), N, S = x.shape, A.shape[1], _sequences(x, cu_seqlens)
     rows, outputs = (batch, L), (S,) if last else (batch, L)
     expect_shape(
@@ -260,73 +344,25 @@ def _scan_fields(
         state=(state_SND, (S, N, channels)),
     )  # fmt: skip
     if last:  # one row a sequence
-        C, z = C[:, None], None if z is None else z[:, None]
-    return {
+        C, z, gy = C[:, None], None if z is None else z[:, None], None if gy is None else gy[:, None]
+    return [{
         **_offsets(x, cu_seqlens), "D": channels, "N": N, "softplus": softplus, "last": last,
-        **_rows("x", x), **_rows("dt", dt), **_rows("B", B), **_rows("C", C), **_rows("z", z),
+        **_rows("x", x), **_rows("dt", dt), **_rows("B", B), **_rows("C", C), **_rows("z", z), **_rows("gy", gy),
         "A": _whole(A), "skip": _whole(D), "bias": _whole(dt_bias), "state": _whole(state_SND),
-    }  # fmt: skip
+    }]  # fmt: skip
 
 
-def _scan_outputs(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, last: bool, keep: bool) -> tuple[Tensor, ...]:
-    S, (D, N) = _sequences(x, cu_seqlens), A.shape
-    y = x.new_empty((S, D) if last else x.shape)
-    return y, x.new_empty((0,) if last else (S, N, D)), _kept(x, keep and not last, N, D)
-
-
-def _scan_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    fields = _scan_fields(x, *given)
-    y, final, kept = _scan_outputs(x, given[1], given[-3], given[-1], keep)
-    _run("scan", x.shape[0] * x.shape[1], False, {**fields, "y": y, "final": final, "kept": kept if keep else None})
-    return y, final, kept
-
-
-def _scan_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    return _scan_outputs(x, given[1], given[-3], given[-1], keep)
-
-
-def _scan_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return _present(*[_like(t) for t in given[:9]])
-
-
-def _scan_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    fields = _scan_fields(*given)
-    x, last, (D, N), S = given[0], given[-1], given[2].shape, fields["S"]
-    expect_shape("selective_scan", gy=(gy, (S, D) if last else tuple(x.shape)), gfinal=(gfinal, (S, N, D)))
-    if not last:
-        _expect_kept("selective_scan", kept, x, N, D)
-    gradients = _scan_gradients(gy, gfinal, kept, *given)
-    names = ("gx", "gdt", "gA", "gB", "gC", "gskip", "gz", "gbias", "gstate")
-    fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
-    fields |= {**_rows("gy", gy[:, None] if last else gy), "gfinal": _whole(gfinal), "kept": kept}
-    _run("scan", x.shape[0] * x.shape[1], True, fields)
-    return gradients
-
-
-def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:10], output[2])
-    ctx.flags = inputs[10:12]
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _scan_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
-    *given, kept = ctx.saved_tensors
-    if gy is None:
-        gy = torch.zeros_like(given[0])  # the final state alone was used, so this is not the last position's op
-    gradients = _scan_backward_op(gy, None if ctx.flags[1] else gfinal, kept, *given, *ctx.flags)
-    return *[_absent(g, t) for g, t in zip(gradients, given)], None, None, None, None
-
-
-_scan_op = _operator(f"selective_scan({_SCAN}, bool keep) -> (Tensor, Tensor, Tensor)", _scan_forward, _scan_fake)
-_scan_backward_op = _operator(
-    f"selective_scan_backward(Tensor gy, Tensor? gfinal, Tensor kept, {_SCAN}) -> ({', '.join(['Tensor'] * 9)})",
-    _scan_backward,
-    _scan_gradients,
+_scan_op = _Operator(
+    name="selective_scan",
+    kernel="scan",
+    tensors="Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state, "
+    "Tensor? cu_seqlens",
+    flags="bool softplus, bool last",
+    outputs="y final kept",
+    gradients="gx gdt gA gB gC gskip gz gbias gstate",
+    shapes=_scan_shapes,
+    fields=_scan_fields,
 )
-_with_gradient(_scan_op, _scan_backward_op, _scan_autograd, _scan_setup)
 
 
 def _selective_scan(
@@ -346,8 +382,7 @@ def _selective_scan(
     if not _usable(*tensors):
         return torch_scan(x, dt, A, B, C, D, z, dt_bias, softplus, state, cu_seqlens)
     state_SND = None if state is None else state.transpose(1, 2)
-    keep = _needs_gradient(*tensors)
-    y, final, _ = _scan_op(x, dt, A, B, C, D, z, dt_bias, state_SND, cu_seqlens, softplus, False, keep)
+    y, final, _ = _scan_op(x, dt, A, B, C, D, z, dt_bias, state_SND, cu_seqlens, softplus, False)
     return y, final.transpose(1, 2)
 
 
@@ -365,12 +400,16 @@ def _selective_scan_last(
 ) -> Tensor:
     if not _usable(x, dt, A, B, C_SN, D, z_SD, dt_bias):
         return torch_scan_last(x, dt, A, B, C_SN, D, z_SD, dt_bias, softplus, cu_seqlens)
-    return _scan_op(x, dt, A, B, C_SN, D, z_SD, dt_bias, None, cu_seqlens, softplus, True, False)[0]
+    return _scan_op(x, dt, A, B, C_SN, D, z_SD, dt_bias, None, cu_seqlens, softplus, True)[0]
 
 
 # --- SSD ----------------------------------------------------------------------------------------------------------
 
-_SSD = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? cu_seqlens"
+
+def _ssd_shapes(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    B, *_, cu_seqlens, carry, keep = arguments[2:]
+    H, P, N = x.shape[2], x.shape[3], B.shape[3]
+    return x.shape, (_sequences(x, cu_seqlens) if carry else 0, H, N, P), _kept(x, keep, H, N, P)
 
 
 def _ssd_fields(
@@ -379,10 +418,12 @@ def _ssd_fields(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None = None,
-    state_SHNP: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> dict[str, Any]:
+    D: Tensor | None,
+    state_SHNP: Tensor | None,
+    cu_seqlens: Tensor | None,
+    carry: bool,
+    gy: Tensor | None,
+) -> list[dict[str, Any]]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     maps = (batch, L, G, N)
     expect_groups("ssd", G, H)
@@ -390,72 +431,23 @@ def _ssd_fields(
         "ssd", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, maps), C=(C, maps), D=(D, (H,)),
         state=(state_SHNP, (_sequences(x, cu_seqlens), H, N, P)),
     )  # fmt: skip
-    return {
+    return [{
         **_offsets(x, cu_seqlens), "H": H, "P": P, "G": G, "N": N,
-        **_rows("x", x), **_rows("dt", dt), **_rows("B", B), **_rows("C", C),
+        **_rows("x", x), **_rows("dt", dt), **_rows("B", B), **_rows("C", C), **_rows("gy", gy),
         "A": _whole(A), "skip": _whole(D), "state": _whole(state_SHNP),
-    }  # fmt: skip
+    }]  # fmt: skip
 
 
-def _ssd_outputs(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, carry: bool, keep: bool) -> tuple[Tensor, ...]:
-    H, P, N = x.shape[2], x.shape[3], B.shape[3]
-    final = x.new_empty(_sequences(x, cu_seqlens) if carry else 0, H, N, P)
-    return x.new_empty(x.shape), final, _kept(x, keep, H, N, P)
-
-
-def _ssd_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, carry, keep = arguments
-    fields = _ssd_fields(x, *given)
-    y, final, kept = _ssd_outputs(x, given[2], given[-1], carry, keep)
-    fields |= {"y": y, "final": final if carry else None, "kept": kept if keep else None}
-    _run("ssd", x.shape[0] * x.shape[1], False, fields)
-    return y, final, kept
-
-
-def _ssd_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, carry, keep = arguments
-    return _ssd_outputs(x, given[2], given[-1], carry, keep)
-
-
-def _ssd_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    x, dt, A, B, C, D, state, _ = given
-    gA, gD = (None if t is None else t.new_empty(t.shape, dtype=torch.float64) for t in (A, D))
-    return _present(_like(x), _like(dt), gA, _like(B), _like(C), gD, _like(state))
-
-
-def _ssd_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    fields, x = _ssd_fields(*given), given[0]
-    states = fields["H"], fields["N"], fields["P"]
-    expect_shape("ssd", gy=(gy, tuple(x.shape)), gfinal=(gfinal, (fields["S"], *states)))
-    _expect_kept("ssd", kept, x, *states)
-    gradients = _ssd_gradients(gy, gfinal, kept, *given)
-    names = ("gx", "gdt", "gA", "gB", "gC", "gskip", "gstate")
-    fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
-    _run("ssd", x.shape[0] * x.shape[1], True, {**fields, **_rows("gy", gy), "gfinal": _whole(gfinal), "kept": kept})
-    return gradients
-
-
-def _ssd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8], output[2])
-    ctx.carry = inputs[8]
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _ssd_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
-    *given, kept = ctx.saved_tensors
-    gy = torch.zeros_like(given[0]) if gy is None else gy
-    gradients = _ssd_backward_op(gy, gfinal if ctx.carry else None, kept, *given)
-    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None, None, None
-
-
-_ssd_op = _operator(f"ssd({_SSD}, bool carry, bool keep) -> (Tensor, Tensor, Tensor)", _ssd_forward, _ssd_fake)
-_ssd_backward_op = _operator(
-    f"ssd_backward(Tensor gy, Tensor? gfinal, Tensor kept, {_SSD}) -> ({', '.join(['Tensor'] * 7)})",
-    _ssd_backward,
-    _ssd_gradients,
+_ssd_op = _Operator(
+    name="ssd",
+    kernel="ssd",
+    tensors="Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state, Tensor? cu_seqlens",
+    flags="bool carry",
+    outputs="y final kept",
+    gradients="gx gdt *gA gB gC *gskip gstate",
+    shapes=_ssd_shapes,
+    fields=_ssd_fields,
 )
-_with_gradient(_ssd_op, _ssd_backward_op, _ssd_autograd, _ssd_setup)
 
 
 def _ssd(
@@ -472,75 +464,49 @@ def _ssd(
     if not _usable(x, dt, A, B, C, D, state):
         return torch_ssd(x, dt, A, B, C, D, state, cu_seqlens, return_state)
     state_SHNP = None if state is None else state.transpose(2, 3)
-    keep = _needs_gradient(x, dt, A, B, C, D, state)
-    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, return_state, keep)
+    y, final, _ = _ssd_op(x, dt, A, B, C, D, state_SHNP, cu_seqlens, return_state)
     return y, final.transpose(2, 3) if return_state else None
 
 
 # --- SSD at the last position -------------------------------------------------------------------------------------
 
-_SSD_LAST = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? cu_seqlens"
+
+def _ssd_last_shapes(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    return ((_sequences(x, arguments[-1]), *x.shape[2:]),)
 
 
 def _ssd_last_fields(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
-) -> dict[str, Any]:
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gy: Tensor | None,
+) -> list[dict[str, Any]]:
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     expect_groups("ssd_last", G, H)
     expect_shape(
         "ssd_last", dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)),
         C=(C, (_sequences(x, cu_seqlens), G, N)), D=(D, (H,)),
     )  # fmt: skip
-    return {
-        **_offsets(x, cu_seqlens), "H": H, "P": P, "G": G, "N": N,
-        **_rows("x", x), **_rows("dt", dt), **_rows("B", B), "A": _whole(A), "C": _whole(C), "skip": _whole(D),
-    }  # fmt: skip
+    return [{
+        **_offsets(x, cu_seqlens), "H": H, "P": P, "G": G, "N": N, **_rows("x", x), **_rows("dt", dt), **_rows("B", B),
+        "A": _whole(A), "C": _whole(C), "skip": _whole(D), "gy": _whole(gy),
+    }]  # fmt: skip
 
 
-def _ssd_last_fake(x: Tensor, *given: Any) -> Tensor:
-    return x.new_empty(_sequences(x, given[-1]), x.shape[2], x.shape[3])
-
-
-def _ssd_last_forward(x: Tensor, *given: Any) -> Tensor:
-    fields = _ssd_last_fields(x, *given)
-    y = _ssd_last_fake(x, *given)
-    _run("ssd_last", x.shape[0] * x.shape[1], False, {**fields, "y": y})
-    return y
-
-
-def _ssd_last_gradients(gy: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    x, dt, A, B, C, D, _ = given
-    gA, gD = (None if t is None else t.new_empty(t.shape, dtype=torch.float64) for t in (A, D))
-    return _present(_like(x), _like(dt), gA, _like(B), _like(C), gD)
-
-
-def _ssd_last_backward(gy: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    fields, x = _ssd_last_fields(*given), given[0]
-    expect_shape("ssd_last", gy=(gy, (fields["S"], *x.shape[2:])))
-    gradients = _ssd_last_gradients(gy, *given)
-    names = ("gx", "gdt", "gA", "gB", "gC", "gskip")
-    fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
-    _run("ssd_last", x.shape[0] * x.shape[1], True, {**fields, "gy": _whole(gy)})
-    return gradients
-
-
-def _ssd_last_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _ssd_last_autograd(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-    given = ctx.saved_tensors
-    gradients = _ssd_last_backward_op(gy, *given)
-    return *[None if t is None else g.to(t.dtype) for g, t in zip(gradients, given)], None
-
-
-_ssd_last_op = _operator(f"ssd_last({_SSD_LAST}) -> Tensor", _ssd_last_forward, _ssd_last_fake)
-_ssd_last_backward_op = _operator(
-    f"ssd_last_backward(Tensor gy, {_SSD_LAST}) -> ({', '.join(['Tensor'] * 6)})",
-    _ssd_last_backward,
-    _ssd_last_gradients,
+_ssd_last_op = _Operator(
+    name="ssd_last",
+    kernel="ssd_last",
+    tensors="Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? cu_seqlens",
+    flags="",
+    outputs="y",
+    gradients="gx gdt *gA gB gC *gskip",
+    shapes=_ssd_last_shapes,
+    fields=_ssd_last_fields,
 )
-_with_gradient(_ssd_last_op, _ssd_last_backward_op, _ssd_last_autograd, _ssd_last_setup)
 
 
 def _ssd_last(
@@ -553,81 +519,50 @@ def _ssd_last(
 
 # --- quasiseparable: SSD in either direction, shifted by one position ---------------------------------------------
 
-_QUASI = "Tensor x, Tensor dt_fwd, Tensor dt_bwd, Tensor A, Tensor B_fwd, Tensor C_fwd, Tensor B_bwd, Tensor C_bwd, "
-_QUASI += "Tensor? cu_seqlens"
+
+def _quasi_shapes(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    *given, keep = arguments
+    states = (x.shape[2], given[3].shape[3], x.shape[3])
+    return x.shape, _kept(x, keep, *states), _kept(x, keep, *states)
 
 
-def _directions(x: Tensor, *given: Any) -> list[dict[str, Any]]:
-    """The fields of the forward and of the backward scan; the second adds to what the first has written."""
-    dt_fwd, dt_bwd, A, B_fwd, C_fwd, B_bwd, C_bwd, cu_seqlens = given
+def _quasi_fields(x: Tensor, *arguments: Any) -> list[dict[str, Any]]:
+    """The forward and the backward scan; the second adds to what the first has written."""
+    dt_fwd, dt_bwd, A, B_fwd, C_fwd, B_bwd, C_bwd, cu_seqlens, gy = arguments
+    directions = (0, dt_fwd, B_fwd, C_fwd), (1, dt_bwd, B_bwd, C_bwd)
     return [
-        {**_ssd_fields(x, dt, A, B, C, cu_seqlens=cu_seqlens), "shift": 1, "reverse": second, "accumulate": second}
-        for second, dt, B, C in ((0, dt_fwd, B_fwd, C_fwd), (1, dt_bwd, B_bwd, C_bwd))
+        {**run, "shift": 1, "reverse": second, "accumulate": second}
+        for second, dt, B, C in directions
+        for run in _ssd_fields(x, dt, A, B, C, None, None, cu_seqlens, False, gy)
     ]
 
 
-def _quasi_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    states = (x.shape[2], given[3].shape[3], x.shape[3])
-    return x.new_empty(x.shape), _kept(x, keep, *states), _kept(x, keep, *states)
-
-
-def _quasi_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, keep = arguments
-    y, *kept = _quasi_fake(x, *arguments)
-    for fields, states in zip(_directions(x, *given), kept):
-        _run("ssd", x.shape[0] * x.shape[1], False, {**fields, "y": y, "kept": states if keep else None})
-    return y, *kept
-
-
-def _quasi_gradients(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    gA = given[3].new_empty(given[3].shape, dtype=torch.float64)
-    return _present(*[gA if i == 3 else _like(t) for i, t in enumerate(given[:8])])
-
-
-def _quasi_backward(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    x = given[0]
-    expect_shape("quasiseparable", gy=(gy, tuple(x.shape)))
-    gradients = _quasi_gradients(gy, kept_fwd, kept_bwd, *given)
-    gx, gdt_fwd, gdt_bwd, gA, gB_fwd, gC_fwd, gB_bwd, gC_bwd = gradients
-    each = ((gdt_fwd, gB_fwd, gC_fwd, kept_fwd), (gdt_bwd, gB_bwd, gC_bwd, kept_bwd))
-    for fields, (gdt, gB, gC, kept) in zip(_directions(*given), each):
-        _expect_kept("quasiseparable", kept, x, fields["H"], fields["N"], fields["P"])
-        fields |= {**_rows("gy", gy), "gx": gx, "gA": gA, "gdt": gdt, "gB": gB, "gC": gC, "kept": kept}
-        _run("ssd", gy.shape[0] * gy.shape[1], True, fields)
-    return gradients
-
-
-def _quasi_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _quasi_autograd(ctx: Any, gy: Tensor, *_: Any) -> tuple[Any, ...]:
-    *given, kept_fwd, kept_bwd = ctx.saved_tensors
-    gradients = _quasi_backward_op(gy, kept_fwd, kept_bwd, *given)
-    return *[g.to(t.dtype) for g, t in zip(gradients, given)], None, None
-
-
-_quasi_op = _operator(f"quasiseparable({_QUASI}, bool keep) -> (Tensor, Tensor, Tensor)", _quasi_forward, _quasi_fake)
-_quasi_backward_op = _operator(
-    f"quasiseparable_backward(Tensor gy, Tensor kept_fwd, Tensor kept_bwd, {_QUASI}) -> ({', '.join(['Tensor'] * 8)})",
-    _quasi_backward,
-    _quasi_gradients,
+_quasi_op = _Operator(
+    name="quasiseparable",
+    kernel="ssd",
+    tensors="Tensor x, Tensor dt_fwd, Tensor dt_bwd, Tensor A, Tensor B_fwd, Tensor C_fwd, Tensor B_bwd, Tensor C_bwd, "
+    "Tensor? cu_seqlens",
+    flags="",
+    outputs="y kept@0 kept@1",
+    gradients="gx gdt@0 gdt@1 *gA gB@0 gC@0 gB@1 gC@1",
+    shapes=_quasi_shapes,
+    fields=_quasi_fields,
 )
-_with_gradient(_quasi_op, _quasi_backward_op, _quasi_autograd, _quasi_setup)
 
 
 def _quasiseparable(x: Tensor, *given: Any) -> Tensor:
     if not _usable(x, *given[:-1]):
         return torch_quasiseparable(x, *given)
-    return _quasi_op(x, *given, _needs_gradient(x, *given[:-1]))[0]
+    return _quasi_op(x, *given)[0]
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------
 
-_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, int lead, bool silu, bool carry"
+
+def _conv_shapes(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    weight, _, _, cu_seqlens, _, _, carry = arguments
+    D, K = weight.shape
+    return x.shape, (_sequences(x, cu_seqlens) if carry else 0, K, D)
 
 
 def _conv_fields(
@@ -639,66 +574,30 @@ def _conv_fields(
     lead: int,
     silu: bool,
     carry: bool,
-) -> dict[str, Any]:
+    gy: Tensor | None,
+) -> list[dict[str, Any]]:
     D, K = weight.shape
     expect_shape(
         "conv1d", x=(x, (*x.shape[:2], D)), bias=(bias, (D,)), state=(state_SKD, (_sequences(x, cu_seqlens), K, D))
     )
     if not 0 <= lead < K <= MOST_TAPS or (state_SKD is not None and lead != K - 1):
         raise ValueError(f"conv1d: no kernel for {K} taps of which {lead} lead")
-    return {
-        **_offsets(x, cu_seqlens), "D": D, "K": K, "lead": lead, "silu": silu, **_rows("x", x),
+    return [{
+        **_offsets(x, cu_seqlens), "D": D, "K": K, "lead": lead, "silu": silu, **_rows("x", x), **_rows("gy", gy),
         "weight": _whole(weight), "bias": _whole(bias), "state": _whole(state_SKD),
-    }  # fmt: skip
+    }]  # fmt: skip
 
 
-def _conv_fake(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    D, K = given[0].shape
-    return x.new_empty(x.shape), x.new_empty(_sequences(x, given[3]) if given[-1] else 0, K, D)
-
-
-def _conv_forward(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    fields = _conv_fields(x, *given)
-    y, final = _conv_fake(x, *given)
-    _run("conv", x.shape[0] * x.shape[1], False, {**fields, "y": y, "final": final if given[-1] else None})
-    return y, final
-
-
-def _conv_gradients(gy: Tensor, gfinal: Any, *given: Any) -> tuple[Tensor, ...]:
-    return _present(*[_like(t) for t in given[:4]])
-
-
-def _conv_backward(gy: Tensor, gfinal: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    fields, x = _conv_fields(*given), given[0]
-    S = fields["S"] if given[-1] else 0
-    expect_shape("conv1d", gy=(gy, tuple(x.shape)), gfinal=(gfinal, (S, fields["K"], fields["D"])))
-    gradients = _conv_gradients(gy, gfinal, *given)
-    names = ("gx", "gweight", "gbias", "gstate")
-    fields |= {name: _absent(g, t) for name, g, t in zip(names, gradients, given)}
-    _run("conv", x.shape[0] * x.shape[1], True, {**fields, **_rows("gy", gy), "gfinal": _whole(gfinal)})
-    return gradients
-
-
-def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.flags = inputs[5:]
-    ctx.set_materialize_grads(False)
-
-
-def _conv_autograd(ctx: Any, gy: Tensor | None, gfinal: Tensor | None) -> tuple[Any, ...]:
-    given = ctx.saved_tensors
-    gy = torch.zeros_like(given[0]) if gy is None else gy
-    gradients = _conv_backward_op(gy, gfinal, *given, *ctx.flags)
-    return *[_absent(g, t) for g, t in zip(gradients, given)], None, None, None, None
-
-
-_conv_op = _operator(f"conv1d({_CONV}) -> (Tensor, Tensor)", _conv_forward, _conv_fake)
-_conv_backward_op = _operator(
-    f"conv1d_backward(Tensor gy, Tensor? gfinal, {_CONV}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _conv_backward,
-    _conv_gradients,
+_conv_op = _Operator(
+    name="conv1d",
+    kernel="conv",
+    tensors="Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens",
+    flags="int lead, bool silu, bool carry",
+    outputs="y final",
+    gradients="gx gweight gbias gstate",
+    shapes=_conv_shapes,
+    fields=_conv_fields,
 )
-_with_gradient(_conv_op, _conv_backward_op, _conv_autograd, _conv_setup)
 
 
 def _causal_conv1d(
@@ -751,16 +650,16 @@ def _dropout_autograd(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     return _dropout_op(gy, *ctx.arguments), None, None  # the same mask: linear, and its own transpose
 
 
-_dropout_op = _operator("dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake)
-torch.library.register_autograd(_dropout_op, _dropout_autograd, setup_context=_dropout_setup, lib=_operators)
+_dropout_op = _define(
+    "dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake, _dropout_autograd, _dropout_setup
+)
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
     if torch.compiler.is_compiling() or not _usable(x) or round(p * 2**32) == 2**32:
         return torch_dropout(x, p)
     seed = torch.empty((), dtype=torch.int64).random_()  # one draw a call
-    y: Tensor = _dropout_op(x, p, int(seed))
-    return y
+    return _dropout_op(x, p, int(seed))
 
 
 # --- availability -------------------------------------------------------------------------------------------------
