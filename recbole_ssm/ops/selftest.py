@@ -163,7 +163,5 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         "ssd_last": Example(last(ops.ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
         "quasiseparable": Example(ops.quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
         "causal_conv1d": Example(first(ops.causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
-        "centered_conv1d": Example(
-            lambda *t: ops.centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]
-        ),
+        "centered_conv1d": Example(lambda *t: ops.centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
     }

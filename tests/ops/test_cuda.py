@@ -94,7 +94,7 @@ def test_what_may_be_left_out(op):
 @on_kernels
 def test_ssd_without_its_final_state():
     torch.manual_seed(0)
-    tensors, keywords = arguments(ops.ssd, 2, 35, 2)
+    tensors, _ = arguments(ops.ssd, 2, 35, 2)
     with ops.use_backend("cuda"):
         y, state = at_device(ops.ssd)(*[t.float() for t in tensors], dt_softplus=True, return_state=False)
     assert state is None
