@@ -17,11 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
+from recbole_ssm.ops.operators import Namespace, no_tangents
+from recbole_ssm.ops.operators import absent as _absent
+from recbole_ssm.ops.operators import like as _like
+from recbole_ssm.ops.operators import needs_gradient as _needs_gradient
+from recbole_ssm.ops.operators import present as _present
+from recbole_ssm.ops.operators import sequences as _sequences
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
@@ -139,10 +144,6 @@ def _run(name: str, rows: int, backward: bool, fields: dict[str, Any]) -> None:
         raise ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _offsets(x: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """S, L and offsets."""
     if cu_seqlens is not None:
@@ -166,45 +167,11 @@ def _usable(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given):
         return False
-    return torch.compiler.is_compiling() or all(unpack_dual(t).tangent is None for t in given)
+    return no_tangents(*given)
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _like(t: Tensor | None) -> Tensor | None:
-    return None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """An operator returns tensors alone: an empty one stands for None."""
-    return tuple(torch.empty(0) if t is None else t for t in tensors)
-
-
-def _absent(gradient: Tensor, given: Tensor | None) -> Tensor | None:
-    return None if given is None else gradient
-
-
-_operators = torch.library.Library("recbole_ssm", "DEF")
-
-
-def _operator(schema: str, function: Any, fake: Any) -> Any:
-    name = schema.partition("(")[0]
-    _operators.define(schema)
-    _operators.impl(name, function, "CPU")
-    torch.library.register_fake(f"recbole_ssm::{name}", fake, lib=_operators)
-    return getattr(torch.ops.recbole_ssm, name).default
-
-
-def _with_gradient(operator: Any, backward_operator: Any, backward: Any, setup: Any) -> None:
-    torch.library.register_autograd(operator, backward, setup_context=setup, lib=_operators)
-    torch.library.register_autograd(backward_operator, _refuse_second_derivative, lib=_operators)
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
-    """Without this PyTorch would warn and return zeros."""
-    raise NotImplementedError("the native kernels have no second derivative; use ssm_backend: reference")
+_operators = Namespace("recbole_ssm", ["CPU"])
+_operator, _with_gradient = _operators.define, _operators.differentiate
 
 
 # --- selective scan -----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from recbole_ssm.ops.operators import (
 _SCAN_CHUNK = 16  # steps between two states that a scan's forward keeps for its backward
 _PROGRAMS = 8  # of a backward that walks over the sequences, for each multiprocessor
 MOST_STATE = 256  # N of a selective scan
-MOST_CELLS = 128 * 128  # N P of SSD
+MOST_CELLS = 128 * 64  # N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs
 MOST_TAPS = 16  # of a convolution; what is wider or larger is PyTorch's
 
 _operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])  # on the CPU Triton's interpreter runs them
@@ -132,7 +132,8 @@ def _programs(x: Tensor, S: int, others: int) -> int:
 def _scan_outputs(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
     cu_seqlens, _, keep = given[6:]
     D, N = A.shape
-    return x.new_empty(x.shape), _float(x, sequences(x, cu_seqlens), N, D), _kept(x, keep, _SCAN_CHUNK, N, D)
+    final = _float(x, sequences(x, cu_seqlens), N, D)
+    return x.new_empty(x.shape), final, _kept(x, keep, _SCAN_CHUNK, N, D)
 
 
 def _scan_forward(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -143,8 +144,8 @@ def _scan_forward(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor
     blocks = _scan_blocks(D, N)
     _launch(
         "scan.scan_forward", (S, -(-D // blocks["BD"])),
-        *_rows(x), *_rows(dt), _whole(A.t()), *_rows(B), *_rows(C), _whole(skip), *_rows(z), _whole(bias), _whole(state),
-        _offsets(cu_seqlens), y, final, kept if keep else None, batch * L, L, D, N,
+        *_rows(x), *_rows(dt), _whole(A.t()), *_rows(B), *_rows(C), _whole(skip), *_rows(z), _whole(bias),
+        _whole(state), _offsets(cu_seqlens), y, final, kept if keep else None, batch * L, L, D, N,
         SOFTPLUS=softplus, CHUNK=_SCAN_CHUNK, warps=1, **blocks,
     )  # fmt: skip
     return y, final, kept
@@ -327,11 +328,16 @@ def selective_scan_last(
 _SSD = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
 
 
+def cells(x: Tensor, B: Tensor) -> int:
+    """Numbers of a state of SSD, as the kernels round them up."""
+    return _width(B.shape[3], 16) * _width(x.shape[3], 16)
+
+
 def _ssd_blocks(x: Tensor, B: Tensor, S: int) -> dict[str, int]:
     """Q fits the mean length, and the registers: products of less than 16 by 16 are none of the tensor cores'."""
     BN, BP = _width(B.shape[3], 16), _width(x.shape[3], 16)
     mean = -(-x.shape[0] * x.shape[1] // max(S, 1))
-    return {"Q": 16 if mean <= 16 else 32, "BN": BN, "BP": BP}
+    return {"Q": 16 if mean <= 16 or BN * BP > 64 * 64 else 32, "BN": BN, "BP": BP}
 
 
 def _precision(*tensors: Tensor) -> str:
