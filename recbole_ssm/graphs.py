@@ -42,12 +42,18 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) 
     return Recording(inputs, outputs, graph.replay)
 
 
+def on_gpu(tensors: list[Tensor]) -> bool:
+    """Whether a graph can read them."""
+    return all(t.is_cuda for t in tensors)
+
+
 class Graphed:
     """A function of tensors, or of tuples and lists of them, that is replayed as a CUDA graph.
 
-    It must not read a tensor's value in Python, nor train. Weights are read where they lie when it is recorded: load new
-    ones into them, and make a new ``Graphed`` after a move. Each kind of arguments (shapes, dtypes, devices) is recorded
-    on its first call and keeps its memory; beyond ``most`` kinds, or where recording fails, the function runs as it is.
+    It must not read a tensor's value in Python, nor train. Weights are read where they lie when it is recorded: load
+    new ones into them, and make a new ``Graphed`` after a move. Each kind of arguments (shapes, dtypes, devices) is
+    recorded on its first call and keeps its memory; beyond ``most`` kinds, or where recording fails, the function runs
+    as it is.
 
     Args:
         function: what to run.
@@ -60,7 +66,7 @@ class Graphed:
         self,
         function: Callable[..., Any],
         most: int = 8,
-        serves: Callable[[list[Tensor]], bool] = lambda tensors: all(t.is_cuda for t in tensors),
+        serves: Callable[[list[Tensor]], bool] = on_gpu,
         record: Callable[[Callable[..., Any], list[Tensor], Any], Recording] = capture,
     ) -> None:
         self._function, self._most, self._serves, self._record = function, most, serves, record

@@ -19,9 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.bench.measure import chosen, medians, peak_memory, roofs, whole_numbers
+from recbole_ssm.bench.measure import (
+    add_device,
+    backends_on,
+    chosen,
+    device_of,
+    medians,
+    peak_memory,
+    roofs,
+    whole_numbers,
+)
 from recbole_ssm.errors import UserError
-from recbole_ssm.ops.backend import available_backends
 
 LENGTHS = (50, 200, 2_000, 16_000)
 REFERENCE_UP_TO = 200  # the plain loop stores every state: beyond this it takes minutes and gigabytes
@@ -179,6 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="separated by commas")
     parser.add_argument("--tokens", type=int, default=12_800, help="of a batch; a longer sequence is taken whole")
     parser.add_argument("--rounds", type=int, default=5, help="measurements, of which the median counts")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -187,38 +196,40 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     lengths = whole_numbers("--lengths", options.lengths)
     if min(*lengths, options.tokens, options.rounds) < 1:
         raise UserError("--lengths, --tokens and --rounds: must be at least 1")
+    device = device_of(options)
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads; native kernels: {ops.native.unusable or ops.native.instruction_set}")
     rows = []
     for name in names:
         for L in lengths:
             B = max(1, options.tokens // L)
-            rows += _rows(name, B, L, CASES[name](B, L), options.rounds)
+            rows += _rows(name, B, L, CASES[name](B, L), options.rounds, device)
     return rows
 
 
-def _rows(name: str, B: int, L: int, case: Case, rounds: int) -> list[dict[str, Any]]:
-    inputs = [t.requires_grad_() for t in case.tensors]
-    calls = {b: case.call for b in available_backends() if b != "reference" or L <= REFERENCE_UP_TO}
+def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
+    inputs = [t.to(device).requires_grad_() for t in case.tensors]
+    backends = backends_on(device)
+    calls = {b: case.call for b in backends if b != "reference" or L <= REFERENCE_UP_TO}
     calls |= _others(name, L)
     with torch.no_grad():
         gradient = torch.randn_like(case.call(*inputs))
 
     def forward(backend: str) -> None:
-        with torch.no_grad(), ops.use_backend(backend if backend in available_backends() else "auto"):
+        with torch.no_grad(), ops.use_backend(backend if backend in backends else "auto"):
             calls[backend](*inputs)
 
     def both(backend: str) -> None:
-        with ops.use_backend(backend if backend in available_backends() else "auto"):
+        with ops.use_backend(backend if backend in backends else "auto"):
             torch.autograd.grad(calls[backend](*inputs), inputs, gradient)
 
     rows = []
-    rate, bandwidth = roofs(rounds)
+    rate, bandwidth = roofs(rounds, device)
     least = [max(o / rate, 4 * f / bandwidth) for o, f in zip(case.operations, case.floats)]
     for direction, function, floor in (("forward", forward, least[0]), ("forward+backward", both, sum(least))):
-        seconds = medians({backend: partial(function, backend) for backend in calls}, rounds)
+        seconds = medians({backend: partial(function, backend) for backend in calls}, rounds, device)
         for backend, value in seconds.items():
-            memory = peak_memory(partial(function, backend))
+            memory = peak_memory(partial(function, backend), device)
             rows.append(
                 {
                     "op": name,

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import compat, ops
-from recbole_ssm.bench.measure import Function, chosen, medians
+from recbole_ssm.bench.measure import Function, add_device, backends_on, chosen, device_of, medians
 from recbole_ssm.errors import UserError
-from recbole_ssm.ops.backend import available_backends
 
 compat.install()
 
@@ -53,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=12_102, help="in the catalogue, padding included")
     parser.add_argument("--layers", type=int, default=1, help="of our models; SASRec has RecBole's 2")
     parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -60,11 +60,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     names = chosen("--models", options.models, MODELS)
     if min(options.batch, options.length, options.layers, options.rounds) < 1 or options.items < 2:
         raise UserError("--batch, --length, --layers and --rounds: must be at least 1, and --items at least 2")
+    device = device_of(options)
     torch.manual_seed(0)
     functions: dict[tuple[str, str, str], Function] = {}
     for name in names:
         model, rows = _model(name, options)
-        backends = [b for b in available_backends() if b != "reference"] if "SASRec" not in name else [""]
+        backends = [b for b in backends_on(device) if b != "reference"] if "SASRec" not in name else [""]
         for backend in backends:
             functions[name, backend, "train"] = partial(
                 _train, model, rows, torch.optim.Adam(model.parameters()), backend
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str, str], float] = {}
     for kind in KINDS:
         of_kind = {"|".join(key): function for key, function in functions.items() if key[2] == kind}
-        found = medians(of_kind, options.rounds)
+        found = medians(of_kind, options.rounds, device)
         seconds |= {key: found["|".join(key)] / _calls(kind) for key in functions if key[2] == kind}
     return [
         {
@@ -99,12 +100,13 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
     if "SASRec" not in name:
         keys["num_layers"] = options.layers
     config = SSMConfig(name.removeprefix("RecBole "), "ml-100k", config_dict=keys)
-    config["device"] = torch.device("cpu")
-    model = (RecBoleSASRec if name == RECBOLE else get_model(name))(config, Catalogue(options.items))
+    config["device"] = torch.device(options.device)
+    model = (RecBoleSASRec if name == RECBOLE else get_model(name))(config, Catalogue(options.items)).to(options.device)
     items = torch.randint(1, options.items, (options.batch, options.length))
     lengths = torch.full((options.batch,), options.length)
     target = torch.randint(1, options.items, (options.batch,))
-    return model, Interaction({"item_id_list": items, "item_length": lengths, "item_id": target})
+    rows = Interaction({"item_id_list": items, "item_length": lengths, "item_id": target})
+    return model, rows.to(options.device)
 
 
 def _train(model: Any, rows: Any, optimizer: torch.optim.Optimizer, backend: str) -> None:

@@ -4,9 +4,9 @@ An op is a public function that checks its arguments and calls the implementatio
 A backend is a set of implementations; it takes part as soon as its module registers them, so that a native or
 a GPU backend drops in without a change to ops, layers or models.
 
-The compiled ones, native and cuda, prove themselves where they run: before an op's first use on a kind of device a small
-example of it is held against the reference (:mod:`recbole_ssm.ops.selftest`), values and gradients. What is wrong, or
-fails, is switched off with a warning, and the next in order takes its place.
+The compiled ones, native and cuda, prove themselves where they run: before an op's first use on a kind of device a
+small example of it is held against the reference (:mod:`recbole_ssm.ops.selftest`), values and gradients. What is
+wrong, or fails, is switched off with a warning, and the next in order takes its place.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def force(function: Callable[..., Any]) -> Iterator[None]:
-    """Let :func:`dispatch` return ``function``, whatever it computes, in this thread alone: how a self-test calls it."""
+    """Let :func:`dispatch` return ``function`` in this thread alone: how a self-test calls it."""
     _forced.function = function
     try:
         yield

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
 from recbole_ssm.ops.dropout import torch_dropout
+from recbole_ssm.ops.operators import Namespace, no_tangents
+from recbole_ssm.ops.operators import sequences as _sequences
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
@@ -164,10 +165,6 @@ def run_steps(calls: Any, count: int) -> None:
         raise IndexError("step: there is no item of such an id")
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _offsets(x: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """S, L and offsets."""
     if cu_seqlens is not None:
@@ -185,25 +182,10 @@ def _usable(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given):
         return False
-    return torch.compiler.is_compiling() or all(unpack_dual(t).tangent is None for t in given)
+    return no_tangents(*given)
 
 
-_operators = torch.library.Library("recbole_ssm", "DEF")
-
-
-def _define(schema: str, function: Any, fake: Any, backward: Any, setup: Any = None) -> Any:
-    name = schema.partition("(")[0]
-    _operators.define(schema)
-    _operators.impl(name, function, "CPU")
-    torch.library.register_fake(f"recbole_ssm::{name}", fake, lib=_operators)
-    operator = getattr(torch.ops.recbole_ssm, name).default
-    torch.library.register_autograd(operator, backward, setup_context=setup, lib=_operators)
-    return operator
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
-    """Without this PyTorch would warn and return zeros."""
-    raise NotImplementedError("the native kernels have no second derivative; use ssm_backend: reference")
+_operators = Namespace("recbole_ssm", ["CPU"])
 
 
 class _Operator:
@@ -235,14 +217,15 @@ class _Operator:
         returns = {"y": "Tensor gy", "final": "Tensor? gfinal"}
         back = ", ".join(returns.get(output, f"Tensor {output.replace('@', '_')}") for output in self.outputs)
         results = f"({', '.join(['Tensor'] * len(self.outputs))})" if self.outputs[1:] else "Tensor"
-        self.backward_operator = _define(
+        self.backward_operator = _operators.define(
             f"{name}_backward({back}, {given}) -> ({', '.join(['Tensor'] * len(self.gradients))})",
-            self.backward, self.backward_fake, _refuse_second_derivative,
-        )  # fmt: skip
-        self.operator = _define(
-            f"{name}({given}{', bool keep' if self.keeps else ''}) -> {results}",
-            self.forward, self.forward_fake, self.autograd, self.setup,
-        )  # fmt: skip
+            self.backward,
+            self.backward_fake,
+        )
+        self.operator = _operators.define(
+            f"{name}({given}{', bool keep' if self.keeps else ''}) -> {results}", self.forward, self.forward_fake
+        )
+        _operators.differentiate(self.operator, self.backward_operator, self.autograd, self.setup)
 
     def __call__(self, *inputs: Any) -> Any:
         """The outputs; without ``keep``, which is whether gradients are wanted."""
@@ -650,9 +633,8 @@ def _dropout_autograd(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
     return _dropout_op(gy, *ctx.arguments), None, None  # the same mask: linear, and its own transpose
 
 
-_dropout_op = _define(
-    "dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake, _dropout_autograd, _dropout_setup
-)
+_dropout_op = _operators.define("dropout(Tensor x, float p, int seed) -> Tensor", _dropout_forward, _dropout_fake)
+_operators.differentiate(_dropout_op, None, _dropout_autograd, _dropout_setup)
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:

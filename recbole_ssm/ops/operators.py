@@ -32,13 +32,17 @@ class Namespace:
         return getattr(getattr(torch.ops, self._name), name).default
 
     def differentiate(self, operator: Any, backward_operator: Any, backward: Any, setup: Any) -> None:
-        """Give an operator its gradient; a second derivative is an error (PyTorch would warn and return zeros)."""
+        """Give an operator its gradient; a second derivative is an error (PyTorch would warn and return zeros).
+
+        ``backward_operator`` is the operator that ``backward`` calls, None where it calls the first one again.
+        """
 
         def refuse(ctx: Any, *gradients: Any) -> None:
             raise NotImplementedError(f"{operator} has no second derivative; use ssm_backend: reference")
 
         torch.library.register_autograd(operator, backward, setup_context=setup, lib=self._library)
-        torch.library.register_autograd(backward_operator, refuse, lib=self._library)
+        if backward_operator is not None:
+            torch.library.register_autograd(backward_operator, refuse, lib=self._library)
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

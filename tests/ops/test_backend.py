@@ -108,7 +108,7 @@ def test_whatever_the_caller_has_switched_on_does_not_matter(registry):
 
 def test_tracing_and_forked_workers_are_left_alone(registry, monkeypatch):
     backend.implements("ssd", "native")(lambda *arguments: right(*arguments))
-    tensors, keywords = arguments(ops.ssd, 1, 5, 1, torch.float32)
+    tensors, _ = arguments(ops.ssd, 1, 5, 1, torch.float32)
     monkeypatch.setattr(selftest, "why_wrong", lambda *arguments: pytest.fail("tested"))
     torch.compile(lambda *t: ops.ssd(*t)[0], backend="eager", fullgraph=True)(*[t.abs() for t in tensors])
     torch.export.export(Once(), tuple(t.abs() for t in tensors), strict=False)
@@ -137,7 +137,9 @@ def test_the_examples_reach_every_op(op):
 
 def test_a_backend_that_the_machine_lacks_says_what(monkeypatch):
     monkeypatch.setattr(backend, "_lacks", {"cuda": "there is no GPU that PyTorch can use"})
-    with pytest.raises(UserError, match=r"'cuda' is not installed on this machine \(there is no GPU .* use one of auto"):
+    with pytest.raises(
+        UserError, match=r"'cuda' is not installed on this machine \(there is no GPU .* use one of auto"
+    ):
         ops.set_backend("cuda")
 
 

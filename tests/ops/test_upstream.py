@@ -48,9 +48,7 @@ def causal_conv1d_fn(
 ):  # fmt: skip
     assert x.stride(1) == 1 and x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4
     with backend.force(backend.implementations("causal_conv1d", "torch")[0].function):
-        y, _ = ops.causal_conv1d(
-            x.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=bounds_of(seq_idx)
-        )
+        y, _ = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=bounds_of(seq_idx))
     return y.transpose(1, 2)
 
 

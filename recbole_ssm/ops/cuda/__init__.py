@@ -52,7 +52,7 @@ def _fit(*tensors: Tensor | None) -> bool:
 
 
 def _too_large(x: Tensor, B: Tensor) -> bool:
-    return x.shape[3] * B.shape[3] > operators.MOST_CELLS
+    return operators.cells(x, B) > operators.MOST_CELLS
 
 
 # --- each op by a kernel, and by PyTorch where that does not take what is given -----------------------------------

@@ -29,7 +29,7 @@ from recbole_ssm.ops.operators import (
 _SCAN_CHUNK = 16  # steps between two states that a scan's forward keeps for its backward
 _PROGRAMS = 8  # of a backward that walks over the sequences, for each multiprocessor
 MOST_STATE = 256  # N of a selective scan
-MOST_CELLS = 128 * 128  # N P of SSD
+MOST_CELLS = 128 * 64  # N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs
 MOST_TAPS = 16  # of a convolution; what is wider or larger is PyTorch's
 
 _operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])  # on the CPU Triton's interpreter runs them
@@ -132,7 +132,8 @@ def _programs(x: Tensor, S: int, others: int) -> int:
 def _scan_outputs(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
     cu_seqlens, _, keep = given[6:]
     D, N = A.shape
-    return like(x), _float(x, sequences(x, cu_seqlens), N, D), _kept(x, keep, _SCAN_CHUNK, N, D)  # type: ignore[return-value]
+    final = _float(x, sequences(x, cu_seqlens), N, D)
+    return x.new_empty(x.shape), final, _kept(x, keep, _SCAN_CHUNK, N, D)
 
 
 def _scan_forward(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -143,8 +144,8 @@ def _scan_forward(x: Tensor, dt: Tensor, A: Tensor, *given: Any) -> tuple[Tensor
     blocks = _scan_blocks(D, N)
     _launch(
         "scan.scan_forward", (S, -(-D // blocks["BD"])),
-        *_rows(x), *_rows(dt), _whole(A.t()), *_rows(B), *_rows(C), _whole(skip), *_rows(z), _whole(bias), _whole(state),
-        _offsets(cu_seqlens), y, final, kept if keep else None, batch * L, L, D, N,
+        *_rows(x), *_rows(dt), _whole(A.t()), *_rows(B), *_rows(C), _whole(skip), *_rows(z), _whole(bias),
+        _whole(state), _offsets(cu_seqlens), y, final, kept if keep else None, batch * L, L, D, N,
         SOFTPLUS=softplus, CHUNK=_SCAN_CHUNK, warps=1, **blocks,
     )  # fmt: skip
     return y, final, kept
@@ -327,11 +328,16 @@ def selective_scan_last(
 _SSD = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
 
 
+def cells(x: Tensor, B: Tensor) -> int:
+    """Numbers of a state of SSD, as the kernels round them up."""
+    return _width(B.shape[3], 16) * _width(x.shape[3], 16)
+
+
 def _ssd_blocks(x: Tensor, B: Tensor, S: int) -> dict[str, int]:
     """Q fits the mean length, and the registers: products of less than 16 by 16 are none of the tensor cores'."""
     BN, BP = _width(B.shape[3], 16), _width(x.shape[3], 16)
     mean = -(-x.shape[0] * x.shape[1] // max(S, 1))
-    return {"Q": 16 if mean <= 16 else 32, "BN": BN, "BP": BP}
+    return {"Q": 16 if mean <= 16 or BN * BP > 64 * 64 else 32, "BN": BN, "BP": BP}
 
 
 def _precision(*tensors: Tensor) -> str:
@@ -361,28 +367,36 @@ def _ssd_arguments(
     return batch * L, L, H, P, N, H // G
 
 
+_AHEAD = {"REVERSE": False, "SHIFT": False, "ADD": False}
+_SHIFTED = {**_AHEAD, "SHIFT": True}
+_REVERSED = {"REVERSE": True, "SHIFT": True, "ADD": True}  # it adds to what the other direction has written
+
+
 def _run_forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, state: Any, cu_seqlens: Any,
-    y: Tensor, final: Tensor | None, kept: Tensor | None, **direction: bool,
-) -> None:  # fmt: skip
-    sizes, S = _ssd_arguments(x, dt, A, B, C, D, state, cu_seqlens), sequences(x, cu_seqlens)
+    given: Any, y: Tensor, final: Tensor | None, kept: Tensor | None, direction: dict[str, bool] = _AHEAD
+) -> None:
+    """Write y, final and kept from x, dt, A, B, C, D, state and cu_seqlens."""
+    x, dt, A, B, C, D, state, cu_seqlens = given
+    sizes, S = _ssd_arguments(*given), sequences(x, cu_seqlens)
     _launch(
         "ssd.ssd_forward", (S, x.shape[2]),
         *_rows(x), *_rows(dt), _whole(A), *_rows(B), *_rows(C), _whole(D), _whole(state), _offsets(cu_seqlens),
-        y, final, kept, *sizes,
-        **(_PLAIN | direction), PRECISION=_precision(x, B, C), warps=8, **_ssd_blocks(x, B, S),
+        y, final, kept, *sizes, **direction, PRECISION=_precision(x, B, C), warps=8, **_ssd_blocks(x, B, S),
     )  # fmt: skip
 
 
-_PLAIN = {"REVERSE": False, "SHIFT": False, "ADD": False}
-
-
 def _run_backward(
-    gy: Tensor, gfinal: Any, kept: Tensor, gx: Tensor, gstate: Any,
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, state: Any, cu_seqlens: Any, **direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    gy: Tensor,
+    gfinal: Tensor | None,
+    kept: Tensor,
+    gx: Tensor,
+    gstate: Tensor | None,
+    given: Any,
+    direction: dict[str, bool] = _AHEAD,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Write gx and gstate; return gdt, gA, gB, gC and gD."""
-    sizes, S = _ssd_arguments(x, dt, A, B, C, D, state, cu_seqlens), sequences(x, cu_seqlens)
+    x, dt, A, B, C, D, state, cu_seqlens = given
+    sizes, S = _ssd_arguments(*given), sequences(x, cu_seqlens)
     (batch, L, H, P), N = x.shape, B.shape[3]
     blocks = _ssd_blocks(x, B, S)
     expect_shape("ssd", gy=(gy, (batch, L, H, P)), gfinal=(gfinal, (S, H, N, P)))
@@ -393,11 +407,10 @@ def _run_backward(
         "ssd.ssd_backward", (S, H),
         *_rows(gy), _whole(gfinal), *_rows(x), *_rows(dt), _whole(A), *_rows(B), *_rows(C), _whole(D), _whole(state),
         _offsets(cu_seqlens), kept, gx, gdt, gA, gB, gC, gD, gstate, *sizes,
-        **(_PLAIN | direction), PRECISION=_precision(x, B, C), warps=8, **blocks,
+        **direction, PRECISION=_precision(x, B, C), warps=8, **blocks,
     )  # fmt: skip
-    return (
-        gdt.to(dt.dtype), _total(gA, A), _of_groups(gB, B), _of_groups(gC, C), None if gD is None else _total(gD, D)
-    )  # fmt: skip
+    gD = None if gD is None else _total(gD, D)
+    return gdt.to(dt.dtype), _total(gA, A), _of_groups(gB, B), _of_groups(gC, C), gD
 
 
 def _of_groups(shares: Tensor, given: Tensor) -> Tensor:
@@ -415,7 +428,7 @@ def _ssd_outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *given: Any) -> tu
 def _ssd_forward(*given: Any) -> tuple[Tensor, ...]:
     *tensors, carry, keep = given
     y, final, kept = _ssd_outputs(*given)
-    _run_forward(*tensors, y, final if carry else None, kept if keep else None)
+    _run_forward(tensors, y, final if carry else None, kept if keep else None)
     return y, final, kept
 
 
@@ -425,7 +438,7 @@ def _ssd_gradients(gy: Tensor, gfinal: Any, kept: Tensor, *given: Any) -> tuple[
 
 def _ssd_backward(gy: Tensor, gfinal: Tensor | None, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
     gx, gstate = torch.empty_like(given[0], memory_format=torch.contiguous_format), like(given[6])
-    gdt, gA, gB, gC, gD = _run_backward(gy, gfinal, kept, gx, gstate, *given)
+    gdt, gA, gB, gC, gD = _run_backward(gy, gfinal, kept, gx, gstate, given)
     return present(gx, gdt, gA, gB, gC, gD, gstate)
 
 
@@ -553,8 +566,6 @@ def ssd_last(
 
 _QUASI = "Tensor x, Tensor dt_fwd, Tensor dt_bwd, Tensor A, Tensor B_fwd, Tensor C_fwd, Tensor B_bwd, Tensor C_bwd, "
 _QUASI += "Tensor? cu_seqlens"
-_FORWARD = {"SHIFT": True}
-_BACKWARD = {"SHIFT": True, "REVERSE": True, "ADD": True}  # it adds to what the forward direction has written
 
 
 def _quasi_outputs(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -568,9 +579,10 @@ def _quasi_forward(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     dt_fwd, dt_bwd, A, B_fwd, C_fwd, B_bwd, C_bwd, cu_seqlens, keep = given
     _, kept_fwd, kept_bwd = _quasi_outputs(x, *given)
     y = x.new_zeros(x.shape, dtype=torch.float32)  # a shifted direction leaves one row of each sequence out
-    rest = (None, None, cu_seqlens, y, None)
-    _run_forward(x, dt_fwd, A, B_fwd, C_fwd, *rest, kept_fwd if keep else None, **_FORWARD)
-    _run_forward(x, dt_bwd, A, B_bwd, C_bwd, *rest, kept_bwd if keep else None, **_BACKWARD)
+    ahead = x, dt_fwd, A, B_fwd, C_fwd, None, None, cu_seqlens
+    back = x, dt_bwd, A, B_bwd, C_bwd, None, None, cu_seqlens
+    _run_forward(ahead, y, None, kept_fwd if keep else None, _SHIFTED)
+    _run_forward(back, y, None, kept_bwd if keep else None, _REVERSED)
     return y.to(x.dtype), kept_fwd, kept_bwd
 
 
@@ -581,9 +593,10 @@ def _quasi_gradients(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any
 def _quasi_backward(gy: Tensor, kept_fwd: Tensor, kept_bwd: Tensor, *given: Any) -> tuple[Tensor, ...]:
     x, dt_fwd, dt_bwd, A, B_fwd, C_fwd, B_bwd, C_bwd, cu_seqlens = given
     gx = _float(x, *x.shape)
-    rest = (None, None, cu_seqlens)
-    one = _run_backward(gy, None, kept_fwd, gx, None, x, dt_fwd, A, B_fwd, C_fwd, *rest, **_FORWARD)
-    other = _run_backward(gy, None, kept_bwd, gx, None, x, dt_bwd, A, B_bwd, C_bwd, *rest, **_BACKWARD)
+    ahead = x, dt_fwd, A, B_fwd, C_fwd, None, None, cu_seqlens
+    back = x, dt_bwd, A, B_bwd, C_bwd, None, None, cu_seqlens
+    one = _run_backward(gy, None, kept_fwd, gx, None, ahead, _SHIFTED)
+    other = _run_backward(gy, None, kept_bwd, gx, None, back, _REVERSED)
     return present(gx.to(x.dtype), one[0], other[0], one[1] + other[1], *one[2:4], *other[2:4])
 
 
@@ -648,7 +661,7 @@ def _conv_outputs(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 
 def _conv_forward(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    weight, bias, state, cu_seqlens, lead, silu, carry = given
+    weight, bias, state, cu_seqlens, _, silu, carry = given
     sizes, grid, constants = _conv_arguments(x, *given[:5])
     y, final = _conv_outputs(x, *given)
     offsets, of_row = _packed(x, cu_seqlens)
@@ -659,7 +672,9 @@ def _conv_forward(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
     if carry:
         K = constants["K"]
         grid = sequences(x, cu_seqlens), grid[1]
-        _launch("conv.conv_state", grid, *_rows(x), state, offsets, final, *sizes, K=K, BK=_width(K), BD=constants["BD"])
+        _launch(
+            "conv.conv_state", grid, *_rows(x), state, offsets, final, *sizes, K=K, BK=_width(K), BD=constants["BD"]
+        )
     return y, final
 
 

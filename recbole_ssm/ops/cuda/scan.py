@@ -4,8 +4,8 @@ A program carries the states of BD channels ``[BN, BD]`` through time in its reg
 channel and all its N states, so a step needs no exchange between lanes but for the sums over channels. Nothing but
 inputs, outputs, and one state every CHUNK steps touches memory.
 
-Letters as in :mod:`recbole_ssm.ops`. ``x, sx`` is a tensor and the stride of its rows; A is [N, D], as the states; BN and BD are N and a share of
-D, rounded up to powers of two.
+Letters as in :mod:`recbole_ssm.ops`. ``x, sx`` is a tensor and the stride of its rows; A is [N, D], as the
+states; BN and BD are N and a share of D, rounded up to powers of two.
 """
 
 import triton

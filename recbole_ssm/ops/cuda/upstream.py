@@ -104,7 +104,11 @@ def causal_conv1d(
 
 def installed(op: str) -> list[tuple[str, Callable[..., Any]]]:
     """Name of the library and function, where a library that has the op is installed."""
-    known = {"selective_scan": selective_scan, "ssd": ssd, "causal_conv1d": causal_conv1d}
+    known: dict[str, Callable[..., Any]] = {
+        "selective_scan": selective_scan,
+        "ssd": ssd,
+        "causal_conv1d": causal_conv1d,
+    }
     module = "causal_conv1d" if op == "causal_conv1d" else "mamba_ssm"
     if op not in known or importlib.util.find_spec(module) is None:
         return []
