@@ -33,7 +33,7 @@ def python(*arguments, **environment):
 @pytest.mark.skipif(cuda.INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter(tmp_path):
     found = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_cuda.py",
+        "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_cuda.py",
         TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-4000:]
