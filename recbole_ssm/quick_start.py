@@ -26,7 +26,7 @@ from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
-from recbole_ssm.trainer.trainer import load_weights  # noqa: E402
+from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
 
 __all__ = ["load_recommender", "run_recbole_ssm"]
 
@@ -105,9 +105,8 @@ def _run(
     """One model, from its data to its test; a ranker's retriever comes before it."""
     logger = getLogger()
     logger.info(config)
-    retriever = None
-    if issubclass(config.model_class, LlamaRec):
-        retriever = _retriever(config, start)
+    ranker = issubclass(config.model_class, LlamaRec)
+    retriever = _find_retriever(config, start) if ranker else None
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
 
@@ -119,8 +118,10 @@ def _run(
     init_seed(config["seed"], config["reproducibility"])
     with recbole_refusals(config["model"]):
         recommender = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    if retriever is not None:
-        load_weights(recommender.retriever, retriever[1], retriever[0])
+    if ranker and start is None:  # only now, so that whatever is wrong with the ranker is told first
+        path, found = retriever or _train_retriever(config)
+        load_weights(recommender.retriever, found, path)
+        set_backend(config["ssm_backend"])
     logger.info(recommender)
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
@@ -135,7 +136,6 @@ def _run(
     if start is not None:
         trainer.restore(*start)
         del start
-    del retriever
     with contextlib.closing(trainer.tensorboard):
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -156,40 +156,48 @@ def _run(
     }
 
 
-def _retriever(
+def _find_retriever(
     config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
 ) -> tuple[Path, checkpoint.Checkpoint] | None:
-    """The checkpoint of a ranker's retriever, trained now or before; None where the ranker's own holds its weights.
-
-    Its settings become ``retriever_settings`` of the ranker.
+    """Set a ranker's ``retriever_settings``; the retriever's checkpoint, if one is named.
 
     Raises:
         UserError: it was trained on something else than this run's training part.
     """
-    if start is not None:
+    if start is not None:  # which holds the weights too
         config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
         return None
+    own = _retriever_config(config)
+    if config["retriever_checkpoint"] is None:
+        config["retriever_settings"] = settings_of(own)
+        return None
+    path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
+    if found.info["model"] != config["retriever"]:
+        raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
+    train_data, _, _ = create_loaders(own, create_dataset(own))
+    if train_data.fingerprint() != found.info["training"]["fingerprint"]:
+        raise UserError(
+            f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
+            "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
+        )
+    config["retriever_settings"] = found.info["config"]
+    return path, found
+
+
+def _train_retriever(config: SSMConfig) -> tuple[Path, checkpoint.Checkpoint]:
+    """Train and test a ranker's retriever; its best checkpoint."""
+    path = Path(_run(_retriever_config(config), True, None, ())["checkpoint"])
+    config["retriever_checkpoint"] = str(path)
+    return path, checkpoint.read(path)
+
+
+def _retriever_config(config: SSMConfig) -> SSMConfig:
+    """``retriever_config``, and of the ranker's options those of data, evaluation and machine."""
     shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
     shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
     options = {key: value for key, value in config.external_config_dict.items() if key in shared}
     options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    own = SSMConfig(config["retriever"], config["dataset"], config_dict=options)
-    if config["retriever_checkpoint"] is None:
-        path = Path(_run(own, True, None, ())["checkpoint"])
-        config["retriever_checkpoint"] = str(path)
-        found = checkpoint.read(path)
-    else:
-        path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
-        if found.info["model"] != config["retriever"]:
-            raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
-        train_data, _, _ = create_loaders(own, create_dataset(own))
-        if train_data.fingerprint() != found.info["training"]["fingerprint"]:
-            raise UserError(
-                f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know "
-                "the targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
-            )
-    config["retriever_settings"] = found.info["config"]
-    return path, found
+    return SSMConfig(config["retriever"], config["dataset"], config_dict=options)
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:
