@@ -24,6 +24,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
   recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
+  recbole-ssm tune      the best hyper-parameters: tune --model=M [--params_file=FILE.hyper] [--algo=bayes]; also --tune
   recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
 """
@@ -32,6 +33,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--tune" in arguments:
+        arguments = ["tune", *(argument for argument in arguments if argument != "--tune")]
     try:
         if not set(arguments[:1]) & WITH_HELP and any(argument in ("-h", "--help", "help") for argument in arguments):
             print(USAGE, end="")
@@ -73,6 +76,11 @@ def train(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """The study that the paper's table is."""
     study(["compare", *arguments])
+
+
+def tune(arguments: list[str]) -> None:
+    """Search for the best hyper-parameters."""
+    study(["tune", *arguments])
 
 
 def study(arguments: list[str]) -> None:
@@ -120,8 +128,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": inspect,
     "study": study,
     "train": train,
+    "tune": tune,
 }
-WITH_HELP = {"bench", "compare", "convert", "inspect", "study"}  # these answer --help themselves
+WITH_HELP = {"bench", "compare", "convert", "inspect", "study", "tune"}  # these answer --help themselves
 
 
 def join_values(arguments: list[str]) -> list[str]:

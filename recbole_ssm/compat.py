@@ -167,15 +167,15 @@ def seed_exhaustive_search() -> None:
 def without_ray() -> Iterator[None]:
     """recbole.quick_start imports ray.tune for one call; its pinned ray fails to import beside current setuptools.
 
-    An empty stand-in lives just as long as that import, unless ray has been imported already.
+    Empty stand-ins live just as long as that import. A ray that has been imported already is left as it is, and needs
+    none of the packages that its tune asks for.
     """
-    if "ray" in sys.modules:
-        yield
-        return
     ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
     ray.tune, tune.report = tune, lambda *args, **kwargs: None  # type: ignore[attr-defined]
-    sys.modules |= {"ray": ray, "ray.tune": tune}
+    stand_ins = {name: module for name, module in {"ray": ray, "ray.tune": tune}.items() if name not in sys.modules}
+    sys.modules |= stand_ins
     try:
         yield
     finally:
-        del sys.modules["ray"], sys.modules["ray.tune"]
+        for name in stand_ins:
+            del sys.modules[name]

@@ -251,8 +251,12 @@ class SSMConfig(recbole.config.Config):
 
     # --- checks --------------------------------------------------------------------------------------------------
 
+    def known_keys(self) -> set[str]:
+        """Every key that this model knows."""
+        return set(self.internal_config_dict) | UNLISTED | {key for keys in self.parameters.values() for key in keys}
+
     def _check_keys(self) -> None:
-        known = set(self.internal_config_dict) | UNLISTED | {key for keys in self.parameters.values() for key in keys}
+        known = self.known_keys()
         for key in self.external_config_dict:
             if key not in known and not str(key).startswith("alias_of_"):
                 raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known)}")

@@ -28,7 +28,7 @@ from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
 from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
 
-__all__ = ["load_recommender", "run_recbole_ssm"]
+__all__ = ["load_recommender", "objective_function", "run_recbole_ssm"]
 
 
 @contextlib.contextmanager
@@ -75,9 +75,9 @@ def run_recbole_ssm(
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
-        ``checkpoint``, the path of the best checkpoint (None if not saved). For LlamaRec also ``reranking``, the
-        metrics of the test in the retriever's, the language model's and the fused order, overall and among the users
-        whose target was retrieved; and ``ranks``, order -> the rank of each tested row's target.
+        ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its name. For LlamaRec also
+        ``reranking``, the metrics of the test in the retriever's, the language model's and the fused order, overall and
+        among the users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's target.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to mend it.
@@ -147,6 +147,7 @@ def _run(
         logger.info(f"checkpoint: {trainer.saved_model_file}")
     reranking = next((hook for hook in trainer.hooks if isinstance(hook, Reranking)), None)
     return {
+        "model": config["model"],
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
@@ -198,6 +199,22 @@ def _retriever_config(config: SSMConfig) -> SSMConfig:
     options = {key: value for key, value in config.external_config_dict.items() if key in shared}
     options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
     return SSMConfig(config["retriever"], config["dataset"], config_dict=options)
+
+
+def objective_function(
+    config_dict: Mapping[str, Any] | None = None, config_file_list: Iterable[str] | None = None, saved: bool = True
+) -> dict[str, Any]:
+    """What HyperTuning calls, RecBole's or :class:`recbole_ssm.study.tune.HyperTuning`: one trial.
+
+    Args:
+        config_dict: the values of the trial; they win over files.
+        config_file_list: YAML files that name model and data set, and what else is fixed.
+        saved: keep the best checkpoint, and test with it.
+
+    Returns:
+        As :func:`run_recbole_ssm`.
+    """
+    return run_recbole_ssm(config_file_list=config_file_list, config_dict=config_dict, saved=saved)
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

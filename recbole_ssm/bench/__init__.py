@@ -1,22 +1,25 @@
-"""Benchmarks that anyone can run again: ``recbole-ssm bench NAME [--json=FILE]``.
+"""Benchmarks that anyone can run again: ``recbole-ssm bench NAME [--json=FILE] [--csv=FILE]``.
 
 A benchmark is one module of this package: ``add_arguments(parser)`` names its options, ``run(options)`` measures and
-returns rows. Times on a shared machine are noise, so a row carries ratios within its own run, of medians.
+returns rows, and ``conclude(options, rows)``, where it has one, says what follows from them. Times on a shared machine
+are noise, so a row carries ratios within its own run, of medians.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
-from recbole_ssm.files import write_json
+from recbole_ssm.files import whole, write_json
 
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
     "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
+    "latency": "percentiles of a recommendation by model, length, batch and catalogue, and the exponent of the length",
     "llm": "candidates a second of LlamaRec, beside a plain implementation",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
     "optim": "what USGM and the adaptive batch size cost, in parts of a training step",
@@ -28,14 +31,15 @@ Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one benchmark, print its table, and write its rows where ``--json`` says.
+    """Run one benchmark, print its table, and write its rows where ``--json`` and ``--csv`` say.
 
     Raises:
         UserError: no such benchmark, no such option, or an impossible value.
     """
     names = "; ".join(f"{name}: {what}" for name, what in BENCHES.items())
     if list(arguments) in (["--help"], ["-h"]):
-        print("recbole-ssm bench NAME [--json=FILE] [--help]\n" + "".join(f"\n  {n}: {w}" for n, w in BENCHES.items()))
+        lines = "".join(f"\n  {name}: {what}" for name, what in BENCHES.items())
+        print(f"recbole-ssm bench NAME [--json=FILE] [--csv=FILE] [--help]\n{lines}")
         return
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"bench: name one of {names}")
@@ -45,14 +49,21 @@ def main(arguments: Sequence[str]) -> None:
     module = importlib.import_module(f"recbole_ssm.bench.{name}")
     parser = ArgumentParser(f"recbole-ssm bench {name}", module.__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")
     module.add_arguments(parser)
     options = parser.parse_args(list(arguments[1:]))
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json: there is no folder {options.json.absolute().parent}")
+    for option in ("json", "csv", "plot"):
+        file = getattr(options, option, None)
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"--{option}: there is no folder {file.absolute().parent}")
     rows: list[Row] = module.run(options)
     print(table(rows))
     if options.json:
         write_json(options.json, rows)
+    if options.csv:
+        _write_csv(options.csv, rows)
+    if hasattr(module, "conclude"):
+        print(module.conclude(options, rows))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -64,7 +75,17 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 
 
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The rows as comma-separated values, whole or not at all; a column is a key of the first row."""
+    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

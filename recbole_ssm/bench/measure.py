@@ -58,6 +58,18 @@ def chosen(option: str, text: str, known: Collection[str]) -> list[str]:
     return names
 
 
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of an option, separated by commas.
+
+    Raises:
+        UserError: one of them is no whole number.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: must be whole numbers with commas, got {text}") from None
+
+
 def _kibibytes(status: Path, key: str) -> int:
     for line in status.read_text().splitlines():
         if line.startswith(f"{key}:"):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.bench.measure import chosen, medians, peak_memory, roofs
+from recbole_ssm.bench.measure import chosen, medians, peak_memory, roofs, whole_numbers
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops.backend import available_backends
 
@@ -148,10 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure; one row an op, length, direction and backend."""
     names = chosen("--ops", options.ops, CASES)
-    try:
-        lengths = [int(length) for length in options.lengths.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths: must be whole numbers with commas, got {options.lengths}") from None
+    lengths = whole_numbers("--lengths", options.lengths)
     if min(*lengths, options.tokens, options.rounds) < 1:
         raise UserError("--lengths, --tokens and --rounds: must be at least 1")
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from recbole_ssm.model import get_model  # noqa: E402
 MODELS = ("SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec")
 
 
-class _Catalogue:
+class Catalogue:
     """As much of a data set as a sequential model of items alone asks for."""
 
     def __init__(self, items: int) -> None:
@@ -93,7 +93,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
         keys["num_layers"] = options.layers
     config = SSMConfig(name, "ml-100k", config_dict=keys)
     config["device"] = torch.device("cpu")
-    model = get_model(name)(config, _Catalogue(options.items))
+    model = get_model(name)(config, Catalogue(options.items))
     items = torch.randint(1, options.items, (options.batch, options.length))
     lengths = torch.full((options.batch,), options.length)
     target = torch.randint(1, options.items, (options.batch,))

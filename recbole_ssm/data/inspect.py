@@ -17,7 +17,8 @@ from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_c
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import whole, write_json
+from recbole_ssm.figure import figure
+from recbole_ssm.files import write_json
 
 UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"), (1e8, 1.0, "seconds"))
 BAR = 50  # characters of the longest bar
@@ -197,23 +198,13 @@ def plot(path: Path, found: dict[str, Any]) -> None:
     Raises:
         UserError: Matplotlib is not installed, or knows no such file.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--plot: needs Matplotlib; run: pip install matplotlib") from error
     bins = found["length"]["histogram"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if path.suffix[1:] not in canvas.get_supported_filetypes():
-        raise UserError(f"--plot: {path.name} must end in .png, .svg or .pdf")
-    axes = figure.subplots()
-    edges = [bin["from"] - 0.5 for bin in bins] + [bins[-1]["to"] + 0.5]
-    axes.stairs([bin["users"] for bin in bins], edges, fill=True)
-    axes.set(xscale="log", yscale="log", xlabel="interactions of a user", ylabel="users")
-    axes.set_title(f"{found['dataset']}: {found['users']:,} users, {found['interactions']:,} interactions")
-    with whole(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    with figure(path) as drawn:
+        axes = drawn.subplots()
+        edges = [bin["from"] - 0.5 for bin in bins] + [bins[-1]["to"] + 0.5]
+        axes.stairs([bin["users"] for bin in bins], edges, fill=True)
+        axes.set(xscale="log", yscale="log", xlabel="interactions of a user", ylabel="users")
+        axes.set_title(f"{found['dataset']}: {found['users']:,} users, {found['interactions']:,} interactions")
 
 
 def _ratios(split: str) -> list[float] | None:

@@ -18,6 +18,7 @@ STUDIES = {
     "compare": "models by data sets: quality over seeds with paired tests, latency, parameters, seconds, memory",
     "llm": "LlamaRec by base model, verbalizer and objective, each paired with its retriever",
     "length": "quality and cost by the longest history that a model sees",
+    "tune": "the best hyper-parameters of a model, by exhaustive, random or Bayesian search",
 }
 
 

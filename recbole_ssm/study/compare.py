@@ -8,12 +8,9 @@ look like --SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from recbole_ssm.config import PROPERTIES, SSMConfig
 from recbole_ssm.errors import UserError, did_you_mean
@@ -21,10 +18,12 @@ from recbole_ssm.model import get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.search import Search, Trial, read_space
 from recbole_ssm.study.speed import speeds
 
 MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
 FIRST_SEED = 2020
+UNTUNED = "none; every model has its defaults and what the command gives"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,75 +47,129 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     Raises:
         UserError: an unknown name or key, or an impossible value.
     """
-    models, datasets = options.models.split(","), options.datasets.split(",")
-    if options.seeds < 1 or options.tune < 0:
-        raise UserError(f"--seeds must be at least 1 and --tune at least 0, got {options.seeds} and {options.tune}")
-    check_names(models, datasets)
-    first = keys.pop("seed", FIRST_SEED)
-    seeds = list(range(first, first + options.seeds))
-    plain, scoped = split_keys(keys, models, datasets)
-    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
-    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
-    chosen = {
-        (dataset, model): {**common, **scoped.get(dataset, {}), **scoped.get(model, {})}
-        for dataset in datasets
-        for model in models
-    }
-    for (dataset, model), own in chosen.items():
-        SSMConfig(model, dataset, config_dict={**runs.machine_options, **own})  # a mistake is told before hours pass
-    tuning = "none; every model has its defaults and what the command gives"
+    if options.tune < 0:
+        raise UserError(f"--tune: must be at least 0, got {options.tune}")
+    runs, todo, seeds = plan(options, keys)
+    entries = [Entry(one, one.model) for one in todo]
+    tuning = UNTUNED
     if options.tune:
-        chosen = tuned(runs, chosen, options.tune, first)
+        entries = [Entry(one, one.model) for one in tuned(runs, todo, options.tune, seeds[0])]
         tuning = (
             f"{options.tune} settings of each model's own search space on each data set, the defaults among them, by "
-            f"validation with seed {first}"
+            f"validation with seed {seeds[0]}"
         )
-    compare(runs, options.folder, chosen, seeds, tuning)
+
+    def write() -> str:
+        return report.write(options.folder, "compare", entries, seeds, tuning)
+
+    carry_out(runs, entries, seeds, write)
+    print(write())
+    print(f"written to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, compare.png")
 
 
-def compare(
-    runs: Runs, folder: Path, chosen: Mapping[tuple[str, str], Mapping[str, Any]], seeds: Sequence[int], tuning: str
-) -> list[Entry]:
-    """Run every (data set, model) of ``chosen`` with its options on every seed; print and write the table."""
-    todo = [Run(model, dataset, {**own, "seed": seed}) for seed in seeds for (dataset, model), own in chosen.items()]
-    measured = speeds(runs, todo[: len(chosen)])
-    entries = {
-        key: Entry(*key, outcomes=[], settings=settings(runs, one), speed=speed, seeds=len(seeds))
-        for key, one, speed in zip(chosen, todo, measured)
-    }
-
-    def after(outcomes: list[Outcome]) -> None:
-        outcome = outcomes[-1]
-        entries[outcome.run.dataset, outcome.run.model].outcomes.append(outcome)
-        report.write(folder, "compare", list(entries.values()), seeds, tuning)
-
-    runs.all(todo, after)
-    print(report.write(folder, "compare", list(entries.values()), seeds, tuning))
-    print(f"written to {folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex")
-    return list(entries.values())
-
-
-def tuned(
-    runs: Runs, chosen: Mapping[tuple[str, str], Mapping[str, Any]], settings: int, seed: int
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """The best of so many settings for each (data set, model), by the validation of one seed.
+def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:
+    """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds.
 
     Raises:
-        UserError: a model has no search space.
+        UserError: an unknown name or key, or an impossible value: before anything is trained.
     """
-    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for key, own in chosen.items():
-        tried[key] = [dict(own), *({**own, **found} for found in samples(key[1], settings - 1, seed))]
+    models, datasets = options.models.split(","), options.datasets.split(",")
+    for option, names in (("--models", models), ("--datasets", datasets)):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{option}: {twice} stands twice")
+    for model in models:
+        get_model(model)
+    if options.seeds < 1:
+        raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
+    plain, own = split_keys(keys, models, datasets)
+    first = plain.pop("seed", FIRST_SEED)
+    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
+    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
     todo = [
-        Run(model, dataset, {**options[number], "seed": seed})
-        for number in range(settings)
-        for (dataset, model), options in tried.items()
+        Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
+        for dataset, model in itertools.product(datasets, models)
     ]
-    outcomes = runs.all(todo)
-    best = {}
-    for place, (key, options) in enumerate(tried.items()):
-        mine = outcomes[place :: len(tried)]
-        best[key] = max(zip(mine, options), key=partial(_by_validation, runs))[1]
+    for one in todo:
+        if config_of(runs, one)["eval_args"]["mode"]["test"] != "full":
+            raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
+    return runs, todo, list(range(first, first + options.seeds))
+
+
+def split_keys(
+    keys: Mapping[str, Any], models: Sequence[str], datasets: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """``{"epochs": 5, "SASRec.n_layers": 1}`` -> the keys for all, and those of each model or data set.
+
+    Raises:
+        UserError: a key is of a model or data set that is not compared, or ``--model`` or ``--dataset`` is given.
+    """
+    plain: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in keys.items():
+        scope, dot, name = key.rpartition(".")
+        if key in ("model", "dataset"):
+            raise UserError(f"--{key}: here it is --{key}s, with commas between names")
+        if not dot:
+            plain[key] = value
+        elif scope in (*models, *datasets):
+            own.setdefault(scope, {})[name] = value
+        else:
+            hint = did_you_mean(scope, [*models, *datasets])
+            raise UserError(f"--{key}: '{scope}' is none of the models and data sets compared{hint}")
+    return plain, own
+
+
+def config_of(runs: Runs, one: Run) -> SSMConfig:
+    """A run's resolved configuration.
+
+    Raises:
+        UserError: it is refused.
+    """
+    return SSMConfig(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
+
+
+def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
+    """Measure the entries' speed, then run each on every seed, seeds in the outer loop; ``write`` after each run."""
+    for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
+        entry.speed, entry.seeds = speed, len(seeds)
+        try:
+            entry.settings = runs.content(entry.run)["settings"]
+        except UserError:
+            continue  # its runs say why
+    todo = [
+        (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
+        for seed, entry in itertools.product(seeds, entries)
+    ]
+
+    def after(outcomes: list[Outcome]) -> None:
+        todo[len(outcomes) - 1][0].outcomes.append(outcomes[-1])
+        write()
+
+    runs.all([one for _, one in todo], after)
+
+
+def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
+    """Each run with the best of so many settings, its own and then those of its model's search space.
+
+    The same number for every model, on one seed, chosen by the best validation score. Nothing of the test is looked at.
+
+    Raises:
+        UserError: a model has no search space, or a smaller one.
+    """
+    tried = [
+        [Run(one.model, one.dataset, {**one.options, **more}) for more in ({}, *samples(one.model, count - 1, seed))]
+        for one in todo
+    ]
+    trials = [
+        Run(one.model, one.dataset, {**one.options, "seed": seed})
+        for one in itertools.chain.from_iterable(zip(*tried))  # a setting of each in turn
+    ]
+    outcomes = runs.all(trials)
+    best = []
+    for place, settings in enumerate(tried):
+        scores = [_validation(runs, outcome) for outcome in outcomes[place :: len(todo)]]
+        best.append(settings[scores.index(max(scores))])
     return best
 
 
@@ -126,8 +179,6 @@ def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
     Raises:
         UserError: the model has none, or it is smaller.
     """
-    from recbole_ssm.study.search import Search, Trial, read_space
-
     search = Search("random", read_space(PROPERTIES / "hyper" / f"{model}.hyper"), seed)
     trials: list[Trial] = []
     while len(trials) < count:
@@ -138,53 +189,10 @@ def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
     return [trial.params for trial in trials]
 
 
-def _by_validation(runs: Runs, tried: tuple[Outcome, Any]) -> float:
-    outcome = tried[0]
+def _validation(runs: Runs, outcome: Outcome) -> float:
+    """The best validation score, signed so that more is better; of a failed run less than any."""
     if outcome.error is not None:
-        return -np.inf
-    run = outcome.run
-    config = SSMConfig(run.model, run.dataset, config_dict={**runs.machine_options, **run.options})
+        return -float("inf")
+    config = config_of(runs, outcome.run)
     score = outcome.valid[config["valid_metric"].lower()]
     return score if config["valid_metric_bigger"] else -score
-
-
-def settings(runs: Runs, one: Run) -> dict[str, Any]:
-    """A run's resolved configuration; empty where there is none."""
-    try:
-        return {key: value for key, value in runs.content(one)["settings"].items() if key != "seed"}
-    except UserError:
-        return {}
-
-
-def check_names(models: Sequence[str], datasets: Sequence[str]) -> None:
-    """Refuse unknown models, and names that stand twice."""
-    for option, names in (("--models", models), ("--datasets", datasets)):
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{option}: {twice} stands twice")
-    for model in models:
-        get_model(model)
-
-
-def split_keys(
-    keys: Mapping[str, Any], models: Sequence[str], datasets: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """``{"epochs": 5, "SASRec.n_layers": 1}`` -> the keys for all, and those of each model or data set.
-
-    Raises:
-        UserError: a key is of a model or data set that is not compared, or ``--model`` and ``--dataset`` are given.
-    """
-    plain: dict[str, Any] = {}
-    scoped: dict[str, dict[str, Any]] = {}
-    for key, value in keys.items():
-        scope, dot, name = key.rpartition(".")
-        if key in ("model", "dataset"):
-            raise UserError(f"--{key}: here it is --{key}s, with commas between names")
-        if not dot:
-            plain[key] = value
-        elif scope in (*models, *datasets):
-            scoped.setdefault(scope, {})[name] = value
-        else:
-            hint = did_you_mean(scope, [*models, *datasets])
-            raise UserError(f"--{key}: '{scope}' is none of the models and data sets compared{hint}")
-    return plain, scoped

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,35 @@ import numpy as np
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
 from recbole_ssm.files import whole
-from recbole_ssm.study.runs import NOT_CACHED, Outcome
+from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
-from recbole_ssm.study.statistics import METRICS, Pair, all_pairs, metric, over_users
+from recbole_ssm.study.statistics import METRICS, Pair, corrected, metric, over_users, paired
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 Row = dict[str, Any]
+Compared = Callable[["Entry", "Entry"], bool]
 
 
 @dataclass
 class Entry:
     """What becomes one row of a table: one configuration, its runs over seeds."""
 
-    dataset: str
-    model: str
-    outcomes: list[Outcome]
-    """One a seed, failed ones too."""
+    run: Run
+    """Without a seed."""
+    label: str
+    """What the row is called: the model, and what else tells it from its neighbours."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved configuration, without the seed."""
+    """The resolved configuration; empty where it is refused."""
     speed: Speed | None = None
-    seeds: int = 0
+    seeds: int = 1
     """How many runs there will be."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """One a seed, failed ones too."""
+
+    @property
+    def dataset(self) -> str:
+        """Its data set."""
+        return self.run.dataset
 
     @property
     def done(self) -> list[Outcome]:
@@ -61,7 +71,7 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
     """
     found = []
     for entry in entries:
-        row: Row = {"dataset": entry.dataset, "model": entry.model, "seeds": len(entry.done), "of_seeds": entry.seeds}
+        row: Row = {"dataset": entry.dataset, "model": entry.label, "seeds": len(entry.done), "of_seeds": entry.seeds}
         for name in METRICS:
             values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in entry.done]
             key = name.partition("@")[0].lower()
@@ -75,6 +85,7 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
             row[key] = statistics.fmean(getattr(o, value) for o in entry.done) if entry.done else None
         row["seconds_per_epoch"] = row["seconds"] / row["epochs"] if row["epochs"] else None
         row["train_mode"] = entry.settings.get("train_mode")
+        row["max_length"] = entry.settings.get("MAX_ITEM_LIST_LENGTH")
         row["error"] = next((outcome.error for outcome in entry.outcomes if outcome.error), None)
         found.append(row)
     for dataset, pairs in tests.items():
@@ -87,16 +98,18 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
     return found
 
 
-def tests(entries: Sequence[Entry]) -> dict[str, list[Pair]]:
-    """Data set -> every pair of its models by every metric, over the users."""
-    found: dict[str, list[Pair]] = {}
-    for entry in entries:
-        found.setdefault(entry.dataset, [])
+def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
+    """Data set -> the pairs of its entries that are to be compared, by every metric, over the users."""
+    found: dict[str, list[Pair]] = {entry.dataset: [] for entry in entries}
     for dataset, pairs in found.items():
+        done = [entry for entry in entries if entry.dataset == dataset and entry.done]
         for name in METRICS:
-            done = [entry for entry in entries if entry.dataset == dataset and entry.done]
-            values = {e.model: over_users(name, [outcome.ranks() for outcome in e.done]) for e in done}
-            pairs += all_pairs(name, values)
+            values = {id(entry): over_users(name, [outcome.ranks() for outcome in entry.done]) for entry in done}
+            pairs += corrected(
+                paired(name, (one.label, values[id(one)]), (other.label, values[id(other)]))
+                for one, other in combinations(done, 2)
+                if compared(one, other)
+            )
     return found
 
 
@@ -212,7 +225,7 @@ def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = (
     return "\n".join(lines) + "\n"
 
 
-def published(datasets: Sequence[str], models: Sequence[str]) -> list[dict[str, str]]:
+def published(datasets: Collection[str], models: Collection[str]) -> list[dict[str, str]]:
     """What others published of these models on these data sets, with ``source`` and ``protocol``."""
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["dataset"] in datasets and row["model"] in models]
@@ -233,8 +246,8 @@ MEANING = """\
 - Ranking is against all items; items of the history are not masked, as in RecBole; items of equal score share the mean
   of their ranks. The weights of the best validation are tested.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
-  pairs of a data set; in the table against the best NDCG@10. The tests speak of other users under these seeds, the
-  deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
+  pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
+  seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
 - ms a user: median of encoding, scoring all items and choosing ten, one user a call; users/s: 256 a call; all models in
   turns in one process (on one thread, its processor time).
 - Seconds: training without validations, a run; with other work on the machine read the ratios. MiB: the peak of the
@@ -249,7 +262,7 @@ def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str
         here = [entry for entry in entries if entry.dataset == dataset and entry.settings]
         if here:
             lines.append(f"- {dataset}{_counts(here)}: {_common(here)}")
-            lines += [f"  - {entry.model}: {_own(entry, here)}" for entry in here]
+            lines += [f"  - {entry.label}: {_own(entry, here)}" for entry in here]
     lines += [
         f"- Seeds {', '.join(map(str, seeds))}; ± is the sample standard deviation over seeds.",
         f"- Tuning: {tuning}.",
@@ -273,23 +286,26 @@ SHOWN = (
 
 
 def _common(entries: Sequence[Entry]) -> str:
-    first = entries[0].settings
-    split = first["eval_args"]["split"]
+    """The split, and what all entries share."""
+    split = entries[0].settings["eval_args"]["split"]
     kind = "leave one out by time" if split == {"LS": "valid_and_test"} else f"split {split}"
-    missing = object()
-    values = {key: [entry.settings.get(key, missing) for entry in entries] for key in _shown(entries)}
-    alike = [key for key, (one, *others) in values.items() if all(other == one for other in others)]
-    return "; ".join([kind, *(f"{key} {first[key]}" for key in alike)])
+    alike = [key for key in _shown(entries) if not _differs(key, entries)]
+    return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
 
 
 def _own(entry: Entry, entries: Sequence[Entry]) -> str:
-    keys = _shown(entries)
-    own = [key for key in keys if any(other.settings.get(key) != entry.settings.get(key) for other in entries)]
-    return ", ".join(f"{key} {_value(entry, key)}" for key in own if key in entry.settings) or "as above"
+    """What one entry has, where they differ."""
+    own = [key for key in _shown(entries) if _differs(key, entries) and key in entry.settings]
+    return ", ".join(f"{key} {_value(entry, key)}" for key in own) or "as above"
+
+
+def _differs(key: str, entries: Sequence[Entry]) -> bool:
+    there = [key in entry.settings for entry in entries]
+    return any(there) != all(there) or any(_value(entry, key) != _value(entries[0], key) for entry in entries)
 
 
 def _value(entry: Entry, key: str) -> Any:
-    value = entry.settings[key]
+    value = entry.settings.get(key)
     if key == "residual" and value == "auto":  # Mamba4Rec's published rule
         return entry.settings["num_layers"] > 1
     return value
@@ -313,15 +329,34 @@ def _machines(entries: Sequence[Entry]) -> list[str]:
     return [f"- {key}; {min(d)}{'' if min(d) == max(d) else f' to {max(d)}'}." for key, d in found.items()]
 
 
-def write(folder: Path, name: str, entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str:
+def write(
+    folder: Path,
+    name: str,
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    tuning: str,
+    compared: Compared = lambda one, other: True,
+    draw: Callable[[Any, Sequence[Row]], None] | None = None,
+    height: float = 4,
+) -> str:
     """Write ``name.md``, ``name.csv``, ``name-tests.csv``, ``name.tex`` and, with Matplotlib, ``name.png``.
+
+    Args:
+        folder: where.
+        name: of the files.
+        entries: the table's rows.
+        seeds: of the study, for its protocol.
+        tuning: the budget of every model, in words.
+        compared: which pairs are tested.
+        draw: draws the table's rows into a Matplotlib figure; None is quality against latency.
+        height: of the figure, in inches.
 
     Returns:
         The Markdown, in which all is told.
     """
-    found = tests(entries)
+    found = tests(entries, compared)
     table = rows(entries, found)
-    others = published(*(list(dict.fromkeys(getattr(e, key) for e in entries)) for key in ("dataset", "model")))
+    others = published({entry.dataset for entry in entries}, {entry.run.model for entry in entries})
     text = "\n".join(
         [
             "## Results\n",
@@ -340,28 +375,37 @@ def write(folder: Path, name: str, entries: Sequence[Entry], seeds: Sequence[int
     for ending, content in files.items():
         with whole(folder / f"{name}{ending}") as temporary:
             temporary.write_text(content, encoding="utf-8")
-    draw(folder / f"{name}.png", table)
+    datasets = len({row["dataset"] for row in table})
+    missing = contextlib.suppress(UserError)  # Matplotlib is optional
+    with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
+        (draw or quality_against_latency)(drawn, table)
     return text
 
 
-def draw(path: Path, table: Sequence[Row]) -> None:
-    """NDCG@10 against milliseconds a user, a panel a data set; nothing where Matplotlib is not installed."""
-    points = [row for row in table if row["ndcg"] is not None and row["latency_p50_s"]]
-    datasets = list(dict.fromkeys(row["dataset"] for row in points))
+def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
+    """NDCG@10 against milliseconds a user, a panel a data set."""
     models = list(dict.fromkeys(row["model"] for row in table))
-    if not points:
-        return
-    try:
-        with figure(path, (4.5 * len(datasets), 4)) as drawn:
-            for axes, dataset in zip(drawn.subplots(1, len(datasets), squeeze=False)[0], datasets):
-                for row in (row for row in points if row["dataset"] == dataset):
-                    at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
-                    axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
-                    axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
-                axes.set(xscale="log", xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-                axes.margins(0.25)
-    except UserError:  # no Matplotlib
-        return
+    for axes, dataset, here in panels(drawn, table):
+        for row in here:
+            if row["ndcg"] is not None and row["latency_p50_s"]:
+                at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
+                axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
+                axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
+        axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
+        axes.margins(0.3)
+        latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
+        if latencies and max(latencies) > 20 * min(latencies):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
+
+
+def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:
+    """For each data set: its axes (a list of them where there are several lines), its name, its rows."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in table))
+    grid = drawn.subplots(lines, len(datasets), squeeze=False)
+    for column, dataset in zip(grid.T, datasets):
+        yield column[0] if lines == 1 else list(column), dataset, [r for r in table if r["dataset"] == dataset]
 
 
 def _header(titles: Sequence[str]) -> list[str]:

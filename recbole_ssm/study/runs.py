@@ -148,6 +148,10 @@ class Runs:
         files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
         return {"version": __version__, "settings": settings, "files": files}
 
+    def digest(self, run: Run) -> str:
+        """The SHA-256 of :meth:`content`."""
+        return _sha256(self.content(run))
+
     def folder_of(self, run: Run) -> Path:
         """Where a run is, or will be.
 
@@ -157,9 +161,8 @@ class Runs:
             UserError: as of :meth:`content`.
         """
         content = self.content(run)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         stem = f"{run.model}-{run.dataset}-"
-        exact = self.folder / f"{stem}{digest[:16]}"
+        exact = self.folder / f"{stem}{_sha256(content)[:16]}"
         if not (exact / RUN).is_file():
             for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
                 before = self._content_in(file)
@@ -198,6 +201,9 @@ class Runs:
         Args:
             runs: the runs.
             after: called with the outcomes so far, after each.
+
+        Raises:
+            KeyboardInterrupt: what is done is kept, and what was under way has saved where it stands.
         """
         todo, outcomes = list(runs), list[Outcome]()
         spent: list[tuple[Run, float]] = []  # wall seconds of what was trained now
@@ -205,7 +211,12 @@ class Runs:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
                 begin = time.monotonic()
-                outcome = self.get(run, partial(_show, bar, run))
+                try:
+                    outcome = self.get(run, partial(_show, bar, run))
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(
+                        f"{number - 1} of {len(todo)} runs are done; go on by the same command"
+                    ) from None
                 outcomes.append(outcome)
                 took = time.monotonic() - begin
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
@@ -272,6 +283,10 @@ class Runs:
                     digest.update(block)
             self._files[key] = digest.hexdigest()
         return self._files[key]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _absolute(key: str, value: Any) -> Any:

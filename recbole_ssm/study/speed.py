@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -35,7 +36,7 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     A call is encoding, scores of all items and the ten best, of histories of the test. The models take turns, so that
     a slow minute of the machine meets all of them: read the ratios. Their weights are random, since times do not depend
     on them. On one thread the time is the processor's, else that of the wall. None where a model cannot be built; its
-    run says why. What was measured is kept in the folder of the runs.
+    run says why. What was measured is kept beside the runs, in ``speed-*.json``: delete those to measure again.
     """
     by_dataset = {run.dataset: [other for other in todo if other.dataset == run.dataset] for run in todo}
     found = {dataset: _kept(runs, alike) for dataset, alike in by_dataset.items()}
@@ -77,7 +78,11 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     keys = {**machine_options, **run.options, "eval_batch_size": BATCH, "state": "ERROR", "show_progress": False}
     config = SSMConfig(run.model, run.dataset, config_dict=keys)
     set_backend(config["ssm_backend"])
-    train, _, test = create_loaders(config, create_dataset(config))
+    logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
+    try:
+        train, _, test = create_loaders(config, create_dataset(config))
+    finally:
+        logging.disable(logging.NOTSET)
     model = get_model(run.model)(config, train._dataset).to(config["device"]).eval()
     return model, next(iter(test))[0].to(config["device"])
 

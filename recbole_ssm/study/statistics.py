@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,11 +88,10 @@ def paired(name: str, first: tuple[str, Mapping[str, float]], second: tuple[str,
     return Pair(name, first[0], second[0], len(users), mean, mean - half, mean + half, t_p, wilcoxon_p)
 
 
-def all_pairs(name: str, models: Mapping[str, Mapping[str, float]]) -> list[Pair]:
-    """Every pair of models by one metric, with Holm's correction over the pairs."""
-    pairs = [paired(name, first, second) for first, second in combinations(models.items(), 2)]
-    corrected = holm([pair.t_p for pair in pairs])
-    return [Pair(**{**vars(pair), "holm_p": p}) for pair, p in zip(pairs, corrected)]
+def corrected(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs with Holm's correction over all of them."""
+    pairs = list(pairs)
+    return [replace(pair, holm_p=p) for pair, p in zip(pairs, holm([pair.t_p for pair in pairs]))]
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -111,14 +111,14 @@ def test_the_plot(tmp_path, monkeypatch, capsys):
     look(tmp_path, HEADER + "u\ti\t1\nu\tj\t2\n", "--plot=lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", "made", f"--data_path={tmp_path / 'data'}", "--plot=x.xyz"]) == 2
-    assert "--plot: x.xyz must end in .png" in capsys.readouterr().err
+    assert "x.xyz: a plot must end in .png" in capsys.readouterr().err
 
 
 def test_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     (tmp_path / "x.inter").write_text(HEADER + "u\ti\t1\n")
     assert main(["inspect", "x.inter", "--plot=x.png"]) == 2
-    assert "--plot: needs Matplotlib; run: pip install matplotlib" in capsys.readouterr().err
+    assert "x.png: plots need Matplotlib; run: pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

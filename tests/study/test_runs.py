@@ -2,12 +2,9 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,17 +13,11 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.study import runs as module
 from recbole_ssm.study.runs import OUTCOME, RUN, Outcome, Run, Runs
 from tests.conftest import REPOSITORY
+from tests.study.conftest import process_of
 
 DATA = {"data_path": str(REPOSITORY / "dataset")}
 SHORT = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 2})
 LONG = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 60, "stopping_step": 1000, "dropout_prob": 0.5})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # beside other work two threads wait for each other
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -122,25 +113,6 @@ def test_a_damaged_outcome_is_one_line(tmp_path):
         Outcome.read(tmp_path)
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "that never came"
-        time.sleep(0.05)
-
-
-def process_of(folder):
-    return int((folder / "lock").read_text())
-
-
-def alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return pathlib.Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_killed_and_gone_on_is_never_killed(tmp_path):
     straight = Runs(tmp_path / "straight", DATA).get(LONG)
@@ -161,21 +133,3 @@ def test_killed_and_gone_on_is_never_killed(tmp_path):
     assert all((a == b).all() for a, b in zip(found.ranks(), straight.ranks()))
     timeless = [[{**entry, "seconds": 0} for entry in outcome.history] for outcome in (found, straight)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 60
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks at /proc")
-def test_a_run_ends_with_the_process_that_asked_for_it(tmp_path):
-    endless = {**LONG.options, "epochs": 100_000}
-    code = f"""from recbole_ssm.study.runs import Run, Runs
-Runs({str(tmp_path / "r")!r}, {DATA}).get(Run("Mamba4Rec", "toy", {endless}))"""
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
-    wait_for(lambda: list((tmp_path / "r").glob("*/checkpoints/*/step-*")))
-    (folder,) = (tmp_path / "r").iterdir()
-    child = process_of(folder)
-    assert alive(child) and not (folder / OUTCOME).exists()
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: not alive(child))
-    log = (folder / "log.txt").read_text()
-    assert "Traceback" not in log and "Fatal" not in log
-    assert json.loads((folder / "run.json").read_text())["run"]["options"]["epochs"] == 100_000

@@ -1,13 +1,14 @@
 """Known ranks in, known metrics and p-values out."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.study.statistics import all_pairs, holm, metric, over_users, paired
+from recbole_ssm.study.statistics import corrected, holm, metric, over_users, paired
 
 
 def test_metrics_of_known_ranks():
@@ -70,8 +71,8 @@ def test_holm():
 
 def test_holm_is_over_all_pairs():
     random = np.random.default_rng(1)
-    models = {name: dict(enumerate(random.random(30) + shift)) for name, shift in (("x", 0), ("y", 0.1), ("z", 0.4))}
-    pairs = all_pairs("NDCG@10", models)
+    models = [(name, dict(enumerate(random.random(30) + more))) for name, more in (("x", 0), ("y", 0.1), ("z", 0.4))]
+    pairs = corrected(paired("NDCG@10", one, other) for one, other in combinations(models, 2))
     assert [(pair.first, pair.second) for pair in pairs] == [("x", "y"), ("x", "z"), ("y", "z")]
     assert [pair.holm_p for pair in pairs] == holm([pair.t_p for pair in pairs])
     assert min(pair.holm_p for pair in pairs) == pytest.approx(3 * min(pair.t_p for pair in pairs))

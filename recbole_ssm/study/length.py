@@ -1,0 +1,79 @@
+"""Quality and cost by the longest history that a model sees (MAX_ITEM_LIST_LENGTH): state-space models against SASRec.
+
+Every length trains on the same targets in as many steps; only what the model may look back on changes. Each is trained
+and measured as by ``recbole-ssm compare``. What histories beyond any data set would cost is measured by
+``recbole-ssm bench latency``, on generated ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.study import report
+from recbole_ssm.study.compare import UNTUNED, carry_out, config_of, plan
+from recbole_ssm.study.report import Entry, Row
+from recbole_ssm.study.runs import Run
+
+KEY = "MAX_ITEM_LIST_LENGTH"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this study."""
+    parser.add_argument("--models", default="SASRec,Mamba4Rec,2Mamba4Rec", help="comma-separated; default %(default)s")
+    parser.add_argument("--datasets", default="ml-1m", help="comma-separated; default %(default)s")
+    parser.add_argument("--lengths", default="50,200,1000", help="comma-separated; default %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each; seeds from --seed=2020 on; default 1")
+
+
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
+    """Train what is missing, print the table, and write it to the folder.
+
+    Raises:
+        UserError: an unknown name or key, or an impossible value.
+    """
+    if KEY in keys:
+        raise UserError(f"--{KEY}: here it is --lengths, with commas between numbers")
+    try:
+        lengths = sorted({int(length) for length in options.lengths.split(",")})
+    except ValueError:
+        raise UserError(f"--lengths: must be whole numbers with commas, got {options.lengths}") from None
+    runs, todo, seeds = plan(options, keys)
+    entries = [
+        Entry(Run(one.model, one.dataset, {**one.options, KEY: length}), f"{one.model}, {length}")
+        for one in todo
+        for length in lengths
+    ]
+    for entry in entries:
+        config_of(runs, entry.run)
+
+    def write() -> str:
+        return report.write(options.folder, "length", entries, seeds, UNTUNED, _one_thing_apart, _draw, height=9)
+
+    carry_out(runs, entries, seeds, write)
+    print(write())
+    print(f"written to {options.folder}/: length.md, length.csv, length-tests.csv, length.tex, length.png")
+
+
+def _one_thing_apart(one: Entry, other: Entry) -> bool:
+    """Two lengths of one model, or two models of one length."""
+    return one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
+
+
+def _draw(drawn: Any, table: Sequence[Row]) -> None:
+    """NDCG@10, seconds an epoch and seconds a user against the length, a column a data set."""
+    shown = (("ndcg", "NDCG@10"), ("seconds_per_epoch", "seconds an epoch"), ("latency_p50_s", "seconds a user"))
+    for column, dataset, here in report.panels(drawn, table, lines=len(shown)):
+        for axes, (key, title) in zip(column, shown):
+            for model in dict.fromkeys(row["model"].rpartition(", ")[0] for row in here):
+                mine = [row for row in here if row["model"].rpartition(", ")[0] == model and row[key] is not None]
+                axes.plot([row["max_length"] for row in mine], [row[key] for row in mine], "o-", label=model)
+            axes.set(xscale="log", yscale="linear" if key == "ndcg" else "log", ylabel=title)
+            lengths = sorted({row["max_length"] for row in here})
+            axes.set_xticks(lengths, map(str, lengths))
+            axes.set_xticks([], minor=True)
+        column[0].set_title(dataset)
+        column[0].legend(fontsize="small")
+        column[-1].set_xlabel("longest history")

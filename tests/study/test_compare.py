@@ -1,0 +1,140 @@
+"""The commands, from the outside."""
+
+import csv
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from recbole_ssm import study
+from recbole_ssm.cli import main
+from recbole_ssm.errors import UserError
+from recbole_ssm.study import compare
+from recbole_ssm.study.runs import Outcome, Run, Runs
+from tests.conftest import REPOSITORY
+from tests.study.conftest import alive, process_of, wait_for
+
+TOY = ["--datasets=toy", f"--data_path={REPOSITORY / 'dataset'}"]
+
+
+def never(*arguments):
+    raise AssertionError("this run was done")
+
+
+def test_compare(tmp_path, capsys, monkeypatch):
+    command = ["compare", "--models", "SASRec,Mamba4Rec", *TOY, "--seeds=1", "--epochs=1", "--SASRec.n_layers=1"]
+    command += ["--Mamba4Rec.dropout_prob=1.5e-1", f"--folder={tmp_path / 'out'}"]
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert "[2/2] Mamba4Rec toy epochs=1 dropout_prob=0.15 seed=2020: hit@10 " in first.err
+    for text in ("## Results", "| toy | SASRec | 1 |", "SASRec - Mamba4Rec | 60 |", "  - SASRec: n_layers 1, "):
+        assert text in first.out
+    table = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
+    assert [row["model"] for row in table] == ["SASRec", "Mamba4Rec"]
+    assert all(float(row["latency_p50_s"]) > 0 and float(row["users_per_second"]) > 0 for row in table)
+    assert float(table[0]["hit"]) > 0.5  # of twenty items, so chance is not far from it
+    monkeypatch.setattr(Runs, "_train", never)
+    assert main(command) == 0
+    assert capsys.readouterr().out == first.out  # speeds are kept too
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks at /proc")
+def test_a_killed_compare_goes_on(tmp_path, capsys):
+    command = ["compare", "--models=Mamba4Rec", *TOY, "--seeds=2", "--epochs=60", "--stopping_step=1000"]
+    command += ["--folder=out"]
+
+    def logs():
+        return sorted((tmp_path / "out").glob("runs/*/log.txt"), key=lambda path: path.stat().st_ctime)
+
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "recbole_ssm", *command], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: len(logs()) == 2 and list(tmp_path.glob("out/runs/*/checkpoints/*/step-*")))
+    (unfinished,) = {path.parents[2] for path in tmp_path.glob("out/runs/*/checkpoints/*/step-*")}
+    child = process_of(unfinished)
+    assert alive(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not alive(child))  # a run ends with whoever asked for it, and leaves a checkpoint
+    log = (unfinished / "log.txt").read_text()
+    assert "Traceback" not in log and "Fatal" not in log
+    (done,) = {path.parent for path in tmp_path.glob("out/runs/*/outcome.json")}
+    before = (done / "log.txt").stat()
+    assert main(command) == 0
+    err = capsys.readouterr().err
+    assert "[1/2] Mamba4Rec toy epochs=60 stopping_step=1000 seed=2020" in err and "; done before" in err
+    assert (done / "log.txt").stat() == before
+    assert "Checkpoint loaded from" in (unfinished / "log.txt").read_text()
+    assert [row["seeds"] for row in csv.DictReader((tmp_path / "out" / "compare.csv").open())] == ["2"]
+
+
+def test_length(tmp_path, capsys):
+    command = ["study", "length", "--models=Mamba4Rec", *TOY, "--lengths=9,3", "--epochs=1", f"--folder={tmp_path}"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "Mamba4Rec, 3 - Mamba4Rec, 9 | 60 |" in out
+    table = list(csv.DictReader((tmp_path / "length.csv").open()))
+    assert [(row["model"], row["max_length"]) for row in table] == [("Mamba4Rec, 3", "3"), ("Mamba4Rec, 9", "9")]
+    assert all(float(row["seconds_per_epoch"]) > 0 for row in table)
+
+
+def test_the_same_number_of_trials_for_every_model(tmp_path, monkeypatch):
+    """The best by validation is taken, its own setting too, and a failed trial never."""
+    tried = []
+
+    def outcome(run, number):
+        tried.append(run)
+        score = {0: 0.2, 1: 0.3, 2: 0.9}[number // 2] if run.model == "SASRec" else 0.5 - number / 100
+        error = "failed" if run.model == "SASRec" and number // 2 == 2 else None
+        return Outcome(run, error, tmp_path, valid={"hit@1": score})
+
+    monkeypatch.setattr(Runs, "all", lambda self, runs: [outcome(run, number) for number, run in enumerate(runs)])
+    runs = Runs(tmp_path, {"data_path": str(REPOSITORY / "dataset")})
+    todo = [Run("SASRec", "toy", {"epochs": 1}), Run("Mamba4Rec", "toy", {"epochs": 1})]
+    sasrec, mamba = compare.tuned(runs, todo, 3, 7)
+    assert [run.model for run in tried] == ["SASRec", "Mamba4Rec"] * 3
+    assert all(run.options["seed"] == 7 and run.options["epochs"] == 1 for run in tried)
+    assert mamba == todo[1]
+    assert {**sasrec.options, "seed": 7} == tried[2].options and len(sasrec.options) > 1
+    assert len({str(run) for run in tried}) == 6
+    with pytest.raises(UserError, match="the search space of SASRec has 36 points; take 37"):
+        compare.tuned(runs, todo, 99, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study"], "study: name one of compare: "),
+        (["study", "lenght"], "study: there is no study 'lenght'; did you mean 'length'?"),
+        (["compare", "--seeds=0"], "--seeds: must be at least 1, got 0"),
+        (["compare", "--tune=-1"], "--tune: must be at least 0, got -1"),
+        (["compare", "--seeds"], "--seeds has no value"),
+        (["compare", "--models=SASRek"], "model: there is no sequential model 'SASRek'; did you mean 'SASRec'?"),
+        (["compare", "--models=SASRec,SASRec"], "--models: SASRec stands twice"),
+        (["compare", "--epochz=1"], "epochz: there is no such key; did you mean 'epochs'?"),
+        (["compare", "--model=SASRec"], "--model: here it is --models, with commas between names"),
+        (["compare", "--SASRek.epochs=1"], "--SASRek.epochs: 'SASRek' is none of the models and data sets compared; d"),
+        (["compare", "--eval_args={'mode': 'uni100'}"], "eval_args: models are compared by ranks among all items"),
+        (["study", "length", "--lengths=1,x"], "--lengths: must be whole numbers with commas, got 1,x"),
+        (["study", "length", "--lengths=0"], "MAX_ITEM_LIST_LENGTH: must be at least 1, got 0"),
+        (["study", "length", "--MAX_ITEM_LIST_LENGTH=9"], "--MAX_ITEM_LIST_LENGTH: here it is --lengths"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(Runs, "_train", never)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main(["study", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in study.STUDIES)
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert "--tune N" in out and "--SASRec.n_layers=1" in out

@@ -1,0 +1,146 @@
+"""Known ranks in, known tables out."""
+
+import csv
+import io
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recbole_ssm.study import report
+from recbole_ssm.study.report import Entry
+from recbole_ssm.study.runs import Outcome, Run
+from recbole_ssm.study.statistics import holm
+
+MADE = {"date": "2026-01-02", "recbole_ssm": "0", "torch": "2", "python": "3", "system": "X", "cpu": "C", "threads": 1}
+SETTINGS = {"eval_args": {"split": {"LS": "valid_and_test"}}, "epochs": 3, "train_mode": "packed"}
+
+
+@pytest.fixture
+def entry(tmp_path):
+    """An entry whose seeds have these ranks; users are 0, 1, 2 ..."""
+
+    def make(model, *seeds, dataset="ml-1m", error=None, **settings):
+        outcomes = []
+        for number, ranks in enumerate(seeds):
+            folder = tmp_path / dataset / model / str(number)
+            folder.mkdir(parents=True)
+            np.savez(folder / "ranks.npz", user=np.arange(len(ranks)).astype(str), rank=np.array(ranks, dtype=float))
+            run = Run(model, dataset, {"seed": number})
+            costs = {"seconds": 10.0 + number, "epochs": 4, "parameters": 1234, "items": 50, "peak_memory": 2**20}
+            outcomes.append(Outcome(run, None, folder, **costs, made={**MADE, "gpu": None}))
+        if error:
+            outcomes.append(Outcome(Run(model, dataset), error, tmp_path))
+        speed = {"p50_s": 0.002, "users_per_second": 5000.0}
+        return Entry(Run(model, dataset), model, {**SETTINGS, **settings}, speed, len(outcomes), outcomes)
+
+    return make
+
+
+@pytest.fixture
+def two(entry):
+    return [entry("SASRec", [1, 2, 11, 4], [1, 11, 11, 4]), entry("Mamba4Rec", [1, 1, 2, 1], [1, 1, 1, 1])]
+
+
+def test_rows_from_ranks(two):
+    found = report.tests(two)
+    sasrec, mamba = report.rows(two, found)
+    assert (sasrec["hit"], sasrec["hit_sd"]) == (0.625, pytest.approx(statistics.stdev([0.75, 0.5])))
+    assert sasrec["mrr"] == pytest.approx((1.75 / 4 + 1.25 / 4) / 2)
+    assert mamba["ndcg"] == pytest.approx((1 + (3 + 1 / math.log2(3)) / 4) / 2)
+    assert (sasrec["seconds"], sasrec["seconds_per_epoch"], sasrec["latency_p50_s"]) == (10.5, 10.5 / 4, 0.002)
+    ndcg = [1 / math.log2(rank + 1) for rank in (1, 2, 4)]
+    means = [ndcg[0], ndcg[1] / 2, 0, ndcg[2]], [1, 1, (1 + ndcg[1]) / 2, 1]
+    assert sasrec["p_best"] == pytest.approx(stats.ttest_rel(*means).pvalue) and mamba["p_best"] is None
+    assert [pair.metric for pair in found["ml-1m"]] == ["Hit@10", "NDCG@10", "MRR@10"]
+
+
+def test_markdown(two):
+    lines = report.markdown(report.rows(two, {})).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    assert cells[1:5] == ["ml-1m", "SASRec", "2", ".6250 ± .1768"] and cells[6] == ".3750 ± .0884"
+    assert cells[7:-1] == ["", "2.00", "5,000", "1,234", "packed", "4.0", "10", "1"]
+    assert "| **1.0000 ± .0000** |" in lines[3] and "**" not in lines[2]
+
+
+def test_latex_escapes_and_ends_its_lines(two, entry):
+    two.append(entry("GRU4Rec_x%", error="100% of it_failed", dataset="a_b"))
+    lines = report.latex(report.rows(two, report.tests(two))).splitlines()
+    assert lines[0] == r"\begin{tabular}{llrrrrrrrrrrrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[4].startswith(r"ml-1m & SASRec & 2 & .6250 $\pm$ .1768 & ") and lines[4].endswith(r"\\")
+    assert lines[6].startswith(r"a\_b & GRU4Rec\_x\% & 0 of 1 &  & ") and lines[6].endswith("% 100% of it_failed")
+    assert all(line.count(" & ") == 13 for line in lines[2:3] + lines[4:7])
+
+
+def test_csv_has_every_figure_in_full(two):
+    table = list(csv.DictReader(io.StringIO(report.comma_separated(report.rows(two, {})))))
+    assert [row["model"] for row in table] == ["SASRec", "Mamba4Rec"]
+    assert float(table[0]["hit"]) == 0.625 and table[0]["error"] == "" and float(table[0]["latency_p50_s"]) == 0.002
+
+
+def test_a_failed_run_is_a_row_that_says_why(two, entry, tmp_path):
+    entries = [*two, entry("GRU4Rec", error="out of paper"), entry("Hydra4Rec", [3, 3, 3, 3], error="killed")]
+    text = report.write(tmp_path / "out", "x", entries, [1, 2], "none")
+    assert "| ml-1m | GRU4Rec | 0 of 1 |  |" in text and "- ml-1m, GRU4Rec: out of paper\n" in text
+    assert "| ml-1m | Hydra4Rec | 1 of 2 | **1.0000** |" in text and "- ml-1m, Hydra4Rec: killed\n" in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"x-tests.csv", "x.csv", "x.md", "x.tex"}
+    assert (tmp_path / "out" / "x.md").read_text() == text
+    tested = list(csv.DictReader((tmp_path / "out" / "x-tests.csv").open()))
+    assert len(tested) == 9  # three models, three metrics
+    ps = [float(row["t_p"]) for row in tested if row["metric"] == "MRR@10"]
+    assert [float(row["holm_p"]) for row in tested if row["metric"] == "MRR@10"] == pytest.approx(holm(ps))
+
+
+def test_nothing_done_yet(entry, tmp_path):
+    text = report.write(tmp_path, "x", [entry("SASRec"), entry("GRU4Rec", error="no")], [1], "none")
+    assert "| ml-1m | SASRec | 0 |  |" in text
+
+
+def test_protocol(two, entry):
+    two[1].settings |= {"residual": "auto", "num_layers": 1, "dropout_prob": 0.4}
+    text = report.protocol(two, [2020, 2021], "none")
+    assert "- ml-1m (4 users tested, 50 items): leave one out by time; epochs 3; train_mode packed\n" in text
+    assert "  - SASRec: as above\n  - Mamba4Rec: num_layers 1, residual False, dropout_prob 0.4\n" in text
+    assert "- Seeds 2020, 2021;" in text and "- Tuning: none.\n" in text and "not masked" in text
+    assert "- C, 1 thread; recbole_ssm 0, PyTorch 2, Python 3, X; 2026-01-02.\n" in text
+
+
+def test_a_residual_that_follows_from_the_layers_is_told_apart(entry):
+    layers = {"Mamba4Rec": 1, "2Mamba4Rec": 2}
+    two = [entry(name, [1, 2], residual="auto", num_layers=number) for name, number in layers.items()]
+    two[0].outcomes[0].run.options["clip_grad_norm"] = None
+    text = report.protocol(two, [1], "none")
+    assert "  - Mamba4Rec: num_layers 1, residual False\n  - 2Mamba4Rec: num_layers 2, residual True\n" in text
+    assert "clip_grad_norm None\n" in text
+
+
+def test_keys_that_the_user_gave_are_in_the_protocol(entry):
+    one = entry("Mamba4Rec", [1, 2], d_state=16)
+    one.outcomes[0].run.options["d_state"] = 16
+    assert "d_state 16" in report.protocol([one], [1], "none")
+
+
+def test_published_figures_have_a_source_and_a_protocol():
+    every = list(csv.DictReader(report.PUBLISHED.open(newline="", encoding="utf-8")))
+    assert all(row["source"] and row["protocol"] and row["hit"] and None not in row for row in every)
+    for row in every:
+        assert all(0 < float(row[key]) < 1 for key in ("hit", "ndcg", "mrr", "latency_s") if row[key])
+        assert not (row["ndcg"] and row["mrr"]) or row["hit"] > row["ndcg"] > row["mrr"]
+    (hydra,) = report.published({"amazon-beauty"}, {"Hydra4Rec"})
+    assert "not comparable" in hydra["protocol"] and hydra["latency_s"] == "0.0042"
+    table = report.published_markdown([hydra])
+    assert "| amazon-beauty | Hydra4Rec | .070 |  |  | 0.0042 | arXiv 2408.05606; latency on one A100-80GB |" in table
+    assert report.published_markdown([]) == "None that we know of.\n"
+
+
+def test_only_pairs_that_were_asked_for(two, entry):
+    two.append(entry("GRU4Rec", [5, 5, 5, 5]))
+    found = report.tests(two, lambda one, other: "GRU4Rec" in (one.label, other.label))
+    assert {(pair.first, pair.second) for pair in found["ml-1m"]} == {("SASRec", "GRU4Rec"), ("Mamba4Rec", "GRU4Rec")}
+
+
+def test_rows_are_json(two):
+    assert json.loads(json.dumps(report.rows(two, report.tests(two))))
