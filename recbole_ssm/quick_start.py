@@ -28,7 +28,7 @@ from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
-from recbole_ssm.trainer.trainer import load_weights  # noqa: E402
+from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
 
 __all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbole_ssm"]
 
@@ -104,7 +104,7 @@ def run_recbole_ssm(
 def _run(
     config: SSMConfig, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
 ) -> dict[str, Any]:
-    """One model, from its data to its test."""
+    """One model, from its data to its test; a ranker's retriever comes before it."""
     logger = getLogger()
     recommender, train_data, valid_data, test_data = _prepare(config, start)
     logger.info(recommender)
@@ -142,6 +142,74 @@ def _run(
     }
 
 
+def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
+    """Model and loaders of a configuration; a ranker's retriever is trained or read."""
+    logger = getLogger()
+    logger.info(config)
+    ranker = issubclass(config.model_class, LlamaRec)
+    retriever = _find_retriever(config, start) if ranker else None
+    set_backend(config["ssm_backend"])
+    init_seed(config["seed"], config["reproducibility"])
+
+    data = create_dataset(config)
+    logger.info(data)
+    with recbole_refusals(config["dataset"]):
+        loaders = create_loaders(config, data)
+
+    init_seed(config["seed"], config["reproducibility"])
+    with recbole_refusals(config["model"]):
+        recommender = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
+    if ranker and start is None:  # only now, so that whatever is wrong with the ranker is told first
+        path, found = retriever or _train_retriever(config)
+        load_weights(recommender.retriever, found, path)
+        set_backend(config["ssm_backend"])
+    return recommender, *loaders
+
+
+def _find_retriever(
+    config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
+) -> tuple[Path, checkpoint.Checkpoint] | None:
+    """Set a ranker's ``retriever_settings``; the retriever's checkpoint, if one is named.
+
+    Raises:
+        UserError: it was trained on something else than this run's training part.
+    """
+    if start is not None:  # which holds the weights too
+        config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
+        return None
+    own = _retriever_config(config)
+    if config["retriever_checkpoint"] is None:
+        config["retriever_settings"] = settings_of(own)
+        return None
+    path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
+    if found.info["model"] != config["retriever"]:
+        raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
+    train_data, _, _ = create_loaders(own, create_dataset(own))
+    if train_data.fingerprint() != found.info["training"]["fingerprint"]:
+        raise UserError(
+            f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
+            "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
+        )
+    config["retriever_settings"] = found.info["config"]
+    return path, found
+
+
+def _train_retriever(config: SSMConfig) -> tuple[Path, checkpoint.Checkpoint]:
+    """Train and test a ranker's retriever; its best checkpoint."""
+    path = Path(_run(_retriever_config(config), True, None, ())["checkpoint"])
+    config["retriever_checkpoint"] = str(path)
+    return path, checkpoint.read(path)
+
+
+def _retriever_config(config: SSMConfig) -> SSMConfig:
+    """``retriever_config``, and of the ranker's options those of data, evaluation and machine."""
+    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
+    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
+    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
+    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
+    return SSMConfig(config["retriever"], config["dataset"], config_dict=options)
+
+
 def objective_function(
     config_dict: Mapping[str, Any] | None = None, config_file_list: Iterable[str] | None = None, saved: bool = True
 ) -> dict[str, Any]:
@@ -156,29 +224,6 @@ def objective_function(
         As :func:`run_recbole_ssm`.
     """
     return run_recbole_ssm(config_file_list=config_file_list, config_dict=config_dict, saved=saved)
-
-
-def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
-    """Model and loaders of a configuration; a ranker's retriever is trained or read first."""
-    logger = getLogger()
-    logger.info(config)
-    retriever = None
-    if issubclass(config.model_class, LlamaRec):
-        retriever = _retriever(config, start)
-    set_backend(config["ssm_backend"])
-    init_seed(config["seed"], config["reproducibility"])
-
-    data = create_dataset(config)
-    logger.info(data)
-    with recbole_refusals(config["dataset"]):
-        loaders = create_loaders(config, data)
-
-    init_seed(config["seed"], config["reproducibility"])
-    with recbole_refusals(config["model"]):
-        recommender = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
-    if retriever is not None:
-        load_weights(recommender.retriever, retriever[1], retriever[0])
-    return recommender, *loaders
 
 
 def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
@@ -207,42 +252,6 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     count = write_pairs(Path(path), preference_pairs(recommender, bar))
     getLogger().info(f"{path}: {count:,} preference pairs of {train_data.plan.total:,} training rows")
     return count
-
-
-def _retriever(
-    config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
-) -> tuple[Path, checkpoint.Checkpoint] | None:
-    """The checkpoint of a ranker's retriever, trained now or before; None where the ranker's own holds its weights.
-
-    Its settings become ``retriever_settings`` of the ranker.
-
-    Raises:
-        UserError: it was trained on something else than this run's training part.
-    """
-    if start is not None:
-        config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
-        return None
-    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
-    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
-    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
-    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    own = SSMConfig(config["retriever"], config["dataset"], config_dict=options)
-    if config["retriever_checkpoint"] is None:
-        path = Path(_run(own, True, None, ())["checkpoint"])
-        config["retriever_checkpoint"] = str(path)
-        found = checkpoint.read(path)
-    else:
-        path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
-        if found.info["model"] != config["retriever"]:
-            raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
-        train_data, _, _ = create_loaders(own, create_dataset(own))
-        if train_data.fingerprint() != found.info["training"]["fingerprint"]:
-            raise UserError(
-                f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know "
-                "the targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
-            )
-    config["retriever_settings"] = found.info["config"]
-    return path, found
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

@@ -438,3 +438,4 @@ def test_what_cannot_work_is_one_line(circle, options, message):
         run_recbole_ssm("LlamaRec", "circle", config_dict={**circle, **options})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+    assert not list(pathlib.Path().glob("saved/*/*.safetensors"))  # before a retriever was trained for nothing
