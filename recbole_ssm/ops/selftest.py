@@ -46,17 +46,22 @@ class Example(NamedTuple):
     tensors: list[Tensor]
 
 
+higher: dict[str, Callable[[torch.device, int], Example]] = {}
+"""Of what is no op but is chosen like one: makes an example of so many sequences on a device."""
+
+
 def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> str:
     """Hold an implementation against the reference on a small example, values and gradients; "" if it is right.
 
     It runs in a thread of its own: what the caller has switched on (inference mode, autocast, a transform of
-    ``torch.func``, a default device) holds in its thread alone. The example draws no random numbers.
+    ``torch.func``, a default device) holds in its thread alone. torch's generator is left as it was.
     """
     found: list[str] = []
 
     def compare() -> None:
         try:
-            result = _compare(op, "", function, _examples(device, B=2, L=70)[op], rounds=1)
+            with torch.random.fork_rng(devices=[]):
+                result = _compare(op, "", function, _examples(device, B=2, L=70)[op], rounds=1)
             if not result.passed:
                 error = max(result.value_error, result.gradient_error)
                 found.append(f"on this machine its result is wrong by {error:.1e} of the largest entry")
@@ -156,6 +161,11 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         """The op with those of its arguments taken at the last position."""
         return lambda *t: op(*[v[:, -1] if i in at_last else v for i, v in enumerate(t)], **keywords)
 
+    def expected_of_dropout(x: Tensor) -> Tensor:
+        """2 x, whichever elements are dropped: those that stay are doubled by the op, the others here."""
+        y = ops.dropout(x, 0.5)
+        return torch.where(y == 0, 2 * x, y)
+
     return {
         "selective_scan": Example(first(ops.selective_scan, dt_softplus=True), scan),
         "selective_scan_last": Example(last(ops.selective_scan_last, 4, 6, dt_softplus=True), scan),
@@ -164,4 +174,6 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         "quasiseparable": Example(ops.quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
         "causal_conv1d": Example(first(ops.causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
         "centered_conv1d": Example(lambda *t: ops.centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
+        "dropout": Example(expected_of_dropout, [r(B, L, D)]),
+        **{name: make(device, B) for name, make in higher.items()},
     }

@@ -11,7 +11,7 @@ from recbole_ssm import ops
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops import backend, selftest
 from tests.conftest import REPOSITORY
-from tests.ops.test_ops import OPS, arguments, each_op
+from tests.ops.test_ops import OPS, arguments
 
 right = backend.implementations("ssd", "torch")[0].function
 
@@ -128,11 +128,25 @@ def test_a_forked_child_knows_that_it_is_one():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-@each_op
-def test_the_examples_reach_every_op(op):
-    assert set(selftest._examples(torch.device("cpu"), 1, 3)) == {op.__name__ for op in OPS}
-    torch_form = backend.implementations(op.__name__, "torch")[0].function
-    assert selftest.why_wrong(op.__name__, torch_form, torch.device("cpu")) == ""
+def test_there_is_an_example_of_all_that_a_backend_computes():
+    import recbole_ssm.layers  # noqa: F401
+
+    compiled = {op for op, name in backend._implementations if name in backend.COMPILED}
+    assert set(selftest._examples(torch.device("cpu"), 1, 3)) >= compiled | {op.__name__ for op in OPS}
+
+
+@pytest.mark.parametrize("op", [*(op.__name__ for op in OPS), "dropout", "step"])
+def test_the_torch_form_is_right_and_a_wrong_one_is_found(op):
+    torch_form = backend.implementations(op, "torch")[0].function
+    before = torch.get_rng_state()
+    assert selftest.why_wrong(op, torch_form, torch.device("cpu")) == ""
+
+    def wrong(*arguments, **keywords):
+        found = torch_form(*arguments, **keywords)
+        return 1.01 * found if isinstance(found, torch.Tensor) else (1.01 * found[0], *found[1:])
+
+    assert "wrong by" in selftest.why_wrong(op, wrong, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_backend_that_the_machine_lacks_says_what(monkeypatch):
