@@ -249,6 +249,8 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     Raises:
         UserError: something given is wrong.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write")
     config = SSMConfig("LlamaRec", *arguments, **options)
     init_logger(config)
     recommender, train_data, _, _ = _prepare(config, None)

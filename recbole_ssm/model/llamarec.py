@@ -19,8 +19,8 @@ from torch import Tensor
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
-from recbole_ssm.llm.base import LanguageModelRecommender
-from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
+from recbole_ssm.llm.base import LETTERS, LanguageModelRecommender
+from recbole_ssm.llm.prompt import Prompts, prompt_words
 from recbole_ssm.llm.verbalizer import Question, Verbalizer
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
