@@ -27,6 +27,7 @@ from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer.checkpoint import plain  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
 from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
 
@@ -181,11 +182,15 @@ def _find_retriever(
     if config["retriever_checkpoint"] is None:
         config["retriever_settings"] = settings_of(own)
         return None
-    path, found = checkpoint.find(Path(config["retriever_checkpoint"]))
+    path = Path(config["retriever_checkpoint"])
+    path = path / checkpoint.BEST if path.is_dir() else path
+    found = checkpoint.read(path)
     if found.info["model"] != config["retriever"]:
         raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
     train_data, _, _ = create_loaders(own, create_dataset(own))
-    if train_data.fingerprint() != found.info["training"]["fingerprint"]:
+    # its epoch was chosen on its own validation part, which must not be this run's test either
+    same_split = found.info["config"]["eval_args"]["split"] == plain(config["eval_args"]["split"])
+    if not same_split or train_data.fingerprint() != found.info["training"]["fingerprint"]:
         raise UserError(
             f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
             "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
@@ -244,6 +249,8 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     Raises:
         UserError: something given is wrong.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write")
     config = SSMConfig("LlamaRec", *arguments, **options)
     init_logger(config)
     recommender, train_data, _, _ = _prepare(config, None)

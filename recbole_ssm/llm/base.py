@@ -206,8 +206,8 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     Raises:
         UserError: the vocabulary is too small for all bytes and letters.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"random_base_args: vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    if not isinstance(vocab_size, int) or vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"random_base_args: vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size!r}")
     tokenizers, transformers = require("tokenizers"), require("transformers")
     texts = list(texts)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -348,6 +348,8 @@ def _four_bits(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 def _with_lora(model: Any, config: Any, rank: int) -> Any:
     peft = require("peft")
     modules = config["lora_modules"]
+    if not 0 <= config["lora_dropout"] < 1:
+        raise UserError(f"lora_dropout: must lie in [0, 1), got {config['lora_dropout']}; try lora_dropout: 0.05")
     layers = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules()}
     layers = {name: kind for name, kind in layers.items() if "Linear" in kind or kind == "Conv1D"}
     settings = peft.LoraConfig(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.llm.base import LETTERS
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INSTRUCTION = "Given user history in chronological order, recommend an item from the candidate pool with its {answer}."
 OPENING = "### Instruction:\n{instruction}\n\n### Input:\nUser history:"
 POOL = "; \n Candidate pool:"

@@ -13,19 +13,22 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
-from recbole_ssm.llm.base import LanguageModelRecommender
-from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
+from recbole_ssm.llm.base import LETTERS, LanguageModelRecommender
+from recbole_ssm.llm.prompt import Prompts, prompt_words
 from recbole_ssm.llm.verbalizer import Question, Verbalizer
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
 RERANK = ("all", "retrieved")
 TUNED = "tuned"
 FUSION_WEIGHTS = [step / 20 for step in range(21)]
+# What data there is and how it is split: one for the ranker and its retriever, which else could learn what is tested.
+SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
 
 
 class Reranked(NamedTuple):
@@ -239,10 +242,22 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     from recbole_ssm.model import get_model
 
+    for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
+        if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
+            raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
+    own = {} if options["retriever_config"] is None else options["retriever_config"]
+    if not isinstance(own, Mapping):
+        raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
+    for key in own:
+        if key in SHARED:
+            raise UserError(
+                f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is tested; "
+                f"give {key} beside retriever_config"
+            )
     retriever = get_model(options["retriever"])
     if issubclass(retriever, LanguageModelRecommender):
         raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
-    if options["retriever_config"] is not None and options["retriever_checkpoint"] is not None:
+    if own and options["retriever_checkpoint"] is not None:
         raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
     if not 2 <= options["num_candidates"] <= len(LETTERS):
         raise UserError(
@@ -262,7 +277,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             "take orpo_probabilities: letters"
         )
     mode = options["eval_args"]["mode"]
-    if mode != "full":
+    if {*mode.values()} != {"full"} if isinstance(mode, Mapping) else mode != "full":
         raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
 
 

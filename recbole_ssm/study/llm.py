@@ -4,7 +4,8 @@ One LlamaRec for each base model, verbalizer and objective, all of as many steps
 its candidates by the language model alone, and fused with the retriever's by a weight that is chosen on validation, is
 paired with the retriever's own over the users of the test. Bases are separated by commas: folders, GGUF files, hub
 names, `random`, or `random:64x2` for a random Llama of width 64 and 2 layers. On a GPU the same command takes larger
-ones; on a CPU --eval_rows and --train_last say how much is enough.
+ones; on a CPU --eval_rows and --train_last say how much is enough. Each run trains the retriever anew, by its own seed,
+unless --retriever_checkpoint names one that is trained.
 """
 
 from __future__ import annotations

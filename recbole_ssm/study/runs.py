@@ -30,6 +30,7 @@ from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import write_json
+from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.trainer import FREE_KEYS, settings_of
 
 # What changes neither a run's result nor what is reported of it.
@@ -135,7 +136,8 @@ class Runs:
         self._contents: dict[Path, dict[str, Any]] = {}
 
     def content(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files.
+        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files
+        and of a ranker's retriever.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set.
@@ -146,6 +148,12 @@ class Runs:
         if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
             create_dataset(config)  # which downloads it
         files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
+        if config["retriever_checkpoint"] is not None:
+            retriever = Path(config["retriever_checkpoint"])
+            retriever = retriever / checkpoint.BEST if retriever.is_dir() else retriever
+            if not retriever.is_file():
+                raise UserError(f"retriever_checkpoint: there is no such file {retriever}")
+            files["retriever_checkpoint"] = self._file_digest(retriever)
         return {"version": __version__, "settings": settings, "files": files}
 
     def digest(self, run: Run) -> str:

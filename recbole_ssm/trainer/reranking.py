@@ -56,7 +56,7 @@ class Reranking(Hook):
         if not records:
             return
         mine = [torch.cat(column) for column in zip(*records)]
-        everyone = Reranked(*(torch.cat(parts) for parts in zip(*distributed.gather(mine))))
+        everyone = Reranked(*map(distributed.gather_rows, mine))
         cutoffs = [k for k in trainer.config["topk"] if k <= everyone.language.shape[1]]
         self.ranks = ranks_of(everyone, float(model.fusion))
         self.report = report(self.ranks, cutoffs or [everyone.language.shape[1]])

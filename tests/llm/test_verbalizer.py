@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm.base import RANDOM_SIZES, random_tokenizer
-from recbole_ssm.llm.prompt import LETTERS, Prompts, prompt_words
+from recbole_ssm.llm.base import LETTERS, RANDOM_SIZES, random_tokenizer
+from recbole_ssm.llm.prompt import Prompts, prompt_words
 from recbole_ssm.llm.verbalizer import VERBALIZERS, Question, Verbalizer, buckets
 
 TITLES = ["", *(f"The {a} {b}" for a in ("red", "blue", "green", "old") for b in ("house", "river of war", "day"))]

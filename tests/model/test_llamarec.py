@@ -18,6 +18,7 @@ from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
+from recbole_ssm.quick_start import _find_retriever
 from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint
 from recbole_ssm.trainer.reranking import metrics
 from recbole_ssm.trainer.trainer import load_weights
@@ -235,6 +236,13 @@ def test_a_retriever_that_may_know_the_targets_is_refused(trained):
         run_recbole_ssm("LlamaRec", "circle", config_dict={**options, "retriever": "SASRec"})
 
 
+def test_of_a_retrievers_folder_the_best_checkpoint_is_taken(trained):
+    path = pathlib.Path(trained["options"]["retriever_checkpoint"])
+    assert len(list(path.parent.glob("*.safetensors"))) > 1
+    options = {**trained["options"], "retriever_checkpoint": str(path.parent)}
+    assert _find_retriever(SSMConfig("LlamaRec", "circle", config_dict=options), None)[0] == path
+
+
 def test_scores_are_the_retrievers_but_for_the_candidates_order(trained):
     model = model_of(trained["sft"])
     plain = model._retrieve(rows(HISTORIES))
@@ -426,6 +434,17 @@ def test_evaluation_on_some_rows(circle):
         ),
         ({"eval_args": {"mode": "uni100"}}, "eval_args: a ranker of retrieved items is evaluated with mode: full, got"),
         ({"retriever_config": {"epoch": 3}}, "epoch: there is no such key; did you mean 'epochs'?"),
+        ({"retriever_config": 3}, "retriever_config: must be a mapping such as {'epochs': 20}, got 3"),
+        (
+            {"retriever_config": {"eval_args": {"split": {"LS": "valid_only"}}}},
+            "retriever_config: eval_args is the ranker's too, as another one could show the retriever what is tested",
+        ),
+        ({"retriever_config": {"MAX_ITEM_LIST_LENGTH": 9}}, "retriever_config: MAX_ITEM_LIST_LENGTH is the ranker's"),
+        ({"retriever": 3}, "retriever: must be a name, got 3; try 2Mamba4Rec"),
+        ({"retriever_config": None, "retriever_checkpoint": 3}, "retriever_checkpoint: must be a name, got 3; try a f"),
+        ({"eval_args": {"mode": {"valid": "full", "test": "uni100"}}}, "eval_args: a ranker of retrieved items is"),
+        ({"random_base_args": {"vocab_size": "x"}}, "random_base_args: vocab_size must be at least 400, got 'x'"),
+        ({"title_field": 3}, "title_field: must be the name of a column, got 3 (its columns of text are title)"),
         ({"retriever_config": {"epochs": 3}, "retriever_checkpoint": "x"}, "retriever_config: retriever_checkpoint na"),
         ({"prompt_history": 0}, "prompt_history: must be at least 1, got 0"),
         ({"prompt_tokens": 60}, "prompt_tokens: 3 candidates of up to"),

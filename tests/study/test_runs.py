@@ -79,6 +79,22 @@ def test_what_makes_another_run(done, monkeypatch, tmp_path):
     assert len(set(folders)) == len(folders)
 
 
+def test_another_retriever_makes_another_run(tmp_path):
+    checkpoint = tmp_path / "best.safetensors"
+    runs = Runs(tmp_path / "runs", {"data_path": "dataset", "retriever_checkpoint": str(checkpoint)})
+    run = Run("LlamaRec", "ml-100k")
+    digests = set()
+    for content in (b"one", b"two"):
+        checkpoint.write_bytes(content)
+        digests.add(runs.digest(run))
+        named = Runs(tmp_path / "runs", {"data_path": "dataset", "retriever_checkpoint": str(tmp_path)})
+        assert named.digest(run) in digests  # by its folder
+    assert len(digests) == 2
+    checkpoint.unlink()
+    with pytest.raises(UserError, match="retriever_checkpoint: there is no such file"):
+        runs.digest(run)
+
+
 def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
     """A run of before some key existed is today's run with the key at its default, and no other."""
     runs = Runs(tmp_path / "r", DATA)
