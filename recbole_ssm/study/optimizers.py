@@ -19,9 +19,8 @@ from typing import Any
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.compare import FIRST_SEED, split_keys
-from recbole_ssm.study.report import comma_separated
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
@@ -309,11 +308,10 @@ def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], valu
         for entry in outcome.history
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"optimizers.md": text, "optimizers.csv": comma_separated(table)}
-    files |= {"tuning.csv": comma_separated(tried), "history.csv": comma_separated(history)}
-    for name, content in files.items():
-        with whole(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    with whole(folder / "optimizers.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    for name, found in (("optimizers", table), ("tuning", tried), ("history", history)):
+        write_csv(folder / f"{name}.csv", found)
     for base in {(cell.base.model, cell.base.dataset): None for cell in cells}:
         here = [cell for cell in cells if (cell.base.model, cell.base.dataset) == base and cell.done]
         if here:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 from recbole_ssm.study.statistics import METRICS, Pair, corrected, metric, over_users, paired
@@ -200,15 +199,6 @@ def _escape(text: str) -> str:
     return text.replace("<", "$<$")
 
 
-def comma_separated(table: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV, every figure in full; a column is a key of the first row."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(table[0]) if table else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return file.getvalue()
-
-
 def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = ("NDCG@10",)) -> str:
     """The paired tests as a table."""
     lines = _header(
@@ -371,10 +361,11 @@ def write(
     )
     tested = [{"dataset": dataset, **vars(pair)} for dataset, pairs in found.items() for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {".md": text, ".csv": comma_separated(table), "-tests.csv": comma_separated(tested), ".tex": latex(table)}
-    for ending, content in files.items():
+    for ending, content in ((".md", text), (".tex", latex(table))):
         with whole(folder / f"{name}{ending}") as temporary:
             temporary.write_text(content, encoding="utf-8")
+    write_csv(folder / f"{name}.csv", table)
+    write_csv(folder / f"{name}-tests.csv", tested)
     datasets = len({row["dataset"] for row in table})
     missing = contextlib.suppress(UserError)  # Matplotlib is optional
     with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:

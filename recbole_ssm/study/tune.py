@@ -35,7 +35,7 @@ from tqdm import tqdm
 from recbole_ssm.config import PROPERTIES, SSMConfig, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.runs import Run, Runs
 from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, space_of
 
@@ -245,11 +245,7 @@ def write_trials(path: Path, trials: Iterable[Trial], space: Space) -> None:
         }
         for trial in trials
     ]
-    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        # trials that are not done have no metrics
-        writer = csv.DictWriter(file, max(rows, key=len, default={}))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
 
 
 def read_trials(path: Path, space: Space) -> list[Trial]:
