@@ -45,6 +45,7 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
 
 def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     here = {key: value for key, value in machine().items() if key != "date"}
+    here |= {key: runs.machine_options.get(key) for key in ("device", "use_gpu", "gpu_id")}
     content = json.dumps([[[run.model, run.dataset, dict(run.options)] for run in todo], here], sort_keys=True)
     file = runs.folder / f"speed-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
