@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows; there two processes must not share a folder
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -46,3 +51,22 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def alone(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's ``lock``, which names this process; the system lets go of it when the process dies.
+
+    Args:
+        folder: it is there already.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and we do not wait.
+    """
+    with open(folder / "lock", "a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield

@@ -33,7 +33,10 @@ from recbole_ssm.files import write_json
 from recbole_ssm.trainer.trainer import FREE_KEYS, settings_of
 
 # What changes neither a run's result nor what is reported of it.
-NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency", "base_model", "rerank"}
+NOT_CACHED = FREE_KEYS - {
+    "epochs", "stopping_step", "metric_decimal_place", "measure_latency",
+    "base_model", "retriever_checkpoint", "rerank",
+}  # fmt: skip
 RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
 
 Progress = Callable[[dict[str, Any]], None]
@@ -145,7 +148,7 @@ class Runs:
         folder = Path(config["data_path"])
         if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
             create_dataset(config)  # which downloads it
-        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
+        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{glob.escape(run.dataset)}.*"))}
         return {"version": __version__, "settings": settings, "files": files}
 
     def digest(self, run: Run) -> str:

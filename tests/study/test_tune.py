@@ -15,7 +15,7 @@ from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study.search import Trial, space_of
-from recbole_ssm.study.tune import HyperTuning, read_trials, write_trials
+from recbole_ssm.study.tune import HyperTuning, _claimed, read_trials, write_trials
 from tests.conftest import REPOSITORY
 
 GRID = {"choice": {"a": [1, 2, 3], "b": ["x", "y"]}}
@@ -199,6 +199,16 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["tune", *asked]) == 0
     assert "2 are done" in capsys.readouterr().out and (folder / "trials.csv").read_text() == before
     assert main(["--config_files", str(folder / "best.yaml"), "--show_progress=False"]) == 0
+
+
+def test_two_commands_do_not_write_over_each_others_table(tmp_path):
+    other = "import sys; from pathlib import Path; from recbole_ssm.study.tune import _claimed\n"
+    other += "with _claimed(Path(sys.argv[1])): print('mine')"
+    with _claimed(tmp_path):
+        second = subprocess.run([sys.executable, "-c", other, str(tmp_path)], capture_output=True, text=True)
+    assert "another process is at this search; let it end, or stop it and give the same command" in second.stderr
+    with _claimed(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
