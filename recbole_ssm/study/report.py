@@ -282,7 +282,11 @@ SHOWN = (
 def _common(entries: Sequence[Entry]) -> str:
     """The split, and what all entries share."""
     split = entries[0].settings["eval_args"]["split"]
-    kind = "leave one out by time" if split == {"LS": "valid_and_test"} else f"split {split}"
+    kind = (
+        "leave one out by time, so trained on later events of other users (how many: log.txt of a run)"
+        if split == {"LS": "valid_and_test"}
+        else f"split {split}"
+    )
     alike = [key for key in _shown(entries) if not _differs(key, entries)]
     return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
 
@@ -386,17 +390,18 @@ def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
         for row in here:
             if row["ndcg"] is not None and row["latency_p50_s"]:
                 at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
-                axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
-                axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
+                axes.errorbar(at, row["ndcg"], row["ndcg_sd"], fmt="o", color=color, capsize=3, label=row["model"])
         axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-        axes.margins(0.3)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        axes.margins(0.2)
         latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
         if latencies and max(latencies) > 20 * min(latencies):
             axes.set_xscale("log")
         else:
             axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
 
 
 def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:

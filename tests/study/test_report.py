@@ -102,7 +102,8 @@ def test_nothing_done_yet(entry, tmp_path):
 def test_protocol(two, entry):
     two[1].settings |= {"residual": "auto", "num_layers": 1, "dropout_prob": 0.4}
     text = report.protocol(two, [2020, 2021], "none")
-    assert "- ml-1m (4 users tested, 50 items): leave one out by time; epochs 3; train_mode packed\n" in text
+    assert "- ml-1m (4 users tested, 50 items): leave one out by time, so trained" in text
+    assert "; epochs 3; train_mode packed\n" in text
     assert "  - SASRec: as above\n  - Mamba4Rec: num_layers 1, residual False, dropout_prob 0.4\n" in text
     assert "- Seeds 2020, 2021;" in text and "- Tuning: none.\n" in text and "not masked" in text
     assert "- C, 1 thread; recbole_ssm 0, PyTorch 2, Python 3, X; 2026-01-02.\n" in text
