@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows; there two processes must not share a folder
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -33,3 +39,34 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as comma-separated values, whole or not at all; every key is a column, in the order of its first use.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def alone(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's ``lock``, which names this process; the system lets go of it when the process dies.
+
+    Args:
+        folder: it is there already.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and we do not wait.
+    """
+    with open(folder / "lock", "a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield

@@ -7,14 +7,13 @@ are noise, so a row carries ratios within its own run, of medians.
 
 from __future__ import annotations
 
-import csv
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
-from recbole_ssm.files import whole, write_json
+from recbole_ssm.files import write_csv, write_json
 
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
         write_json(options.json, rows)
     if options.csv:
-        _write_csv(options.csv, rows)
+        write_csv(options.csv, rows)
     if hasattr(module, "conclude"):
         print(module.conclude(options, rows))
 
@@ -73,14 +72,6 @@ def table(rows: Sequence[Row]) -> str:
     cells = [list(rows[0])] + [[_text(row[key]) for key in rows[0]] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
-
-
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as comma-separated values, whole or not at all; a column is a key of the first row."""
-    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _text(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 A call takes a batch of full histories and gives the best items of each: encode, the model's forward; score, the
 products with all items; top-k. The device is synchronised around each part. Rows with path "one event" read one more
-event of each user from the carried state instead of the whole history. The weights are random, since times do not
-depend on them; a length beyond those that models are trained on says what it would cost, not how good it would be.
+event of each user from the carried state instead of the whole history, as recbole_ssm.serving does. The weights are
+random, since times do not depend on them; a length beyond those that models are trained on says what it would cost, not
+how good it would be.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.config import SSMConfig  # noqa: E402
 from recbole_ssm.model import SSMRecommender, get_model, model_names  # noqa: E402
+from recbole_ssm.serving import Stepper  # noqa: E402
 from recbole_ssm.trainer.latency import Latency  # noqa: E402
 
 MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec", "GRU4Rec")
@@ -339,17 +341,15 @@ class _Processor(Latency):
 
 
 class _OneEvent(nn.Module):
-    """Serving: each user's state is carried, and a call reads one more event of each."""
+    """Serving as by a session: each user's state is carried, and a call reads one more event of each."""
 
     def __init__(self, model: Any, batch: int) -> None:
         super().__init__()
-        self.model, self.state = model, model.alloc_state(batch)
+        self.model, self._step = model, Stepper(model, model.alloc_state(batch))
 
     def forward(self, item_B: Tensor) -> Tensor:
         """Item ids ``[B]`` -> vectors ``[B, hidden_size]``; the state moves on."""
-        output: Tensor
-        output, self.state = self.model.step(item_B, self.state)
-        return output
+        return self._step(item_B.tolist())
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
@@ -361,7 +361,10 @@ def _build(name: str, length: int, items: int, device: torch.device) -> Any:
     try:
         config = SSMConfig(name, "generated", config_dict={"MAX_ITEM_LIST_LENGTH": length, "state": "ERROR"})
         config["device"] = device
-        return get_model(name)(config, Catalogue(items + 1)).to(device).eval()
+        model = get_model(name)(config, Catalogue(items + 1)).to(device).eval()
+        for path in (1, 0) if _carries_state(model) else (1,):  # kernels are chosen and tested on their first call
+            _Calls(model, path, 1, items, device, 1, Latency()).once()
+        return model
     except Exception as error:  # a model that wants more than items must not stop the others
         return f"failed: {_first_line(error)}"
 

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,16 +26,11 @@ import torch
 from recbole_ssm import __version__, run_recbole_ssm
 from recbole_ssm.data.loader import Step
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import whole
+from recbole_ssm.files import alone, whole
 from recbole_ssm.memory import peak_memory
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
 from recbole_ssm.trainer import Hook, Ranks, SSMTrainer, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
-
-try:
-    import fcntl
-except ImportError:  # Windows; there two studies must not share a folder
-    fcntl = None  # type: ignore[assignment]
 
 SAY_EVERY = 2.0  # seconds
 
@@ -105,7 +99,7 @@ class History(Hook):
 def main(folder: Path, lines: TextIO) -> int:
     """Train the folder's run, unless another process just did; the exit status."""
     try:
-        with _alone(folder):
+        with alone(folder):  # wait until no other process trains this run
             if not (folder / OUTCOME).is_file():
                 _train(folder, lines)
     except KeyboardInterrupt as interrupt:
@@ -191,17 +185,6 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
     }
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process trains this run; the system lets go of the lock when a process dies."""
-    with open(folder / "lock", "a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        yield
 
 
 def _stop_with_parent() -> None:

@@ -78,12 +78,14 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"{option}: {twice} stands twice")
+        if "" in names:
+            raise UserError(f"{option}: a name is missing in '{','.join(names)}'")
     for model in models:
         get_model(model)
     if options.seeds < 1:
         raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
     plain, own = split_keys(keys, models, datasets)
-    first = plain.pop("seed", FIRST_SEED)
+    seeds = seeds_from(plain.pop("seed", FIRST_SEED), options.seeds)
     runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
     common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
     todo = [
@@ -93,7 +95,18 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
     for one in todo:
         if config_of(runs, one)["eval_args"]["mode"]["test"] != "full":
             raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
-    return runs, todo, list(range(first, first + options.seeds))
+    return runs, todo, seeds
+
+
+def seeds_from(first: Any, count: int) -> list[int]:
+    """As many seeds, from the first one on.
+
+    Raises:
+        UserError: that is none.
+    """
+    if type(first) is not int or first < 0:
+        raise UserError(f"seed: must be a whole number from 0 up, the first of the seeds, got {first!r}")
+    return list(range(first, first + count))
 
 
 def split_keys(
@@ -102,7 +115,8 @@ def split_keys(
     """``{"epochs": 5, "SASRec.n_layers": 1}`` -> the keys for all, and those of each model or data set.
 
     Raises:
-        UserError: a key is of a model or data set that is not compared, or ``--model`` or ``--dataset`` is given.
+        UserError: a key is of a model or data set that is not compared, or a seed of its own; or ``--model`` or
+            ``--dataset`` is given.
     """
     plain: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
@@ -112,6 +126,8 @@ def split_keys(
             raise UserError(f"--{key}: here it is --{key}s, with commas between names")
         if not dot:
             plain[key] = value
+        elif name == "seed":
+            raise UserError(f"--{key}: all are compared on the same seeds; set --seed")
         elif scope in (*models, *datasets):
             own.setdefault(scope, {})[name] = value
         else:
@@ -153,12 +169,13 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
     """Each run with the best of so many settings, its own and then those of its model's search space.
 
     The same number for every model, on one seed, chosen by the best validation score. Nothing of the test is looked at.
+    What the command line sets is not tuned.
 
     Raises:
         UserError: a model has no search space, or a smaller one.
     """
     tried = [
-        [Run(one.model, one.dataset, {**one.options, **more}) for more in ({}, *samples(one.model, count - 1, seed))]
+        [Run(one.model, one.dataset, {**one.options, **more}) for more in ({}, *samples(one, count - 1, seed))]
         for one in todo
     ]
     trials = [
@@ -173,18 +190,19 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
     return best
 
 
-def samples(model: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """So many points of a model's search space, at random and each once.
+def samples(run: Run, count: int, seed: int) -> list[dict[str, Any]]:
+    """So many points of what the search space of a run's model leaves open, at random and each once.
 
     Raises:
         UserError: the model has none, or it is smaller.
     """
-    search = Search("random", read_space(PROPERTIES / "hyper" / f"{model}.hyper"), seed)
+    space = read_space(PROPERTIES / "hyper" / f"{run.model}.hyper")
+    search = Search("random", {key: values for key, values in space.items() if key not in run.options}, seed)
     trials: list[Trial] = []
     while len(trials) < count:
         params = search.propose(trials, bigger=True)
         if params is None:
-            raise UserError(f"--tune: the search space of {model} has {len(trials)} points; take {len(trials) + 1}")
+            raise UserError(f"--tune: the search space of {run.model} has {len(trials)} points; take {len(trials) + 1}")
         trials.append(Trial(len(trials), params))
     return [trial.params for trial in trials]
 
@@ -193,6 +211,8 @@ def _validation(runs: Runs, outcome: Outcome) -> float:
     """The best validation score, signed so that more is better; of a failed run less than any."""
     if outcome.error is not None:
         return -float("inf")
+    if not outcome.valid:
+        raise UserError("--tune: the split leaves no rows for validation, by which settings are chosen")
     config = config_of(runs, outcome.run)
     score = outcome.valid[config["valid_metric"].lower()]
     return score if config["valid_metric_bigger"] else -score

@@ -18,10 +18,9 @@ import numpy as np
 
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_csv
 from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.verbalizer import VERBALIZERS
-from recbole_ssm.study.report import comma_separated
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
 from recbole_ssm.study.statistics import holm, over_users, paired
 from recbole_ssm.trainer.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
@@ -71,9 +70,9 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     rows = table(dict(zip(arms, grouped)))
     failed = [f"- {one.run}: {one.error}" for one in outcomes if one.error is not None]
     text = "\n".join([markdown(rows), _protocol(outcomes, seeds), *failed]) + "\n"
-    for ending, content in ((".md", text), (".csv", comma_separated(rows))):
-        with whole(options.folder / f"llm{ending}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    with whole(options.folder / "llm.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_csv(options.folder / "llm.csv", rows)
     print(text)
     print(f"written to {options.folder}/: llm.md, llm.csv")
 

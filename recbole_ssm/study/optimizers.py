@@ -19,9 +19,9 @@ from typing import Any
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
-from recbole_ssm.study.compare import FIRST_SEED, split_keys
-from recbole_ssm.study.report import comma_separated
+from recbole_ssm.files import whole, write_csv
+from recbole_ssm.study.compare import FIRST_SEED, seeds_from, split_keys
+from recbole_ssm.study.report import header, line, machines, mean
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
@@ -171,7 +171,7 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
     for key in VARIED:
         if any(key in given for given in (plain, *own.values())):
             raise UserError(f"--{key}: that is what this study varies; leave it out")
-    first = plain.pop("seed", FIRST_SEED)
+    seeds = seeds_from(plain.pop("seed", FIRST_SEED), options.seeds)
     runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
     common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
     cells = []
@@ -179,7 +179,7 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
         base = Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
         config = SSMConfig(model, dataset, config_dict={**runs.machine_options, **base.options})
         cells += [Cell(base, optimizer, bool(config["valid_metric_bigger"])) for optimizer in names["optimizers"]]
-    return runs, cells, list(range(first, first + options.seeds))
+    return runs, cells, seeds
 
 
 def study(runs: Any, cells: Sequence[Cell], seeds: Sequence[int], values: int, write: Callable[[], object]) -> None:
@@ -263,8 +263,9 @@ def turns(outcome: Outcome) -> int:
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """The rows for reading."""
     titles = ["data set", "model", "optimiser", "tuned to", "seeds", *METRICS, "validation"]
-    titles += ["reach the first's validation", "after samples", "seconds", "of seconds", "steps", "batch size by epoch"]
-    lines = [_line(titles), _line(["---"] * len(titles))]
+    titles += ["reach the first's validation", "after samples", "after seconds"]
+    titles += ["seconds in all", "steps in all", "batch size by epoch"]
+    lines = header(titles)
     for row in table:
         edge = ", at the edge" if row["at_edge"] else ""
         tuned = "" if row["value"] is None else f"{row['number']} {row['value']:g}{edge}"
@@ -275,10 +276,14 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
             ends = f"{row['batch_size_end_least']} to {row['batch_size_end_most']}"
             path += f" (first seed; all end at {ends}, {row['batch_size_turns']:.1f} turns)"
         cells = [row["dataset"], row["model"], row["optimizer"], tuned, str(row["seeds"])]
-        cells += [_mean(row, name.lower()) for name in METRICS] + [_mean(row, "valid")]
-        cells += [f"{row['reached']} of {row['seeds']}", _count(row["targets_seen"]), _count(row["seconds"])]
+        cells += [mean(key)(row) for key in (*map(str.lower, METRICS), "valid")]
+        cells += [
+            f"{row['reached']} of {row['seeds']}" if row["seeds"] else "",
+            _count(row["targets_seen"]),
+            _count(row["seconds"]),
+        ]
         cells += [_count(row["seconds_in_all"]), _count(row["steps_in_all"]), path]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     failed = [
         f"- {row['dataset']}, {row['model']}, {row['optimizer']}: {row['error']}" for row in table if row["error"]
     ]
@@ -309,11 +314,10 @@ def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], valu
         for entry in outcome.history
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"optimizers.md": text, "optimizers.csv": comma_separated(table)}
-    files |= {"tuning.csv": comma_separated(tried), "history.csv": comma_separated(history)}
-    for name, content in files.items():
-        with whole(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    with whole(folder / "optimizers.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    for name, found in (("optimizers", table), ("tuning", tried), ("history", history)):
+        write_csv(folder / f"{name}.csv", found)
     for base in {(cell.base.model, cell.base.dataset): None for cell in cells}:
         here = [cell for cell in cells if (cell.base.model, cell.base.dataset) == base and cell.done]
         if here:
@@ -356,8 +360,7 @@ def protocol(cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
         lines.append(f"- {name}: {method.number} of {tried}; the first is {first}")
     for base in {str(cell.base): None for cell in cells}:
         lines.append(f"- {base}")
-    made = {str(outcome.made) for cell in cells for outcome in cell.done if outcome.made}
-    lines += [f"- Made with {one}" for one in sorted(made)]
+    lines += machines(outcome for cell in cells for outcome in cell.done if outcome.made)
     return "\n".join(lines) + f"\n{MEANING}"
 
 
@@ -376,17 +379,5 @@ def _names(cell: Cell) -> dict[str, Any]:
     return {"dataset": cell.base.dataset, "model": cell.base.model, "optimizer": cell.optimizer}
 
 
-def _mean(row: Mapping[str, Any], key: str) -> str:
-    if row[key] is None:
-        return ""
-    deviation = row[f"{key}_sd"]
-    text = f"{row[key]:.4f}" if deviation is None else f"{row[key]:.4f} ± {deviation:.4f}"
-    return text.replace("0.", ".")
-
-
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
+from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 from recbole_ssm.study.statistics import METRICS, Pair, corrected, metric, over_users, paired
@@ -113,8 +112,10 @@ def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True
     return found
 
 
-def _mean(key: str, latex: bool = False) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
+def mean(key: str, latex: bool = False) -> Callable[[Mapping[str, Any]], str]:
+    """Of a row the text of ``key`` and of its deviation ``key_sd``."""
+
+    def text(row: Mapping[str, Any]) -> str:
         if row[key] is None:
             return ""
         deviation = row[f"{key}_sd"]
@@ -147,9 +148,9 @@ def columns(latex: bool = False) -> list[Column]:
         Column("data set", lambda row: row["dataset"]),
         Column("model", lambda row: row["model"]),
         Column("seeds", _seeds),
-        Column("Hit@10", _mean("hit", latex)),
-        Column("NDCG@10", _mean("ndcg", latex)),
-        Column("MRR@10", _mean("mrr", latex)),
+        Column("Hit@10", mean("hit", latex)),
+        Column("NDCG@10", mean("ndcg", latex)),
+        Column("MRR@10", mean("mrr", latex)),
         Column("p", lambda row: _p(row["p_best"])),
         Column("ms a user", _number("latency_p50_s", 1e3, 2)),
         Column("users/s", _number("users_per_second")),
@@ -168,7 +169,7 @@ def markdown(table: Sequence[Row]) -> str:
         for row in table
         for key in ("hit", "ndcg", "mrr")
     }
-    lines = _header([column.title for column in columns()])
+    lines = header([column.title for column in columns()])
     for row in table:
         cells = []
         for column in columns():
@@ -177,7 +178,7 @@ def markdown(table: Sequence[Row]) -> str:
             if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
                 text = f"**{text}**"
             cells.append(text)
-        lines.append(_line(cells))
+        lines.append(line(cells))
     failed = [f"- {row['dataset']}, {row['model']}: {row['error']}" for row in table if row["error"]]
     return "\n".join(lines + (["", "Failed:", "", *failed] if failed else [])) + "\n"
 
@@ -200,28 +201,21 @@ def _escape(text: str) -> str:
     return text.replace("<", "$<$")
 
 
-def comma_separated(table: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV, every figure in full; a column is a key of the first row."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(table[0]) if table else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return file.getvalue()
-
-
 def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = ("NDCG@10",)) -> str:
     """The paired tests as a table."""
-    lines = _header(
+    lines = header(
         ["data set", "metric", "models", "users", "difference", "95% interval", "p (t)", "p (Holm)", "p (Wilcoxon)"]
     )
     for dataset, pairs in found.items():
         for pair in pairs:
             if pair.metric in names:
-                interval = f"{pair.low:+.4f} to {pair.high:+.4f}"
+                tested = not math.isnan(pair.t_p)  # else they share too few users
+                interval = f"{pair.low:+.4f} to {pair.high:+.4f}" if tested else ""
+                difference = f"{pair.difference:+.4f}" if tested else ""
                 ps = [_p(pair.t_p), _p(pair.holm_p), _p(pair.wilcoxon_p)]
                 who = f"{pair.first} - {pair.second}"
-                cells = [dataset, pair.metric, who, f"{pair.users:,}", f"{pair.difference:+.4f}", interval, *ps]
-                lines.append(_line(cells))
+                cells = [dataset, pair.metric, who, f"{pair.users:,}", difference, interval, *ps]
+                lines.append(line(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -237,8 +231,8 @@ def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
         return "None that we know of.\n"
     keys = ["dataset", "model", "hit", "ndcg", "mrr", "latency_s", "source", "protocol"]
     titles = ["data set", "model", "Hit@10", "NDCG@10", "MRR@10", "latency, s", "source", "what differs"]
-    lines = _header(titles)
-    lines += [_line([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys]) for row in found]
+    lines = header(titles)
+    lines += [line([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys]) for row in found]
     return "\n".join(lines) + "\n"
 
 
@@ -266,7 +260,7 @@ def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str
     lines += [
         f"- Seeds {', '.join(map(str, seeds))}; ± is the sample standard deviation over seeds.",
         f"- Tuning: {tuning}.",
-        *_machines(entries),
+        *machines(outcome for entry in entries for outcome in entry.done),
     ]
     return "\n".join(lines) + f"\n{MEANING}"
 
@@ -288,7 +282,11 @@ SHOWN = (
 def _common(entries: Sequence[Entry]) -> str:
     """The split, and what all entries share."""
     split = entries[0].settings["eval_args"]["split"]
-    kind = "leave one out by time" if split == {"LS": "valid_and_test"} else f"split {split}"
+    kind = (
+        "leave one out by time, so trained on later events of other users (how many: log.txt of a run)"
+        if split == {"LS": "valid_and_test"}
+        else f"split {split}"
+    )
     alike = [key for key in _shown(entries) if not _differs(key, entries)]
     return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
 
@@ -318,9 +316,10 @@ def _shown(entries: Sequence[Entry]) -> list[str]:
     return [*(key for key in SHOWN if any(key in entry.settings for entry in entries)), *others]
 
 
-def _machines(entries: Sequence[Entry]) -> list[str]:
+def machines(outcomes: Iterable[Outcome]) -> list[str]:
+    """What computed the runs, and when: a line of Markdown each."""
     found: dict[str, list[str]] = {}
-    for outcome in (outcome for entry in entries for outcome in entry.done):
+    for outcome in outcomes:
         made = dict(outcome.made)
         date = made.pop("date")
         what = f"recbole_ssm {made['recbole_ssm']}, PyTorch {made['torch']}, Python {made['python']}, {made['system']}"
@@ -364,6 +363,7 @@ def write(
             "## Protocol\n",
             protocol(entries, seeds, tuning),
             "## Paired tests\n",
+            f"Of the other metrics: {name}-tests.csv.\n",
             pairs_markdown(found),
             "## Published by others\n",
             published_markdown(others),
@@ -371,10 +371,11 @@ def write(
     )
     tested = [{"dataset": dataset, **vars(pair)} for dataset, pairs in found.items() for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {".md": text, ".csv": comma_separated(table), "-tests.csv": comma_separated(tested), ".tex": latex(table)}
-    for ending, content in files.items():
+    for ending, content in ((".md", text), (".tex", latex(table))):
         with whole(folder / f"{name}{ending}") as temporary:
             temporary.write_text(content, encoding="utf-8")
+    write_csv(folder / f"{name}.csv", table)
+    write_csv(folder / f"{name}-tests.csv", tested)
     datasets = len({row["dataset"] for row in table})
     missing = contextlib.suppress(UserError)  # Matplotlib is optional
     with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
@@ -389,15 +390,18 @@ def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
         for row in here:
             if row["ndcg"] is not None and row["latency_p50_s"]:
                 at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
-                axes.errorbar(at, row["ndcg"], yerr=row["ndcg_sd"], fmt="o", color=color, capsize=3)
-                axes.annotate(row["model"], (at, row["ndcg"]), xytext=(5, 5), textcoords="offset points")
+                axes.errorbar(at, row["ndcg"], row["ndcg_sd"], fmt="o", color=color, capsize=3, label=row["model"])
         axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-        axes.margins(0.3)
+        axes.margins(0.2)
         latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
         if latencies and max(latencies) > 20 * min(latencies):
             axes.set_xscale("log")
         else:
             axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
 
 
 def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:
@@ -408,9 +412,11 @@ def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[A
         yield column[0] if lines == 1 else list(column), dataset, [r for r in table if r["dataset"] == dataset]
 
 
-def _header(titles: Sequence[str]) -> list[str]:
-    return [_line(titles), _line(["---"] * len(titles))]
+def header(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line(titles), line(["---"] * len(titles))]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

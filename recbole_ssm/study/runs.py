@@ -147,7 +147,7 @@ class Runs:
         folder = Path(config["data_path"])
         if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
             create_dataset(config)  # which downloads it
-        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{run.dataset}.*"))}
+        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{glob.escape(run.dataset)}.*"))}
         if config["retriever_checkpoint"] is not None:
             retriever = Path(config["retriever_checkpoint"])
             retriever = retriever / checkpoint.BEST if retriever.is_dir() else retriever

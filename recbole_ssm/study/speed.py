@@ -35,8 +35,9 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
 
     A call is encoding, scores of all items and the ten best, of histories of the test. The models take turns, so that
     a slow minute of the machine meets all of them: read the ratios. Their weights are random, since times do not depend
-    on them. On one thread the time is the processor's, else that of the wall. None where a model cannot be built; its
-    run says why. What was measured is kept beside the runs, in ``speed-*.json``: delete those to measure again.
+    on them. On one thread of a CPU the time is the processor's, else that of the wall. None where a model cannot be
+    built; its run says why. What was measured is kept beside the runs, in ``speed-*.json``: delete those to measure
+    again.
     """
     by_dataset = {run.dataset: [other for other in todo if other.dataset == run.dataset] for run in todo}
     found = {dataset: _kept(runs, alike) for dataset, alike in by_dataset.items()}
@@ -45,6 +46,7 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
 
 def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     here = {key: value for key, value in machine().items() if key != "date"}
+    here |= {key: runs.machine_options.get(key) for key in ("device", "use_gpu", "gpu_id")}
     content = json.dumps([[[run.model, run.dataset, dict(run.options)] for run in todo], here], sort_keys=True)
     file = runs.folder / f"speed-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
@@ -55,18 +57,19 @@ def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
 def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Speed | None]:
     one: dict[str, Function] = {}
     many: dict[str, Function] = {}
-    users = {}
+    users, device = {}, "cpu"
     for number, run in enumerate(todo):
         try:
             model, rows = _model(machine_options, run)
         except Exception:  # whatever it is, the run meets it too, and says so in its row
             continue
+        device = next(model.parameters()).device.type
         # each call another user: the caches hold what they would hold in use
         turns = itertools.cycle([rows[at : at + 1] for at in range(len(rows))])
         one[str(number)] = partial(_call, model, turns)
         many[str(number)] = partial(_call, model, itertools.repeat(rows))
         users[str(number)] = len(rows)
-    p50, batch = medians(one, _rounds(one)), medians(many, _rounds(many))
+    p50, batch = medians(one, _rounds(one), device), medians(many, _rounds(many), device)
     return [
         {"p50_s": p50[key], "users_per_second": users[key] / batch[key]} if key in users else None
         for key in map(str, range(len(todo)))
@@ -91,11 +94,11 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
 def _call(model: Any, batches: Iterator[Any]) -> None:
     rows = next(batches)
     model.full_sort_predict(rows).view(len(rows), -1).topk(TOP_K)
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
 
 
 def _rounds(calls: Mapping[str, Function]) -> int:
+    for call in calls.values():  # kernels are chosen and tested on their first call
+        call()
     begin = time.perf_counter()
     for call in calls.values():
         call()

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from recbole_ssm.errors import UserError
-
 K = 10
 METRICS = (f"Hit@{K}", f"NDCG@{K}", f"MRR@{K}")
 Floats = NDArray[np.float64]
@@ -64,19 +62,16 @@ class Pair:
 
 
 def paired(name: str, first: tuple[str, Mapping[str, float]], second: tuple[str, Mapping[str, float]]) -> Pair:
-    """Test two models on the users that both have.
+    """Test two models on the users that both have; where these are fewer than two, nothing can be said: all is NaN.
 
     Args:
         name: the metric.
         first: a model's name, and its values by user (:func:`over_users`).
         second: the other's.
-
-    Raises:
-        UserError: they share fewer than two users.
     """
     users = sorted(set(first[1]) & set(second[1]))
     if len(users) < 2:
-        raise UserError(f"{first[0]} and {second[0]} share {len(users)} users; a paired test needs two")
+        return Pair(name, first[0], second[0], len(users), *[math.nan] * 5)
     difference = np.array([first[1][user] - second[1][user] for user in users])
     mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(users))
     if not difference.any():
@@ -89,9 +84,10 @@ def paired(name: str, first: tuple[str, Mapping[str, float]], second: tuple[str,
 
 
 def corrected(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs with Holm's correction over all of them."""
+    """The pairs with Holm's correction over all of them that have a p."""
     pairs = list(pairs)
-    return [replace(pair, holm_p=p) for pair, p in zip(pairs, holm([pair.t_p for pair in pairs]))]
+    p = iter(holm([pair.t_p for pair in pairs if not math.isnan(pair.t_p)]))
+    return [pair if math.isnan(pair.t_p) else replace(pair, holm_p=next(p)) for pair in pairs]
 
 
 def holm(p: Sequence[float]) -> list[float]:

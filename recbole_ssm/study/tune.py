@@ -22,7 +22,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from recbole_ssm.config import PROPERTIES, SSMConfig, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole
+from recbole_ssm.files import alone, whole, write_csv
 from recbole_ssm.study.runs import Run, Runs
 from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, space_of
 
@@ -245,11 +245,7 @@ def write_trials(path: Path, trials: Iterable[Trial], space: Space) -> None:
         }
         for trial in trials
     ]
-    with whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        # trials that are not done have no metrics
-        writer = csv.DictWriter(file, max(rows, key=len, default={}))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
 
 
 def read_trials(path: Path, space: Space) -> list[Trial]:
@@ -403,7 +399,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
 
     if (options.workers or 1) > 1:  # side by side, each with its share of the processors
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.workers, 1)))
-    with _tool(options, objective) as (submit, workers), tqdm(unit="trial", disable=None) as bar:
+    with _claimed(folder), _tool(options, objective) as (submit, workers), tqdm(unit="trial", disable=None) as bar:
 
         def progress(state: dict[str, Any]) -> None:
             if tuning.stopping:
@@ -494,6 +490,19 @@ def _plot(tuning: HyperTuning, asked: Path | None, default: Path, metric: str) -
         if asked:
             raise
         print(f"no plot: {error}")
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """A search's folder for this process alone: two would write over each other's table."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder, wait=False))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at this search; let it end, or stop it and give the same command"
+            ) from None
+        yield
 
 
 @contextmanager

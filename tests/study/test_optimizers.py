@@ -102,6 +102,11 @@ def test_the_figures(studied):
     assert ".1550 ± .0050" in text and "usgm-adaptive: nan" in text
 
 
+def test_a_loss_of_ten_is_printed_as_ten(studied):
+    (row, *_) = optimizers.rows(studied[1])
+    assert "| 10.5000 ± .0100 |" in optimizers.markdown([{**row, "valid": 10.5}])
+
+
 def test_scores_of_which_less_is_better():
     cell = Cell(Run("SASRec", "toy"), "adam", bigger=False)
     cell.tuning = {value: outcome(cell.run(value, 1), [0.5, score]) for value, score in ((0.1, 0.3), (0.2, 0.2))}
@@ -144,7 +149,7 @@ def test_one_budget_for_all_and_options_that_exist():
 def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):
     """Really trained; the second call trains nothing, and tells the same."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = ["optimizers", f"--folder={tmp_path / 'out'}", "--models=2Mamba4Rec", "--datasets=toy", "--seeds=2"]
+    command = ["optimizers", f"--folder={tmp_path / 'out'}", "--models=2Mamba4Rec", "--datasets=toy", "--seeds=1"]
     command += ["--optimizers=adam,usgm-adaptive", "--values=1", "--epochs=2", f"--data_path={REPOSITORY / 'dataset'}"]
     studies.main(command)
     said = capsys.readouterr().out
@@ -153,18 +158,19 @@ def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):
     with open(folder / "optimizers.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["optimizer"] for row in table] == ["adam", "usgm-adaptive"]
-    assert all(row["seeds"] == "2" and 0 <= float(row["ndcg@10"]) <= 1 for row in table)
+    assert all(row["seeds"] == "1" and 0 <= float(row["ndcg@10"]) <= 1 for row in table)
     with open(folder / "history.csv", encoding="utf-8") as file:
         history = list(csv.DictReader(file))
-    assert [(row["seed"], row["epoch"], row["targets"]) for row in history[:4]] == [
-        ("2020", "1", "537"), ("2020", "2", "1074"), ("2021", "1", "537"), ("2021", "2", "1074"),
-    ]  # fmt: skip
+    assert [(row["seed"], row["epoch"], row["targets"]) for row in history[:2]] == [
+        ("2020", "1", "537"),
+        ("2020", "2", "1074"),
+    ]
     pytest.importorskip("matplotlib")
     assert (folder / "2Mamba4Rec-toy.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/outcome.json")}
     studies.main(command)
     assert capsys.readouterr().out == said
-    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/outcome.json")} and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/outcome.json")} and len(before) == 2
 
 
 @pytest.mark.parametrize(

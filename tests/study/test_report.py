@@ -1,7 +1,6 @@
 """Known ranks in, known tables out."""
 
 import csv
-import io
 import json
 import math
 import statistics
@@ -75,8 +74,9 @@ def test_latex_escapes_and_ends_its_lines(two, entry):
     assert all(line.count(" & ") == 13 for line in lines[2:3] + lines[4:7])
 
 
-def test_csv_has_every_figure_in_full(two):
-    table = list(csv.DictReader(io.StringIO(report.comma_separated(report.rows(two, {})))))
+def test_csv_has_every_figure_in_full(two, tmp_path):
+    report.write(tmp_path, "x", two, [1, 2], "none")
+    table = list(csv.DictReader((tmp_path / "x.csv").open()))
     assert [row["model"] for row in table] == ["SASRec", "Mamba4Rec"]
     assert float(table[0]["hit"]) == 0.625 and table[0]["error"] == "" and float(table[0]["latency_p50_s"]) == 0.002
 
@@ -102,7 +102,8 @@ def test_nothing_done_yet(entry, tmp_path):
 def test_protocol(two, entry):
     two[1].settings |= {"residual": "auto", "num_layers": 1, "dropout_prob": 0.4}
     text = report.protocol(two, [2020, 2021], "none")
-    assert "- ml-1m (4 users tested, 50 items): leave one out by time; epochs 3; train_mode packed\n" in text
+    assert "- ml-1m (4 users tested, 50 items): leave one out by time, so trained" in text
+    assert "; epochs 3; train_mode packed\n" in text
     assert "  - SASRec: as above\n  - Mamba4Rec: num_layers 1, residual False, dropout_prob 0.4\n" in text
     assert "- Seeds 2020, 2021;" in text and "- Tuning: none.\n" in text and "not masked" in text
     assert "- C, 1 thread; recbole_ssm 0, PyTorch 2, Python 3, X; 2026-01-02.\n" in text

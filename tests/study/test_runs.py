@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.study import runs as module
 from recbole_ssm.study.runs import OUTCOME, RUN, Outcome, Run, Runs
 from tests.conftest import REPOSITORY
-from tests.study.conftest import process_of
+from tests.study.conftest import process_of, wait_for
 
 DATA = {"data_path": str(REPOSITORY / "dataset")}
 SHORT = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 2})
-LONG = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 60, "stopping_step": 1000, "dropout_prob": 0.5})
+LONG = Run("Mamba4Rec", "toy", {"seed": 1, "epochs": 12, "stopping_step": 1000, "dropout_prob": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,8 @@ def test_what_makes_another_run(done, monkeypatch, tmp_path):
         runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more}))
         for more in ({}, {"seed": 2}, {"epochs": 3}, {"stopping_step": 1}, {"d_state": 16}, {"metric_decimal_place": 6})
     ]
+    reranks = Run("LlamaRec", "toy", {"base_model": "random"})
+    folders.append(runs.folder_of(reranks))
     shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / "data" / "toy")
     there = Runs(runs.folder, {"data_path": str(tmp_path / "data")})
     assert there.folder_of(SHORT) == folders[0]
@@ -132,20 +135,22 @@ def test_a_damaged_outcome_is_one_line(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_killed_and_gone_on_is_never_killed(tmp_path):
     straight = Runs(tmp_path / "straight", DATA).get(LONG)
-    runs, killed = Runs(tmp_path / "killed", DATA), []
+    runs = Runs(tmp_path / "killed", DATA)
 
-    def kill_once(state):
-        if state["epoch"] > 3 and not killed:
-            (folder,) = runs.folder.iterdir()
-            killed.append(state["epoch"])
-            os.kill(process_of(folder), signal.SIGKILL)
+    def kill():
+        wait_for(lambda: list(runs.folder.glob("*/checkpoints/*/step-*")))  # once there is one to go on from
+        (folder,) = runs.folder.iterdir()
+        os.kill(process_of(folder), signal.SIGKILL)
 
-    stopped = runs.get(LONG, kill_once)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    stopped = runs.get(LONG)
+    killer.join()
     assert "its process ended with signal 9; see " in stopped.error
     first = []
     found = runs.get(LONG, lambda state: first.append(state["epoch"]))
-    assert found.error is None and min(first) >= killed[0]
+    assert found.error is None and min(first) > 1
     assert (found.test, found.valid) == (straight.test, straight.valid)
     assert all((a == b).all() for a, b in zip(found.ranks(), straight.ranks()))
     timeless = [[{**entry, "seconds": 0} for entry in outcome.history] for outcome in (found, straight)]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 60
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 12

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recbole_ssm.errors import UserError
 from recbole_ssm.study.statistics import corrected, holm, metric, over_users, paired
 
 
@@ -59,8 +58,15 @@ def test_no_difference_and_the_same_difference():
     assert (same.difference, same.t_p, same.wilcoxon_p) == (0, 1, 1)
     more = {user: value + 0.5 for user, value in values.items()}
     assert paired("Hit@10", ("x", more), ("y", values)).t_p == 0
-    with pytest.raises(UserError, match="x and y share 1 users"):
-        paired("Hit@10", ("x", values), ("y", {"a": 1.0}))
+
+
+def test_one_user_proves_nothing_and_spoils_no_other_pair():
+    lonely = paired("Hit@10", ("x", {"a": 1.0, "b": 0.0}), ("y", {"a": 0.0}))
+    assert lonely.users == 1 and math.isnan(lonely.difference) and math.isnan(lonely.t_p)
+    values = {"a": 0.1, "b": 0.5, "c": 0.3}
+    other = paired("Hit@10", ("x", values), ("y", {"a": 0.2, "b": 0.9, "c": 0.3}))
+    found = corrected([lonely, other])
+    assert math.isnan(found[0].holm_p) and found[1].holm_p == other.t_p
 
 
 def test_holm():

@@ -15,7 +15,7 @@ from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study.search import Trial, space_of
-from recbole_ssm.study.tune import HyperTuning, read_trials, write_trials
+from recbole_ssm.study.tune import HyperTuning, _claimed, read_trials, write_trials
 from tests.conftest import REPOSITORY
 
 GRID = {"choice": {"a": [1, 2, 3], "b": ["x", "y"]}}
@@ -199,6 +199,16 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["tune", *asked]) == 0
     assert "2 are done" in capsys.readouterr().out and (folder / "trials.csv").read_text() == before
     assert main(["--config_files", str(folder / "best.yaml"), "--show_progress=False"]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_two_commands_do_not_write_over_each_others_table(tmp_path):
+    message = "another process is at this search; let it end, or stop it"
+    # a lock belongs to the open file, so a second one here is as one elsewhere
+    with _claimed(tmp_path), pytest.raises(UserError, match=message), _claimed(tmp_path):
+        raise AssertionError("two are at it")
+    with _claimed(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def test_hooks_are_called_in_this_order(toy):
     trainer, train, valid = build("2Mamba4Rec", toy, [recorder], epochs=2, train_batch_size=300)
     trainer.fit(train, valid)
     step = ["on_step_start", "on_gradients", "on_step_end"]
-    evaluation = ["on_evaluation_start", "on_evaluation_batch_start", "on_scores", "on_evaluation_batch_end"]
+    batch = ["on_evaluation_batch_start", "on_scores", "on_evaluation_batch_end"]
+    evaluation = ["on_evaluation_start", *batch, "on_ranking"]
     epoch = ["on_epoch_start", *step, *step, "on_epoch_end", *evaluation, "on_evaluation_end"]
     assert recorder.calls == ["on_fit_start", *epoch, *epoch, "on_fit_end"]
     saved = checkpoint.newest(trainer.folder)[1]
