@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from recbole_ssm.errors import UserError
 from recbole_ssm.model.packed import PackedRecommender, split_padding
 
 WARM_UP = 3  # calls before one is recorded: kernels are compiled and tested, and memory is found
@@ -99,6 +100,18 @@ class Graphed:
 def graphed_step(model: Any) -> Graphed:
     """``model.step(item_B, state)`` of a recurrent model, recorded for each number of users."""
     return Graphed(model.step)
+
+
+def score_by_graphs(model: Any) -> None:
+    """Let ``full_sort_predict`` of a model on a GPU replay a graph; on a CPU it stays as it is.
+
+    Raises:
+        UserError: it is not a model of ours that reads the last position.
+    """
+    if not isinstance(model, PackedRecommender) or getattr(model, "readout", "") != "last":
+        raise UserError(f"cuda_graphs: {type(model).__name__} is no model of ours with readout: last; leave it out")
+    if model.item_embedding.weight.is_cuda:
+        model.graphed = graphed_scores(model)
 
 
 def graphed_scores(model: PackedRecommender) -> Graphed:

@@ -98,7 +98,13 @@ def test_scores_do_not_depend_on_the_form(name):
     rows = torch.randint(1, 30, (3, 9)) * (torch.arange(9) < lengths[:, None])
     expected = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
     assert_close(graphed_scores(model)(rows, lengths), expected, 1e-5)
-    assert Recommender(model, config, [str(i) for i in range(30)], cuda_graphs=True)._graphed is None  # on a CPU
+    Recommender(model, config, [str(i) for i in range(30)], cuda_graphs=True)
+    assert model.graphed is None  # on a CPU
+    model.graphed = graphed(graphed_scores(model)._function)
+    for _ in range(2):
+        found = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
+        assert_close(found, expected, 1e-5)
+    assert len(recorded) == 1
 
 
 @torch.inference_mode()
@@ -116,7 +122,7 @@ def test_steps_carry_their_state_through_the_graph():
 
 def test_other_models_refuse():
     model, config = model_of("Mamba4Rec", readout="mean")
-    with pytest.raises(UserError, match="cuda_graphs: Mamba4Rec is not a model of ours with readout: last"):
+    with pytest.raises(UserError, match="cuda_graphs: Mamba4Rec is no model of ours with readout: last"):
         Recommender(model, config, ["", "a"], cuda_graphs=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class PackedRecommender(SequentialRecommender):
 
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
+    graphed: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What scores in place of ``forward``: see :func:`recbole_ssm.graphs.score_by_graphs`."""
 
     @staticmethod
     def all_positions_refusal(config: Any) -> str | None:
@@ -72,6 +75,8 @@ class PackedRecommender(SequentialRecommender):
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
+        if self.graphed is not None:
+            return self.graphed(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return output @ self.item_embedding.weight.T
 

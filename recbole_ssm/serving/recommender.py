@@ -18,9 +18,8 @@ compat.install()
 
 from recbole.data.interaction import Interaction  # noqa: E402
 
-from recbole_ssm.graphs import graphed_scores  # noqa: E402
+from recbole_ssm.graphs import score_by_graphs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
-from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
 
@@ -39,10 +38,8 @@ class Recommender:
     """
 
     def __init__(self, model: Any, config: Any, items: Sequence[str], *, cuda_graphs: bool = False) -> None:
-        if cuda_graphs and not (isinstance(model, PackedRecommender) and config["readout"] == "last"):
-            raise UserError(f"cuda_graphs: {config['model']} is not a model of ours with readout: last; leave it out")
-        on_gpu = torch.device(config["device"]).type == "cuda"
-        self._graphed = graphed_scores(model) if cuda_graphs and on_gpu else None
+        if cuda_graphs:
+            score_by_graphs(model)
         self.model = model.eval()
         self.items = list(items)
         self._ids = {token: index for index, token in enumerate(self.items) if index}
@@ -114,10 +111,7 @@ class Recommender:
         lengths = torch.tensor([len(ids) for ids in recent])
         rows = Interaction({self._list_field: padded, self._length_field: lengths}).to(self._device)
         try:
-            if self._graphed is not None:
-                scores: Tensor = self._graphed(rows[self._list_field], rows[self._length_field])
-            else:
-                scores = self.model.full_sort_predict(rows)
+            scores: Tensor = self.model.full_sort_predict(rows)
         except KeyError as error:
             raise UserError(
                 f"{self._name} needs {error} beside the items; recommend() serves models of items alone"

@@ -39,6 +39,7 @@ from recbole.trainer import Trainer  # noqa: E402
 from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
+from recbole_ssm.graphs import score_by_graphs  # noqa: E402
 from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
 from recbole_ssm.model import LlamaRec  # noqa: E402
 
@@ -47,9 +48,9 @@ MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not 
 # What a resumed run may change without being another run.
 FREE_KEYS = {
     *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
-    "use_gpu", "checkpoint_steps", "checkpoint_keep", "measure_latency", "log_wandb", "wandb_project", "local_rank",
-    "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download", "retriever_checkpoint",
-    "prompt_batch_tokens", "rerank",
+    "use_gpu", "checkpoint_steps", "checkpoint_keep", "cuda_graphs", "measure_latency", "log_wandb",
+    "wandb_project", "local_rank", "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download",
+    "retriever_checkpoint", "prompt_batch_tokens", "rerank",
 }  # fmt: skip
 
 
@@ -104,6 +105,8 @@ class SSMTrainer(Trainer):
         self._adaptive_state: dict[str, Any] | None = None
         self._saved = False
         self._signal = 0
+        if config["cuda_graphs"]:
+            score_by_graphs(model)
         if config["measure_latency"]:
             self.hooks.append(Latency())
         if isinstance(model, LlamaRec):
