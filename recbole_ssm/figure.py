@@ -20,16 +20,15 @@ def figure(path: Path, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
         size: width and height in inches.
 
     Raises:
-        UserError: Matplotlib is not installed, or writes no such format.
+        UserError: Matplotlib is not installed, or the ending is another than .png, .svg and .pdf.
     """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
     drawn = Figure(figsize=size, layout="constrained")
-    if path.suffix[1:] not in FigureCanvasAgg(drawn).get_supported_filetypes():
-        raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
     yield drawn
     with whole(path) as temporary:
         drawn.savefig(temporary, dpi=150)
