@@ -52,8 +52,8 @@ def _grouped(D: float) -> Options:
     return {**_usgm()(D / 3), "learner_groups": {"item_embedding*": {"D": D}}}
 
 
-ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (0.1, 0.3, 1.0, 3.0)
-DIAMETERS = (10.0, 25.0, 50.0, 100.0)  # first steps of 0.1 to 1: on ml-100k longer ones diverge, as 1 may
+ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
+DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
@@ -132,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"Default {DEFAULT}",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each; seeds from --seed=2020 on; default 5")
-    parser.add_argument("--values", type=int, default=4, help="values that each tries, of its first ones; default 4")
+    parser.add_argument("--values", type=int, default=5, help="values that each tries, of its first ones; default 5")
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:

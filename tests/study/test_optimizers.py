@@ -13,6 +13,7 @@ from recbole_ssm.study.optimizers import OPTIMIZERS, Cell, turns
 from recbole_ssm.study.runs import Outcome, Run
 from tests.conftest import REPOSITORY
 
+# of the first four values that are tried
 QUALITY = {0.0003: 0.1, 0.001: 0.3, 0.003: 0.2, 0.01: 0.1, 10.0: 0.1, 25.0: 0.2, 50.0: 0.25, 100.0: None}
 
 
@@ -136,7 +137,7 @@ def test_turns_count_changes_of_direction():
 
 
 def test_one_budget_for_all_and_options_that_exist():
-    assert {len(method.values) for method in OPTIMIZERS.values()} == {4}
+    assert {len(method.values) for method in OPTIMIZERS.values()} == {5}
     for method in OPTIMIZERS.values():
         for value in method.values:
             options = method.options(value)
@@ -180,7 +181,7 @@ def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):
         (["--optimizers=adam,adam"], {}, "--optimizers: a name stands twice"),
         (["--models=SASRek"], {}, "did you mean 'SASRec'"),
         (["--seeds=0"], {}, "--seeds: from 1 up"),
-        (["--values=9"], {}, "--values: from 1 to 4"),
+        (["--values=9"], {}, "--values: from 1 to 5"),
         ([], {"learning_rate": 1}, "--learning_rate: that is what this study varies"),
         ([], {"SASRec.learner": "adam"}, "--learner: that is what this study varies"),
         ([], {"epoch": 3}, "epoch: there is no such key; did you mean 'epochs'"),
