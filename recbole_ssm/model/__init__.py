@@ -13,6 +13,7 @@ import recbole.model.sequential_recommender as recbole_models  # noqa: E402
 
 from recbole_ssm.errors import UserError, did_you_mean  # noqa: E402
 from recbole_ssm.model.gpt4rec import GPT4Rec  # noqa: E402
+from recbole_ssm.model.gru4rec import GRU4Rec  # noqa: E402
 from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
 from recbole_ssm.model.llamarec import LlamaRec  # noqa: E402
 from recbole_ssm.model.mamba4rec import Mamba4Rec  # noqa: E402
@@ -27,12 +28,14 @@ MODELS: dict[str, Any] = {
     "Hydra4Rec": Hydra4Rec,
     "LlamaRec": LlamaRec,
     "GPT4Rec": GPT4Rec,
-    "SASRec": SASRec,  # in place of RecBole's: the same weights and scores, packed
+    "SASRec": SASRec,  # these two in place of RecBole's: the same weights and scores, packed
+    "GRU4Rec": GRU4Rec,
 }
 
 __all__ = [
     "MODELS",
     "GPT4Rec",
+    "GRU4Rec",
     "Hydra4Rec",
     "LlamaRec",
     "Mamba4Rec",

@@ -1,0 +1,61 @@
+"""
+GRU4Rec
+################################################
+Reference:
+    Yong Kiam Tan et al. "Improved Recurrent Neural Networks for Session-based Recommendations." DLRS 2016, arXiv
+    1606.08117; in RecBole's form (a GRU without biases, then a linear layer).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
+
+from recbole_ssm.layers import Dropout
+from recbole_ssm.model.loss import NextItemLoss
+from recbole_ssm.model.packed import PackedRecommender
+
+
+class GRU4Rec(PackedRecommender):
+    """GRU4Rec as RecBole has it, over packed histories: the recurrent baseline in the same terms as the others.
+
+    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding); what is ours is
+    that no padding is computed, and that it can be trained on all positions at once.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        self.embedding_size = config["embedding_size"]
+        self.hidden_size = config["hidden_size"]
+        self.num_layers = config["num_layers"]
+        self.dropout_prob = config["dropout_prob"]
+
+        # define layers and loss
+        self.item_embedding = nn.Embedding(self.n_items, self.embedding_size, padding_idx=0)
+        self.emb_dropout = Dropout(self.dropout_prob)
+        self.gru_layers = nn.GRU(self.embedding_size, self.hidden_size, self.num_layers, bias=False)
+        self.dense = nn.Linear(self.hidden_size, self.embedding_size)
+        self.loss = NextItemLoss(config, dataset, self.n_items)
+
+        # parameters initialization
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.xavier_normal_(module.weight)
+        elif isinstance(module, nn.GRU):  # of its first layer alone, as RecBole does
+            for name in ("weight_hh_l0", "weight_ih_l0"):
+                nn.init.xavier_uniform_(getattr(module, name))
+
+    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+        """As :meth:`PackedRecommender.encode`; no history is empty. Vectors have ``embedding_size`` numbers."""
+        x = self.emb_dropout(self.item_embedding(items_L))  # [total, embedding_size]
+        histories = pack_sequence(x.split(cu_seqlens.diff().tolist()), enforce_sorted=False)
+        outputs, last = self.gru_layers(histories)  # last: [num_layers, S, hidden_size]
+        vectors: Tensor = self.dense(last[-1] if last_only else torch.cat(unpack_sequence(outputs)))
+        return vectors
