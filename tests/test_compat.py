@@ -17,7 +17,7 @@ from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 
-BASELINES = ["SASRec", "GRU4Rec", "BERT4Rec"]
+BASELINES = ["SASRec", "GRU4Rec", "BERT4Rec", "STAMP"]
 
 
 class Bomb:

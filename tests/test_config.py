@@ -229,10 +229,10 @@ def test_frozen_keys():
             "train_mode: packed is not possible, because Hydra4Rec is bidirectional",
         ),
         ("2Mamba4Rec", {"train_mode": "packed", "readout": "mean"}, "because readout: mean takes a history as one"),
-        ("GRU4Rec", {"train_mode": "packed"}, "because GRU4Rec is RecBole's own, which reads one position of a row"),
+        ("STAMP", {"train_mode": "packed"}, "because STAMP is RecBole's own, which reads one position of a row"),
         ("SASRec", {"train_mode": "packed", "transform": "crop_itemseq"}, "because transform: crop_itemseq changes"),
         ("SASRec", {"train_mode": "paked"}, "train_mode: 'paked' is not one of None, packed, prefix; did you mean"),
-        ("GRU4Rec", {"loss_type": "gBCE"}, "loss_type: GRU4Rec is RecBole's own and knows CE and BPR, got gBCE"),
+        ("STAMP", {"loss_type": "gBCE"}, "loss_type: STAMP is RecBole's own and knows CE and BPR, got gBCE"),
         (
             "Mamba4Rec",
             {"train_mode": "packed", "loss_type": "BPR", "train_neg_sample_args": {"sample_num": 4}},
@@ -257,7 +257,8 @@ def test_training_keys_are_checked(model, options, message):
         ("Mamba4Rec", "packed", 20, 20),
         ("SASRec", "packed", 10, 11),
         ("Hydra4Rec", "prefix", 20, 20),
-        ("GRU4Rec", "prefix", None, None),
+        ("GRU4Rec", "packed", 20, 20),
+        ("STAMP", "prefix", None, None),
     ],
 )
 def test_train_mode_follows_the_model(model, mode, window, context):

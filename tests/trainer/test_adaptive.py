@@ -44,7 +44,7 @@ class Watch(Hook):
 
 
 @pytest.mark.parametrize("rule", ["hoelder", "norm_test", "inner_product"])
-@pytest.mark.parametrize("model", ["2Mamba4Rec", "GRU4Rec"])
+@pytest.mark.parametrize("model", ["2Mamba4Rec", "STAMP"])
 def test_sizes_change_and_every_target_is_seen_once(toy, rule, model, caplog):
     watch = Watch()
     tight = {"theta": 0.2, "nu": 0.5} if rule != "hoelder" else {}

@@ -130,7 +130,8 @@ def test_killed_at_every_batch(straight):
         ("Mamba4Rec", {"learner": "usfgm", "learner_args": {"D": 50}}),
         ("Hydra4Rec", {"loss_type": "BPR", "lr_scheduler": "MultiStepLR", "lr_scheduler_args": {"milestones": [1]}}),
         ("BERT4Rec", {"worker": 1}),
-        ("GRU4Rec", {"eval_args": {"mode": "uni20"}}),
+        ("GRU4Rec", {"loss_type": "gBCE", "num_negatives": 8}),
+        ("STAMP", {"eval_args": {"mode": "uni20"}}),
     ],
 )
 def test_killed_once_whatever_the_model_draws(straight, model, more):

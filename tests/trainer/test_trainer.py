@@ -58,10 +58,10 @@ def test_every_hook_method_is_there_to_override():
     assert moments == {name for name in moments if f'"{name}"' in source}
 
 
-@pytest.mark.parametrize("model", ["2Mamba4Rec", "Hydra4Rec", "GRU4Rec"])
+@pytest.mark.parametrize("model", ["2Mamba4Rec", "Hydra4Rec", "STAMP"])
 def test_a_step_in_parts_is_the_step(toy, model):
     """Gradient accumulation changes nothing but the memory, whatever lies in the parts."""
-    dropout = {"dropout_prob": 0.0} if model != "GRU4Rec" else {"dropout_prob": 0.0, "num_layers": 1}
+    dropout = {} if model == "STAMP" else {"dropout_prob": 0.0}  # which has none
     weights = []
     for parts in (1, 4):
         trainer, train, _ = build(model, toy, epochs=2, gradient_accumulation_steps=parts, **dropout)
@@ -247,12 +247,12 @@ def test_samples_of_an_evaluation_are_always_the_same(toy):
     """In every epoch, and with worker processes."""
     results = []
     for worker in (0, 2):
-        trainer, _, valid = build("GRU4Rec", toy, worker=worker, eval_args={"mode": "uni10"})
+        trainer, _, valid = build("STAMP", toy, worker=worker, eval_args={"mode": "uni10"})
         results += [trainer.evaluate(valid, load_best_model=False) for _ in range(2)]
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("model", ["2Mamba4Rec", "GRU4Rec"])
+@pytest.mark.parametrize("model", ["2Mamba4Rec", "STAMP"])
 def test_latency_is_split_and_written(toy, model, caplog):
     options = {**toy["config_dict"], "measure_latency": True, "epochs": 3, "state": "INFO"}
     with caplog.at_level("INFO"):
