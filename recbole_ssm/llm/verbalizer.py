@@ -17,6 +17,7 @@ verbalizers and the tree of titles are our own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ class Verbalizer:
         causal = language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
         self.decoder: nn.Module = causal.base_model
         self.head: Any = causal.get_output_embeddings()
+        names = inspect.signature(self.decoder.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # the name in older releases
         self.kind, self.batch_tokens, self.share_prefix = kind, batch_tokens, share_prefix
         self.prefix, self.letters = prompts.prefix, prompts.letters
         self._check_head(causal)
@@ -170,7 +173,7 @@ class Verbalizer:
         known = len(self.prefix) if cache else 0
         options: dict[str, Any] = {"use_cache": False}
         if cache:
-            options["past_key_values"] = _cache_of(cache, len(tokens_BS))
+            options[self._cache_name] = _cache_of(cache, len(tokens_BS))
         if branch_BS is not None and position_BS is not None:
             length = tokens_BS.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=self._device).tril()
@@ -185,7 +188,7 @@ class Verbalizer:
     def _prefix_cache(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prefix, layer by layer ``[1, heads, tokens, head_dim]``."""
         tokens = torch.tensor([self.prefix], device=self._device)
-        found = self.decoder(input_ids=tokens, use_cache=True).past_key_values
+        found = getattr(self.decoder(input_ids=tokens, use_cache=True), self._cache_name)
         return [(layer.keys, layer.values) for layer in found.layers]
 
     # --- small things ------------------------------------------------------------------------------------------------
