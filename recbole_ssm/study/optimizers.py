@@ -54,6 +54,7 @@ def _grouped(D: float) -> Options:
 
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
 DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
+AVERAGED = {"average": True, "average_power": 8}
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
@@ -66,7 +67,8 @@ OPTIMIZERS = {
     "usgm": Method("D", DIAMETERS, _usgm()),
     "usgm-adaptive": Method("D", DIAMETERS, _usgm(**ADAPTIVE)),
     "usgm-groups": Method("D", DIAMETERS, _grouped),
-    "usgm-average": Method("D", DIAMETERS, _usgm(arguments={"average": True, "average_power": 8})),
+    "usgm-average": Method("D", DIAMETERS, _usgm(arguments=AVERAGED)),
+    "usgm-adaptive-average": Method("D", DIAMETERS, _usgm(arguments=AVERAGED, **ADAPTIVE)),
     "usgm-adagrad": Method("D", DIAMETERS, _usgm(arguments={"rule": "adagrad"})),
     "usfgm": Method("D", DIAMETERS, _usgm("usfgm")),
 }
