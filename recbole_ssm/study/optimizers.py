@@ -73,7 +73,7 @@ OPTIMIZERS = {
     "usfgm": Method("D", DIAMETERS, _usgm("usfgm")),
 }
 """By the names of ``--optimizers``. ``usgm-groups`` has an H of its own for the item embeddings."""
-DEFAULT = "adam,adamw,sgd,usgm,usgm-adaptive,usgm-groups"
+DEFAULT = "adam,adamw,sgd,usgm,usgm-adaptive,usgm-groups,usgm-average"
 
 
 @dataclass
