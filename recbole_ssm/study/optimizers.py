@@ -47,6 +47,11 @@ def _usgm(learner: str = "usgm", arguments: Mapping[str, Any] | None = None, **m
     return lambda D: {"learner": learner, "learner_args": {"D": D, "rho": 0.01, **(arguments or {})}, **more}
 
 
+def _averaged_sgd(rate: float) -> Options:
+    """SGD with USGM's average, which tells what averaging alone brings: under so large a D its H stays 1 / rate."""
+    return {"learner": "usgm", "learner_args": {"D": 1e9, "H0": 1 / rate, **AVERAGED}}
+
+
 def _grouped(D: float) -> Options:
     """The item embeddings have D, all else D / 3: about so do their first gradients compare in 2Mamba4Rec."""
     return {**_usgm()(D / 3), "learner_groups": {"item_embedding*": {"D": D}}}
@@ -64,6 +69,7 @@ OPTIMIZERS = {
     "adamw": Method("learning_rate", ADAM_RATES, _learner("adamw", weight_decay=0.01)),
     "sgd": Method("learning_rate", SGD_RATES, _learner("sgd")),
     "sgd-momentum": Method("learning_rate", SGD_RATES, _learner("sgd", learner_args={"momentum": 0.9})),
+    "sgd-average": Method("learning_rate", SGD_RATES, _averaged_sgd),
     "usgm": Method("D", DIAMETERS, _usgm()),
     "usgm-adaptive": Method("D", DIAMETERS, _usgm(**ADAPTIVE)),
     "usgm-groups": Method("D", DIAMETERS, _grouped),
@@ -72,8 +78,9 @@ OPTIMIZERS = {
     "usgm-adagrad": Method("D", DIAMETERS, _usgm(arguments={"rule": "adagrad"})),
     "usfgm": Method("D", DIAMETERS, _usgm("usfgm")),
 }
-"""By the names of ``--optimizers``. ``usgm-groups`` has an H of its own for the item embeddings."""
-DEFAULT = "adam,adamw,sgd,usgm,usgm-adaptive,usgm-groups,usgm-average"
+"""By the names of ``--optimizers``. ``usgm-groups`` has an H of its own for the item embeddings, ``...-average``
+evaluates the mean of the iterates, the newest weighing most."""
+DEFAULT = "adam,adamw,sgd,sgd-average,usgm,usgm-adaptive,usgm-groups,usgm-average"
 
 
 @dataclass
