@@ -330,28 +330,29 @@ def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], valu
     for base in {(cell.base.model, cell.base.dataset): None for cell in cells}:
         here = [cell for cell in cells if (cell.base.model, cell.base.dataset) == base and cell.done]
         if here:
-            with contextlib.suppress(UserError), figure(folder / f"{'-'.join(base)}.png", (8, 9)) as drawn:
+            with contextlib.suppress(UserError), figure(folder / f"{'-'.join(base)}.png", (10, 9)) as drawn:
                 draw(drawn, here)
     return text
 
 
 def draw(drawn: Any, cells: Iterable[Cell]) -> None:
-    """Validation score, batch size and step size against the samples seen, a line a seed, a colour an optimiser."""
+    """Validation score, batch size and step size against the samples seen.
+
+    An optimiser is the mean of its seeds at the end of each epoch, within a band from the least to the most.
+    """
     panels = drawn.subplots(3, sharex=True)
     for number, cell in enumerate(cells):
-        for seed, outcome in enumerate(cell.done):
-            for axes, key in zip(panels, ("valid", "batch_size", "step_size")):
-                entries = [entry for entry in outcome.history if entry[key] is not None]
-                axes.plot(
-                    [entry["targets"] for entry in entries],
-                    [entry[key] for entry in entries],
-                    color=f"C{number % 10}",
-                    label=None if seed else f"{cell.optimizer} ({cell.value:g})",
-                    alpha=0.7,
-                )
+        epochs = list(zip(*[outcome.history for outcome in cell.done]))  # as far as all seeds have come
+        for axes, key in zip(panels, ("valid", "batch_size", "step_size")):
+            shown = [entries for entries in epochs if all(entry[key] is not None for entry in entries)]
+            seen = [statistics.fmean(entry["targets"] for entry in entries) for entries in shown]
+            values = [[entry[key] for entry in entries] for entries in shown]
+            color, label = f"C{number % 10}", f"{cell.optimizer} ({cell.value:g})"
+            axes.fill_between(seen, list(map(min, values)), list(map(max, values)), color=color, alpha=0.12, lw=0)
+            axes.plot(seen, list(map(statistics.fmean, values)), "o-", ms=3, color=color, label=label)
     for axes, name in zip(panels, ("validation score", "batch size", "step size or learning rate")):
-        axes.set(ylabel=name, yscale="linear" if axes is panels[0] else "log")
-    panels[0].legend(fontsize="small")
+        axes.set(ylabel=name, yscale="log" if axes is panels[2] else "linear")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     panels[-1].set(xlabel="samples seen")
 
 
