@@ -58,7 +58,7 @@ def test_every_hook_method_is_there_to_override():
     assert moments == {name for name in moments if f'"{name}"' in source}
 
 
-@pytest.mark.parametrize("model", ["2Mamba4Rec", "Hydra4Rec", "STAMP"])
+@pytest.mark.parametrize("model", ["2Mamba4Rec", "Hydra4Rec", "GRU4Rec", "STAMP"])
 def test_a_step_in_parts_is_the_step(toy, model):
     """Gradient accumulation changes nothing but the memory, whatever lies in the parts."""
     dropout = {} if model == "STAMP" else {"dropout_prob": 0.0}  # which has none
