@@ -378,9 +378,13 @@ def download(url: str, folder: Path, name: str) -> None:
                         shutil.copyfileobj(source, file)
                 except (zlib.error, EOFError, RuntimeError) as error:  # damaged, cut short, encrypted or packed oddly
                     raise zipfile.BadZipFile(f"{member.filename}: {error}") from error
-        if folder.is_dir():
-            folder.rmdir()  # an empty one, or it would not have come here
-        os.replace(ready, folder)
+        try:
+            if folder.is_dir():
+                folder.rmdir()  # an empty one, or it would not have come here
+            os.replace(ready, folder)
+        except OSError:
+            if not (folder / f"{name}.inter").is_file():  # else another process fetched it meanwhile: its files stay
+                raise
 
 
 @contextmanager

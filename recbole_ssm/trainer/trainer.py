@@ -80,6 +80,7 @@ class SSMTrainer(Trainer):
     """
 
     def __init__(self, config: Any, model: Any, hooks: Iterable[Hook] = ()) -> None:
+        Path(config["checkpoint_dir"]).mkdir(parents=True, exist_ok=True)  # of RecBole's own way processes race
         super().__init__(config, model)
         self.best_valid_score: float
         self.cur_step: int

@@ -3,6 +3,7 @@
 import http.server
 import io
 import logging
+import shutil
 import threading
 import zipfile
 
@@ -183,6 +184,22 @@ def test_download_renames_and_is_used(serve, tmp_path, monkeypatch):
     assert data.item_num == 12
     assert sorted(f.name for f in (tmp_path / "data" / "fresh").iterdir()) == ["fresh.inter", "fresh.item"]
     assert [f.name for f in (tmp_path / "data").iterdir()] == ["fresh"]
+
+
+def test_of_two_processes_that_download_at_once_the_first_ones_files_stay(serve, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "x"
+    url = serve(archive(Some__inter=GOOD))
+    unpack = shutil.copyfileobj
+
+    def the_other_is_done_meanwhile(source, target):
+        unpack(source, target)
+        folder.mkdir()
+        (folder / "x.inter").write_text("theirs")
+
+    monkeypatch.setattr(shutil, "copyfileobj", the_other_is_done_meanwhile)
+    download(url, folder, "x")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("x.inter", "theirs")]
+    assert list((tmp_path / "data").iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("fault", ["cut short", "no zip", "no inter", "damaged", "encrypted"])

@@ -52,6 +52,14 @@ def test_hooks_are_called_in_this_order(toy):
     assert saved.info["training"]["hooks"] == {"Recorder": {"calls": len(recorder.calls) - 1}}
 
 
+def test_processes_do_not_race_for_the_folder_of_checkpoints(toy, tmp_path, monkeypatch):
+    """RecBole looks whether it is there, then makes it, and fails if another process did so in between."""
+    seen = []
+    monkeypatch.setattr("recbole.trainer.trainer.ensure_dir", lambda path: seen.append(pathlib.Path(path).is_dir()))
+    build("2Mamba4Rec", toy, checkpoint_dir=str(tmp_path / "new" / "saved"))
+    assert seen == [True]
+
+
 def test_every_hook_method_is_there_to_override():
     moments = {name for name in vars(Hook) if name.startswith("on_")}
     source = (pathlib.Path(__file__).parent.parent.parent / "recbole_ssm/trainer/trainer.py").read_text()
