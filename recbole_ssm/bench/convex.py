@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from recbole_ssm.bench import Row
 from recbole_ssm.errors import UserError
-from recbole_ssm.optim import USFGM, USGM
+from recbole_ssm.optim import USFGM, USGM, IterateAverage
 
 
 class Problem(NamedTuple):
@@ -97,17 +97,15 @@ def gaps(
     size = len(problem.solution)
     away = torch.randn(size, generator=generator, dtype=torch.float64)
     x = (problem.solution + away / away.norm()).requires_grad_()
-    options = {"D": 2 * D_factor, "H0": 0.0, "projection": "start"}
-    if method == "USGM":
-        options["average"] = True
-    optimizer = METHODS[method]([x], **options)
+    optimizer = METHODS[method]([x], D=2 * D_factor, H0=0.0, projection="start")
+    output = optimizer if isinstance(optimizer, USFGM) else IterateAverage(optimizer)
     found = {}
     for k in range(1, gradients + 1):
         (x.grad,) = torch.autograd.grad(problem.value(x), x)
         x.grad += sigma / math.sqrt(size) * torch.randn(size, generator=generator, dtype=torch.float64)
         optimizer.step()
         if k & (k - 1) == 0:
-            with optimizer.evaluation_point(), torch.no_grad():
+            with output.evaluation_point(), torch.no_grad():
                 found[k] = float(problem.value(x))
     return found
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from recbole_ssm.bench import Row
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Block, Mamba2
-from recbole_ssm.optim import USFGM, USGM, AdaptiveBatchSize, GradientProbe
+from recbole_ssm.optim import USFGM, USGM, AdaptiveBatchSize, GradientProbe, IterateAverage
 
 
 class _Body(nn.Module):
@@ -63,9 +63,10 @@ def run(options: argparse.Namespace) -> list[Row]:
         "Adam": adam,
         "SGD": torch.optim.SGD(model.parameters(), lr=1e-6),
         "USGM": USGM(model.parameters(), D=1e-3),
-        "USGM, averaged": USGM(model.parameters(), D=1e-3, average=True),
+        "USGM, averaged": USGM(model.parameters(), D=1e-3),
         "USFGM": USFGM(model.parameters(), D=1e-3),
     }
+    IterateAverage(updates["USGM, averaged"])
     probe = GradientProbe(model.parameters())
     sizes = AdaptiveBatchSize(options.batch, every=1, chunks=options.chunks, batch_max=options.batch, D=1.0, budget=1e6)
 

@@ -3,6 +3,7 @@
 import torch
 
 from recbole_ssm.optim.adaptive_batch import AdaptiveBatchSize, HolderFit
+from recbole_ssm.optim.averaging import IterateAverage
 from recbole_ssm.optim.gradient_noise import GradientProbe, Measurement
 from recbole_ssm.optim.groups import parameter_groups
 from recbole_ssm.optim.usgm import USFGM, USGM
@@ -26,6 +27,7 @@ __all__ = [
     "AdaptiveBatchSize",
     "GradientProbe",
     "HolderFit",
+    "IterateAverage",
     "Measurement",
     "parameter_groups",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.optim.averaging import evaluation_point
 
 RULES = ("bregman", "adagrad")
 PROJECTIONS = (False, "origin", "start")
@@ -115,21 +116,6 @@ class _UniversalMethod(Optimizer):
         """1 / H of each group; nan before the start, inf while H is 0."""
         return [_inverse(math.nan if group["H"] is None else group["H"]) for group in self.param_groups]
 
-    @contextlib.contextmanager
-    def evaluation_point(self) -> Iterator[None]:
-        """Within this context the parameters are the method's output; afterwards they are what they were.
-
-        That is the averaged iterate for USGM with ``average``, x_k for USFGM, and for USGM without it nothing new.
-        """
-        params = [p for group in self.param_groups for p in group["params"] if self._output in self.state[p]]
-        current = [p.detach().clone() for p in params]
-        _copy(params, [self.state[p][self._output] for p in params])
-        try:
-            yield
-        finally:
-            _copy(params, current)
-
-    _output = ""  # the buffer that evaluation_point shows
     _sparse = False  # whether gradients may be sparse
 
     # ---- gradients
@@ -278,8 +264,9 @@ class USGM(_UniversalMethod):
 
     g_{k+1} is a gradient of a new minibatch: one gradient a step, and H grows with the noise as it does with the
     curvature. For convex problems in a ball of diameter D the averaged iterate converges at the best rate that the
-    smoothness and the noise allow, known or not [1]. With ``H0`` given and no projection, this recursion is all that
-    runs. Written with norms alone (ours, plain algebra), which is how it is computed::
+    smoothness and the noise allow, known or not [1]; :class:`~recbole_ssm.optim.IterateAverage` keeps it. With ``H0``
+    given and no projection, this recursion is all that runs. Written with norms alone (ours, plain algebra), which is
+    how it is computed::
 
         H_{k+1} = H_k + H_k [|g_{k+1} - g_k|^2 - |g_{k+1}|^2]_+ / (2 H_k^2 D^2 + |g_k|^2)
 
@@ -288,9 +275,9 @@ class USGM(_UniversalMethod):
     H never decreases. In a network the first step must therefore not be too long: where the loss explodes once, H keeps
     what it met there, and the steps stay short for good. rho * D has to be tuned as a learning rate is.
 
-    The authors': the recursion, ``rule``, ``projection="origin"`` with ``H0=0``, the uniform average. A third party's
-    (OPTAMI): ``passive_start``, ``same_batch``, ``projection="start"``. Ours, for networks: ``rho``, ``average_power``,
-    weight decay, a recursion for each parameter group (the papers have a single H), sparse gradients.
+    The authors': the recursion, ``rule``, ``projection="origin"`` with ``H0=0``. A third party's (OPTAMI):
+    ``passive_start``, ``same_batch``, ``projection="start"``. Ours, for networks: ``rho``, weight decay, a
+    recursion for each parameter group (the papers have a single H), sparse gradients.
 
     Args:
         params: parameters or groups. Each group has its own H, and may have its own value of every option below but
@@ -305,18 +292,15 @@ class USGM(_UniversalMethod):
             ``step`` then needs a closure, and costs two gradients. No convergence result holds with noise.
         projection: stay within the ball of radius D/2 around the ``"origin"`` (as the authors' code) or the
             ``"start"``; or False.
-        average: keep the running mean of the iterates, for :meth:`evaluation_point`.
-        average_power: p >= 0; iterate k weighs about k^p in the mean. 0 is the papers' uniform mean.
         weight_decay: adds weight_decay * x to the gradient, as torch.optim.SGD does.
 
-    One buffer a parameter, as large as it; one more each for ``average``, the ball, and its centre.
+    One buffer a parameter, as large as it; one more each for the ball and its centre.
 
     Raises:
         UserError: an option is impossible; ``same_batch`` without a closure; a gradient that is not finite (parameters
             and state then are as they were); a sparse gradient with weight decay or a ball.
     """
 
-    _output = "average"
     _sparse = True
 
     def __init__(
@@ -330,8 +314,6 @@ class USGM(_UniversalMethod):
         passive_start: bool = False,
         same_batch: bool = False,
         projection: bool | str = False,
-        average: bool = False,
-        average_power: float = 0.0,
         weight_decay: float = 0.0,
     ) -> None:
         self.same_batch = same_batch
@@ -343,8 +325,6 @@ class USGM(_UniversalMethod):
             rule=rule,
             projection=projection,
             weight_decay=weight_decay,
-            average=average,
-            average_power=average_power,
             passive_start=passive_start,
         )
 
@@ -353,11 +333,6 @@ class USGM(_UniversalMethod):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["tentative"] = group["passive_start"]  # until H_1 is measured
-
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        if not group["average_power"] >= 0:
-            raise UserError(f"USGM: average_power is {group['average_power']!r}; give a number from 0 up")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -413,12 +388,7 @@ class USGM(_UniversalMethod):
         group["gradient_square"], group["reach"] = square, self._reach(group, 1.0)
         self._descend(group, params, grads, square, 1.0)
         self._project(group, params, params)
-        if group["tentative"]:
-            return
-        group["steps"] += 1
-        if group["average"]:
-            share = (group["average_power"] + 1) / (group["average_power"] + group["steps"])
-            torch._foreach_lerp_(self._buffers(params, "average"), params, share)
+        group["steps"] += not group["tentative"]
 
     def _undo(self, group: Group, params: list[Tensor], reach: float) -> None:
         """Take the last displacement back."""
@@ -451,8 +421,6 @@ class USFGM(_UniversalMethod):
         UserError: as :class:`USGM`.
     """
 
-    _output = "x"
-
     def __init__(
         self,
         params: Any,
@@ -466,6 +434,10 @@ class USFGM(_UniversalMethod):
     ) -> None:
         method = {"D": D, "H0": H0, "rho": rho, "rule": rule, "projection": projection, "weight_decay": weight_decay}
         super().__init__(params, A=0.0, at_y=True, **method)
+
+    def evaluation_point(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the parameters are the method's output x_k; afterwards they are what they were."""
+        return evaluation_point(self, "x")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -512,12 +484,6 @@ def _evaluate(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
-
-
-@torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
 
 
 def _inverse(H: float) -> float:

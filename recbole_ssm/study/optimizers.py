@@ -25,7 +25,15 @@ from recbole_ssm.study.report import header, line, machines, mean
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
-VARIED = ("learner", "learning_rate", "learner_args", "learner_groups", "weight_decay", "adaptive_batch")
+VARIED = (
+    "learner",
+    "learning_rate",
+    "learner_args",
+    "learner_groups",
+    "learner_average",
+    "weight_decay",
+    "adaptive_batch",
+)
 Options = dict[str, Any]
 
 
@@ -47,11 +55,6 @@ def _usgm(learner: str = "usgm", arguments: Mapping[str, Any] | None = None, **m
     return lambda D: {"learner": learner, "learner_args": {"D": D, "rho": 0.01, **(arguments or {})}, **more}
 
 
-def _averaged_sgd(rate: float) -> Options:
-    """SGD with USGM's average, which tells what averaging alone brings: under so large a D its H stays 1 / rate."""
-    return {"learner": "usgm", "learner_args": {"D": 1e9, "H0": 1 / rate, **AVERAGED}}
-
-
 def _grouped(D: float) -> Options:
     """The item embeddings have D, all else D / 3: about so do their first gradients compare in 2Mamba4Rec."""
     return {**_usgm()(D / 3), "learner_groups": {"item_embedding*": {"D": D}}}
@@ -59,28 +62,29 @@ def _grouped(D: float) -> Options:
 
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
 DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
-AVERAGED = {"average": True, "average_power": 8}
+AVERAGED: Options = {"learner_average": 8.0}  # the power is ours, and not tuned
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
 }
 OPTIMIZERS = {
     "adam": Method("learning_rate", ADAM_RATES, _learner("adam")),
+    "adam-average": Method("learning_rate", ADAM_RATES, _learner("adam", **AVERAGED)),
     "adamw": Method("learning_rate", ADAM_RATES, _learner("adamw", weight_decay=0.01)),
     "sgd": Method("learning_rate", SGD_RATES, _learner("sgd")),
     "sgd-momentum": Method("learning_rate", SGD_RATES, _learner("sgd", learner_args={"momentum": 0.9})),
-    "sgd-average": Method("learning_rate", SGD_RATES, _averaged_sgd),
+    "sgd-average": Method("learning_rate", SGD_RATES, _learner("sgd", **AVERAGED)),
     "usgm": Method("D", DIAMETERS, _usgm()),
     "usgm-adaptive": Method("D", DIAMETERS, _usgm(**ADAPTIVE)),
     "usgm-groups": Method("D", DIAMETERS, _grouped),
-    "usgm-average": Method("D", DIAMETERS, _usgm(arguments=AVERAGED)),
-    "usgm-adaptive-average": Method("D", DIAMETERS, _usgm(arguments=AVERAGED, **ADAPTIVE)),
+    "usgm-average": Method("D", DIAMETERS, _usgm(**AVERAGED)),
+    "usgm-adaptive-average": Method("D", DIAMETERS, _usgm(**AVERAGED, **ADAPTIVE)),
     "usgm-adagrad": Method("D", DIAMETERS, _usgm(arguments={"rule": "adagrad"})),
     "usfgm": Method("D", DIAMETERS, _usgm("usfgm")),
 }
 """By the names of ``--optimizers``. ``usgm-groups`` has an H of its own for the item embeddings, ``...-average``
 evaluates the mean of the iterates, the newest weighing most."""
-DEFAULT = "adam,adamw,sgd,sgd-average,usgm,usgm-adaptive,usgm-groups,usgm-average"
+DEFAULT = "adam,adam-average,adamw,sgd,sgd-average,usgm,usgm-adaptive,usgm-groups,usgm-average"
 
 
 @dataclass

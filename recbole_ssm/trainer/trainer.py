@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.memory import peak_memory, return_free_memory
-from recbole_ssm.optim import LEARNERS, parameter_groups
+from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
@@ -96,6 +96,7 @@ class SSMTrainer(Trainer):
         self.global_step = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
         self.scheduler = self._build_scheduler()
+        self._output = self._build_output()
         self._loss: Any = _Loss(model)
         if distributed.world_size() > 1 and not config["adaptive_batch"]:  # whose steps are cut as memory allows
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
@@ -163,6 +164,9 @@ class SSMTrainer(Trainer):
             self._stop_if_asked()
         if saved and not distributed.broadcast(Path(self.saved_model_file).exists()):
             self._save_checkpoint(self.epochs - 1, verbose=verbose)  # nothing was ever better than what came before
+        if self._output is not None:
+            for tensor, output in zip(self.model.state_dict().values(), self._output_weights().values()):
+                tensor.copy_(output)  # what training gives is what is used from here on
         self._add_hparam_to_tensorboard(self.best_valid_score)
         self._notify("on_fit_end")
         return self.best_valid_score, self.best_valid_result
@@ -205,7 +209,7 @@ class SSMTrainer(Trainer):
 
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
-        with self._output():
+        with self._output.evaluation_point() if self._output is not None else contextlib.nullcontext():
             if isinstance(self.model, LanguageModelRecommender):
                 self.model.eval()
                 self.model.tune(valid_data)
@@ -404,12 +408,11 @@ class SSMTrainer(Trainer):
         if distributed.rank():
             return
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if hasattr(self.optimizer, "evaluation_point"):
-            iterate = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            with self._output():
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            if any(not torch.equal(tensors[f"model.{name}"], tensor) for name, tensor in iterate.items()):
-                tensors |= {f"iterate.{name}": tensor for name, tensor in iterate.items()}
+        if self._output is not None:
+            iterate = tensors
+            tensors = {f"model.{name}": tensor for name, tensor in self._output_weights().items()}
+            if any(not torch.equal(tensors[name], tensor) for name, tensor in iterate.items()):
+                tensors |= {name.replace("model.", "iterate.", 1): tensor for name, tensor in iterate.items()}
         optimizer_tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         rng_tensors = {f"rng.{rank}.{name}": t for rank, state in enumerate(states) for name, t in state.items()}
         best = float(self.best_valid_score)
@@ -536,9 +539,22 @@ class SSMTrainer(Trainer):
                 raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
         return optimizer
 
-    def _output(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the weights are the optimiser's output, where that is not where it stands (an average)."""
-        return getattr(self.optimizer, "evaluation_point", contextlib.nullcontext)()
+    def _build_output(self) -> Any:
+        """What has the optimiser's ``evaluation_point``, where its output is not where it stands; or None."""
+        own, power = hasattr(self.optimizer, "evaluation_point"), self.config["learner_average"]
+        if power is None:
+            return self.optimizer if own else None
+        if own:
+            raise UserError(f"learner_average: {self.learner} has an output of its own; leave learner_average empty")
+        try:
+            return IterateAverage(self.optimizer, power)
+        except UserError as error:
+            raise UserError(f"learner_average: {error}") from error
+
+    def _output_weights(self) -> dict[str, torch.Tensor]:
+        """The model's state with the optimiser's output for weights, copied."""
+        with self._output.evaluation_point():
+            return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def _step_size(self) -> float:
         """The first group's learning rate, or 1 / H."""

@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(toy, monkeypatch):
 
 def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     options = {**toy["config_dict"], "learner": "usgm", "epochs": 30, "state": "INFO"}
-    options["learner_args"] = {"D": 100, "rho": 0.01, "average": True, "average_power": 8}
+    options |= {"learner_args": {"D": 100, "rho": 0.01}, "learner_average": 8}
     with caplog.at_level("INFO"):
         result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options)
     assert result["test_result"]["hit@1"] > 0.9
@@ -202,6 +202,11 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     [
         ({"learner": "usgm"}, "learner_args: usgm does not take {} .*'D'"),
         ({"learner": "adam", "learner_args": {"beta": 1}}, "learner_args: adam does not take {'beta': 1}"),
+        ({"learner_average": -1}, "learner_average: IterateAverage: power is -1.*; give a number from 0 up"),
+        (
+            {"learner": "usfgm", "learner_args": {"D": 1}, "learner_average": 1},
+            "learner_average: usfgm has an output of its own; leave learner_average empty",
+        ),
         ({"learner": "usgm", "learner_args": {"D": -1}}, "USGM: D is -1; give a positive number"),
         ({"learner": "usgm", "learner_args": {"D": 1, "same_batch": True}}, "learner_args: same_batch takes each"),
         (
