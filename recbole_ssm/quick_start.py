@@ -67,7 +67,7 @@ def run_recbole_ssm(
             from the options, or ml-100k.
         config_file_list: YAML files; a later one wins.
         config_dict: options; they win over files.
-        saved: keep the best checkpoint, and test with it. Otherwise the last weights are tested.
+        saved: keep the best checkpoint, and test with it. Otherwise what training ended with is tested.
         command_line: options as ``["--key=value", ...]``; they win over all else.
         resume: go on from this checkpoint, or from the newest whole one of this folder. Model, data set and options
             are those of its run; only what does not change the result (``epochs``, ``stopping_step``,

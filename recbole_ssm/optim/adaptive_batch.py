@@ -118,7 +118,7 @@ class AdaptiveBatchSize:
         smoothing: weight of the past in the smoothed variance.
         window: the latest steps that the Hölder fit sees.
         theta, nu: of the tests; the defaults are Bollapragada's.
-        processes: that share a batch; sizes are multiples of it, rounded down.
+        processes: that share a batch; sizes are multiples of it, rounded down where ``batch_min`` allows.
 
     All state is plain numbers. The same measurements give the same sizes: processes that share them agree.
 
@@ -168,6 +168,10 @@ class AdaptiveBatchSize:
             raise UserError(
                 f"batch_min, batch_size, batch_max: {batch_min}, {batch_size}, {batch_max} do not rise; "
                 "give bounds around the size"
+            )
+        if -(-batch_min // processes) > batch_max // processes:
+            raise UserError(
+                f"batch_min, batch_max: no multiple of {processes} processes is from {batch_min} to {batch_max}"
             )
         if rule == "hoelder":
             for key, length in (("D", D), ("budget", budget)):
@@ -330,7 +334,7 @@ class AdaptiveBatchSize:
             )
 
     def _whole(self, size: float) -> int:
-        return max(round(size) // self.processes, 1) * self.processes
+        return max(round(size) // self.processes, -(-self.batch_min // self.processes)) * self.processes
 
     # ---- state
 

@@ -23,7 +23,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.optim.averaging import evaluation_point
+from recbole_ssm.optim.averaging import evaluation_point, restore_uncast
 
 RULES = ("bregman", "adagrad")
 PROJECTIONS = (False, "origin", "start")
@@ -106,11 +106,7 @@ class _UniversalMethod(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As PyTorch's. The numbers of sparse rows stay integers; PyTorch would cast them to the parameter's type."""
         super().load_state_dict(state_dict)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
-            for p, index in zip(group["params"], saved_group["params"]):
-                saved = state_dict["state"].get(index, {})
-                if "rows" in saved:
-                    self.state[p]["rows"] = saved["rows"].clone().to(p.device)
+        restore_uncast(self, state_dict, ("rows",))
 
     def step_sizes(self) -> list[float]:
         """1 / H of each group; nan before the start, inf while H is 0."""

@@ -33,6 +33,7 @@ VARIED = (
     "learner_average",
     "weight_decay",
     "adaptive_batch",
+    "adaptive_batch_args",
 )
 Options = dict[str, Any]
 

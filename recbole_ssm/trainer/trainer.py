@@ -31,6 +31,7 @@ from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.latency import Latency
 from recbole_ssm.trainer.reranking import Reranking
+from recbole_ssm.trainer.step_sizes import StepSizes
 
 compat.install()
 
@@ -97,6 +98,7 @@ class SSMTrainer(Trainer):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
         self.scheduler = self._build_scheduler()
         self._output = self._build_output()
+        self._iterate: dict[str, torch.Tensor] = {}  # where the optimiser stands, after a fit that leaves its output
         self._loss: Any = _Loss(model)
         if distributed.world_size() > 1 and not config["adaptive_batch"]:  # whose steps are cut as memory allows
             self._loss = DistributedDataParallel(self._loss, find_unused_parameters=True)
@@ -113,6 +115,8 @@ class SSMTrainer(Trainer):
             self.hooks.append(Latency())
         if isinstance(model, LlamaRec):
             self.hooks.append(Reranking())
+        if hasattr(self.optimizer, "step_sizes"):
+            self.hooks.append(StepSizes())
         if distributed.rank():
             self.tensorboard.close()
             self.tensorboard = _Silence()
@@ -149,6 +153,8 @@ class SSMTrainer(Trainer):
             self.adaptive = AdaptiveBatch(self.config, train_data, self.model, self.epochs, self.scaler.get_scale)
             if self._adaptive_state:
                 self.adaptive.load_state_dict(self._adaptive_state)
+        self._set_weights(self._iterate)
+        self._iterate = {}
         self._saved = saved
         if saved:
             self.open_folder()
@@ -164,9 +170,9 @@ class SSMTrainer(Trainer):
             self._stop_if_asked()
         if saved and not distributed.broadcast(Path(self.saved_model_file).exists()):
             self._save_checkpoint(self.epochs - 1, verbose=verbose)  # nothing was ever better than what came before
-        if self._output is not None:
-            for tensor, output in zip(self.model.state_dict().values(), self._output_weights().values()):
-                tensor.copy_(output)  # what training gives is what is used from here on
+        if self._output is not None:  # what training gives is what is used from here on, until it goes on
+            outputs, self._iterate = self._outputs()
+            self._set_weights(outputs)
         self._add_hparam_to_tensorboard(self.best_valid_score)
         self._notify("on_fit_end")
         return self.best_valid_score, self.best_valid_result
@@ -407,12 +413,9 @@ class SSMTrainer(Trainer):
         states = distributed.gather(self._rng or random_states())
         if distributed.rank():
             return
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self._output is not None:
-            iterate = tensors
-            tensors = {f"model.{name}": tensor for name, tensor in self._output_weights().items()}
-            if any(not torch.equal(tensors[name], tensor) for name, tensor in iterate.items()):
-                tensors |= {name.replace("model.", "iterate.", 1): tensor for name, tensor in iterate.items()}
+        outputs, iterate = self._outputs()
+        tensors = {f"model.{name}": tensor for name, tensor in outputs.items()}
+        tensors |= {f"iterate.{name}": tensor for name, tensor in iterate.items()}
         optimizer_tensors, optimizer = checkpoint.flatten_optimizer(self.optimizer.state_dict())
         rng_tensors = {f"rng.{rank}.{name}": t for rank, state in enumerate(states) for name, t in state.items()}
         best = float(self.best_valid_score)
@@ -465,10 +468,10 @@ class SSMTrainer(Trainer):
                         f"resume: {key} is {here!r} here and was {before!r} in {path}; leave it as it was, "
                         "or start anew"
                     )
-        load_weights(self.model, saved, path)
+        # where the optimiser stands; what is served and tested is its output
         iterate = {n.replace("iterate.", "model.", 1): t for n, t in saved.tensors.items() if n.startswith("iterate.")}
-        if iterate:  # where the optimiser stands; what is served and tested is its average
-            load_weights(self.model, saved._replace(tensors=iterate), path)
+        load_weights(self.model, saved._replace(tensors={**saved.tensors, **iterate}), path)
+        self._iterate = {}
         try:
             self._take_over(saved.tensors, training)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -549,12 +552,22 @@ class SSMTrainer(Trainer):
         try:
             return IterateAverage(self.optimizer, power)
         except UserError as error:
-            raise UserError(f"learner_average: {error}") from error
+            raise UserError(f"learner_average: {error}, or leave it empty for no mean") from error
 
-    def _output_weights(self) -> dict[str, torch.Tensor]:
-        """The model's state with the optimiser's output for weights, copied."""
+    def _outputs(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The model's state with the optimiser's output for weights, and what differs from it where that stands."""
+        here = self.model.state_dict()
+        if self._output is None:
+            return here, {}
         with self._output.evaluation_point():
-            return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            outputs = {name: tensor.clone() for name, tensor in here.items()}
+        return outputs, {name: t.clone() for name, t in here.items() if not torch.equal(t, outputs[name])}
+
+    def _set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Of the model, in place, by their names in its state."""
+        state = self.model.state_dict()
+        for name, weight in weights.items():
+            state[name].copy_(weight)
 
     def _step_size(self) -> float:
         """The first group's learning rate, or 1 / H."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recbole_ssm.errors import UserError
@@ -307,6 +307,7 @@ def test_the_tests_are_their_formulas_and_never_shrink():
 
 
 @each_rule
+@example([(1e-3, 1.25, 0.1)] * 40, 3)  # down to the lower bound, which is no multiple of 3
 @given(
     st.lists(st.tuples(st.floats(1e-3, 1e6), st.floats(1e-6, 1e3), st.floats(1e-4, 10)), max_size=60), st.integers(1, 4)
 )
@@ -524,6 +525,7 @@ def test_other_errors_pass_and_one_sample_is_the_end():
         ({"batch_size": 0}, "batch_size: 0"),
         ({"batch_size": 2.5}, "batch_size: 2.5"),
         ({"batch_min": 200}, "do not rise"),
+        ({"batch_min": 100, "batch_max": 101, "processes": 3}, "no multiple of 3 processes is from 100 to 101"),
         ({"batch_max": 50}, "do not rise"),
         ({"memory_size": 0}, "memory_size: 0"),
         ({"every": 0}, "every: 0"),

@@ -21,7 +21,7 @@ def steps(params, optimizer, numbers):
         for p in params:
             p.grad = p.detach() - k
         optimizer.step()
-        seen.append(params[0].detach().clone().numpy())
+        seen.append(params[0].detach().double().numpy())
     return seen
 
 
@@ -80,13 +80,45 @@ def test_a_parameter_without_a_gradient_stays_and_one_that_comes_late_joins(name
     p, late, never = (torch.zeros(1, requires_grad=True) for _ in range(3))
     optimizer = OPTIMIZERS[name]([p, late, never])
     average = IterateAverage(optimizer)
-    steps([p], optimizer, [1, 2])
-    steps([p, late], optimizer, [3, 4])
+    early = steps([p], optimizer, [1, 2])
+    seen = steps([p, late], optimizer, [3])
+    joined = [late.item()]
+    seen += steps([p, late], optimizer, [4])
+    joined.append(late.item())
     with average.evaluation_point():
-        assert p.item() > 0 < late.item() and never.item() == 0
+        assert p.item() == pytest.approx(np.mean(early + seen))
+        assert late.item() == pytest.approx(np.mean(joined))
+        assert never.item() == 0
 
 
-@pytest.mark.parametrize("power", [-1, float("inf"), float("nan")])
+def test_a_passive_starts_tentative_point_is_no_iterate():
+    """It only measures H, and may be far away."""
+    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    optimizer = USGM([p], D=2.0, H0=1e-3, passive_start=True)
+    average = IterateAverage(optimizer)
+    assert abs(steps([p], optimizer, [0])[0].item()) > 900
+    seen = steps([p], optimizer, [0] * 20)
+    with average.evaluation_point():
+        assert p.item() == pytest.approx(np.mean(seen))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_short_floats_does_not_stall(dtype):
+    """Kept in their own precision it would stay where it is, once a new iterate moves it by less than half a digit."""
+    p = torch.zeros(1, dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    average = IterateAverage(optimizer)
+    steps([p], optimizer, [1] * 300 + [2] * 200)
+    other = torch.optim.SGD([p], lr=1.0)
+    again = IterateAverage(other)
+    other.load_state_dict(optimizer.state_dict())
+    steps([p], other, [2] * 500)
+    assert average.optimizer.state[p]["average"].item() == pytest.approx(1.4)
+    with again.evaluation_point():
+        assert p.item() == pytest.approx(1.7, abs=0.01)
+
+
+@pytest.mark.parametrize("power", [-1, float("inf"), float("nan"), True, "8", None])
 def test_an_impossible_power(power):
-    with pytest.raises(UserError, match=f"power is {power}; give a number from 0 up"):
+    with pytest.raises(UserError, match=f"power is {power!r}; give a number from 0 up"):
         IterateAverage(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), power)

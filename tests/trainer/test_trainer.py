@@ -1,21 +1,25 @@
 """The trainer: hooks, accumulation, precision, schedules, latency, and losses that are none."""
 
+import csv
 import json
+import math
 import pathlib
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from recbole_ssm import run_recbole_ssm
+from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.trainer import Hook, Latency, SSMTrainer, checkpoint
+from recbole_ssm.trainer.step_sizes import StepSizes
 
 
 def build(model, toy, hooks=(), **options):
@@ -183,6 +187,43 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(toy, monkeypatch):
     assert checkpoint.newest(trainer.folder)[1].info["training"]["epoch"] == 1
 
 
+class WeightAtEvaluation(Hook):
+    """Keeps a weight and its mean as each evaluation meets them."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_evaluation_start(self, trainer):
+        weight = trainer.model.item_embedding.weight
+        self.seen.append((weight.detach().clone(), trainer.optimizer.state[weight]["average"].clone()))
+
+
+def test_the_mean_is_what_is_validated_and_what_training_leaves(toy):
+    trainer, train, valid = build("2Mamba4Rec", toy, [WeightAtEvaluation()], epochs=2, learner_average=4)
+    trainer.fit(train, valid, saved=False)
+    seen = trainer.hooks[0].seen
+    assert len(seen) == 2
+    weight = trainer.model.item_embedding.weight
+    assert torch.equal(weight, trainer.optimizer.state[weight]["average"])
+    for validated, mean in (*seen, (weight, seen[-1][1])):
+        assert torch.equal(validated, mean)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learner_average": 4}, {"learner": "usfgm", "learner_args": {"D": 50}}, {"learner_average": None}],
+)
+def test_a_second_fit_goes_on_where_the_optimiser_stands(toy, options):
+    whole, train, valid = build("2Mamba4Rec", toy, epochs=3, dropout_prob=0.0, **options)
+    whole.fit(train, valid, saved=False)
+    twice, train, valid = build("2Mamba4Rec", toy, epochs=1, dropout_prob=0.0, **options)
+    twice.fit(train, valid, saved=False)
+    twice.epochs = 3
+    twice.fit(train, valid, saved=False)
+    for one, other in zip(whole.model.parameters(), twice.model.parameters()):
+        assert torch.equal(one, other)
+
+
 def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     options = {**toy["config_dict"], "learner": "usgm", "epochs": 30, "state": "INFO"}
     options |= {"learner_args": {"D": 100, "rho": 0.01}, "learner_average": 8}
@@ -195,6 +236,13 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     assert not torch.equal(saved.tensors[f"model.{name}"], saved.tensors[f"iterate.{name}"])
     averages = [t for n, t in saved.tensors.items() if n.endswith(".average")]
     assert any(torch.equal(saved.tensors[f"model.{name}"], average) for average in averages)
+    with open(pathlib.Path(result["checkpoint"]).parent / "step_size.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 30 * 5 + 1))
+    sizes = [float(row["group_0"]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+    served = load_recommender(result["checkpoint"]).model.item_embedding.weight
+    assert torch.equal(served, saved.tensors[f"model.{name}"])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +250,11 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     [
         ({"learner": "usgm"}, "learner_args: usgm does not take {} .*'D'"),
         ({"learner": "adam", "learner_args": {"beta": 1}}, "learner_args: adam does not take {'beta': 1}"),
-        ({"learner_average": -1}, "learner_average: IterateAverage: power is -1.*; give a number from 0 up"),
+        (
+            {"learner_average": -1},
+            "learner_average: the mean's power is -1; give a number from 0 up, or leave it empty",
+        ),
+        ({"learner_average": False}, "learner_average: the mean's power is False; give a number from 0 up"),
         (
             {"learner": "usfgm", "learner_args": {"D": 1}, "learner_average": 1},
             "learner_average: usfgm has an output of its own; leave learner_average empty",
@@ -305,3 +357,14 @@ def test_other_optimisers_state_comes_back(toy):
         "state": {0: {"step": 3, "buffer": None, "sum": tensors["optimizer.0.sum"]}},
         "param_groups": [{"lr": 0.1}],
     }
+
+
+def test_the_step_sizes_of_a_long_run_are_thinned_out(monkeypatch):
+    monkeypatch.setattr("recbole_ssm.trainer.step_sizes.ROWS", 10)
+    trainer = types.SimpleNamespace(optimizer=types.SimpleNamespace(step_sizes=lambda: [1.0, math.inf]))
+    sizes = StepSizes()
+    for trainer.global_step in range(1, 101):
+        sizes.on_step_end(trainer, None, 0.0)
+    again = StepSizes()
+    again.load_state_dict(json.loads(json.dumps(sizes.state_dict())))
+    assert again.rows == [[step, 1.0, None] for step in range(16, 101, 16)] and again.every == 16
