@@ -63,6 +63,7 @@ def _grouped(D: float) -> Options:
 
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
 DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
+GROUPED_DIAMETERS = (5.0, 10.0, 25.0, 50.0, 100.0)
 AVERAGED: Options = {"learner_average": 8.0}  # the power is ours, and not tuned
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
@@ -77,7 +78,8 @@ OPTIMIZERS = {
     "sgd-average": Method("learning_rate", SGD_RATES, _learner("sgd", **AVERAGED)),
     "usgm": Method("D", DIAMETERS, _usgm()),
     "usgm-adaptive": Method("D", DIAMETERS, _usgm(**ADAPTIVE)),
-    "usgm-groups": Method("D", DIAMETERS, _grouped),
+    "usgm-groups": Method("D", GROUPED_DIAMETERS, _grouped),
+    "usgm-groups-average": Method("D", GROUPED_DIAMETERS, lambda D: {**_grouped(D), **AVERAGED}),
     "usgm-average": Method("D", DIAMETERS, _usgm(**AVERAGED)),
     "usgm-adaptive-average": Method("D", DIAMETERS, _usgm(**AVERAGED, **ADAPTIVE)),
     "usgm-adagrad": Method("D", DIAMETERS, _usgm(arguments={"rule": "adagrad"})),

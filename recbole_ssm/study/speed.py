@@ -18,12 +18,13 @@ from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.files import write_json
+from recbole_ssm.llm.base import LanguageModelRecommender
 from recbole_ssm.model import get_model
 from recbole_ssm.ops import set_backend
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Run, Runs
 
-BATCH = 256  # users of a call, where throughput is measured
+BATCH, LANGUAGE_BATCH = 256, 8  # users of a call, where throughput is measured; of a language model, which is slow
 TOP_K = 10
 ROUNDS, SECONDS = 100, 20.0  # of each kind of call: at most
 
@@ -31,7 +32,7 @@ Speed = dict[str, float]
 
 
 def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
-    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of 256.
+    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of 256 (language models 8).
 
     A call is encoding, scores of all items and the ten best, of histories of the test. The models take turns, so that
     a slow minute of the machine meets all of them: read the ratios. Their weights are random, since times do not depend
@@ -78,7 +79,8 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
 
 def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     """A run's model on its device, and a batch of its test."""
-    keys = {**machine_options, **run.options, "eval_batch_size": BATCH, "state": "ERROR", "show_progress": False}
+    batch = LANGUAGE_BATCH if issubclass(get_model(run.model), LanguageModelRecommender) else BATCH
+    keys = {**machine_options, **run.options, "eval_batch_size": batch, "state": "ERROR", "show_progress": False}
     config = SSMConfig(run.model, run.dataset, config_dict=keys)
     set_backend(config["ssm_backend"])
     logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
