@@ -204,7 +204,8 @@ def test_frozen_keys():
     assert sorted(ours) == [
         "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
         "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "fusion_weight",
-        "gbce_t", "head_dim", "hidden_size", "initializer_range", "learning_rate", "length_penalty", "lora_alpha",
+        "gbce_t", "gradient_checkpointing", "head_dim", "hidden_size", "initializer_range", "learning_rate",
+        "length_penalty", "lora_alpha",
         "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler", "lr_scheduler_args",
         "lr_scheduler_interval", "n_groups", "negative_power", "num_beams", "num_candidates", "num_layers",
         "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
@@ -214,8 +215,8 @@ def test_frozen_keys():
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "adaptive_batch", "adaptive_batch_args", "checkpoint_keep", "checkpoint_steps", "cuda_graphs", "dataset",
-        "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args", "learner_groups", "legacy_time_order",
-        "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "measure_latency", "metrics", "model",
+        "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args", "learner_average", "learner_groups",
+        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "measure_latency", "metrics", "model",
         "on_bad_lines", "packed_window", "ssm_backend", "train_last", "train_mode", "train_rows", "valid_metric",
     ]  # fmt: skip
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.bench.measure import chosen, medians
+from recbole_ssm.bench.measure import add_device, chosen, device_of, medians
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import load_base_model
-from recbole_ssm.llm.prompt import Prompts, prompt_words
-from recbole_ssm.llm.verbalizer import VERBALIZERS, Question, Verbalizer
+from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
+from recbole_ssm.llm.verbalizer import VERBALIZERS, Verbalizer
 
 WORDS = ("the", "of", "red", "silent", "river", "night", "last", "city", "winter", "garden", "king", "stone", "letter")
 
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows in a batch of the plain implementation")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,9 +44,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     kinds = chosen("--verbalizers", options.verbalizers, VERBALIZERS)
     if min(options.users, options.batch, options.rounds, options.width, options.layers) < 1:
         raise UserError("--users, --batch, --rounds, --width and --layers: must be at least 1")
+    device = device_of(options)
     rng = random.Random(0)
     titles = ["", *(" ".join(rng.choices(WORDS, k=rng.randint(2, 8))).title() for _ in range(1000))]
-    base = load_base_model(_keys(options), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
+    base = load_base_model(_keys(options, device), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
     if options.base_model == "random":  # the tokenizer has learned fewer tokens from so few titles
         base.model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
     budget = options.batch * 512  # tokens
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for name, way in ways.items():
             if not torch.allclose(way(), expected, rtol=1e-2, atol=1e-2):
                 raise AssertionError(f"{kind}, {name}: other scores than the plain ones")
-        seconds = medians(ways, options.rounds)
+        seconds = medians(ways, options.rounds, device)
         rows += [
             {
                 "verbalizer": kind,
@@ -129,7 +131,7 @@ def _in_turn(verbalizer: Verbalizer, questions: list[Question], batch: int) -> T
     return torch.cat([verbalizer.scores(questions[start : start + batch]) for start in parts])
 
 
-def _keys(options: argparse.Namespace) -> dict[str, Any]:
+def _keys(options: argparse.Namespace, device: str) -> dict[str, Any]:
     sizes = {
         "hidden_size": options.width,
         "intermediate_size": 3 * options.width,
@@ -138,12 +140,13 @@ def _keys(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "base_model": options.base_model,
-        "base_model_dtype": "auto",
+        "base_model_dtype": "bfloat16" if device == "cuda" else "float32",
         "base_model_download": False,
         "quantize_4bit": False,
         "random_base_args": sizes if options.base_model == "random" else None,
         "lora_r": 0,
-        "device": torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        "gradient_checkpointing": False,
+        "device": torch.device(device),
         "seed": 0,
         "show_progress": False,
     }

@@ -78,7 +78,8 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
         raise UserError(
             f"base_model: must be a folder, a .gguf file, a name on the Hugging Face hub or 'random', got {name!r}"
         )
-    rank, dtype = _lora_rank(config, name), _dtype(config)
+    rank = _lora_rank(config, name)
+    dtype = _dtype(config, rank)
     if config["quantize_4bit"] and (not rank or name == RANDOM):
         raise UserError("quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and lora_r: 8")
     with _quiet(transformers, config["show_progress"]):
@@ -102,8 +103,9 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     digest = hashlib.sha256(f"{frozen if rank else ''} {vocabulary}".encode()).hexdigest()
     if not config["quantize_4bit"]:
         model = model.to(config["device"])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    if config["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained, total = size_of(p for p in model.parameters() if p.requires_grad), size_of(model.parameters())
     how = f"LoRA of rank {rank}" if rank else "all weights trained"
     getLogger().info(
         f"base model {name}: {total:,} parameters, {trained:,} trained ({how}), "
@@ -155,6 +157,14 @@ class LanguageModelRecommender(SequentialRecommender):
         What is chosen is kept in buffers, and so in checkpoints. In a run of several processes each sees its share of
         the rows, and all must come to the same choice. By default there is nothing to choose.
         """
+
+
+def size_of(parameters: Iterable[Tensor]) -> int:
+    """How many numbers they hold; bitsandbytes packs several of 4 bits into one."""
+    packed = 2  # in a byte
+    return sum(
+        p.numel() * p.element_size() * packed if type(p).__name__ == "Params4bit" else p.numel() for p in parameters
+    )
 
 
 def _frozen_names(module: Any) -> set[str]:
@@ -348,6 +358,13 @@ def _four_bits(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 def _with_lora(model: Any, config: Any, rank: int) -> Any:
     peft = require("peft")
     modules = config["lora_modules"]
+    if isinstance(modules, str) and modules != "all-linear":
+        modules = [modules]
+    names = modules if isinstance(modules, list) else []
+    if not all(isinstance(name, str) for name in names) or not (names or modules in (None, "all-linear")):
+        raise UserError(
+            f"lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or 'all-linear', got {modules!r}"
+        )
     if not 0 <= config["lora_dropout"] < 1:
         raise UserError(f"lora_dropout: must lie in [0, 1), got {config['lora_dropout']}; try lora_dropout: 0.05")
     layers = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules()}
@@ -360,15 +377,18 @@ def _with_lora(model: Any, config: Any, rank: int) -> Any:
         fan_in_fan_out="Conv1D" in layers.values(),  # GPT-2's layers, whose weights are transposed
         task_type="CAUSAL_LM",
     )
-    if config["quantize_4bit"]:
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    head = model.get_output_embeddings()
+    inner = {name.rpartition(".")[2] for name, module in model.named_modules() if module is not head} & set(layers)
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)  # which freezes all else, and keeps LoRA in float32
     except ValueError as error:
         raise UserError(
             f"lora_modules: peft finds no {modules or 'default'} in {type(model).__name__}; its layers are "
-            f"{', '.join(sorted(layers))}"
+            f"{', '.join(sorted(inner))}"
         ) from error
+    if adapted.get_base_model().get_output_embeddings() is not head:  # whose rows are read one by one
+        raise UserError(f"lora_modules: the output head stays as it is; take others of {', '.join(sorted(inner))}")
+    return adapted
 
 
 def _lora_rank(config: Any, name: str) -> int:
@@ -380,9 +400,12 @@ def _lora_rank(config: Any, name: str) -> int:
     return rank
 
 
-def _dtype(config: Any) -> torch.dtype:
+def _dtype(config: Any, rank: int) -> torch.dtype:
+    """bfloat16 is for frozen weights: of Adam's small steps on weights that are held so, most are rounded away."""
     if config["base_model_dtype"] == "auto":
-        return torch.bfloat16 if torch.device(config["device"]).type == "cuda" else torch.float32
+        return torch.bfloat16 if torch.device(config["device"]).type == "cuda" and rank else torch.float32
+    if config["base_model_dtype"] == "bfloat16" and not rank:
+        getLogger().warning("base_model_dtype: weights that are trained in bfloat16 lose small steps; take float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config["base_model_dtype"]]
 
 

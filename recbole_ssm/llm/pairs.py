@@ -23,6 +23,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
 from recbole_ssm.llm.base import LETTERS, load_base_model, require
 from recbole_ssm.llm.preference import choose_rejected
+from recbole_ssm.llm.prompt import tell_of_shortened
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -45,6 +46,7 @@ def preference_pairs(model: Any, loader: Iterable[Any]) -> Iterator[dict[str, st
     for step in loader:
         for part in step.parts:
             yield from _pairs_of(model, part.batch.to(model.device))
+    tell_of_shortened(model.prompts)
 
 
 def _pairs_of(model: Any, batch: Any) -> Iterator[dict[str, str]]:

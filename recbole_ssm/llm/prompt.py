@@ -8,8 +8,10 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any, NamedTuple
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import LETTERS
@@ -28,8 +30,26 @@ def prompt_words() -> list[str]:
     return [_opening("index letter"), _opening("title"), POOL, RESPONSE, NEXT, numbers, letters]
 
 
-class Prompts:
-    """Writes prompts.
+@dataclass
+class Counts:
+    """Of prompts."""
+
+    written: int = 0
+    shortened: int = 0
+    """Those of them whose history lost its oldest titles, as it was too long to be read."""
+
+
+class Question(NamedTuple):
+    """What is asked of the model about one user."""
+
+    prompt: list[int]
+    """The prompt's tokens after the prefix."""
+    answers: list[list[int]]
+    """The tokens of each candidate's title, in the order of the letters."""
+
+
+class Prompts(Counts):
+    """Writes prompts, and counts them.
 
     ::
 
@@ -53,7 +73,7 @@ class Prompts:
         candidates: how many candidates a prompt has at most.
         title_tokens: where a longer title is cut.
         max_tokens: how many tokens a prompt and its answer may have together. A history that does not fit loses its
-            oldest items; :attr:`shortened` counts how often, of :attr:`written` prompts.
+            oldest items.
         answer: ``letter`` or ``title``, what the model is asked for.
 
     Raises:
@@ -72,22 +92,17 @@ class Prompts:
         max_tokens: int,
         answer: str = "letter",
     ) -> None:
+        super().__init__()
         if candidates > len(LETTERS):
             raise UserError(
                 f"num_candidates: {candidates} are more than the {len(LETTERS)} letters that name them; "
                 "try num_candidates: 20"
             )
         self.history, self.max_tokens, self.answer = history, max_tokens, answer
-        self.shortened = self.written = 0
 
-        def encode(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        start = tokenizer("a")["input_ids"][:1]
-        opening = encode(_opening("index letter" if answer == "letter" else "title"))
-        self.prefix: list[int] = [*(start if start == [tokenizer.bos_token_id] else []), *opening]
-        asked = LETTERS[:candidates] if answer == "letter" else ""
-        self.letters = [_one_token(encode(letter), letter) for letter in asked]
+        encode = piece_encoder(tokenizer)
+        self.prefix: list[int] = start_of_text(tokenizer, _opening("index letter" if answer == "letter" else "title"))
+        self._letters = [encode(letter) for letter in LETTERS[:candidates]]
         self.titles: list[list[int]] = [ids[:title_tokens] for ids in map(encode, (f" {title}" for title in titles))]
         self._numbers = [encode(f" ({number})") for number in range(1, history + 1)]
         self._marks = [encode(f" ({letter})") for letter in LETTERS[:candidates]]
@@ -103,6 +118,24 @@ class Prompts:
                 "reads more"
             )
         self._room = max_tokens - fixed
+
+    @property
+    def letters(self) -> list[int]:
+        """The tokens of the letters, in the order of the candidates.
+
+        Raises:
+            UserError: the tokenizer splits one, or has one token for two.
+        """
+        for ids, letter in zip(self._letters, LETTERS):
+            found = f"splits the letter {letter} into {len(ids)} tokens" if len(ids) != 1 else ""
+            if self._letters.count(ids) > 1:
+                found = found or f"has one token for {letter} and another letter"
+            if found:
+                raise UserError(
+                    f"base_model: its tokenizer {found}, and verbalizer: letters reads one token each; take "
+                    "verbalizer: title_likelihood, or another base model"
+                )
+        return [ids[0] for ids in self._letters]
 
     def write(self, history: Sequence[int], candidates: Sequence[int]) -> list[int]:
         """The tokens of one prompt after :attr:`prefix`.
@@ -123,6 +156,16 @@ class Prompts:
             tokens += [*(self._next if number else ()), *mark, *self.titles[item]]
         return [*tokens, *self._pool, *pool, *self._response]
 
+    def examples(self, history: int) -> list[Question]:
+        """Two made-up questions, the first with as long a history as that; they are not counted."""
+        counts = self.written, self.shortened
+        items = [number % (len(self.titles) - 1) + 1 for number in range(history + len(self._marks))]
+        candidates = items[-len(self._marks) :]
+        answers = [self.titles[item] for item in candidates]
+        found = [Question(self.write(shown, candidates), answers) for shown in (items[:history], items[:1])]
+        self.written, self.shortened = counts
+        return found
+
     def _that_fit(self, history: list[int], room: int) -> list[int]:
         """The newest items whose lines have so many tokens at most together."""
         for number, item in enumerate(reversed(history)):
@@ -136,10 +179,39 @@ def _opening(answer: str) -> str:
     return OPENING.format(instruction=INSTRUCTION.format(answer=answer))
 
 
-def _one_token(ids: list[int], letter: str) -> int:
-    if len(ids) != 1:
-        raise UserError(
-            f"base_model: its tokenizer splits the letter {letter} into {len(ids)} tokens, and verbalizer: letters "
-            "reads one; take verbalizer: title_likelihood, or another base model"
+def tell_of_shortened(counts: Counts) -> None:
+    """Log how many prompts were shortened since it was told last."""
+    if counts.shortened:
+        getLogger().warning(
+            f"{counts.shortened} of {counts.written} prompts were longer than the base model or prompt_tokens allow, "
+            "and lost the oldest titles of their history"
         )
-    return ids[0]
+    counts.written = counts.shortened = 0
+
+
+def start_of_text(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that begins a prompt, after the token that begins a text where the tokenizer has one."""
+    begin = tokenizer("a")["input_ids"][:1]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*begin, *ids] if begin == [tokenizer.bos_token_id] else ids
+
+
+def piece_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """What gives the tokens of a piece of a text as they are within it.
+
+    Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they encode. A piece is
+    encoded by them behind a line break, whose tokens are taken off again.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    anchor = encode("\n")
+    if not tokenizer.convert_ids_to_tokens(encode("x"))[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
+        return encode
+
+    def encode_within(text: str) -> list[int]:
+        ids = encode(f"\n{text}")
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else encode(text)
+
+    return encode_within

@@ -19,26 +19,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from logging import getLogger
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm.prompt import Prompts
+from recbole_ssm.llm.prompt import Prompts, Question
 
 VERBALIZERS = ("letters", "title_likelihood", "embedding")
+WINDOWS = ("sliding_window", "attention_window", "window_size")  # of attention, as configurations name them
+CLOSE = 1e-2  # to plain scores in float32 ...
+CLOSE_IN_16_BITS = 0.25  # ... and where weights are held in less
 LARGEST_LOGITS = 2**26  # entries of [positions, vocabulary] that are held at once without a gradient
-
-
-class Question(NamedTuple):
-    """What is asked of the model about one user."""
-
-    prompt: list[int]
-    """The prompt's tokens after the prefix."""
-    answers: list[list[int]]
-    """The tokens of each candidate's title, in the order of the letters."""
 
 
 class Verbalizer:
@@ -51,8 +46,11 @@ class Verbalizer:
         batch_tokens: tokens of one forward pass, padding included; a longer row goes alone.
         share_prefix: compute the prefix once where no gradient is wanted.
 
+    Before it is used it is compared with plain forward passes, on questions as long as they may get where the model has
+    windows of attention. Where the prefix alone is to blame (layers without keys and values), it is not shared.
+
     Raises:
-        UserError: the model does more to its logits than its head does, so that rows of the head alone mislead.
+        UserError: the tokenizer splits letters that are to be read; the scores are not those of plain forward passes.
     """
 
     def __init__(
@@ -64,8 +62,10 @@ class Verbalizer:
         names = inspect.signature(self.decoder.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # the name in older releases
         self.kind, self.batch_tokens, self.share_prefix = kind, batch_tokens, share_prefix
-        self.prefix, self.letters = prompts.prefix, prompts.letters
-        self._check_head(causal)
+        self.prefix, self.letters = prompts.prefix, prompts.letters if kind == "letters" else []
+        if kind == "embedding" and self.head.bias is not None:
+            raise UserError("verbalizer: embedding needs an output head without a bias; take another one")
+        self._check(causal, prompts)
 
     def scores(self, questions: Sequence[Question]) -> Tensor:
         """Scores ``[B, C]`` without a gradient, float32 and higher for the better; the answers number C in each row."""
@@ -154,8 +154,6 @@ class Verbalizer:
         sizes = torch.tensor([len(title) for titles in answers for title in titles], device=self._device)
         title = torch.arange(len(sizes), device=self._device).repeat_interleave(sizes)
         rows = self.head.weight[flat].float()
-        if self.head.bias is not None:
-            raise UserError("verbalizer: embedding needs an output head without a bias; take another one")
         pooled = rows.new_zeros(len(sizes), rows.shape[1]).index_add(0, title, rows) / sizes[:, None]
         return torch.einsum("bch,bh->bc", pooled.view(len(answers), -1, rows.shape[1]), last.float())
 
@@ -202,16 +200,58 @@ class Verbalizer:
             return len(question.prompt)
         return len(question.prompt) + sum(map(len, question.answers)) - len(question.answers)
 
+    # --- the comparison with plain forward passes --------------------------------------------------------------------
+
     @torch.no_grad()
-    def _check_head(self, causal: Any) -> None:
+    def _check(self, causal: Any, prompts: Prompts) -> None:
+        name = type(causal).__name__
         tokens = torch.tensor([self.prefix[:2]], device=self._device)
-        whole = causal(input_ids=tokens).logits
-        own = self.head(self.decoder(input_ids=tokens)[0])
-        if not torch.allclose(whole, own, rtol=1e-2, atol=1e-2):
+        if not torch.allclose(
+            causal(input_ids=tokens).logits, self.head(self.decoder(input_ids=tokens)[0]), CLOSE, CLOSE
+        ):
             raise UserError(
-                f"base_model: {type(causal).__name__} changes its logits after its output head (as by a soft cap or a "
-                "scale), which is not supported; take a model such as Llama, Qwen, SmolLM, Mistral or GPT-2"
+                f"base_model: {name} changes its logits after its output head (as by a soft cap or a scale), which is "
+                "not supported; take a model such as Llama, Qwen, SmolLM, Mistral or GPT-2"
             )
+        windows = any(getattr(causal.config, key, None) for key in WINDOWS)
+        questions = prompts.examples(prompts.history if windows else 2)
+        expected = torch.stack([self._plainly(causal, question) for question in questions])
+        allowed = CLOSE_IN_16_BITS if self.head.weight.dtype in (torch.bfloat16, torch.float16) else CLOSE
+        for cached in (False, True) if self.share_prefix else (False,):
+            try:
+                found = self._forward(questions, self._prefix_cache() if cached else None, probabilities=False)
+                apart = float((found - expected).abs().max())
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                apart, reason = torch.inf, str(error).splitlines()[0] if str(error) else type(error).__name__
+            else:
+                reason = f"scores are {apart:.2g} off"
+            if apart <= allowed:
+                continue
+            if not cached:
+                raise UserError(
+                    f"verbalizer: {self.kind} does not give the scores of plain forward passes of {name} ({reason}), "
+                    "as where attention has a window or there is none; take another verbalizer or base_model"
+                )
+            getLogger().info(f"base model {name}: the prompts' beginning is computed for each anew ({reason})")
+            self.share_prefix = False
+
+    def _plainly(self, causal: Any, question: Question) -> Tensor:
+        """The scores ``[C]`` by a forward pass of the whole model for each prompt or title."""
+
+        def logits(tokens: list[int]) -> Tensor:
+            return causal(input_ids=torch.tensor([tokens], device=self._device)).logits[0].float()
+
+        prompt = [*self.prefix, *question.prompt]
+        if self.kind == "letters":
+            return logits(prompt)[-1, self.letters]
+        if self.kind == "embedding":
+            last = logits(prompt)[-1]
+            return torch.stack([last[title].mean() for title in question.answers])
+        found = []
+        for title in question.answers:
+            log_p = logits([*prompt, *title[:-1]])[len(prompt) - 1 :].log_softmax(-1)
+            found.append(log_p[torch.arange(len(title)), title].mean())
+        return torch.stack(found)
 
 
 def buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

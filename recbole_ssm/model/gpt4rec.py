@@ -20,6 +20,7 @@ from tqdm import tqdm
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import LanguageModelRecommender, require
+from recbole_ssm.llm.prompt import Counts, piece_encoder, start_of_text
 from recbole_ssm.llm.search import TitleSearch, found, full_order, merge
 
 BOUGHT = "Previously, the customer has bought:"
@@ -57,11 +58,9 @@ class GPT4Rec(LanguageModelRecommender):
         self.load_language_model(config, [BOUGHT, WANTS])
         self.register_buffer("bm25", torch.tensor(self.grid[0], dtype=torch.float64))  # k1 and b
         self.search = TitleSearch(self.titles)
-        bought, wants, self._dot, *titles = self.tokenizer(
-            [BOUGHT, WANTS, ".", *(f" {title}" for title in self.titles)], add_special_tokens=False
-        ).input_ids
-        self._begin, self._end = [*self.tokenizer("").input_ids, *bought], wants  # some tokenizers begin a text
-        self._title = [tokens[: self.title_tokens] for tokens in titles]
+        encode = piece_encoder(self.tokenizer)
+        self._begin, self._end, self._dot = start_of_text(self.tokenizer, BOUGHT), encode(WANTS), encode(".")
+        self._title = [encode(f" {title}")[: self.title_tokens] for title in self.titles]
         # what is left for the history, beside the fixed words and the query with its end
         self._room = self.context - len(self._begin) - len(self._end) - self.title_tokens - 1
         if self._room < self.title_tokens + len(self._dot):
@@ -69,18 +68,19 @@ class GPT4Rec(LanguageModelRecommender):
                 f"title_tokens: {self.title_tokens} leave no room for a history in the {self.context} tokens that "
                 f"{self.base_name} reads; try title_tokens: {max(1, self.context // 8)}"
             )
-        self._shortened: set[tuple[int, ...]] = set()
+        self.prompts = Counts()
         self._ready: dict[tuple[int, ...], list[str]] = {}  # written while tuning, read by the evaluation that follows
 
     def prompt(self, history: Sequence[int]) -> list[int]:
         """The tokens of a prompt; the oldest items are left out where the base model cannot read them all."""
         room, items = self._room, list(history)
         kept: list[list[int]] = []
+        self.prompts.written += 1
         for item in reversed(items):
             tokens = [*self._title[item], *self._dot]
             room -= len(tokens)
             if room < 0:
-                self._shortened.add(tuple(items))
+                self.prompts.shortened += 1
                 break
             kept.append(tokens)
         return [*self._begin, *(token for tokens in reversed(kept) for token in tokens), *self._end]
@@ -132,8 +132,6 @@ class GPT4Rec(LanguageModelRecommender):
     def tune(self, valid_data: Any) -> None:
         """Choose BM25's k1 and b from the grid by NDCG at the cut-off of ``valid_metric`` on the validation rows."""
         self._ready.clear()
-        if self._shortened:
-            self.logger.info(f"{len(self._shortened)} histories were shortened from their old end to fit the context")
         if len(self.grid) == 1:
             return
         rows = valid_data._dataset.inter_feat

@@ -20,8 +20,8 @@ from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.base import LETTERS, LanguageModelRecommender
-from recbole_ssm.llm.prompt import Prompts, prompt_words
-from recbole_ssm.llm.verbalizer import Question, Verbalizer
+from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
+from recbole_ssm.llm.verbalizer import Verbalizer
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
 RERANK = ("all", "retrieved")
@@ -97,9 +97,12 @@ class LlamaRec(LanguageModelRecommender):
         self.fusion_tuned = weight == TUNED
         self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
         self.records: list[Reranked] | None = None  # where someone asks for them
+        self._ready: dict[tuple[int, ...], Tensor] = {}  # found while tuning, for the evaluation that follows
 
     def train(self, mode: bool = True) -> LlamaRec:
         """As torch's; the retriever stays in evaluation mode."""
+        if mode:
+            self._ready.clear()
         super().train(mode)
         self.retriever.eval()
         return self
@@ -154,12 +157,23 @@ class LlamaRec(LanguageModelRecommender):
                 asked = target >= 0
         language = torch.full_like(retriever, torch.nan)
         if asked.any():
-            language[asked] = self.forward(histories[asked], lengths[asked], candidates[asked]).to(language.dtype)
+            language[asked] = self._answers(histories[asked], lengths[asked], candidates[asked]).to(language.dtype)
         if self.records is not None:
             self.records.append(Reranked(target.cpu(), language.cpu(), retriever.cpu()))
         order = fuse(language, retriever, float(self.fusion)).argsort(dim=1, descending=True, stable=True)
         order[~asked] = retriever[~asked].argsort(dim=1, descending=True, stable=True)
         return scores.scatter(1, candidates.gather(1, order), values.sort(1, descending=True).values)
+
+    def _answers(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
+        """As :meth:`forward`, which is asked only for what tuning did not find."""
+        histories = zip(item_seq.tolist(), item_seq_len.tolist())
+        found = [self._ready.pop(tuple(row[:length]), None) for row, length in histories]
+        missing = [number for number, answer in enumerate(found) if answer is None]
+        if missing:
+            fresh = self.forward(item_seq[missing], item_seq_len[missing], candidates[missing])
+            for number, answer in zip(missing, fresh):
+                found[number] = answer
+        return torch.stack([answer.to(candidates.device) for answer in found if answer is not None])
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
@@ -210,9 +224,15 @@ class LlamaRec(LanguageModelRecommender):
         """Choose the fusion weight of the highest NDCG among validation rows, the least of those that are equal."""
         if not self.fusion_tuned:
             return
+        self._ready.clear()
         self.records = []
+        answers: dict[tuple[int, ...], Tensor] = {}
         for batch in valid_data:
             self.full_sort_predict(batch[0].to(self.fusion.device))
+            for history, answer in zip(self.histories(batch[0]), self.records[-1].language):
+                if not answer.isnan().any():
+                    answers[tuple(history)] = answer
+        self._ready = answers
         target, language, retriever = (torch.cat(column) for column in zip(*self.records))
         self.records = None
         found = target >= 0

@@ -27,6 +27,7 @@ from recbole_ssm import __version__, run_recbole_ssm
 from recbole_ssm.data.loader import Step
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import alone, whole
+from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
 from recbole_ssm.trainer import Hook, Ranks, SSMTrainer, checkpoint
@@ -51,7 +52,7 @@ class History(Hook):
         """Count the parameters and the items."""
         self._fitting, self._steps = True, len(loader.steps)
         self.items = loader._dataset.item_num - 1  # RecBole's counts its padding
-        self.parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        self.parameters = size_of(trainer.model.parameters())
 
     def on_epoch_start(self, trainer: SSMTrainer, epoch: int) -> None:
         """Start the clock."""

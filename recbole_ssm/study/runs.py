@@ -136,8 +136,8 @@ class Runs:
         self._contents: dict[Path, dict[str, Any]] = {}
 
     def content(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files
-        and of a ranker's retriever.
+        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files,
+        of a ranker's retriever and of a base model that is a folder or a file.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set.
@@ -154,6 +154,9 @@ class Runs:
             if not retriever.is_file():
                 raise UserError(f"retriever_checkpoint: there is no such file {retriever}")
             files["retriever_checkpoint"] = self._file_digest(retriever)
+        if config["base_model"] is not None and (base := Path(str(config["base_model"])).expanduser()).exists():
+            parts = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.json")]
+            files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
         return {"version": __version__, "settings": settings, "files": files}
 
     def digest(self, run: Run) -> str:

@@ -32,13 +32,13 @@ Speed = dict[str, float]
 
 
 def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
-    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of 256 (language models 8).
+    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of many.
 
-    A call is encoding, scores of all items and the ten best, of histories of the test. The models take turns, so that
-    a slow minute of the machine meets all of them: read the ratios. Their weights are random, since times do not depend
-    on them. On one thread of a CPU the time is the processor's, else that of the wall. None where a model cannot be
-    built; its run says why. What was measured is kept beside the runs, in ``speed-*.json``: delete those to measure
-    again.
+    Many are 256, for language models 8. A call is encoding, scores of all items and the ten best, of histories of the
+    test. The models take turns, so that a slow minute of the machine meets all of them: read the ratios. Their weights
+    are random, since times do not depend on them. On one thread of a CPU the time is the processor's, else that of the
+    wall. None where a model cannot be built; its run says why. What was measured is kept beside the runs, in
+    ``speed-*.json``: delete those to measure again.
     """
     by_dataset = {run.dataset: [other for other in todo if other.dataset == run.dataset] for run in todo}
     found = {dataset: _kept(runs, alike) for dataset, alike in by_dataset.items()}

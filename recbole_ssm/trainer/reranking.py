@@ -51,8 +51,6 @@ class Reranking(Hook):
         """Measure, log and write."""
         model: Any = trainer.model
         records, model.records = model.records, None
-        shortened, model.prompts.shortened = model.prompts.shortened, 0
-        written, model.prompts.written = model.prompts.written, 0
         if not records:
             return
         mine = [torch.cat(column) for column in zip(*records)]
@@ -64,11 +62,6 @@ class Reranking(Hook):
         self.report["fusion_weight"] = float(model.fusion)
         self.report["seconds_per_user"] = self._seconds / asked if asked else None
         trainer.logger.info(text(self.report))
-        if shortened:
-            trainer.logger.warning(
-                f"{shortened} of {written} prompts were longer than prompt_tokens or the base model's context, and "
-                "lost the oldest titles of their history"
-            )
         if trainer.folder is not None and distributed.rank() == 0:
             write_json(trainer.folder / "reranking.json", self.report)
 

@@ -30,6 +30,7 @@ from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.latency import Latency
+from recbole_ssm.trainer.prompts import ShortenedPrompts
 from recbole_ssm.trainer.reranking import Reranking
 from recbole_ssm.trainer.step_sizes import StepSizes
 
@@ -113,6 +114,8 @@ class SSMTrainer(Trainer):
             score_by_graphs(model)
         if config["measure_latency"]:
             self.hooks.append(Latency())
+        if isinstance(model, LanguageModelRecommender):
+            self.hooks.append(ShortenedPrompts())
         if isinstance(model, LlamaRec):
             self.hooks.append(Reranking())
         if hasattr(self.optimizer, "step_sizes"):

@@ -3,13 +3,14 @@
 import random
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import LETTERS, RANDOM_SIZES, random_tokenizer
-from recbole_ssm.llm.prompt import Prompts, prompt_words
-from recbole_ssm.llm.verbalizer import VERBALIZERS, Question, Verbalizer, buckets
+from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
+from recbole_ssm.llm.verbalizer import VERBALIZERS, Verbalizer, buckets
 
 TITLES = ["", *(f"The {a} {b}" for a in ("red", "blue", "green", "old") for b in ("house", "river of war", "day"))]
 TOKENIZER = random_tokenizer([*TITLES, *prompt_words()], 1000)
@@ -117,6 +118,52 @@ def test_a_model_that_bends_its_logits_is_refused():
         Verbalizer(gemma2().eval(), prompts_of(), "letters")
 
 
+def mistral(window):
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER)}
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=window)).eval()
+
+
+def test_windows_of_attention_are_heeded_or_refused():
+    """A title must see its prompt through the mask that titles need, which knows no window."""
+    torch.manual_seed(0)
+    narrow, wide = mistral(64), mistral(900)
+    prompts = prompts_of("title_likelihood")
+    with pytest.raises(UserError, match="title_likelihood does not give the scores of plain .* Mistral.* off"):
+        Verbalizer(narrow, prompts, "title_likelihood")
+    Verbalizer(wide, prompts, "title_likelihood")
+    assert (prompts.written, prompts.shortened) == (0, 0)
+    prompts = prompts_of()
+    questions = questions_of(prompts)
+    found = Verbalizer(narrow, prompts, "letters").scores(questions)
+    torch.testing.assert_close(found, plain(narrow, prompts, questions, "letters"), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", VERBALIZERS)
+def test_layers_without_keys_share_no_prefix_and_titles_of_them_are_refused(kind):
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER)}
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM(
+        transformers.Lfm2Config(**sizes, layer_types=["conv", "full_attention"])
+    ).eval()
+    prompts = prompts_of(kind)
+    if kind == "title_likelihood":
+        with pytest.raises(UserError, match="verbalizer: title_likelihood does not give the scores of plain .* Lfm2"):
+            Verbalizer(model, prompts, kind)
+        return
+    verbalizer, questions = Verbalizer(model, prompts, kind), questions_of(prompts)
+    assert not verbalizer.share_prefix
+    torch.testing.assert_close(
+        verbalizer.scores(questions), plain(model, prompts, questions, kind), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_head_with_a_bias_has_no_embeddings_of_titles():
+    model = llama().eval()
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(TOKENIZER)))
+    with pytest.raises(UserError, match="verbalizer: embedding needs an output head without a bias"):
+        Verbalizer(model, prompts_of(), "embedding")
+
+
 def test_buckets_hold_every_row_once_and_the_budget():
     rng = random.Random(0)
     lengths = [rng.randint(1, 50) for _ in range(200)] + [900]
@@ -140,6 +187,33 @@ def test_the_prompt_is_llamarecs():
         "Candidate pool: (A) The red river of war \n (B) The red day \n (C) The blue house\n\n### Response:\n"
     )
     assert [TOKENIZER.decode([letter]) for letter in prompts.letters] == ["A", "B", "C"]
+
+
+def sentencepiece():
+    """A tokenizer as Llama-2's is: spaces are a letter of words, and a text begins with one."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    space = tokenizers.normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), space])
+    replace, strip = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Strip(" ", 1, 0)
+    fallback, fuse = tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()
+    tokenizer.decoder = tokenizers.decoders.Sequence([replace, fallback, fuse, strip])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=[*LETTERS, "▁"])
+    words = [word for text in [*TITLES, *prompt_words()] for word in text.split()]  # merges stay within words
+    tokenizer.train_from_iterator(words, trainer)
+    ends = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
+
+
+def test_pieces_are_encoded_as_they_stand_within_the_text():
+    """SentencePiece's tokenizers, Llama-2's among them, put a space before every text, so before every piece too."""
+    tokenizer = sentencepiece()
+    prompts = Prompts(tokenizer, TITLES, history=20, candidates=3, title_tokens=40, max_tokens=2000)
+    tokens = [*prompts.prefix, *prompts.write([1, 5], [2, 3, 4])]
+    text = TOKENIZER.decode([*prompts_of(candidates=3).prefix, *prompts_of(candidates=3).write([1, 5], [2, 3, 4])])
+    assert tokenizer.decode(tokens) == text
+    assert [*tokens, *prompts.letters[:1]] == tokenizer(f"{text}A", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(prompts.letters) == ["A", "B", "C"]
 
 
 def test_long_histories_lose_their_oldest_titles():
@@ -167,6 +241,8 @@ def test_the_tokenizer_may_begin_a_text():
     class Begins:
         bos_token_id = 1
 
+        convert_ids_to_tokens = TOKENIZER.convert_ids_to_tokens
+
         def __call__(self, text, add_special_tokens=True):
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": [1, *ids] if add_special_tokens else ids}
@@ -187,15 +263,21 @@ def test_prompts_that_cannot_be(options, message):
         prompts_of(**options)
 
 
-def test_a_tokenizer_that_splits_letters():
+@pytest.mark.parametrize(
+    ("letter", "message"),
+    [([7, 8], "splits the letter A into 2 tokens"), ([7], "has one token for A and another letter")],
+)
+def test_a_tokenizer_that_does_not_tell_letters_apart(letter, message):
     class Splits:
         bos_token_id = None
+        convert_ids_to_tokens = TOKENIZER.convert_ids_to_tokens
 
         def __call__(self, text, add_special_tokens=True):
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-            return {"input_ids": [7, *ids] if text in LETTERS else ids}
+            return {"input_ids": letter if text in LETTERS else ids}
 
-    options = {"history": 2, "candidates": 2, "title_tokens": 8, "max_tokens": 900}
-    with pytest.raises(UserError, match="base_model: its tokenizer splits the letter A into 2 tokens"):
-        Prompts(Splits(), TITLES, **options)
-    assert Prompts(Splits(), TITLES, answer="title", **options).letters == []
+    prompts = Prompts(Splits(), TITLES, history=2, candidates=2, title_tokens=8, max_tokens=900)
+    model = llama().eval()
+    with pytest.raises(UserError, match=f"base_model: its tokenizer {message}, and verbalizer: letters"):
+        Verbalizer(model, prompts, "letters")
+    Verbalizer(model, prompts, "embedding")  # which reads none

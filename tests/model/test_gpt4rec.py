@@ -14,6 +14,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import random_tokenizer
+from recbole_ssm.llm.prompt import tell_of_shortened
 from recbole_ssm.model import GPT4Rec
 
 TINY = {
@@ -60,17 +61,18 @@ def test_the_prompt_is_the_papers(build):
 
 
 def test_a_long_history_loses_its_oldest_items(build, caplog):
-    model, (_, valid, _) = build(random_base_args={"vocab_size": 400, "max_position_embeddings": 64}, title_tokens=4)
+    model, _ = build(random_base_args={"vocab_size": 400, "max_position_embeddings": 64}, title_tokens=4)
     history, fits = list(range(1, 13)), 0
-    while not model._shortened:
+    while not model.prompts.shortened:
         fits += 1
         assert len(model.prompt(history[-fits:])) + 4 + 1 <= 64  # with a title and its end
     fits -= 1
     assert 1 <= fits < 11
     assert model.prompt(history) == model.prompt(history[-fits:])
-    with caplog.at_level("INFO"):
-        model.tune(valid)
-    assert f"{len(model._shortened)} histories were shortened from their old end to fit the context" in caplog.text
+    assert (model.prompts.written, model.prompts.shortened) == (fits + 3, 2)
+    tell_of_shortened(model.prompts)
+    assert f"2 of {fits + 3} prompts were longer than the base model or prompt_tokens allow" in caplog.text
+    assert (model.prompts.written, model.prompts.shortened) == (0, 0)
 
 
 def plain_loss(model, history, target):

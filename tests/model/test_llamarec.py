@@ -16,6 +16,7 @@ from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
+from recbole_ssm.llm import preference
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
 from recbole_ssm.quick_start import _find_retriever
@@ -196,6 +197,39 @@ def test_sft_is_the_negative_log_likelihood_of_the_right_letter(circle):
     torch.testing.assert_close(loss, -torch.stack(log_p).gather(1, letters[:, None]).mean())
 
 
+@pytest.mark.parametrize("verbalizer", ["letters", "embedding"])
+@pytest.mark.parametrize("rejected", ["random", "hardest", "all"])
+@pytest.mark.parametrize("probabilities", ["vocabulary", "letters"])
+def test_orpo_is_the_likelihood_and_the_odds_ratio_of_its_paper(
+    circle, monkeypatch, verbalizer, rejected, probabilities
+):
+    """L = -ln P(chosen) - lambda ln sigmoid(ln odds(chosen) - ln odds(rejected)), written out in float64."""
+    if (verbalizer, probabilities) == ("embedding", "vocabulary"):
+        pytest.skip("refused")
+    options = {"orpo_rejected": rejected, "orpo_probabilities": probabilities, "orpo_lambda": 0.7}
+    model, _ = untrained(circle, train_objective="orpo", verbalizer=verbalizer, **options)
+    batch = rows(HISTORIES, item_id=torch.tensor([3, 4, 5, 6, 6, 1]))
+    columns = []
+    choose = preference.choose_rejected
+    monkeypatch.setattr(preference, "choose_rejected", lambda *given: columns.append(choose(*given)) or columns[-1])
+    torch.manual_seed(5)
+    loss = model.calculate_loss(batch)
+    torch.manual_seed(5)
+    histories, candidates, target = model.candidates_to_learn_from(batch)
+    log_p = model.verbalizer.log_probabilities(model.questions(histories, candidates)).double()
+    own = log_p.log_softmax(-1) if probabilities == "letters" else log_p
+    (wrong,) = columns
+    expected = []
+    for row, right in enumerate(target.tolist()):
+        others = [column for column in range(log_p.shape[1]) if column != right]
+        asked = {"all": others, "hardest": [max(others, key=lambda column: log_p[row, column])]}
+        assert sorted(wrong[row].tolist()) == asked.get(rejected, wrong[row].tolist()) and right not in wrong[row]
+        odds = own[row].exp() / (1 - own[row].exp())
+        ratios = [-torch.log(torch.sigmoid(torch.log(odds[right] / odds[column]))) for column in wrong[row].tolist()]
+        expected.append(-log_p[row, right] + 0.7 * sum(ratios) / len(ratios))
+    torch.testing.assert_close(loss.double(), sum(expected) / len(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_random_candidates_are_unseen_and_each_once(circle):
     model, _ = untrained(circle)
     came = torch.tensor([3, 4, 5, 6, 6, 1])
@@ -319,10 +353,13 @@ def test_fusion_goes_from_one_order_to_the_other(trained):
     torch.testing.assert_close(model.full_sort_predict(rows(HISTORIES)), model._retrieve(rows(HISTORIES)))
 
 
-def test_the_fusion_weight_is_chosen_on_validation(circle):
+def test_the_fusion_weight_is_chosen_on_validation(circle, monkeypatch):
     model, (_, valid, _) = untrained(circle, fusion_weight="tuned")
+    answer, asked = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *given: asked.append(len(given[0])) or answer(*given))
     model.tune(valid)
     model.records = []
+    assert sum(asked) == 60
     for batch in valid:
         model.full_sort_predict(batch[0])
     target, language, retriever = (torch.cat(column) for column in zip(*model.records))
@@ -332,6 +369,8 @@ def test_the_fusion_weight_is_chosen_on_validation(circle):
         ranks = target_ranks(fuse(language, retriever, weight)[found], target[found])
         return float((1 / torch.log2(ranks + 1.0)).sum())
 
+    # answers are kept for one evaluation, of equal histories once
+    assert 60 <= sum(asked) < 120 and not model._ready
     assert gain(float(model.fusion)) == pytest.approx(max(gain(step / 20) for step in range(21)))
     result = run_recbole_ssm("LlamaRec", "circle", config_dict={**circle, "fusion_weight": "tuned", "epochs": 1})
     tensors = checkpoint.read(pathlib.Path(result["checkpoint"])).tensors
@@ -400,7 +439,9 @@ def test_shortened_histories_are_counted(circle, caplog):
     options = {**circle, "MAX_ITEM_LIST_LENGTH": 9, "prompt_history": 9, "prompt_tokens": 100, "epochs": 1}
     with caplog.at_level("WARNING"):
         run_recbole_ssm("LlamaRec", "circle", config_dict=options)
-    assert "60 of 60 prompts were longer than prompt_tokens or the base model's context" in caplog.text
+    told = "prompts were longer than the base model or prompt_tokens allow"
+    counts = [message.split(" prompts")[0] for message in caplog.messages if told in message]
+    assert counts[-2:] == ["60 of 60", "60 of 60"] and len(counts) == 3  # of training, validation and test
 
 
 def test_evaluation_on_some_rows(circle):
