@@ -216,7 +216,8 @@ def test_frozen_keys():
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "adaptive_batch", "adaptive_batch_args", "checkpoint_keep", "checkpoint_steps", "cuda_graphs", "dataset",
         "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args", "learner_average", "learner_groups",
-        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "measure_latency", "metrics", "model",
+        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
+        "measure_latency", "metrics", "model",
         "on_bad_lines", "packed_window", "ssm_backend", "train_last", "train_mode", "train_rows", "valid_metric",
     ]  # fmt: skip
 

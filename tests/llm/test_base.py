@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm.base import END, LETTERS, load_base_model, random_tokenizer
+from recbole_ssm.llm import base
+from recbole_ssm.llm.base import END, LETTERS, load_base_model, random_tokenizer, size_of
 
 TEXTS = ["Toy Story", "GoldenEye", "Four Rooms", "Get Shorty"]
 
@@ -168,6 +169,11 @@ def test_faulty_folders(folder, spoil, message):
         ({"base_model": ""}, "base_model: must be a folder, a .gguf file"),
         ({"lora_r": -1}, "lora_r: must be a whole number"),
         ({"lora_r": 2, "lora_modules": ["q"]}, "lora_modules: peft finds no ['q'] in LlamaForCausalLM; its layers are"),
+        ({"lora_r": 2, "lora_modules": 3}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
+        ({"lora_r": 2, "lora_modules": [3]}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
+        ({"lora_r": 2, "lora_modules": []}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
+        ({"lora_r": 2, "lora_modules": "*_proj"}, "lora_modules: peft finds no ['*_proj'] in LlamaForCausalLM"),
+        ({"lora_r": 2, "lora_modules": ["q_proj", "lm_head"]}, "lora_modules: the output head stays as it is; take "),
         ({"quantize_4bit": True}, "quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and"),
         ({"quantize_4bit": True, "lora_r": 8}, "quantize_4bit: weights of 4 bits stay as they are"),
         ({"random_base_args": {"hidden": 3}}, "random_base_args: LlamaConfig has no 'hidden'"),
@@ -180,6 +186,49 @@ def test_wrong_values(options, message):
     with pytest.raises(UserError) as caught:
         load(**options)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_one_name_is_a_list_of_one_and_all_linear_leaves_the_head_alone():
+    for modules, count in (("q_proj", 1), (["q_proj", "v_proj"], 2), ("all-linear", 7), (None, 2)):
+        model = load(lora_r=2, lora_modules=modules).model
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert len(trained) == 2 * count and not any("lm_head" in name for name in trained)
+
+
+def test_what_is_trained_is_held_in_float32(caplog):
+    """Of Adam's small steps bfloat16 rounds most away; LoRA's own matrices stay in float32 beside frozen ones."""
+    assert {p.dtype for p in load(base_model_dtype="auto").model.parameters()} == {torch.float32}
+    assert not caplog.messages
+    assert {p.dtype for p in load(base_model_dtype="bfloat16").model.parameters()} == {torch.bfloat16}
+    assert caplog.messages == ["base_model_dtype: weights that are trained in bfloat16 lose small steps; take float32"]
+    lora = load(base_model_dtype="bfloat16", lora_r=2).model
+    assert {(p.requires_grad, p.dtype) for p in lora.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+    assert base._dtype({"base_model_dtype": "auto", "device": "cuda"}, 8) == torch.bfloat16
+    assert base._dtype({"base_model_dtype": "auto", "device": "cuda"}, 0) == torch.float32
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_computes_the_same(rank):
+    gradients, recomputed = [], []
+    for chosen in (False, True):
+        torch.manual_seed(0)
+        model = load(lora_r=rank, gradient_checkpointing=chosen).model.train()
+        plain = model.get_base_model() if rank else model
+        calls = []
+        plain.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        recomputed.append(len(calls))
+    assert recomputed == [1, 2]
+    torch.testing.assert_close(*gradients)
+
+
+def test_packed_weights_are_counted_as_what_they_stand_for():
+    class Params4bit(torch.nn.Parameter):
+        pass
+
+    packed = Params4bit(torch.zeros(50, 1, dtype=torch.uint8), requires_grad=False)
+    assert size_of([packed, torch.zeros(3, 4)]) == 100 + 12
 
 
 def test_four_bits_need_a_gpu(folder):

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from recbole.data.interaction import Interaction
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,8 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
+from recbole_ssm.llm.base import random_tokenizer
+from recbole_ssm.llm.prompt import prompt_words
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
 from recbole_ssm.quick_start import _find_retriever
@@ -116,6 +119,22 @@ def test_learns_what_the_history_decides(trained, objective):
     assert trained[objective]["test_result"]["hit@1"] == pytest.approx(report["overall"]["fused"]["hit@1"], abs=1e-4)
     written = json.loads((pathlib.Path(trained[objective]["checkpoint"]).parent / "reranking.json").read_text())
     assert written == report
+
+
+@pytest.mark.parametrize("objective", ["sft", "orpo"])
+def test_gpt2_learns_it_too(trained, tmp_path, objective):
+    words = [*WORDS, *(f" {word}" for word in WORDS), *prompt_words()]
+    tokenizer = random_tokenizer(words, 460)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": len(tokenizer)}
+    sizes |= {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")} | {"initializer_range": 0.2}
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=0))
+    for part in (base, tokenizer):
+        part.save_pretrained(tmp_path / "gpt2")
+    options = {**trained["options"], "base_model": str(tmp_path / "gpt2"), "random_base_args": None, "lora_r": 0}
+    options |= {"train_objective": objective, "orpo_lambda": 0.5}
+    report = run_recbole_ssm("LlamaRec", "circle", config_dict=options)["reranking"]
+    assert report["retrieved"]["language model"]["hit@1"] > 0.9
 
 
 def test_orpo_changes_nothing_in_the_graph(trained):
