@@ -161,7 +161,7 @@ class Prompts(Counts):
         counts = self.written, self.shortened
         items = [number % (len(self.titles) - 1) + 1 for number in range(history + len(self._marks))]
         candidates = items[-len(self._marks) :]
-        answers = [self.titles[item] for item in candidates]
+        answers = [self.titles[item] for item in candidates[:2]]  # more would tell no more
         found = [Question(self.write(shown, candidates), answers) for shown in (items[:history], items[:1])]
         self.written, self.shortened = counts
         return found

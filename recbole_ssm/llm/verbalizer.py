@@ -206,9 +206,8 @@ class Verbalizer:
     def _check(self, causal: Any, prompts: Prompts) -> None:
         name = type(causal).__name__
         tokens = torch.tensor([self.prefix[:2]], device=self._device)
-        if not torch.allclose(
-            causal(input_ids=tokens).logits, self.head(self.decoder(input_ids=tokens)[0]), CLOSE, CLOSE
-        ):
+        whole, own = causal(input_ids=tokens).logits, self.head(self.decoder(input_ids=tokens)[0])
+        if not torch.allclose(whole, own, CLOSE, CLOSE):
             raise UserError(
                 f"base_model: {name} changes its logits after its output head (as by a soft cap or a scale), which is "
                 "not supported; take a model such as Llama, Qwen, SmolLM, Mistral or GPT-2"

@@ -42,6 +42,20 @@ def logits_after(model, prompt):
     return model.language_model(torch.tensor([model.tokenizer(prompt).input_ids])).logits[0, -1]
 
 
+def learn(model, rows):
+    """The losses of four steps with the same random numbers."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        loss = model.calculate_loss(rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_it_loads_ranks_and_learns(model):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert sum(p.numel() for p in parameters.values()) == 460_800 and all("lora_" in name for name in parameters)
@@ -70,14 +84,7 @@ def test_it_loads_ranks_and_learns(model):
     assert scores.shape == (2, 13) and all(len(queries) == 2 for queries in model.queries(rows))
 
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-    losses = []
-    for _ in range(4):
-        loss = model.calculate_loss(rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(model, rows)
     assert losses[-1] < losses[0]
     assert any(not torch.equal(p, before[name]) for name, p in parameters.items())
 
@@ -101,13 +108,5 @@ def test_llamarec_ranks_and_learns(titled, weights, verbalizer):
     scores, retrieved = model.full_sort_predict(rows), model._retrieve(rows)
     torch.testing.assert_close(scores.sort(1).values, retrieved.sort(1).values)  # another order of the same best five
     assert (scores.topk(5).indices.sort(1).values == retrieved.topk(5).indices.sort(1).values).all()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-3), []
-    for _ in range(4):
-        torch.manual_seed(1)
-        loss = model.calculate_loss(rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(model, rows)
     assert losses[-1] < losses[0]
