@@ -259,7 +259,7 @@ class SSMConfig(recbole.config.Config):
         known = self.known_keys()
         for key in self.external_config_dict:
             if key not in known and not str(key).startswith("alias_of_"):
-                raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known)}")
+                raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known - set(REFUSED))}")
             if self.external_config_dict[key] and key in REFUSED:
                 raise UserError(f"{key}: refused, because {REFUSED[key]}; leave it empty")
         for key, names in NESTED.items():

@@ -8,7 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import whole
+from recbole_ssm.files import check_writable, whole
+
+
+def check_drawable(path: Path) -> Any:
+    """Matplotlib's class of figures, with which a plot can be drawn to ``path``.
+
+    Raises:
+        UserError: Matplotlib is not installed, or the ending is another than .png, .svg and .pdf, or the folder is not
+            there or not to be written.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
+    try:
+        check_writable(path)
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from error
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
+    return Figure
 
 
 @contextmanager
@@ -20,15 +40,10 @@ def figure(path: Path, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
         size: width and height in inches.
 
     Raises:
-        UserError: Matplotlib is not installed, or the ending is another than .png, .svg and .pdf.
+        UserError: as of :func:`check_drawable`.
     """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
-    drawn = Figure(figsize=size, layout="constrained")
+    make = check_drawable(path)
+    drawn = make(figsize=size, layout="constrained")
     yield drawn
     with whole(path) as temporary:
         drawn.savefig(temporary, dpi=150)

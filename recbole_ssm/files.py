@@ -10,10 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recbole_ssm.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows; there two processes must not share a folder
     fcntl = None  # type: ignore[assignment]
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: that a file can be written there.
+
+    Raises:
+        UserError: it cannot; the message does not say what the file is for.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"nothing can be written to {folder}")
 
 
 @contextmanager

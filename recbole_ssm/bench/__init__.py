@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
-from recbole_ssm.files import write_csv, write_json
+from recbole_ssm.files import check_writable, write_csv, write_json
 
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
@@ -52,9 +52,11 @@ def main(arguments: Sequence[str]) -> None:
     module.add_arguments(parser)
     options = parser.parse_args(list(arguments[1:]))
     for option in ("json", "csv", "plot"):
-        file = getattr(options, option, None)
-        if file and not file.absolute().parent.is_dir():
-            raise UserError(f"--{option}: there is no folder {file.absolute().parent}")
+        if file := getattr(options, option, None):
+            try:
+                check_writable(file)
+            except UserError as error:
+                raise UserError(f"--{option}: {error}") from error
     rows: list[Row] = module.run(options)
     print(table(rows))
     if options.json:

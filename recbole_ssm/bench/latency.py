@@ -10,6 +10,7 @@ how good it would be.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import time
@@ -30,7 +31,7 @@ from recbole_ssm.bench import Row, table
 from recbole_ssm.bench.measure import chosen, peak_memory, whole_numbers
 from recbole_ssm.bench.step import Catalogue
 from recbole_ssm.errors import UserError
-from recbole_ssm.figure import figure
+from recbole_ssm.figure import check_drawable, figure
 
 compat.install()
 
@@ -78,15 +79,14 @@ def run(options: argparse.Namespace) -> list[Row]:
     lengths, batches, catalogues = (
         whole_numbers(f"--{key}", getattr(options, key)) for key in ("lengths", "batch_sizes", "items")
     )
-    if min(*lengths, *batches, *catalogues, options.top_k) < 1 or options.seconds <= 0:
+    if min(*lengths, *batches, *catalogues, options.top_k) < 1 or not 0 < options.seconds < math.inf:
         raise UserError("bench latency: --lengths, --batch_sizes, --items, --top_k from 1, --seconds above 0")
     device = _device(options.device)
     chosen("--clock", options.clock, ("wall", "processor"))
     if options.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise UserError("--clock: processor is for one thread of a CPU; set OMP_NUM_THREADS=1, or take wall")
     if options.plot:
-        with figure(options.plot):  # whether it can be drawn is known before anything is measured
-            pass
+        check_drawable(options.plot)  # before anything is measured
     print(
         f"{device}, {torch.get_num_threads()} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights "
         "are random: a length beyond those of training tells what it would cost, not how good it would be"
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     bench = _Bench(device, options.seconds, options.top_k, _Processor if options.clock == "processor" else Latency)
     rows: list[Row] = []
     total = len(catalogues) * len(batches) * (len(lengths) + 1) * len(names)
-    with tqdm(total=total, unit="row", leave=False) as progress:
+    with tqdm(total=total, unit="row", leave=False) as progress, contextlib.suppress(KeyboardInterrupt):
         for items in catalogues:
             torch.manual_seed(0)
             models = {name: _build(name, max(lengths), items, device) for name in names}
@@ -118,6 +118,8 @@ def run(options: argparse.Namespace) -> list[Row]:
                 else:
                     known = costs.setdefault((name, bool(length)), _Costs(Forecast(), Forecast(), Forecast()))
                     rows.append({**row, **bench.row(model, known, length, batch, items)})
+    if len(rows) < total and progress.n < total:
+        print(f"interrupted after {progress.n} of {total} rows; these were measured:")
     return rows
 
 

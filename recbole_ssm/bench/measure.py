@@ -84,9 +84,11 @@ def chosen(option: str, text: str, known: Collection[str]) -> list[str]:
     """The names of an option, separated by commas.
 
     Raises:
-        UserError: one of them is not known.
+        UserError: one of them is not known, or stands twice.
     """
     names = text.split(",")
+    if len(set(names)) < len(names):
+        raise UserError(f"{option}: a name stands twice in {text}")
     for name in names:
         if name not in known:
             raise UserError(f"{option}: '{name}' is not one of {', '.join(known)}{did_you_mean(name, known)}")
@@ -94,13 +96,13 @@ def chosen(option: str, text: str, known: Collection[str]) -> list[str]:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of an option, separated by commas.
+    """The numbers of an option, separated by commas, each once.
 
     Raises:
         UserError: one of them is no whole number.
     """
     try:
-        return [int(number) for number in text.split(",")]
+        return list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError:
         raise UserError(f"{option}: must be whole numbers with commas, got {text}") from None
 

@@ -130,7 +130,7 @@ def _train(folder: Path, lines: TextIO) -> None:
     result = run_recbole_ssm(
         run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder, run)
     )
-    if len(ranks.ranks):
+    if len(ranks.ranks) and result["test_result"]:  # else they are of the last validation
         with whole(folder / RANKS) as temporary, open(temporary, "wb") as file:
             of_orders = {f"rank of {order}": values for order, values in result.get("ranks", {}).items()}
             np.savez_compressed(file, user=ranks.users, rank=ranks.ranks, **of_orders)

@@ -93,9 +93,28 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
         for dataset, model in itertools.product(datasets, models)
     ]
     for one in todo:
-        if config_of(runs, one)["eval_args"]["mode"]["test"] != "full":
+        try:
+            arguments = config_of(runs, one)["eval_args"]
+        except UserError as error:
+            own_keys = "" if len(models) == 1 else f" (a key of one model alone is written --{models[0]}.KEY)"
+            raise UserError(f"{one.model}: {error}{own_keys}") from error
+        if arguments["mode"]["test"] != "full":
             raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
+        if arguments["split"]:
+            _check_split(arguments["split"], bool(getattr(options, "tune", 0)))
+    for dataset in datasets:  # a name that is none is told before anything is trained or written
+        runs.fetch(next(one for one in todo if one.dataset == dataset))
     return runs, todo, seeds
+
+
+def _check_split(split: Mapping[str, Any], tune: bool) -> None:
+    ((way, parts),) = split.items()
+    tested = parts != "valid_only" if way == "LS" else bool(parts[-1])
+    validated = parts != "test_only" if way == "LS" else bool(parts[-2])
+    if not tested:
+        raise UserError(f"eval_args: split: {split} leaves no rows to test, by which models are compared")
+    if tune and not validated:
+        raise UserError(f"--tune: split: {split} leaves no rows for validation, by which settings are chosen")
 
 
 def seeds_from(first: Any, count: int) -> list[int]:
@@ -175,7 +194,10 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
         UserError: a model has no search space, or a smaller one.
     """
     tried = [
-        [Run(one.model, one.dataset, {**one.options, **more}) for more in ({}, *samples(one, count - 1, seed))]
+        [
+            Run(one.model, one.dataset, {**one.options, **more})
+            for more in ({}, *samples(one, count - 1, seed, config_of(runs, one)))
+        ]
         for one in todo
     ]
     trials = [
@@ -190,21 +212,27 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
     return best
 
 
-def samples(run: Run, count: int, seed: int) -> list[dict[str, Any]]:
+def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list[dict[str, Any]]:
     """So many points of what the search space of a run's model leaves open, at random and each once.
+
+    None is that of the configuration ``default``, which is tried anyway.
 
     Raises:
         UserError: the model has none, or it is smaller.
     """
+    if not (PROPERTIES / "hyper" / f"{run.model}.hyper").is_file():
+        raise UserError(
+            f"--tune: no search space ships for {run.model}; compare it untuned, or take --models without it"
+        )
     space = read_space(PROPERTIES / "hyper" / f"{run.model}.hyper")
     search = Search("random", {key: values for key, values in space.items() if key not in run.options}, seed)
-    trials: list[Trial] = []
-    while len(trials) < count:
+    trials = [Trial(0, {key: default[key] for key in search.space})]
+    while len(trials) <= count:
         params = search.propose(trials, bigger=True)
         if params is None:
-            raise UserError(f"--tune: the search space of {run.model} has {len(trials)} points; take {len(trials) + 1}")
+            raise UserError(f"--tune: {run.model} has {len(trials)} settings to try; take --tune={len(trials)} at most")
         trials.append(Trial(len(trials), params))
-    return [trial.params for trial in trials]
+    return [trial.params for trial in trials[1:]]
 
 
 def _validation(runs: Runs, outcome: Outcome) -> float:

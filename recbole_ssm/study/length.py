@@ -34,8 +34,9 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     Raises:
         UserError: an unknown name or key, or an impossible value.
     """
-    if KEY in keys:
-        raise UserError(f"--{KEY}: here it is --lengths, with commas between numbers")
+    for key in keys:
+        if key.rpartition(".")[2] == KEY:
+            raise UserError(f"--{key}: here it is --lengths, with commas between numbers")
     try:
         lengths = sorted({int(length) for length in options.lengths.split(",")})
     except ValueError:

@@ -13,12 +13,15 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +114,16 @@ class Outcome:
         """Read what :meth:`write` wrote.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: it is damaged, or so are the ranks beside it.
         """
         try:
             values = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-            return cls(**{**values, "run": Run(**values["run"]), "error": None, "folder": folder})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder / OUTCOME}: damaged ({error}); delete that folder") from error
+            outcome = cls(**{**values, "run": Run(**values["run"]), "error": None, "folder": folder})
+            if outcome.items and (folder / RANKS).is_file():
+                outcome.ranks()
+            return outcome
+        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder}: damaged ({str(error).splitlines()[0]}); delete that folder") from error
 
 
 class Runs:
@@ -140,14 +146,20 @@ class Runs:
         of a ranker's retriever and of a base model that is a folder or a file.
 
         Raises:
-            UserError: the configuration is refused, or there is no such data set.
+            UserError: the configuration is refused, or there is no such data set, or it cannot be read.
         """
+        try:
+            return self._content(run)
+        except OSError as error:
+            raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
+
+    def _content(self, run: Run) -> dict[str, Any]:
         config = SSMConfig(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
         settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
+        self._fetch(config)
         folder = Path(config["data_path"])
-        if config["benchmark_filename"] is None and not (folder / f"{run.dataset}.inter").is_file():
-            create_dataset(config)  # which downloads it
-        files = {file.name: self._file_digest(file) for file in sorted(folder.glob(f"{glob.escape(run.dataset)}.*"))}
+        parts = sorted(path for path in folder.glob(f"{glob.escape(run.dataset)}.*") if path.is_file())
+        files = {part.name: self._file_digest(part) for part in parts}
         if config["retriever_checkpoint"] is not None:
             retriever = Path(config["retriever_checkpoint"])
             retriever = retriever / checkpoint.BEST if retriever.is_dir() else retriever
@@ -158,6 +170,19 @@ class Runs:
             parts = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.json")]
             files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
         return {"version": __version__, "settings": settings, "files": files}
+
+    def fetch(self, run: Run) -> None:
+        """Download a run's data set if it is not there.
+
+        Raises:
+            UserError: it cannot be found.
+        """
+        self._fetch(SSMConfig(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
+
+    def _fetch(self, config: SSMConfig) -> None:
+        there = (Path(config["data_path"]) / f"{config['dataset']}.inter").is_file()
+        if config["benchmark_filename"] is None and not there:
+            create_dataset(config)  # which downloads it
 
     def digest(self, run: Run) -> str:
         """The SHA-256 of :meth:`content`."""
@@ -176,7 +201,10 @@ class Runs:
         exact = self.folder / f"{stem}{_sha256(content)[:16]}"
         if not (exact / RUN).is_file():
             for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
-                before = self._content_in(file)
+                try:
+                    before = self._content_in(file)
+                except (OSError, ValueError, KeyError):  # damaged: a neighbour's, which is none of ours
+                    continue
                 new = set(content["settings"]) - set(before["settings"])
                 kept = {k: v for k, v in content["settings"].items() if k not in new}
                 if {**content, "settings": kept} == before and not new & {*run.options, *self.machine_options}:
@@ -200,10 +228,15 @@ class Runs:
             folder = self.folder_of(run)
         except UserError as error:
             return Outcome(run, str(error), self.folder)
-        if not (folder / OUTCOME).is_file():
-            failure = self._train(run, folder, progress or (lambda state: None))
-            if failure is not None:
-                return Outcome(run, failure, folder)
+        if (folder / OUTCOME).is_file():
+            try:
+                return replace(Outcome.read(folder), run=run)
+            except UserError as error:
+                getLogger().warning(f"{error}; it is trained again")
+                shutil.rmtree(folder)
+        failure = self._train(run, folder, progress or (lambda state: None))
+        if failure is not None:
+            return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
 
     def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:

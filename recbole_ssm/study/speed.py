@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from recbole_ssm.bench.measure import Function, medians
 from recbole_ssm.config import SSMConfig
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
+from recbole_ssm.errors import UserError
 from recbole_ssm.files import write_json
 from recbole_ssm.llm.base import LanguageModelRecommender
 from recbole_ssm.model import get_model
@@ -48,11 +50,18 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
 def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     here = {key: value for key, value in machine().items() if key != "date"}
     here |= {key: runs.machine_options.get(key) for key in ("device", "use_gpu", "gpu_id")}
-    content = json.dumps([[[run.model, run.dataset, dict(run.options)] for run in todo], here], sort_keys=True)
-    file = runs.folder / f"speed-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if not file.is_file():
-        write_json(file, _measure(runs.machine_options, todo))
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        contents = [runs.content(run) for run in todo]
+    except UserError:  # of one that cannot be run
+        return _measure(runs.machine_options, todo)
+    digest = hashlib.sha256(json.dumps([contents, here], sort_keys=True).encode()).hexdigest()
+    file = runs.folder / f"speed-{digest[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    found = _measure(runs.machine_options, todo)
+    if all(found):
+        write_json(file, found)
+    return found
 
 
 def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Speed | None]:

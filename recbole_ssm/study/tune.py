@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from recbole_ssm.config import PROPERTIES, SSMConfig, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.figure import figure
+from recbole_ssm.figure import check_drawable, figure
 from recbole_ssm.files import alone, whole, write_csv
 from recbole_ssm.study.runs import Run, Runs
 from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, space_of
@@ -378,8 +378,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"--{option}: there is no folder {file.absolute().parent}")
     if options.display_file:
-        with figure(options.display_file):  # whether it can be drawn is known before anything is trained
-            pass
+        check_drawable(options.display_file)  # before anything is trained
     fixed: dict[str, Any] = {}
     for file in options.config_files.split():
         fixed |= read_yaml(Path(file))
@@ -406,11 +405,13 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
                 raise KeyboardInterrupt
             bar.set_postfix_str(f"epoch {state.get('epoch', 1)}/{state.get('epochs', '?')}")
 
+        def write_best(trial: Trial) -> None:
+            settings = {"data_path": data_path, **fixed, **trial.params}
+            _write_best(folder / "best.yaml", config, settings, trial, metric)
+
         def after(trial: Trial) -> None:
             if trial is tuning.best:
-                _write_best(
-                    folder / "best.yaml", config, {"data_path": data_path, **fixed, **trial.params}, trial, metric
-                )
+                write_best(trial)
             bar.update()
             bar.write(_line(tuning, trial, metric))
 
@@ -435,8 +436,9 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
             f"{', '.join(space)}, by {metric}; {before} are done; the table is {folder / 'trials.csv'}"
         )
         tuning.run()
-    best = tuning.best
-    assert best is not None
+        best = tuning.best
+        assert best is not None
+        write_best(best)  # also where the kill came between the table and it
     if options.output_file:
         tuning.export_result(options.output_file)
     _plot(tuning, options.display_file, folder / "trials.png", metric)
