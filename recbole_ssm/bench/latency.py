@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                 else:
                     known = costs.setdefault((name, bool(length)), _Costs(Forecast(), Forecast(), Forecast()))
                     rows.append({**row, **bench.row(model, known, length, batch, items)})
-    if len(rows) < total and progress.n < total:
+    if progress.n < total:
         print(f"interrupted after {progress.n} of {total} rows; these were measured:")
     return rows
 

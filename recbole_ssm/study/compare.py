@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     if options.tune < 0:
         raise UserError(f"--tune: must be at least 0, got {options.tune}")
     runs, todo, seeds = plan(options, keys)
+    fetch(runs, todo)
     entries = [Entry(one, one.model) for one in todo]
     tuning = UNTUNED
     if options.tune:
@@ -96,15 +97,23 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
         try:
             arguments = config_of(runs, one)["eval_args"]
         except UserError as error:
-            own_keys = "" if len(models) == 1 else f" (a key of one model alone is written --{models[0]}.KEY)"
+            own_keys = "" if len(models) == 1 else " (a key of some models alone is written --MODEL.KEY)"
             raise UserError(f"{one.model}: {error}{own_keys}") from error
         if arguments["mode"]["test"] != "full":
             raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
         if arguments["split"]:
             _check_split(arguments["split"], bool(getattr(options, "tune", 0)))
-    for dataset in datasets:  # a name that is none is told before anything is trained or written
-        runs.fetch(next(one for one in todo if one.dataset == dataset))
     return runs, todo, seeds
+
+
+def fetch(runs: Runs, todo: Sequence[Run]) -> None:
+    """Download the data sets that are not there, so that a name that is none is told before anything is done.
+
+    Raises:
+        UserError: one cannot be found.
+    """
+    for dataset in dict.fromkeys(one.dataset for one in todo):
+        runs.fetch(next(one for one in todo if one.dataset == dataset))
 
 
 def _check_split(split: Mapping[str, Any], tune: bool) -> None:
@@ -221,9 +230,7 @@ def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list
         UserError: the model has none, or it is smaller.
     """
     if not (PROPERTIES / "hyper" / f"{run.model}.hyper").is_file():
-        raise UserError(
-            f"--tune: no search space ships for {run.model}; compare it untuned, or take --models without it"
-        )
+        raise UserError(f"--tune: no search space ships for {run.model}; leave it out of --models, or do not tune")
     space = read_space(PROPERTIES / "hyper" / f"{run.model}.hyper")
     search = Search("random", {key: values for key, values in space.items() if key not in run.options}, seed)
     trials = [Trial(0, {key: default[key] for key in search.space})]

@@ -13,7 +13,7 @@ from typing import Any
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import report
-from recbole_ssm.study.compare import UNTUNED, carry_out, config_of, plan
+from recbole_ssm.study.compare import UNTUNED, carry_out, config_of, fetch, plan
 from recbole_ssm.study.report import Entry, Row
 from recbole_ssm.study.runs import Run
 
@@ -49,6 +49,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     ]
     for entry in entries:
         config_of(runs, entry.run)
+    fetch(runs, todo)
 
     def write() -> str:
         return report.write(options.folder, "length", entries, seeds, UNTUNED, _one_thing_apart, _draw, height=9)

@@ -94,10 +94,19 @@ def test_the_same_number_of_trials_for_every_model(tmp_path, monkeypatch):
     assert mamba == todo[1]
     assert {**sasrec.options, "seed": 7} == tried[2].options and len(sasrec.options) > 1
     assert len({str(run) for run in tried}) == 6
-    with pytest.raises(UserError, match="the search space of SASRec has 36 points; take 37"):
+    with pytest.raises(UserError, match="--tune: SASRec has 36 settings to try; take --tune=36 at most"):
         compare.tuned(runs, todo, 99, 7)
     given = Run("SASRec", "toy", {"n_layers": 1})
-    assert all("n_layers" not in params for params in compare.samples(given, 3, 7)), "what is given is not tuned"
+    default = compare.config_of(runs, given)
+    assert all("n_layers" not in params for params in compare.samples(given, 3, 7, default)), (
+        "what is given is not tuned"
+    )
+    for model in ("SASRec", "Hydra4Rec"):  # none is the defaults once more
+        one = Run(model, "toy")
+        config = compare.config_of(runs, one)
+        points = compare.samples(one, 35, 2020, config)
+        assert all(any(config[key] != value for key, value in point.items()) for point in points)
+        assert len({str(point) for point in points}) == 35
 
 
 def test_settings_cannot_be_chosen_without_a_validation(tmp_path, monkeypatch):
@@ -123,6 +132,25 @@ def test_settings_cannot_be_chosen_without_a_validation(tmp_path, monkeypatch):
         (["compare", "--model=SASRec"], "--model: here it is --models, with commas between names"),
         (["compare", "--SASRek.epochs=1"], "--SASRek.epochs: 'SASRek' is none of the models and data sets compared; d"),
         (["compare", "--eval_args={'mode': 'uni100'}"], "eval_args: models are compared by ranks among all items"),
+        (
+            ["compare", "--models=SASRec,Mamba4Rec", "--dropout_prob=0.3"],
+            "SASRec: dropout_prob: there is no such key; did you mean 'attn_dropout_prob'? (a key of some models alone "
+            "is written --MODEL.KEY)",
+        ),
+        (
+            ["compare", "--eval_args={'split': {'LS': 'valid_only'}}"],
+            "eval_args: split: {'LS': 'valid_only'} leaves no rows to test, by which models are compared",
+        ),
+        (
+            ["compare", "--tune=2", "--eval_args={'split': {'LS': 'test_only'}}"],
+            "--tune: split: {'LS': 'test_only'} leaves no rows for validation, by which settings are chosen",
+        ),
+        (
+            ["compare", "--models=STAMP", "--tune=2"],
+            "--tune: no search space ships for STAMP; leave it out of --models",
+        ),
+        (["compare", "--datasets=ml-100kk"], "dataset ml-100kk: no file ml-100kk.inter in "),
+        (["study", "length", "--SASRec.MAX_ITEM_LIST_LENGTH=9"], "MAX_ITEM_LIST_LENGTH: here it is --lengths"),
         (["study", "length", "--lengths=1,x"], "--lengths: must be whole numbers with commas, got 1,x"),
         (["study", "length", "--lengths=0"], "MAX_ITEM_LIST_LENGTH: must be at least 1, got 0"),
         (["study", "length", "--MAX_ITEM_LIST_LENGTH=9"], "--MAX_ITEM_LIST_LENGTH: here it is --lengths"),

@@ -6,13 +6,16 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import runs as module
-from recbole_ssm.study.runs import OUTCOME, RUN, Outcome, Run, Runs
+from recbole_ssm.study import speed
+from recbole_ssm.study.runs import OUTCOME, RANKS, RUN, Outcome, Run, Runs
+from recbole_ssm.study.speed import speeds
 from tests.conftest import REPOSITORY
 from tests.study.conftest import process_of, wait_for
 
@@ -128,8 +131,61 @@ def test_a_failed_run_stops_nothing_and_is_tried_again(tmp_path, capsys):
 
 def test_a_damaged_outcome_is_one_line(tmp_path):
     (tmp_path / OUTCOME).write_text("{")
-    with pytest.raises(UserError, match=r"outcome\.json: damaged .* delete that folder"):
+    with pytest.raises(UserError, match=f"{tmp_path}: damaged .* delete that folder"):
         Outcome.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", [OUTCOME, RANKS])
+def test_what_is_damaged_is_trained_again(done, tmp_path, monkeypatch, caplog, name):
+    runs = Runs(tmp_path / "r", DATA)
+    folder = shutil.copytree(done[1].folder, runs.folder_of(SHORT))
+    (folder / name).write_bytes(b"\x80 nonsense")
+    neighbour = tmp_path / "r" / "Mamba4Rec-toy-neighbour"
+    neighbour.mkdir()
+    (neighbour / RUN).write_text("")  # of a run that was killed as it began
+
+    def train(self, run, where, progress):
+        assert where == folder and not folder.exists()
+        shutil.copytree(done[1].folder, folder)
+
+    monkeypatch.setattr(Runs, "_train", train)
+    assert runs.get(SHORT).test == done[1].test
+    assert "damaged" in caplog.text and "it is trained again" in caplog.text
+
+
+def test_a_data_file_that_cannot_be_read_fails_its_runs_alone(tmp_path, monkeypatch):
+    data = shutil.copytree(Path(DATA["data_path"]) / "toy", tmp_path / "data" / "toy")
+    files = sorted(path.name for path in data.glob("toy.*"))
+    (data / "toy.old").mkdir()
+    runs = Runs(tmp_path / "r", {"data_path": str(tmp_path / "data")})
+    assert sorted(runs.content(SHORT)["files"]) == files
+
+    def denied(self, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Runs, "_file_digest", denied)
+    (outcome,) = runs.all([SHORT])
+    assert outcome.error.startswith("toy: ") and outcome.error.endswith("cannot be read (Permission denied)")
+
+
+def test_a_latency_is_kept_with_its_data_and_a_failure_is_not(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(machine_options, todo):
+        measured.append(len(todo))
+        return [None if one.dataset == "toyy" else {"p50_s": 1.0, "users_per_second": 2.0} for one in todo]
+
+    monkeypatch.setattr(speed, "_measure", measure)
+    runs = Runs(tmp_path / "r", DATA)
+    for _ in range(2):
+        assert speeds(runs, [SHORT, Run("Mamba4Rec", "toyy")]) == [{"p50_s": 1.0, "users_per_second": 2.0}, None]
+    assert len(measured) == 3  # of the first one once
+    (kept,) = (tmp_path / "r").glob("speed-*.json")
+    kept.write_text("[")
+    assert speeds(runs, [SHORT])[0]["p50_s"] == 1.0 and len(measured) == 4
+    monkeypatch.setattr(Runs, "content", lambda self, run: {"files": "others"})
+    speeds(runs, [SHORT])
+    assert len(measured) == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
