@@ -242,8 +242,8 @@ MEANING = """\
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
   seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
-- ms a user: median of encoding, scoring all items and choosing ten, one user a call; users/s: 256 a call (language models 8);
-  all models in turns in one process (on one thread, its processor time).
+- ms a user: median of encoding, scoring all items and choosing ten, one user a call; users/s: 256 a call (language
+  models 8); all models in turns in one process (on one thread, its processor time).
 - Seconds: training without validations, a run; with other work on the machine read the ratios. MiB: the peak of the
   process, data set included, or of the GPU.
 """
