@@ -97,6 +97,7 @@ class LlamaRec(LanguageModelRecommender):
         self.fusion_tuned = weight == TUNED
         self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
         self.records: list[Reranked] | None = None  # where someone asks for them
+        self.asked = 0  # users of whom the language model was asked, since someone set it to 0
         self._ready: dict[tuple[int, ...], Tensor] = {}  # found while tuning, for the evaluation that follows
 
     def train(self, mode: bool = True) -> LlamaRec:
@@ -169,6 +170,7 @@ class LlamaRec(LanguageModelRecommender):
         histories = zip(item_seq.tolist(), item_seq_len.tolist())
         found = [self._ready.pop(tuple(row[:length]), None) for row, length in histories]
         missing = [number for number, answer in enumerate(found) if answer is None]
+        self.asked += len(missing)
         if missing:
             fresh = self.forward(item_seq[missing], item_seq_len[missing], candidates[missing])
             for number, answer in zip(missing, fresh):

@@ -25,7 +25,7 @@ class Reranking(Hook):
     ``overall`` counts a user whose target was not retrieved as a miss, ``retrieved`` leaves such users out: there the
     language model decides everything. After every evaluation the report is logged, and written to ``reranking.json``
     in the run's folder, if it has one. Its ``seconds_per_user`` are this process's, for those whom the language model
-    was asked for.
+    was asked for now: none in a validation whose answers the tuning before it has found.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Reranking(Hook):
 
     def on_evaluation_start(self, trainer: SSMTrainer) -> None:
         """Ask the model for what it sees."""
-        trainer.model.records = []
+        trainer.model.records, trainer.model.asked = [], 0
         self._seconds = 0.0
 
     def on_evaluation_batch_start(self, trainer: SSMTrainer) -> None:
@@ -58,9 +58,8 @@ class Reranking(Hook):
         cutoffs = [k for k in trainer.config["topk"] if k <= everyone.language.shape[1]]
         self.ranks = ranks_of(everyone, float(model.fusion))
         self.report = report(self.ranks, cutoffs or [everyone.language.shape[1]])
-        asked = int((~mine[1].isnan()).all(1).sum())
         self.report["fusion_weight"] = float(model.fusion)
-        self.report["seconds_per_user"] = self._seconds / asked if asked else None
+        self.report["seconds_per_user"] = self._seconds / model.asked if model.asked else None
         trainer.logger.info(text(self.report))
         if trainer.folder is not None and distributed.rank() == 0:
             write_json(trainer.folder / "reranking.json", self.report)
@@ -102,9 +101,10 @@ def metrics(ranks: np.ndarray, cutoffs: list[int]) -> dict[str, float]:
 def text(found: dict[str, Any]) -> str:
     """The report as a table."""
     names = list(next(iter(found["overall"].values())))
+    seconds = found["seconds_per_user"]
     lines = [
         f"{found['retrieved_users']} of {found['users']} users had their target among the candidates; "
-        f"fusion weight {found['fusion_weight']:.2f}, {found['seconds_per_user'] or 0:.3f} s a user",
+        f"fusion weight {found['fusion_weight']:.2f}" + ("" if seconds is None else f", {seconds:.3f} s a user"),
         f"{'':26}" + "".join(f"{name:>9}" for name in names),
     ]
     for part in ("overall", "retrieved"):

@@ -391,6 +391,7 @@ def test_the_fusion_weight_is_chosen_on_validation(circle, monkeypatch):
     # answers are kept for one evaluation, of equal histories once
     assert 60 <= sum(asked) < 120 and not model._ready
     assert gain(float(model.fusion)) == pytest.approx(max(gain(step / 20) for step in range(21)))
+    assert sum(asked) == model.asked
     result = run_recbole_ssm("LlamaRec", "circle", config_dict={**circle, "fusion_weight": "tuned", "epochs": 1})
     tensors = checkpoint.read(pathlib.Path(result["checkpoint"])).tensors
     assert float(tensors["model.fusion"]) == result["reranking"]["fusion_weight"]
