@@ -62,7 +62,7 @@ def next_adagrad(H: float, D: float, difference_square: float, a: float = 1.0) -
 
 
 class _UniversalMethod(Optimizer):
-    """What USGM and USFGM share: their groups, the norms of their gradients, the ball, and where to evaluate.
+    """What USGM and USFGM share: their groups, the norms of their gradients, and the ball.
 
     The scalars of a recursion live in its parameter group as plain floats, so a state dict holds them exactly; they
     cost one synchronisation a step on an accelerator.

@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from recbole_ssm.config import PROPERTIES, SSMConfig
+from recbole_ssm.config import SSMConfig
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
-from recbole_ssm.study.search import Search, Trial, read_space
+from recbole_ssm.study.search import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
 
 MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
@@ -229,9 +229,10 @@ def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list
     Raises:
         UserError: the model has none, or it is smaller.
     """
-    if not (PROPERTIES / "hyper" / f"{run.model}.hyper").is_file():
+    path = shipped_space(run.model)
+    if path is None:
         raise UserError(f"--tune: no search space ships for {run.model}; leave it out of --models, or do not tune")
-    space = read_space(PROPERTIES / "hyper" / f"{run.model}.hyper")
+    space = read_space(path)
     search = Search("random", {key: values for key, values in space.items() if key not in run.options}, seed)
     trials = [Trial(0, {key: default[key] for key in search.space})]
     while len(trials) <= count:

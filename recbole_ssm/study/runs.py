@@ -119,7 +119,7 @@ class Outcome:
         try:
             values = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
             outcome = cls(**{**values, "run": Run(**values["run"]), "error": None, "folder": folder})
-            if outcome.items and (folder / RANKS).is_file():
+            if (folder / RANKS).is_file():
                 outcome.ranks()
             return outcome
         except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:

@@ -84,6 +84,12 @@ def cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def shipped_space(model: str) -> Path | None:
+    """The file of the search space that ships for a model, if one does."""
+    path = PROPERTIES / "hyper" / f"{model}.hyper"
+    return path if path.is_file() else None
+
+
 def read_space(path: Path) -> Space:
     """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a line of comment.
 

@@ -32,12 +32,12 @@ import yaml
 from recbole.utils import dict2str
 from tqdm import tqdm
 
-from recbole_ssm.config import PROPERTIES, SSMConfig, read_yaml
+from recbole_ssm.config import SSMConfig, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable, figure
 from recbole_ssm.files import alone, whole, write_csv
 from recbole_ssm.study.runs import Run, Runs
-from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, space_of
+from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, shipped_space, space_of
 
 TOOLS = ("Hyperopt", "Ray")
 NOT_TUNED = ("model", "dataset", "data_path", "eval_args", "metrics", "topk", "valid_metric")
@@ -447,8 +447,8 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
 
 
 def _shipped(model: str) -> Path:
-    path = PROPERTIES / "hyper" / f"{model}.hyper"
-    if not path.is_file():
+    path = shipped_space(model)
+    if path is None:
         raise UserError(f"--params_file: no search space ships for {model}; name a file")
     return path
 
