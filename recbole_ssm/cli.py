@@ -122,7 +122,7 @@ def convert(arguments: list[str]) -> None:
 
 def inspect(arguments: list[str]) -> None:
     """Print what a data set holds, and what is wrong with it."""
-    from recbole_ssm.data.inspect import main as run_inspect
+    from recbole_ssm.data.summary import main as run_inspect
 
     run_inspect(arguments)
 

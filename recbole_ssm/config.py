@@ -103,7 +103,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class SSMConfig(recbole.config.Config):
+class Config(recbole.config.Config):
     """The configuration of one run.
 
     Args:
@@ -407,3 +407,9 @@ def _mapping(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{key}: must be a mapping such as {{'{NESTED[key][0]}': ...}}, got {value!r}")
     return value
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SSMConfig":  # its name in 0.1.0
+        return Config
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

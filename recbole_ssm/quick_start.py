@@ -18,7 +18,7 @@ compat.install()
 
 from recbole.utils import dict2str, init_logger, init_seed  # noqa: E402
 
-from recbole_ssm.config import SSMConfig  # noqa: E402
+from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
@@ -26,7 +26,7 @@ from recbole_ssm.llm.pairs import preference_pairs, write_pairs  # noqa: E402
 from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
-from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.checkpoint import plain  # noqa: E402
 from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
 from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
@@ -94,7 +94,7 @@ def run_recbole_ssm(
             "model": saved_run["model"],
             "dataset": saved_run["config"]["dataset"],
         }
-    config = SSMConfig(model, dataset, config_file_list, config_dict, command_line, base)
+    config = Config(model, dataset, config_file_list, config_dict, command_line, base)
     if distributed.rank() == 0:
         init_logger(config)
     result = _run(config, saved, start, hooks)
@@ -103,7 +103,7 @@ def run_recbole_ssm(
 
 
 def _run(
-    config: SSMConfig, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
+    config: Config, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
 ) -> dict[str, Any]:
     """One model, from its data to its test; a ranker's retriever comes before it."""
     logger = getLogger()
@@ -118,7 +118,7 @@ def _run(
     logger.info(_training_plan(config, train_data))
 
     with recbole_refusals(config["learner"]):
-        trainer = SSMTrainer(config, recommender, hooks)
+        trainer = Trainer(config, recommender, hooks)
     if start is not None:
         trainer.restore(*start)
         del start
@@ -143,7 +143,7 @@ def _run(
     }
 
 
-def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
+def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
     """Model and loaders of a configuration; a ranker's retriever is trained or read."""
     logger = getLogger()
     logger.info(config)
@@ -168,7 +168,7 @@ def _prepare(config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
 
 
 def _find_retriever(
-    config: SSMConfig, start: tuple[Path, checkpoint.Checkpoint] | None
+    config: Config, start: tuple[Path, checkpoint.Checkpoint] | None
 ) -> tuple[Path, checkpoint.Checkpoint] | None:
     """Set a ranker's ``retriever_settings``; the retriever's checkpoint, if one is named.
 
@@ -199,20 +199,20 @@ def _find_retriever(
     return path, found
 
 
-def _train_retriever(config: SSMConfig) -> tuple[Path, checkpoint.Checkpoint]:
+def _train_retriever(config: Config) -> tuple[Path, checkpoint.Checkpoint]:
     """Train and test a ranker's retriever; its best checkpoint."""
     path = Path(_run(_retriever_config(config), True, None, ())["checkpoint"])
     config["retriever_checkpoint"] = str(path)
     return path, checkpoint.read(path)
 
 
-def _retriever_config(config: SSMConfig) -> SSMConfig:
+def _retriever_config(config: Config) -> Config:
     """``retriever_config``, and of the ranker's options those of data, evaluation and machine."""
     shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
     shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
     options = {key: value for key, value in config.external_config_dict.items() if key in shared}
     options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    return SSMConfig(config["retriever"], config["dataset"], config_dict=options)
+    return Config(config["retriever"], config["dataset"], config_dict=options)
 
 
 def objective_function(
@@ -239,7 +239,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
 
     Args:
         path: the file to write.
-        *arguments: data set, config files, options and command line, as :class:`~recbole_ssm.config.SSMConfig` takes
+        *arguments: data set, config files, options and command line, as :class:`~recbole_ssm.config.Config` takes
             them after the model.
         **options: the same by name.
 
@@ -251,7 +251,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     """
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
-    config = SSMConfig("LlamaRec", *arguments, **options)
+    config = Config("LlamaRec", *arguments, **options)
     init_logger(config)
     recommender, train_data, _, _ = _prepare(config, None)
     init_seed(config["seed"], config["reproducibility"])
@@ -273,7 +273,7 @@ def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Check
     return path, checkpoint.read_pickle(path)
 
 
-def _training_plan(config: SSMConfig, loader: TrainLoader) -> str:
+def _training_plan(config: Config, loader: TrainLoader) -> str:
     """What an epoch is, in words."""
     plan = loader.plan
     text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(loader.steps):,} steps of {loader.step}"

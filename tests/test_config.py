@@ -5,13 +5,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import PROPERTIES, SSMConfig, literal, parse_options
+from recbole_ssm.config import PROPERTIES, Config, literal, parse_options
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import MODELS, get_model, model_names
 
 
 def config(model="Mamba4Rec", dataset="ml-100k", files=None, command_line=(), **options):
-    return SSMConfig(model, dataset, files, options, command_line)
+    return Config(model, dataset, files, options, command_line)
 
 
 def test_priority(tmp_path):

@@ -5,22 +5,22 @@ import math
 import torch
 from recbole.data import data_preparation
 
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.model import get_model
-from recbole_ssm.trainer import SSMTrainer
+from recbole_ssm.trainer import Trainer
 
 
 def test_metrics_equal_recboles_and_their_definitions(toy):
-    from recbole.trainer import Trainer
+    import recbole.trainer
 
     options = {**toy["config_dict"], "topk": [5], "valid_metric": "NDCG@5", "metric_decimal_place": 10}
-    config = SSMConfig("Mamba4Rec", toy["dataset"], config_dict=options)
+    config = Config("Mamba4Rec", toy["dataset"], config_dict=options)
     _, _, test = data_preparation(config, create_dataset(config))
     torch.manual_seed(3)
     model = get_model("Mamba4Rec")(config, test._dataset).eval()
-    found = SSMTrainer(config, model).evaluate(test, load_best_model=False)
-    assert found == Trainer(config, model).evaluate(test, load_best_model=False)
+    found = Trainer(config, model).evaluate(test, load_best_model=False)
+    assert found == recbole.trainer.Trainer(config, model).evaluate(test, load_best_model=False)
     hit = ndcg = mrr = 0.0
     data = test._dataset.inter_feat
     with torch.no_grad():

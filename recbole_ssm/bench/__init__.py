@@ -25,6 +25,7 @@ BENCHES = {
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
 }
+MODULES = {"llm": "verbalizers"}  # a benchmark whose module has another name
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     name = arguments[0]
     if name not in BENCHES:
         raise UserError(f"bench: there is no benchmark '{name}'{did_you_mean(name, BENCHES)}; {names}")
-    module = importlib.import_module(f"recbole_ssm.bench.{name}")
+    module = importlib.import_module(f"recbole_ssm.bench.{MODULES.get(name, name)}")
     parser = ArgumentParser(f"recbole-ssm bench {name}", module.__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")

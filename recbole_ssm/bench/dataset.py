@@ -41,18 +41,18 @@ def run(options: argparse.Namespace) -> list[Row]:
 def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
     """One row, in this process."""
     import psutil
+    import recbole.data.dataset
     from recbole.data import data_preparation
-    from recbole.data.dataset import SequentialDataset
 
-    from recbole_ssm.config import SSMConfig
+    from recbole_ssm.config import Config
     from recbole_ssm.data.loader import create_loaders
 
     options = {"MAX_ITEM_LIST_LENGTH": max_length, "state": "ERROR"}
     if name != "RecBole":
         options["train_mode"] = name
-    dataset = _generated(SSMConfig("Mamba4Rec", "generated", config_dict=options), interactions)
+    dataset = _generated(Config("Mamba4Rec", "generated", config_dict=options), interactions)
     if name == "RecBole":
-        type(dataset).data_augmentation = SequentialDataset.data_augmentation  # type: ignore[method-assign]
+        type(dataset).data_augmentation = recbole.data.dataset.SequentialDataset.data_augmentation  # type: ignore[method-assign]
     raw = sum(dataset.inter_feat[field].nbytes for field in dataset.inter_feat)
     gc.collect()
     process = psutil.Process()
@@ -90,9 +90,9 @@ def _generated(config: Any, interactions: int) -> Any:
     import pandas as pd
     from recbole.utils import FeatureSource, FeatureType
 
-    from recbole_ssm.data.dataset import SSMDataset
+    from recbole_ssm.data.dataset import SequentialDataset
 
-    class Generated(SSMDataset):
+    class Generated(SequentialDataset):
         def _load_data(self, token: str, dataset_path: str) -> None:
             rng = np.random.default_rng(0)
             self.inter_feat = pd.DataFrame(

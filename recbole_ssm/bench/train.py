@@ -79,7 +79,7 @@ def _in_a_process(name: str, dataset: str, mode: str, options: argparse.Namespac
 
 def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
     """One row, in this process."""
-    from recbole_ssm.config import SSMConfig
+    from recbole_ssm.config import Config
     from recbole_ssm.memory import peak_memory
 
     length = options["max_length"] or MAX_LENGTH.get(dataset, 50)
@@ -91,7 +91,7 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
         "train_mode": mode,
         "show_progress": False,
     }
-    config = SSMConfig("SASRec" if theirs else name, dataset, config_dict=keys)
+    config = Config("SASRec" if theirs else name, dataset, config_dict=keys)
     torch.manual_seed(0)
     step, steps, positions = (_recbole_step if theirs else _our_step)(config)
     with torch.autograd.set_detect_anomaly(name == AS_SHIPPED, check_nan=name == AS_SHIPPED):
@@ -133,11 +133,11 @@ def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
     from recbole_ssm.data import create_dataset
     from recbole_ssm.data.loader import create_loaders
     from recbole_ssm.model import get_model
-    from recbole_ssm.trainer import SSMTrainer
+    from recbole_ssm.trainer import Trainer
 
     loader, _, _ = create_loaders(config, create_dataset(config))
     model = get_model(config["model"])(config, loader._dataset).to(config["device"])
-    trainer = SSMTrainer(config, model)
+    trainer = Trainer(config, model)
     positions = int(loader.plan.work(loader.plan.epoch(np.random.default_rng(0))).sum())
     model.train()
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
@@ -152,14 +152,14 @@ def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
 
 def _recbole_step(config: Any) -> tuple[Callable[[], Any], int, int]:
     """The same of RecBole's data set, loader, model and trainer."""
+    import recbole.trainer
     from recbole.data import data_preparation
     from recbole.data.dataset import SequentialDataset
     from recbole.model.sequential_recommender import SASRec
-    from recbole.trainer import Trainer
 
     loader, _, _ = data_preparation(config, SequentialDataset(config))
     model = SASRec(config, loader._dataset).to(config["device"])
-    trainer = Trainer(config, model)
+    trainer = recbole.trainer.Trainer(config, model)
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
     positions = len(loader._dataset) * config["MAX_ITEM_LIST_LENGTH"]
     return lambda: trainer._train_epoch([next(batches)], 0), len(loader), positions

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recbole_ssm.data.dataset import SSMDataset, create_dataset
+    from recbole_ssm.data.dataset import SequentialDataset, create_dataset
 
-__all__ = ["SSMDataset", "create_dataset"]
+__all__ = ["SequentialDataset", "create_dataset"]
 
 
 def __getattr__(name: str) -> Any:
     # convert and inspect need neither RecBole nor PyTorch
-    if name in __all__:
+    if name in (*__all__, "SSMDataset"):  # the latter is the name that SequentialDataset had in 0.1.0
         from recbole_ssm.data import dataset
 
         return getattr(dataset, name)

@@ -31,7 +31,6 @@ from recbole_ssm.errors import UserError
 compat.install()
 
 import recbole.data.dataset  # noqa: E402
-from recbole.data.dataset import SequentialDataset  # noqa: E402
 from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
 from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
@@ -48,7 +47,7 @@ def create_dataset(config: Any) -> Any:
         UserError: a file is missing or faulty, or the filters leave nothing.
     """
     base = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
-    kind = SSMDataset if base is None else type(base.__name__, (SSMDataset, base), {})
+    kind = SequentialDataset if base is None else type(base.__name__, (SequentialDataset, base), {})
     try:
         return kind(config)
     except UserError:
@@ -57,7 +56,7 @@ def create_dataset(config: Any) -> Any:
         raise UserError(f"dataset {config['dataset']}: {error}") from error
 
 
-class SSMDataset(SequentialDataset):
+class SequentialDataset(recbole.data.dataset.SequentialDataset):
     """RecBole's SequentialDataset, with these differences:
 
     - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
@@ -219,7 +218,7 @@ class SSMDataset(SequentialDataset):
 
     def data_augmentation(self) -> None:
         """Index every history and its next event, where RecBole writes them out."""
-        if super().data_augmentation.__func__ is not SequentialDataset.data_augmentation:
+        if super().data_augmentation.__func__ is not recbole.data.dataset.SequentialDataset.data_augmentation:
             super().data_augmentation()  # a model whose rows hold more, such as DIEN's
             return
         self._aug_presets()
@@ -395,3 +394,9 @@ def _scratch(parent: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SSMDataset":  # its name in 0.1.0
+        return SequentialDataset
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

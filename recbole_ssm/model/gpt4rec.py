@@ -20,8 +20,8 @@ from tqdm import tqdm
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import LanguageModelRecommender, require
+from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge
 from recbole_ssm.llm.prompt import Counts, piece_encoder, start_of_text
-from recbole_ssm.llm.search import TitleSearch, found, full_order, merge
 
 BOUGHT = "Previously, the customer has bought:"
 WANTS = " In the future, the customer wants to buy"
@@ -34,7 +34,7 @@ class GPT4Rec(LanguageModelRecommender):
     choice is ours: the loss is that of the target's title and its end, the prompt carries none; titles are cut to
     ``title_tokens``; training rows are RecBole's, of each user the newest ``train_last``.
 
-    A score is minus an item's place in the order of :func:`recbole_ssm.llm.search.full_order`, so no two are equal.
+    A score is minus an item's place in the order of :func:`recbole_ssm.llm.bm25.full_order`, so no two are equal.
     """
 
     bm25: Tensor

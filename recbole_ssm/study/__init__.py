@@ -21,6 +21,7 @@ STUDIES = {
     "tune": "the best hyper-parameters of a model, by exhaustive, random or Bayesian search",
     "optimizers": "Adam, SGD, USGM and the adaptive batch size: quality over seeds, samples and seconds to a score",
 }
+MODULES = {"llm": "objectives"}  # a study whose module has another name
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     name = arguments[0]
     if name not in STUDIES:
         raise UserError(f"study: there is no study '{name}'{did_you_mean(name, STUDIES)}; {names}")
-    module = importlib.import_module(f"recbole_ssm.study.{name}")
+    module = importlib.import_module(f"recbole_ssm.study.{MODULES.get(name, name)}")
     parser = ArgumentParser(f"recbole-ssm study {name}", module.__doc__)
     folder = Path("saved", "study", name)
     parser.add_argument("--folder", type=Path, default=folder, help=f"where runs and tables are kept; default {folder}")

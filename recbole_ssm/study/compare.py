@@ -12,13 +12,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
-from recbole_ssm.study.search import Search, Trial, read_space, shipped_space
+from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
 
 MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
@@ -164,13 +164,13 @@ def split_keys(
     return plain, own
 
 
-def config_of(runs: Runs, one: Run) -> SSMConfig:
+def config_of(runs: Runs, one: Run) -> Config:
     """A run's resolved configuration.
 
     Raises:
         UserError: it is refused.
     """
-    return SSMConfig(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
+    return Config(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
 
 
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:

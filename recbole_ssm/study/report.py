@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, metric, over_users, paired
 from recbole_ssm.figure import figure
 from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
-from recbole_ssm.study.statistics import METRICS, Pair, corrected, metric, over_users, paired
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_ssm import __version__
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import write_json
@@ -154,7 +154,7 @@ class Runs:
             raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
 
     def _content(self, run: Run) -> dict[str, Any]:
-        config = SSMConfig(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
+        config = Config(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
         settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
         self._fetch(config)
         folder = Path(config["data_path"])
@@ -177,9 +177,9 @@ class Runs:
         Raises:
             UserError: it cannot be found.
         """
-        self._fetch(SSMConfig(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
+        self._fetch(Config(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
 
-    def _fetch(self, config: SSMConfig) -> None:
+    def _fetch(self, config: Config) -> None:
         there = (Path(config["data_path"]) / f"{config['dataset']}.inter").is_file()
         if config["benchmark_filename"] is None and not there:
             create_dataset(config)  # which downloads it

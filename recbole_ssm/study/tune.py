@@ -32,12 +32,12 @@ import yaml
 from recbole.utils import dict2str
 from tqdm import tqdm
 
-from recbole_ssm.config import SSMConfig, read_yaml
+from recbole_ssm.config import Config, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable, figure
 from recbole_ssm.files import alone, whole, write_csv
 from recbole_ssm.study.runs import Run, Runs
-from recbole_ssm.study.search import Search, Space, Trial, cell, read_space, shipped_space, space_of
+from recbole_ssm.study.space import Search, Space, Trial, cell, read_space, shipped_space, space_of
 
 TOOLS = ("Hyperopt", "Ray")
 NOT_TUNED = ("model", "dataset", "data_path", "eval_args", "metrics", "topk", "valid_metric")
@@ -382,7 +382,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
     fixed: dict[str, Any] = {}
     for file in options.config_files.split():
         fixed |= read_yaml(Path(file))
-    config = SSMConfig(config_dict={**fixed, **keys})
+    config = Config(config_dict={**fixed, **keys})
     space = read_space(options.params_file or _shipped(config.model))
     _check(space, config, keys)
     fixed = {key: value for key, value in {**fixed, **keys}.items() if key not in ("model", "dataset", *space)}
@@ -453,7 +453,7 @@ def _shipped(model: str) -> Path:
     return path
 
 
-def _check(space: Space, config: SSMConfig, keys: Mapping[str, Any]) -> None:
+def _check(space: Space, config: Config, keys: Mapping[str, Any]) -> None:
     """That every key can be tuned."""
     known = config.known_keys()
     for name, parameter in space.items():
@@ -476,7 +476,7 @@ def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     return f"{head}{metric} {trial.score:.4f} ({so_far}){spent}; {trial}"
 
 
-def _write_best(path: Path, config: SSMConfig, options: dict[str, Any], trial: Trial, metric: str) -> None:
+def _write_best(path: Path, config: Config, options: dict[str, Any], trial: Trial, metric: str) -> None:
     """The options of a trial as a file for ``--config_files``."""
     named = {"model": config.model, "dataset": config.dataset, **options}
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from recbole_ssm import distributed
 from recbole_ssm.trainer.hooks import Hook
 
 if TYPE_CHECKING:
-    from recbole_ssm.trainer.trainer import SSMTrainer
+    from recbole_ssm.trainer.trainer import Trainer
 
 
 def ranks_of(scores_RV: Tensor, row_T: Tensor, item_T: Tensor) -> Tensor:
@@ -52,19 +52,19 @@ class Ranks(Hook):
         self.ranks = np.empty(0)
         """The rank of the row's target ``[rows]``, see :func:`ranks_of`."""
 
-    def on_evaluation_start(self, trainer: SSMTrainer) -> None:
+    def on_evaluation_start(self, trainer: Trainer) -> None:
         """Forget the evaluation before."""
         self._batches = []
 
     def on_ranking(
-        self, trainer: SSMTrainer, dataset: Any, interaction: Any, scores: Tensor, row: Tensor, item: Tensor
+        self, trainer: Trainer, dataset: Any, interaction: Any, scores: Tensor, row: Tensor, item: Tensor
     ) -> None:
         """Count a batch's ranks."""
         self._tokens = dataset.field2id_token[dataset.uid_field]
         users, row = interaction[dataset.uid_field].cpu()[row.cpu()], row.to(scores.device)
         self._batches.append((users, ranks_of(scores, row, item.to(scores.device)).cpu()))
 
-    def on_evaluation_end(self, trainer: SSMTrainer, result: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
         """Put the batches together."""
         if self._batches:
             users, ranks = (distributed.gather_rows(torch.cat(column)) for column in zip(*self._batches))

@@ -14,7 +14,7 @@ from recbole_ssm.model.llamarec import Reranked, fuse, target_ranks
 from recbole_ssm.trainer.hooks import Hook
 
 if TYPE_CHECKING:
-    from recbole_ssm.trainer.trainer import SSMTrainer
+    from recbole_ssm.trainer.trainer import Trainer
 
 RETRIEVER, LANGUAGE_MODEL, FUSED = "retriever", "language model", "fused"
 
@@ -34,20 +34,20 @@ class Reranking(Hook):
         """Order -> the rank of each row's target among the candidates; infinite where it was not retrieved."""
         self._begin = self._seconds = 0.0
 
-    def on_evaluation_start(self, trainer: SSMTrainer) -> None:
+    def on_evaluation_start(self, trainer: Trainer) -> None:
         """Ask the model for what it sees."""
         trainer.model.records, trainer.model.asked = [], 0
         self._seconds = 0.0
 
-    def on_evaluation_batch_start(self, trainer: SSMTrainer) -> None:
+    def on_evaluation_batch_start(self, trainer: Trainer) -> None:
         """Start the clock."""
         self._begin = time.perf_counter()
 
-    def on_scores(self, trainer: SSMTrainer, rows: int) -> None:
+    def on_scores(self, trainer: Trainer, rows: int) -> None:
         """Stop it; the model's records are on the CPU already, so a GPU is done."""
         self._seconds += time.perf_counter() - self._begin
 
-    def on_evaluation_end(self, trainer: SSMTrainer, result: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
         """Measure, log and write."""
         model: Any = trainer.model
         records, model.records = model.records, None

@@ -29,15 +29,15 @@ from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.adaptive import AdaptiveBatch
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Hook
-from recbole_ssm.trainer.latency import Latency
 from recbole_ssm.trainer.prompts import ShortenedPrompts
 from recbole_ssm.trainer.reranking import Reranking
 from recbole_ssm.trainer.step_sizes import StepSizes
+from recbole_ssm.trainer.timing import Latency
 
 compat.install()
 
+import recbole.trainer  # noqa: E402
 from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
-from recbole.trainer import Trainer  # noqa: E402
 from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
@@ -64,7 +64,7 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + signal_number
 
 
-class SSMTrainer(Trainer):
+class Trainer(recbole.trainer.Trainer):
     """recbole.trainer.Trainer for every sequential model, whose runs can be killed at any batch and go on.
 
     What differs: batches come from :class:`recbole_ssm.data.loader.TrainLoader`; gradients may be accumulated over the
@@ -736,3 +736,9 @@ def catalogue_of(dataset: Any) -> dict[str, Any]:
     """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for."""
     sizes = {field: dataset.num(field) for field in dataset.field2type if field in dataset.field2id_token}
     return {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]], "sizes": sizes}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SSMTrainer":  # its name in 0.1.0
+        return Trainer
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.dataset import download
 from recbole_ssm.errors import UserError
@@ -19,7 +19,7 @@ GOOD = HEADER + "".join(f"u{u}\ti{(u + t) % 15}\t{t}\n" for u in range(4) for t 
 
 
 def create(options, model="GRU4Rec"):
-    return create_dataset(SSMConfig(model, **options))
+    return create_dataset(Config(model, **options))
 
 
 def test_a_known_name_without_file_or_network_says_what_where_and_whence(tmp_path, monkeypatch):
@@ -179,7 +179,9 @@ def serve():
 
 def test_download_renames_and_is_used(serve, tmp_path, monkeypatch):
     url = serve(archive(Some__inter=GOOD, Some__item="item_id:token\ni1\n", readme__txt="x"))
-    monkeypatch.setattr("recbole_ssm.data.dataset.SSMDataset._get_download_url", lambda self, file, allow_none: url)
+    monkeypatch.setattr(
+        "recbole_ssm.data.dataset.SequentialDataset._get_download_url", lambda self, file, allow_none: url
+    )
     data = create({"dataset": "fresh", "config_dict": {"data_path": str(tmp_path / "data")}})
     assert data.item_num == 12
     assert sorted(f.name for f in (tmp_path / "data" / "fresh").iterdir()) == ["fresh.inter", "fresh.item"]

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from recbole.data.dataset import SequentialDataset
+from recbole.data.dataset import SequentialDataset as RecBoleDataset
 
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
-from recbole_ssm.data.dataset import SSMDataset
+from recbole_ssm.data.dataset import SequentialDataset
 from recbole_ssm.data.prefixes import Prefixes
 
 
-class WrittenOut(SSMDataset):
+class WrittenOut(SequentialDataset):
     """The same data set by RecBole's own augmentation and splits."""
 
-    data_augmentation = SequentialDataset.data_augmentation
-    leave_one_out = SequentialDataset.leave_one_out
-    split_by_ratio = SequentialDataset.split_by_ratio
-    time_based_split = SequentialDataset.time_based_split
+    data_augmentation = RecBoleDataset.data_augmentation
+    leave_one_out = RecBoleDataset.leave_one_out
+    split_by_ratio = RecBoleDataset.split_by_ratio
+    time_based_split = RecBoleDataset.time_based_split
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ SPLITS = [
 @pytest.mark.parametrize("eval_args", SPLITS)
 def test_rows_are_recboles_in_its_order(data, eval_args):
     data["config_dict"]["eval_args"] = eval_args
-    config = SSMConfig("SASRec", **data)
-    for ours, written_out in zip(SSMDataset(config).build(), WrittenOut(config).build()):
+    config = Config("SASRec", **data)
+    for ours, written_out in zip(SequentialDataset(config).build(), WrittenOut(config).build()):
         assert isinstance(ours.inter_feat, Prefixes)
         assert len(ours) == len(written_out)
         rows = np.arange(len(ours))
@@ -65,13 +65,13 @@ def test_rows_are_recboles_in_its_order(data, eval_args):
 
 def test_numerical_fields_keep_their_second_column(data):
     data["config_dict"]["numerical_features"] = ["rating"]
-    config = SSMConfig("SASRec", **data)
-    ours, written_out = (kind(config).build()[0][np.arange(20)] for kind in (SSMDataset, WrittenOut))
+    config = Config("SASRec", **data)
+    ours, written_out = (kind(config).build()[0][np.arange(20)] for kind in (SequentialDataset, WrittenOut))
     assert torch.equal(ours["rating_list"], written_out["rating_list"])
 
 
 def test_it_answers_like_an_interaction(data):
-    train = SSMDataset(SSMConfig("SASRec", **data)).build()[0]
+    train = SequentialDataset(Config("SASRec", **data)).build()[0]
     rows = train.inter_feat
     assert "item_id_list" in rows and "nothing" not in rows
     whole = rows[:]
@@ -92,18 +92,18 @@ def test_it_answers_like_an_interaction(data):
 
 
 def test_interaction_matrix_counts_every_training_event(data):
-    config = SSMConfig("SASRec", **data)
-    ours, written_out = (kind(config).build()[0].inter_matrix().toarray() for kind in (SSMDataset, WrittenOut))
+    config = Config("SASRec", **data)
+    ours, written_out = (kind(config).build()[0].inter_matrix().toarray() for kind in (SequentialDataset, WrittenOut))
     assert np.array_equal(ours, written_out) and ours.sum() > 100
 
 
 def test_a_model_with_rows_of_its_own_keeps_them(toy):
     toy["config_dict"]["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
-    data = create_dataset(SSMConfig("DIEN", **toy))
+    data = create_dataset(Config("DIEN", **toy))
     train = data.build()[0]
     assert "neg_item_list" in train.inter_feat.columns or "neg_item_id_list" in train.inter_feat.columns
 
 
 def test_a_row_costs_eight_bytes(data):
-    train = SSMDataset(SSMConfig("SASRec", **data)).build()[0].inter_feat
+    train = SequentialDataset(Config("SASRec", **data)).build()[0].inter_feat
     assert train.target.nbytes + train.length.nbytes == 8 * len(train)

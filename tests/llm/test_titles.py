@@ -2,7 +2,7 @@
 
 import pytest
 
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import titles_of
@@ -20,7 +20,7 @@ def titles(write_dataset):
         found = write_dataset(EVENTS)
         if item_file is not None:
             write_dataset(item_file, suffix="item")
-        config = SSMConfig("GPT4Rec", found["dataset"], config_dict={**found["config_dict"], **options})
+        config = Config("GPT4Rec", found["dataset"], config_dict={**found["config_dict"], **options})
         dataset = create_dataset(config)
         dataset.build()
         listed = titles_of(dataset, config)
@@ -46,7 +46,7 @@ def test_a_column_of_single_tokens_and_another_name(titles):
 
 
 def test_movie_titles_are_found_without_a_word():
-    config = SSMConfig("GPT4Rec", "ml-100k")
+    config = Config("GPT4Rec", "ml-100k")
     dataset = create_dataset(config)
     dataset.build()
     found = titles_of(dataset, config)

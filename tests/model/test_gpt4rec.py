@@ -9,7 +9,7 @@ import transformers
 from recbole.data.interaction import Interaction
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
@@ -29,7 +29,7 @@ def build(titled):
 
     def make(**options):
         torch.manual_seed(3)
-        config = SSMConfig("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **TINY, **options})
+        config = Config("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **TINY, **options})
         loaders = create_loaders(config, create_dataset(config))
         return GPT4Rec(config, loaders[0]._dataset).eval(), loaders
 

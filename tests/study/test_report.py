@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from recbole_ssm.evaluation.significance import holm
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run
-from recbole_ssm.study.statistics import holm
 
 MADE = {"date": "2026-01-02", "recbole_ssm": "0", "torch": "2", "python": "3", "system": "X", "cpu": "C", "threads": 1}
 SETTINGS = {"eval_args": {"split": {"LS": "valid_and_test"}}, "epochs": 3, "train_mode": "packed"}

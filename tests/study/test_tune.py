@@ -14,7 +14,7 @@ import yaml
 from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
-from recbole_ssm.study.search import Trial, space_of
+from recbole_ssm.study.space import Trial, space_of
 from recbole_ssm.study.tune import HyperTuning, _claimed, read_trials, write_trials
 from tests.conftest import REPOSITORY
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import PROPERTIES, SSMConfig
+from recbole_ssm.config import PROPERTIES, Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.optim import USGM, AdaptiveBatchSize
-from recbole_ssm.trainer import Hook, SSMTrainer, checkpoint
+from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.adaptive import OF_THE_RUN
 
 
@@ -51,7 +51,7 @@ def test_sizes_change_and_every_target_is_seen_once(toy, rule, model, caplog):
     options = options_of(toy, rule, state="INFO", adaptive_batch_args=tight)
     with caplog.at_level("INFO"):
         result = run_recbole_ssm(model, "toy", config_dict=options, hooks=[watch])
-    config = SSMConfig(model, "toy", config_dict=options)
+    config = Config(model, "toy", config_dict=options)
     train, _, _ = create_loaders(config, create_dataset(config))
     expected = sorted(train._dataset.inter_feat["item_id"].tolist())
     assert {epoch: sorted(items) for epoch, items in watch.seen.items()} == dict.fromkeys(range(3), expected)
@@ -79,20 +79,20 @@ def test_the_gradient_of_a_measured_step_is_that_of_the_whole(toy):
         options = options_of(toy, "norm_test", dropout_prob=0.0, adaptive_batch_args={"batch_min": 16, "batch_max": 16})
         if not adaptive:
             options |= {"adaptive_batch": None, "adaptive_batch_args": None}
-        config = SSMConfig("2Mamba4Rec", "toy", config_dict=options)
+        config = Config("2Mamba4Rec", "toy", config_dict=options)
         train, _, _ = create_loaders(config, create_dataset(config))
         torch.manual_seed(0)
-        trainer = SSMTrainer(config, get_model("2Mamba4Rec")(config, train._dataset).double())
+        trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset).double())
         trainer.fit(train, saved=False)
         weights.append(torch.cat([w.detach().flatten() for w in trainer.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-8)
 
 
 def fit(toy, scale=None, **options):
-    config = SSMConfig("2Mamba4Rec", "toy", config_dict=options_of(toy, "norm_test", dropout_prob=0.0, **options))
+    config = Config("2Mamba4Rec", "toy", config_dict=options_of(toy, "norm_test", dropout_prob=0.0, **options))
     train, _, _ = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
-    trainer = SSMTrainer(config, get_model("2Mamba4Rec")(config, train._dataset))
+    trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset))
     if scale:  # which RecBole's key brings on GPUs alone
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer.fit(train, saved=False)
@@ -119,9 +119,9 @@ def test_every_measured_step_is_on_tensorboard(toy):
 
     options = options_of(toy, "hoelder", learner="usgm", learner_args={"D": 50, "rho": 0.02}, epochs=1)
     options["learner_groups"] = {"item_embedding*": {"D": 20}}
-    config = SSMConfig("2Mamba4Rec", "toy", config_dict=options)
+    config = Config("2Mamba4Rec", "toy", config_dict=options)
     train, _, _ = create_loaders(config, create_dataset(config))
-    trainer = SSMTrainer(config, get_model("2Mamba4Rec")(config, train._dataset), [Record()])
+    trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset), [Record()])
     trainer.fit(train, saved=False)
     for name in ("batch_size", "step_size", "sigma", "nu", "L"):
         assert [step for step, _ in said[f"AdaptiveBatch/{name}"]] == [int(row[0]) for row in trainer.adaptive.rows]

@@ -13,21 +13,21 @@ import torch
 from safetensors import SafetensorError
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import SSMConfig
+from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
-from recbole_ssm.trainer import Hook, Latency, SSMTrainer, checkpoint
+from recbole_ssm.trainer import Hook, Latency, Trainer, checkpoint
 from recbole_ssm.trainer.step_sizes import StepSizes
 
 
 def build(model, toy, hooks=(), **options):
     """A trainer with a fresh model, and its loaders."""
-    config = SSMConfig(model, toy["dataset"], config_dict={**toy["config_dict"], **options})
+    config = Config(model, toy["dataset"], config_dict={**toy["config_dict"], **options})
     train, valid, _ = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
-    return SSMTrainer(config, get_model(model)(config, train._dataset), hooks), train, valid
+    return Trainer(config, get_model(model)(config, train._dataset), hooks), train, valid
 
 
 class Recorder(Hook):

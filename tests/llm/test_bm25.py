@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.llm.search import TitleSearch, found, full_order, merge, words
+from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge, words
 
 TITLES = [
     "",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recbole_ssm.study.statistics import corrected, holm, metric, over_users, paired
+from recbole_ssm.evaluation.significance import corrected, holm, metric, over_users, paired
 
 
 def test_metrics_of_known_ranks():
