@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from recbole_ssm import __version__
+from recbole_ssm.arguments import join_values
 from recbole_ssm.errors import UserError, did_you_mean
 
 USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
@@ -150,24 +151,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "tune": tune,
 }
 WITH_HELP = {"bench", "compare", "convert", "inspect", "study", "tune"}  # these answer --help themselves
-
-
-def join_values(arguments: list[str]) -> list[str]:
-    """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``."""
-    short = {"-m": "--model", "-d": "--dataset"}
-    joined: list[str] = []
-    waiting = False
-    for argument in arguments:
-        if waiting:
-            joined[-1] += f"={argument}"
-            waiting = False
-            continue
-        argument = short.get(argument, argument)
-        joined.append(argument)
-        waiting = argument.startswith("--") and "=" not in argument
-    if waiting:
-        raise UserError(f"{joined[-1]} has no value; options look like {joined[-1]}=VALUE")
-    return joined
 
 
 def _take(options: list[str], key: str) -> str:

@@ -7,7 +7,6 @@ properties/model comes before properties/dataset.
 
 from __future__ import annotations
 
-import ast
 import copy
 import os
 import re
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 from recbole_ssm import compat
+from recbole_ssm.arguments import literal, parse_options
 from recbole_ssm.errors import UserError, did_you_mean
 
 compat.install()
@@ -349,36 +349,6 @@ class Config(recbole.config.Config):
             raise UserError(
                 f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"
             )
-
-
-def literal(text: str) -> Any:
-    """The value that a string stands for, as RecBole reads it, but through literals only: nothing is evaluated.
-
-    ``"1e-3"``, ``"[1, 5]"``, ``"{'a': 1}"`` and ``"None"`` become values, ``"true"`` and ``"false"`` too in any case;
-    anything else stays the string.
-    """
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
-def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
-    """``["--key=value", ...]`` -> a dict of options.
-
-    Raises:
-        UserError: an argument is of another form, or a key stands twice with different values.
-    """
-    options: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not equals or not key:
-            raise UserError(f"'{argument}' is not an option; options look like --learning_rate=0.001")
-        if options.setdefault(key, value) != value:
-            raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
-    return {key: literal(value) for key, value in options.items()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import PROPERTIES, Config, literal, parse_options
+from recbole_ssm.arguments import literal, parse_options
+from recbole_ssm.config import PROPERTIES, Config
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import MODELS, get_model, model_names
 

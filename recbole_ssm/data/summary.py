@@ -210,7 +210,7 @@ def plot(path: Path, found: dict[str, Any]) -> None:
 def _ratios(split: str) -> list[float] | None:
     if split == "LS":
         return None
-    from recbole_ssm.config import literal
+    from recbole_ssm.arguments import literal
 
     named = literal(split)
     if not isinstance(named, dict) or list(named) != [temporal.NAME]:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: no such study, no such option, or an impossible value.
     """
-    from recbole_ssm.cli import join_values
+    from recbole_ssm.arguments import join_values
 
     names = "; ".join(f"{name}: {what}" for name, what in STUDIES.items())
     if list(arguments) in (["--help"], ["-h"]):
@@ -51,6 +51,6 @@ def main(arguments: Sequence[str]) -> None:
     help_asked = [argument for argument in arguments[1:] if argument in ("--help", "-h")]
     options, others = parser.parse_known_args(help_asked or join_values(list(arguments[1:])))
 
-    from recbole_ssm.config import parse_options
+    from recbole_ssm.arguments import parse_options
 
     module.run(options, parse_options(others))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from recbole_ssm.config import PROPERTIES, literal
+from recbole_ssm.arguments import literal
+from recbole_ssm.config import PROPERTIES
 from recbole_ssm.errors import UserError, did_you_mean
 
 ALGORITHMS = ("exhaustive", "random", "bayes")

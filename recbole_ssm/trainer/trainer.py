@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.keys import FREE_KEYS, MACHINE_KEYS
 from recbole_ssm.memory import peak_memory, return_free_memory
 from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
 from recbole_ssm.trainer import checkpoint
@@ -46,14 +47,6 @@ from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
 from recbole_ssm.model import LlamaRec  # noqa: E402
 
 TRIM_EVERY = 16  # steps
-MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
-# What a resumed run may change without being another run.
-FREE_KEYS = {
-    *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
-    "use_gpu", "checkpoint_steps", "checkpoint_keep", "cuda_graphs", "measure_latency", "log_wandb",
-    "wandb_project", "local_rank", "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download",
-    "retriever_checkpoint", "prompt_batch_tokens", "rerank",
-}  # fmt: skip
 
 
 class Interrupted(KeyboardInterrupt):
