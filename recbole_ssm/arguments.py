@@ -41,6 +41,11 @@ def literal(text: str) -> Any:
         return text
 
 
+def names(text: str) -> list[str]:
+    """``"SASRec, Mamba4Rec"`` -> ``["SASRec", "Mamba4Rec"]``; blanks around a name and empty names do not count."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
     """``["--key=value", ...]`` -> a dict of options.
 

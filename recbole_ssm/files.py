@@ -1,8 +1,9 @@
-"""Writing files so that they are whole or absent."""
+"""Writing files so that they are whole or absent, and the checksum of a file."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +69,15 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; the file is read a piece at a time."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 @contextmanager

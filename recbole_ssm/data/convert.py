@@ -6,13 +6,12 @@ Nothing of the source is changed, and the data set appears whole or not at all.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, progress
 from recbole_ssm.data.sources import EVENT, Raw, open_raw, seconds
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import write_json
+from recbole_ssm.files import digest, write_json
 
 WRITTEN_AT_ONCE = 1 << 20  # rows
 TIES = "events of one user and one time keep the order of the source"
@@ -153,7 +152,7 @@ def convert(
         card: dict[str, Any] = {
             "name": name,
             "source": [
-                {"file": str(file), "bytes": file.path.stat().st_size, "sha256": sha256(file.path)}
+                {"file": str(file), "bytes": file.path.stat().st_size, "sha256": digest(file.path)}
                 for file in raw.files
             ],
             "kind": raw.kind,
@@ -164,7 +163,7 @@ def convert(
             "ties": TIES,
             "time": {"first": float(events.times.min()), "last": float(events.times.max())},
             "written": {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(scratch.iterdir())
+                path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
             },
             "by": f"recbole_ssm {__version__}",
         }
@@ -265,20 +264,6 @@ def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> int:
                 described += 1
                 file.write("\t".join([item, *(_one_line(cells[name]) for name in columns)]) + "\n")
     return described
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in _pieces(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _pieces(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 22):
-        yield block
 
 
 def _spelt(values: np.ndarray) -> pa.StringArray:
