@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and the checksum of a file."""
+"""Writing files so that they are whole or absent, and the digests by which contents are told apart."""
 
 from __future__ import annotations
 
@@ -71,13 +71,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; the file is read a piece at a time."""
+def digest(*paths: Path) -> str:
+    """The SHA-256 of the content of a file, or of several one after the other, in hexadecimal."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                found.update(piece)
     return found.hexdigest()
+
+
+def digest_of_json(value: Any) -> str:
+    """The SHA-256 of a value as JSON, in hexadecimal; the order of a mapping's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.files import digest
 from recbole_ssm.llm.titles import titles_of
 
 RANDOM = "random"
@@ -91,7 +92,8 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
         else:
             folder, gguf = _locate(name, bool(config["base_model_download"]))
             model, tokenizer = _load(folder, gguf, name, dtype, config)
-            frozen = _digest_of_files([folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))) if rank else ""
+            files = [folder / gguf] if gguf else sorted(folder.glob("*.safetensors"))
+            frozen = digest(*files) if rank else ""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False  # training reads no cache; generation asks for its own
@@ -100,7 +102,7 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     if rank:
         model = _with_lora(model, config, rank)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    digest = hashlib.sha256(f"{frozen if rank else ''} {vocabulary}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{frozen if rank else ''} {vocabulary}".encode()).hexdigest()
     if not config["quantize_4bit"]:
         model = model.to(config["device"])
     if config["gradient_checkpointing"]:
@@ -111,7 +113,7 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
         f"base model {name}: {total:,} parameters, {trained:,} trained ({how}), "
         f"{'4-bit nf4' if config['quantize_4bit'] else str(dtype).removeprefix('torch.')}, context {context}"
     )
-    return BaseModel(model.eval(), tokenizer, context, name, digest)
+    return BaseModel(model.eval(), tokenizer, context, name, identity)
 
 
 class LanguageModelRecommender(SequentialRecommender):
@@ -414,15 +416,6 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].detach().float().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _digest_of_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
     return digest.hexdigest()
 
 

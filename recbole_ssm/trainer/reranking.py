@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from recbole_ssm import distributed
+from recbole_ssm import clock, distributed
 from recbole_ssm.files import write_json
 from recbole_ssm.model.llamarec import Reranked, fuse, target_ranks
 from recbole_ssm.trainer.hooks import Hook
@@ -41,11 +40,11 @@ class Reranking(Hook):
 
     def on_evaluation_batch_start(self, trainer: Trainer) -> None:
         """Start the clock."""
-        self._begin = time.perf_counter()
+        self._begin = clock.now()
 
     def on_scores(self, trainer: Trainer, rows: int) -> None:
         """Stop it; the model's records are on the CPU already, so a GPU is done."""
-        self._seconds += time.perf_counter() - self._begin
+        self._seconds += clock.now() - self._begin
 
     def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
         """Measure, log and write."""

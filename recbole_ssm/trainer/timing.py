@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from recbole_ssm import distributed
+from recbole_ssm import clock, distributed
 from recbole_ssm.data.loader import PackedBatch, Step
 from recbole_ssm.files import write_json
 from recbole_ssm.memory import peak_memory
@@ -121,9 +120,7 @@ class Latency(Hook):
         return "\n".join(lines)
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return clock.now(self._device)
 
     def _note(self, part: str, seconds: float, **work: int) -> None:
         self.seconds.setdefault(part, []).append(seconds)
