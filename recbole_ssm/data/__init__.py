@@ -11,9 +11,10 @@ __all__ = ["SequentialDataset", "create_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    # convert and inspect need neither RecBole nor PyTorch
-    if name in (*__all__, "SSMDataset"):  # the latter is the name that SequentialDataset had in 0.1.0
+    # Imported when it is asked for, because convert and inspect need neither RecBole nor PyTorch.
+    if name in (*__all__, "SSMDataset"):
         from recbole_ssm.data import dataset
 
-        return getattr(dataset, name)
+        # SSMDataset was its name in 0.1.0.
+        return getattr(dataset, name.replace("SSM", "Sequential"))
     raise AttributeError(f"module 'recbole_ssm.data' has no attribute '{name}'")

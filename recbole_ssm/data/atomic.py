@@ -7,9 +7,8 @@ quotation marks and fills what it cannot read; all silently.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.lines import (
-    BadLines,
-    Block,
-    is_utf8,
-    progress,
-    raw_lines,
-    read_blocks,
-    sound_lines,
-    split_columns,
-)
+from recbole_ssm.data.lines import BadLines, below_header, first_line, progress, read_blocks, sound_lines
 from recbole_ssm.errors import UserError, did_you_mean
 
 TYPES = ("token", "token_seq", "float", "float_seq")
-HEADER = 1 << 16  # bytes that are read to find the first line
 MISSING_NUMBERS = ("", "nan", "na", "null", "none")
-MERGE_AT = 4_000_000  # cells that wait for the words of a column to be merged
+# Cells that wait for the words of a column to be merged.
+MERGE_AT = 4_000_000
 
 
 def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> dict[str, str]:
@@ -44,21 +34,19 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
     """
     try:
         with open(path, "rb") as file:
-            first = next(read_blocks(file, path, encoding, size=HEADER), Block(1, b""))
-        line = first.data.partition(b"\n")[0].decode("utf-8" if is_utf8(encoding) else encoding)
+            line = first_line(file, path, encoding)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"{path}, line 1: not {encoding} text; set encoding to what the file is written in") from error
     if not separator:
         raise UserError("field_separator: must not be empty; a tab is written '\\t'")
     if not line:
         raise UserError(f"{path}: the file is empty; its first line must name the columns, as user_id:token")
     columns: dict[str, str] = {}
-    for cell in line.split(separator):
+    cells = line.split(separator)
+    for cell in cells:
         name, colon, kind = cell.partition(":")
         if not colon or not name:
-            hint = "; is field_separator right?" if len(line.split(separator)) == 1 else ""
+            hint = "; is field_separator right?" if len(cells) == 1 else ""
             raise UserError(f"{path}, line 1: column '{cell[:60]}' must read name:type, as user_id:token{hint}")
         if kind not in TYPES:
             raise UserError(f"{path}, line 1: column {name} has type '{kind}'; known are {', '.join(TYPES)}")
@@ -86,11 +74,6 @@ class Tokens:
         names[:-1] = self.names.to_numpy(zero_copy_only=False)
         names[-1] = np.nan
         return names[self.codes]
-
-
-def read_atomic(path: Path, columns: dict[str, str], **options: Any) -> pd.DataFrame:
-    """What :func:`read_columns` reads, with its options, as a frame: the form that RecBole works on."""
-    return as_frame(read_columns(path, columns, **options))
 
 
 def as_frame(columns: dict[str, Any]) -> pd.DataFrame:
@@ -135,25 +118,14 @@ def read_columns(
     """
     bad = BadLines(path) if bad is None else bad
     names = list(read_header(path, separator, encoding))
-    builders = {name: _BUILDERS[kind](seq_separator) for name, kind in columns.items()}
-    rows = 0
+    found = Columns({name: _BUILDERS[kind](seq_separator) for name, kind in columns.items()}, required)
     with open(path, "rb") as file, progress(f"Read {path.name}", path.stat().st_size) as bar:
-        for block in read_blocks(file, path, encoding):
-            bar.update(len(block.data))
-            if block.first == 1:
-                block = Block(2, block.data.partition(b"\n")[2])
-                if not block.data:
-                    continue
-            lines, numbers = sound_lines(block, len(names), separator, encoding, bad)
-            if len(numbers):
-                table = split_columns(lines, names, list(columns), separator)
-                whole_lines = partial(raw_lines, lines, separator, encoding)
-                rows += _add(builders, table, numbers, whole_lines, required, bad)
-    if not rows:
-        if len(bad):
-            raise UserError(f"{path}: every line has a fault; the first is {bad.first}")
-        raise UserError(f"{path}: there is a header but no line below it")
-    return {name: builder.finish() for name, builder in builders.items()}
+        for block in below_header(read_blocks(file, path, encoding)):
+            bar.update(file.tell() - bar.n)
+            lines = sound_lines(block, len(names), separator, encoding, bad)
+            if len(lines.numbers):
+                found.add(lines.columns(names, list(columns)), lines.numbers, lines.raw, bad)
+    return found.finish(path, bad, "there is a header but no line below it")
 
 
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:
@@ -169,28 +141,55 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
         raise UserError(f"{path}, line 1: column {name} must be {name}:{kind}, got {name}:{header[name]}")
 
 
-def _add(
-    builders: dict[str, Words | Values],
-    table: pa.Table,
-    numbers: np.ndarray,
-    lines: Callable[[], list[bytes]],
-    required: Container[str],
-    bad: BadLines,
-) -> int:
-    """Add sound lines to their columns, but for those with a faulty cell; returns how many were added."""
-    faults: dict[int, str] = {}
-    for name, builder in builders.items():
-        for row, fault in builder.parse(table[name].combine_chunks(), name in required).items():
-            faults.setdefault(row, f"{name} {fault}")
-    keep = np.ones(len(numbers), dtype=bool)
-    if faults:
-        raw = lines()
+class Columns:
+    """Collects columns a block of rows at a time; a row with a faulty cell goes to ``bad`` and to no column.
+
+    Args:
+        builders: what collects each column.
+        required: columns in which no cell may be empty.
+        shown: the names that messages give them, where those are others.
+    """
+
+    def __init__(
+        self,
+        builders: Mapping[str, Words | Values],
+        required: Container[str] = (),
+        shown: Mapping[str, str] | None = None,
+    ) -> None:
+        self._builders, self._required, self._shown = builders, required, shown or {}
+        self._rows = 0
+
+    def add(self, cells: pa.Table, numbers: np.ndarray, raw: Callable[[], Sequence[bytes]], bad: BadLines) -> None:
+        """Add rows.
+
+        Args:
+            cells: a column of strings for each builder.
+            numbers: [rows] their line numbers.
+            raw: gives their lines.
+            bad: where faulty ones go.
+        """
+        faults: dict[int, str] = {}
+        for name, builder in self._builders.items():
+            for row, fault in builder.parse(cells[name].combine_chunks(), name in self._required).items():
+                faults.setdefault(row, f"{self._shown.get(name, name)} {fault}")
+        keep = np.ones(len(numbers), dtype=bool)
+        lines = raw() if faults else ()
         for row in sorted(faults):
             keep[row] = False
-            bad.add(int(numbers[row]), faults[row], raw[row])
-    for builder in builders.values():
-        builder.take(keep)
-    return int(keep.sum())
+            bad.add(int(numbers[row]), faults[row], lines[row])
+        for builder in self._builders.values():
+            builder.take(keep)
+        self._rows += int(keep.sum())
+
+    def finish(self, path: Path | str, bad: BadLines, nothing: str) -> dict[str, Any]:
+        """The whole columns.
+
+        Raises:
+            UserError: there is no row; ``nothing`` says so where none was faulty.
+        """
+        if not self._rows:
+            raise UserError(f"{path}: {f'every line has a fault; the first is {bad.first}' if len(bad) else nothing}")
+        return {name: builder.finish() for name, builder in self._builders.items()}
 
 
 class Words:
@@ -213,10 +212,6 @@ class Words:
     def take(self, keep: np.ndarray) -> None:
         """Add those cells of the block."""
         cells = self._parsed if keep.all() else self._parsed.filter(pa.array(keep))
-        self.add(cells)
-
-    def add(self, cells: pa.StringArray) -> None:
-        """Add cells without a look at them."""
         self._waiting.append(cells.dictionary_encode())
         if sum(map(len, self._waiting)) >= MERGE_AT:
             self._merge()
@@ -274,7 +269,8 @@ class Floats(Values):
         """Parse the cells of a block; the faults by row."""
         try:
             self._parsed = cells.cast(pa.float64()).to_numpy()
-        except pa.ArrowInvalid:  # an empty cell, a number that Arrow writes otherwise (+1), or none
+        except pa.ArrowInvalid:
+            # An empty cell, a number in another form than Arrow's (+1), or none at all.
             self._parsed = np.array([self.number(cell) for cell in cells.to_pylist()])
         doubtful = np.flatnonzero(~np.isfinite(self._parsed))
         faults = {}
@@ -290,19 +286,25 @@ class Floats(Values):
 class TokenLists(Values):
     """Collects a column of lists of tokens."""
 
+    kind: type = object
+
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
         """Parse the cells of a block; the faults by row."""
-        self._parsed, faults = _lists(cells, self._seq_separator, object)
+        self._parsed = np.empty(len(cells), dtype=object)
+        faults = {}
+        for row, cell in enumerate(cells.to_pylist()):
+            entries = [entry for entry in cell.split(self._seq_separator) if entry]
+            try:
+                self._parsed[row] = np.array(entries, dtype=self.kind)
+            except ValueError:
+                faults[row] = f"is {' '.join(entries)!r}, which are no numbers; correct it or drop the line"
         return faults
 
 
-class FloatLists(Values):
+class FloatLists(TokenLists):
     """Collects a column of lists of numbers."""
 
-    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
-        """Parse the cells of a block; the faults by row."""
-        self._parsed, faults = _lists(cells, self._seq_separator, np.float64)
-        return faults
+    kind = np.float64
 
 
 _BUILDERS: dict[str, type[Words] | type[Values]] = {
@@ -315,15 +317,3 @@ _BUILDERS: dict[str, type[Words] | type[Values]] = {
 
 def _rows(mask: pa.BooleanArray) -> list[int]:
     return [int(row) for row in np.flatnonzero(mask.to_numpy(zero_copy_only=False))]
-
-
-def _lists(cells: pa.StringArray, separator: str, kind: type) -> tuple[np.ndarray, dict[int, str]]:
-    column = np.empty(len(cells), dtype=object)
-    faults = {}
-    for row, cell in enumerate(cells.to_pylist()):
-        entries = [entry for entry in cell.split(separator) if entry]
-        try:
-            column[row] = np.array(entries, dtype=kind)
-        except ValueError:
-            faults[row] = f"is {' '.join(entries)!r}, which are no numbers; correct it or drop the line"
-    return column, faults

@@ -9,9 +9,9 @@ import argparse
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm import __version__
-from recbole_ssm.data.atomic import Floats, Words
+from recbole_ssm.data.atomic import Columns, Floats, Values, Words
 from recbole_ssm.data.events import Events, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, progress
-from recbole_ssm.data.sources import EVENT, Raw, open_raw, seconds
+from recbole_ssm.data.sources import EVENT, Descriptions, Raw, open_raw
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import digest, write_json
 
-WRITTEN_AT_ONCE = 1 << 20  # rows
+# Rows that are written at once.
+WRITTEN_AT_ONCE = 1 << 20
 TIES = "events of one user and one time keep the order of the source"
 
 
@@ -122,9 +123,10 @@ def convert(
     raw = open_raw(source, asked, meta, encoding=encoding, **reading)
 
     out.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
-    try:
-        with BadLines(str(raw.files[0]), on_bad_lines, scratch / f"{name}.skipped") as bad:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out, ignore_cleanup_errors=True) as temporary:
+        scratch = Path(temporary, name)
+        scratch.mkdir()
+        with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
             events = read_events(raw, bad)
         steps = [{"step": "read", **events.counts()}]
         if duplicates != "keep":
@@ -134,21 +136,22 @@ def convert(
             events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))
             steps.append({"step": f"{k_core}-core", **events.counts()})
         if not len(events):
-            raise UserError(f"{raw.files[0]}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
+            raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
         write_inter(scratch / f"{name}.inter", events)
         skipped, described = len(bad), 0
         if raw.items is not None:
+            # The faults of a table that describes its own items were told when its events were read.
+            again = raw.items.file == raw.events.file
             side = scratch / f"{name}.item.skipped"
-            told = raw.item_file == raw.files[0]  # its faults, when the events were read
-            with BadLines(str(raw.item_file), *(("skip",) if told else (on_bad_lines, side))) as bad:
-                described = write_items(scratch / f"{name}.item", raw, events, bad)
+            with BadLines(str(raw.items.file), *(("skip",) if again else (on_bad_lines, side))) as bad:
+                described = write_items(scratch / f"{name}.item", raw.items, events, bad)
             if not described:
                 raise UserError(
-                    f"{raw.item_file}: describes none of the items; is it of another data set? Name the right one by "
+                    f"{raw.items.file}: describes none of the items; is it of another data set? Name the right one by "
                     "--meta, or move it away"
                 )
-            skipped += 0 if told else len(bad)
+            skipped += 0 if again else len(bad)
         card: dict[str, Any] = {
             "name": name,
             "source": [
@@ -168,10 +171,7 @@ def convert(
             "by": f"recbole_ssm {__version__}",
         }
         write_json(scratch / f"{name}.card.json", card)
-        scratch.chmod(0o755)  # mkdtemp keeps others out
         os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return card
 
 
@@ -181,28 +181,11 @@ def read_events(raw: Raw, bad: BadLines) -> Events:
     Raises:
         UserError: the first faulty row (or none, if ``bad`` skips), or there is no row at all.
     """
-    builders: dict[str, Any] = {"user": Ids(), "item": Ids(), "time": Times(), "rating": Floats()}
-    builders = {field: builders[field] for field in raw.fields}
-    seen = 0
+    builders: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": Times(), "rating": Floats()}
+    columns = Columns({field: builders[field] for field in raw.fields}, EVENT[:3], raw.fields)
     for rows in raw.events.rows(raw.fields, bad):
-        faults: dict[int, str] = {}
-        for field, builder in builders.items():
-            for row, fault in builder.parse(rows.cells[field].combine_chunks(), field != "rating").items():
-                faults.setdefault(row, f"{raw.fields[field]} {fault}")
-        keep = np.ones(len(rows.numbers), dtype=bool)
-        raw_lines = rows.lines() if faults else ()
-        for row in sorted(faults):
-            keep[row] = False
-            bad.add(int(rows.numbers[row]), faults[row], raw_lines[row])
-        for builder in builders.values():
-            builder.take(keep)
-        seen += int(keep.sum())
-    if not seen:
-        raise UserError(
-            f"{raw.files[0]}: "
-            + (f"every line has a fault; the first is {bad.first}" if len(bad) else "no event in it")
-        )
-    found: dict[str, Any] = {field: builder.finish() for field, builder in builders.items()}
+        columns.add(rows.cells, rows.numbers, rows.raw, bad)
+    found = columns.finish(str(raw.events.file), bad, "no event in it")
     return Events(found["user"], found["item"], found["time"], found.get("rating"))
 
 
@@ -221,9 +204,13 @@ class Times(Floats):
     """A column of times: numbers, or ISO dates, which become seconds since 1970."""
 
     def number(self, cell: str) -> float:
-        """The time that a cell spells; NaN if it spells none."""
+        """The time that a cell spells, in seconds where it is a date (UTC unless it says otherwise); NaN for none."""
+        number = super().number(cell)
+        if not math.isnan(number):
+            return number
         try:
-            return seconds(cell)
+            date = datetime.fromisoformat(re.sub("Z$", "+00:00", cell.strip()))
+            return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
         except (ValueError, OverflowError):
             return math.nan
 
@@ -247,22 +234,20 @@ def write_inter(path: Path, events: Events) -> None:
             bar.update(len(cells[0]))
 
 
-def write_items(path: Path, raw: Raw, events: Events, bad: BadLines) -> int:
+def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> int:
     """Write the descriptions of those items that events have, and return how many; the first one of an item counts.
 
     RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
     """
-    assert raw.items is not None
     described = 0
-    wanted = {events.items.names[int(code)].as_py() for code in np.unique(events.items.codes)}
-    columns = raw.item_columns
+    wanted = set(events.items.names.take(pa.array(np.unique(events.items.codes))).to_pylist())
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write("\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in columns.items())]) + "\n")
-        for item, cells in raw.items(bad):
+        file.write("\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in items.columns.items())]) + "\n")
+        for item, cells in items.read(bad):
             if item in wanted:
                 wanted.remove(item)
                 described += 1
-                file.write("\t".join([item, *(_one_line(cells[name]) for name in columns)]) + "\n")
+                file.write("\t".join([item, *(_one_line(cells[name]) for name in items.columns)]) + "\n")
     return described
 
 

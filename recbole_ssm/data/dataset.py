@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import http.client
 import math
-import os
-import shutil
-import tempfile
-import urllib.request
 import warnings
 import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from recbole_ssm import compat
 from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
+from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
@@ -34,8 +27,6 @@ import recbole.data.dataset  # noqa: E402
 from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
 from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
-
-TIMEOUT = 30  # seconds without a byte before a download counts as dead
 
 
 def create_dataset(config: Any) -> Any:
@@ -52,7 +43,8 @@ def create_dataset(config: Any) -> Any:
         return kind(config)
     except UserError:
         raise
-    except ValueError as error:  # RecBole's own checks of filters and fields
+    except ValueError as error:
+        # RecBole's own checks of filters and fields.
         raise UserError(f"dataset {config['dataset']}: {error}") from error
 
 
@@ -69,7 +61,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
       the log how much of the future it trains on.
     """
 
-    inter_feat: Any  # a DataFrame while it is read and filtered, an Interaction afterwards
+    # A DataFrame while it is read and filtered; afterwards an Interaction, or Prefixes.
+    inter_feat: Any
 
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
@@ -184,10 +177,9 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
 
     def _remove_duplication(self) -> None:
         keep = self.config["rm_dup_inter"]
-        if keep is not None:  # RecBole sorts by time here too, unstably, and all that follows keeps that order
-            events = self.inter_feat
-            if self.time_field in events:  # ready-made splits may lack it
-                events = events.sort_values(self.time_field, kind="stable")
+        if keep is not None:
+            # RecBole sorts by time here too, but unstably, and all that follows keeps that order.
+            events = self.inter_feat.sort_values(self.time_field, kind="stable")
             self.inter_feat = events.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
 
     def _filter_by_inter_num(self) -> None:
@@ -196,7 +188,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         for key in ("user_inter_num_interval", "item_inter_num_interval"):
             intervals = self._parse_intervals_str(self.config[key]) or [("[", 0, np.inf, ")")]
             bracket, low, high, _ = intervals[0]
-            if len(intervals) == 1 and high == np.inf:  # with an upper bound, the order of dropping counts
+            # With an upper bound, what is left depends on the order of dropping.
+            if len(intervals) == 1 and high == np.inf:
                 least.append(math.ceil(low) if bracket == "[" else math.floor(low) + 1)
         if len(least) == 2:
             users, items = (pd.factorize(self.inter_feat[field])[0] for field in (self.uid_field, self.iid_field))
@@ -207,9 +200,10 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
 
     def _change_feat_format(self) -> None:
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
-            # before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order
+            # Before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order.
             order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
-            for column in self.inter_feat:  # one after the other: a second copy of all would double the memory
+            # One column after the other, because a second copy of all would double the memory.
+            for column in self.inter_feat:
                 self.inter_feat[column] = self.inter_feat[column].array[order]
             self.inter_feat.reset_index(drop=True, inplace=True)
             del order
@@ -219,7 +213,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
     def data_augmentation(self) -> None:
         """Index every history and its next event, where RecBole writes them out."""
         if super().data_augmentation.__func__ is not recbole.data.dataset.SequentialDataset.data_augmentation:
-            super().data_augmentation()  # a model whose rows hold more, such as DIEN's
+            # A model whose rows hold more, such as DIEN.
+            super().data_augmentation()
             return
         self._aug_presets()
         self._check_field("uid_field", "time_field")
@@ -238,7 +233,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         if not isinstance(self.inter_feat, Prefixes) or held_out is None:
             return super().leave_one_out(group_by, leave_one_mode)
         order, position, count = self._groups(group_by)
-        part = held_out - (count - position) + 1  # the newest row of a group goes to the last part
+        # The newest row of a group goes to the last part.
+        part = held_out - (count - position) + 1
         part = np.where(position > 0, part.clip(min=0), 0)
         if held_out == 1:
             part *= 1 if leave_one_mode == "valid_only" else 2
@@ -275,7 +271,7 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         return self._parts(order, part)
 
     def newest(self, count: int) -> Any:
-        """Each user's newest rows alone, ``count`` of them at most, in the order in which they stand.
+        """Only each user's newest rows, at most ``count`` of them, in the order in which they stand.
 
         Raises:
             UserError: the rows come from files that were split beforehand.
@@ -289,9 +285,11 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         """Rows group by group, groups in the order of their first row: (rows, position in the group, its size)."""
         key = self.inter_feat[field].numpy()
         rank = np.full(int(key.max(initial=0)) + 1, len(key), dtype=np.int32)
-        rank[key[::-1]] = np.arange(len(key), dtype=np.int32)[::-1]  # of repeated keys the last one written stays
+        # Of repeated keys the one that is written last stays, which is the first row.
+        rank[key[::-1]] = np.arange(len(key), dtype=np.int32)[::-1]
         group = rank[key]
-        del key  # these arrays are as long as the data; each kept one too many counts
+        # These arrays are as long as the data, so none is kept for longer than it is needed.
+        del key
         order = np.argsort(group, kind="stable").astype(np.int32)
         first = np.flatnonzero(np.diff(group[order], prepend=-1)).astype(np.int32)
         count = np.diff(first, append=np.int32(len(group)))
@@ -310,7 +308,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         fields = (self.uid_field, self.iid_field, self.time_field)
         users, items, times = (self.inter_feat[field].to_numpy() for field in fields)
         if self.config["legacy_time_order"]:
-            times = times.astype(np.float32)  # as RecBole will sort them
+            # As RecBole will sort them.
+            times = times.astype(np.float32)
         if temporal.NAME in split:
             parts = temporal.split_by_time(times, temporal.check_ratios(split[temporal.NAME]))
             self._part_of_row = temporal.parts_of_targets(parts, users, times)
@@ -338,65 +337,6 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
 
     def _dataframe_to_interaction(self, data: Any) -> Any:
         with warnings.catch_warnings():
-            # pandas 3 hands out read-only arrays; RecBole copies them into tensors
+            # pandas 3 hands out read-only arrays, which RecBole copies into tensors.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return super()._dataframe_to_interaction(data)
-
-
-def download(url: str, folder: Path, name: str) -> None:
-    """Fetch a zip of atomic files into ``folder``, renamed to ``name``: whole, or not at all.
-
-    Raises:
-        OSError: the network, the server or the disk fails, or the file ends early.
-        zipfile.BadZipFile: what came is no zip, or a damaged one, or holds no .inter file.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(folder.parent) as scratch:
-        archive = scratch / "archive.zip"
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(archive, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"Download {name}") as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if size and archive.stat().st_size != size:
-            raise OSError(f"{archive.stat().st_size} of {size} bytes came")
-        ready = scratch / name
-        ready.mkdir()
-        with zipfile.ZipFile(archive) as content:
-            visible = [m for m in content.infolist() if not Path(m.filename).name.startswith(".")]
-            members = [m for m in visible if Path(m.filename).suffix in (".inter", ".user", ".item")]
-            stems = {Path(m.filename).name.split(".")[0] for m in members if m.filename.endswith(".inter")}
-            if len(stems) != 1:
-                raise zipfile.BadZipFile("the archive must hold one .inter file")
-            stem = stems.pop()
-            for member in members:
-                target = Path(member.filename).name.replace(stem, name, 1)
-                try:
-                    with content.open(member) as source, open(ready / target, "wb") as file:
-                        shutil.copyfileobj(source, file)
-                except (zlib.error, EOFError, RuntimeError) as error:  # damaged, cut short, encrypted or packed oddly
-                    raise zipfile.BadZipFile(f"{member.filename}: {error}") from error
-        try:
-            if folder.is_dir():
-                folder.rmdir()  # an empty one, or it would not have come here
-            os.replace(ready, folder)
-        except OSError:
-            if not (folder / f"{name}.inter").is_file():  # else another process fetched it meanwhile: its files stay
-                raise
-
-
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder on the same file system as its parent, so that a rename out of it is atomic."""
-    scratch = Path(tempfile.mkdtemp(prefix=".download-", dir=parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SSMDataset":  # its name in 0.1.0
-        return SequentialDataset
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

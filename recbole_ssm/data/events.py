@@ -1,6 +1,6 @@
-"""Who met what when, as flat arrays: the filters of RecBole, and what looks odd about a file.
+"""Events as flat arrays of users, items and times: the filters of RecBole, and what looks odd about a file.
 
-The functions here take and return arrays of rows; the ids stay what they are, and nothing is copied per event.
+The functions here take and return arrays of rows; ids are codes, and nothing is copied for each event.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 import pyarrow.compute as pc
 
 from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.lines import BadLines
-
-AT_ONCE = 1 << 19  # events whose pairs are looked up in one table
 
 
 @dataclass
@@ -24,7 +21,8 @@ class Events:
     """Interactions, in the order of their file.
 
     Attributes:
-        users: who. items: what; no cell of either is empty.
+        users: who acted; no cell is empty.
+        items: on what; no cell is empty.
         times: [rows] float64, in whatever unit the file has.
         ratings: [rows] float64, or None.
     """
@@ -64,8 +62,10 @@ def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> 
     and items with too few are dropped together, again and again until none is left to drop.
 
     Args:
-        users: [rows] codes. items: [rows] codes.
-        k_users: rows that each user needs. k_items: and each item.
+        users: [rows] codes.
+        items: [rows] codes.
+        k_users: rows that each user needs.
+        k_items: rows that each item needs.
 
     Returns:
         Indices of the rows that stay, ascending.
@@ -83,29 +83,28 @@ def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> 
 
 def without_repeats(events: Events, keep: str) -> np.ndarray:
     """Rows with one event of each pair of user and item: its ``first`` or ``last`` by time, as ``rm_dup_inter``."""
-    kept = [rows[~pd.Series(pairs).duplicated(keep=keep).to_numpy()] for rows, pairs in _few_users_at_a_time(events)]
-    return np.sort(np.concatenate(kept))
+    order = np.lexsort((events.times, events.items.codes, events.users.codes))
+    again = _equal_to_the_one_before(order, events.users.codes, events.items.codes)
+    again = np.append(again[1:], False) if keep == "last" else again
+    return np.sort(order[~again])
 
 
 def doubled(events: Events) -> np.ndarray:
     """Rows whose user, item and time an earlier row has."""
-    found = []
-    for rows, pairs in _few_users_at_a_time(events):
-        found.append(rows[pd.DataFrame({"pair": pairs, "time": events.times[rows]}).duplicated().to_numpy()])
-    return np.sort(np.concatenate(found))
+    keys = events.times, events.items.codes, events.users.codes
+    order = np.lexsort(keys)
+    return np.sort(order[_equal_to_the_one_before(order, *keys)])
 
 
-def _few_users_at_a_time(events: Events) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``(rows, pairs)`` of half a million events at a time, by user and time: what is looked up in them stays small."""
-    order = events.by_user_and_time()
-    users = events.users.codes[order]
-    start = 0
-    while start < len(order):
-        last = users[min(start + AT_ONCE, len(order)) - 1]
-        end = int(np.searchsorted(users, last, side="right"))  # all of that user
-        rows = order[start:end]
-        yield rows, users[start:end].astype(np.int64) * len(events.items.names) + events.items.codes[rows]
-        start = end
+def _equal_to_the_one_before(order: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """[rows] whether a row has the same keys as the one before it in that order."""
+    same = np.ones(len(order), dtype=bool)
+    for key in keys:
+        # One key after the other, because each copy is as long as the data.
+        ordered = key[order]
+        same[1:] &= ordered[1:] == ordered[:-1]
+    same[:1] = False
+    return same
 
 
 def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iterator[tuple[int, str]]:

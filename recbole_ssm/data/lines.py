@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from tqdm import tqdm
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
 
-BLOCK = 1 << 24  # bytes that are read at a time
-LONGEST = 1 << 26  # bytes of a line; beyond, the file is no text
-UNIT = "\x1f"  # stands for a separator that is no single byte, as :: is not
+# Bytes that are read at a time.
+BLOCK = 1 << 24
+# Bytes of the longest line; a file with a longer one is no text.
+LONGEST = 1 << 26
+# Bytes of the longest first line, which names the columns.
+LONGEST_HEADER = 1 << 22
+# Stands for a separator that is no single byte, as :: is not.
+UNIT = "\x1f"
 
 
 class Source(Protocol):
@@ -32,7 +38,7 @@ class Source(Protocol):
 
 @dataclass
 class Block:
-    """Whole lines of a file: the number of the first of them (from 1), and their bytes; lines end in ``\\n``."""
+    """Whole lines of a file in UTF-8, each with its ``\\n``, and the number of the first of them (from 1)."""
 
     first: int
     data: bytes
@@ -46,14 +52,18 @@ class BadLines:
         mode: ``error`` or ``skip``.
         side: where skipped lines go, each as number, fault and the line itself, separated by tabs. The file appears
             whole when this context ends, and not at all if nothing was skipped or an error ends it.
+
+    Attributes:
+        first: the first fault and its line.
+        numbers: the numbers of the lines that were skipped.
     """
 
     def __init__(self, path: Path | str, mode: str = "error", side: Path | None = None) -> None:
         if mode not in ("error", "skip"):
             raise UserError(f"on_bad_lines: must be error or skip, got {mode!r}")
         self.path, self.mode, self.side = path, mode, side
-        self.first = ""  # the first fault and its line
-        self.numbers = array("q")  # of the lines that were skipped
+        self.first = ""
+        self.numbers = array("q")
         self._file: IO[bytes] | None = None
         self._stack = ExitStack()
 
@@ -82,7 +92,7 @@ class BadLines:
         return f"{self.path}: {len(self):,} lines skipped, the first because {self.first}{kept}"
 
     def line_of(self, row: int) -> int:
-        """Number in the file of the ``row``-th line (from 0) that was read; line 1 is the header."""
+        """The number in the file of the ``row``-th line (from 0) that was read; line 1 is the header."""
         skipped = np.sort(self.numbers)
         return row + 2 + int(np.searchsorted(skipped - np.arange(len(skipped)) - 2, row, side="right"))
 
@@ -98,130 +108,172 @@ def progress(what: str, size: int, unit: str = "B") -> tqdm[NoReturn]:
     return tqdm(total=size, desc=what, unit=unit, unit_scale=True, delay=1, disable=None)
 
 
-def codec(encoding: str) -> codecs.CodecInfo:
-    """The codec of that name.
+def read_blocks(
+    source: Source, path: Path | str, encoding: str = "utf-8", size: int = 0, longest: int = 0
+) -> Iterator[Block]:
+    """The lines of ``source`` as UTF-8, about ``size`` bytes (or 16 MB) at a time, whatever the file holds.
+
+    ``\\r\\n`` becomes ``\\n``, and a byte-order mark is passed over. Bytes that are no text in ``encoding`` become
+    bytes that are no UTF-8, so that :func:`sound_lines` finds them.
 
     Raises:
-        UserError: there is none.
+        UserError: a line is longer than ``longest`` (or 64 MB), or UTF-16 or UTF-32 is broken.
     """
-    try:
-        found = codecs.lookup(encoding)
-        "".encode(encoding)  # base64 and its like are codecs, but not of text
-    except LookupError as error:
-        raise UserError(f"encoding: there is no encoding '{encoding}'; try encoding: latin-1") from error
-    return found
-
-
-def read_blocks(source: Source, path: Path | str, encoding: str = "utf-8", size: int = 0) -> Iterator[Block]:
-    """The lines of ``source``, about ``size`` bytes (or 16 MB) at a time; memory is bounded whatever the file holds.
-
-    Lines keep the encoding of the file, except that UTF-16 and UTF-32 become UTF-8 (their bytes hide line ends), that
-    ``\\r\\n`` becomes ``\\n`` and that a byte-order mark is passed over.
-
-    Raises:
-        UserError: a line is longer than 64 MB, or UTF-16 or UTF-32 is broken.
-    """
-    wide = codec(encoding).name.startswith(("utf-16", "utf-32"))
-    source = _Transcoded(source, path, encoding) if wide else source
-    line, rest = 1, b""
-    while True:
-        read = source.read(size or BLOCK)
-        rest += read
-        cut = rest.rfind(b"\n") + 1 if read else len(rest)
-        if cut:
-            data, rest = rest[:cut], rest[cut:]
-            if line == 1 and is_utf8(encoding):
+    pieces = iter(lambda: source.read(size or BLOCK), b"")
+    if not is_utf8(encoding):
+        pieces = _as_utf8(pieces, path, encoding)
+    longest = longest or LONGEST
+    line = 1
+    waiting: list[bytes] = []
+    # An empty piece stands for the end of the file.
+    for piece in itertools.chain(pieces, [b""]):
+        cut = piece.rfind(b"\n") + 1
+        if cut or not piece:
+            data = b"".join([*waiting, piece[:cut]])
+            waiting = []
+            if line == 1:
                 data = data.removeprefix(codecs.BOM_UTF8)
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n")
-                data = data if read else data.removesuffix(b"\r")
+                data = data if piece else data.removesuffix(b"\r")
             if data:
                 yield Block(line, data)
                 line += data.count(b"\n")
-        elif len(rest) > LONGEST:
-            raise UserError(f"{path}, line {line}: the line is longer than 64 MB; is this a text file?")
-        if not read:
-            return
+        waiting.append(piece[cut:])
+        if sum(map(len, waiting)) > longest:
+            raise UserError(f"{path}, line {line}: the line is longer than {longest >> 20} MB; is this a text file?")
 
 
-def sound_lines(block: Block, width: int, separator: str, encoding: str, bad: BadLines) -> tuple[bytes, np.ndarray]:
-    """The lines of a block that are text in ``width`` columns, and their numbers; the others are refused.
+def first_line(source: Source, path: Path | str, encoding: str = "utf-8") -> str:
+    """The first line of ``source`` without its end; "" for an empty file.
+
+    Raises:
+        UserError: it is no text in that encoding, or longer than 4 MB.
+    """
+    block = next(read_blocks(source, path, encoding, size=1 << 16, longest=LONGEST_HEADER), Block(1, b""))
+    try:
+        return block.data.partition(b"\n")[0].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line 1: {_not_text(encoding)}") from error
+
+
+def below_header(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The blocks without their first line."""
+    for block in blocks:
+        if block.first == 1:
+            block = Block(2, block.data.partition(b"\n")[2])
+        if block.data:
+            yield block
+
+
+@dataclass
+class Lines:
+    """Lines that are text in the right number of columns.
+
+    Attributes:
+        data: the lines as UTF-8, each with its ``\\n``, with ``delimiter`` between their columns.
+        numbers: [lines] their numbers in the file.
+        delimiter: the one byte that takes the place of the separator.
+        separator: what the file has between columns.
+        encoding: of the file.
+    """
+
+    data: bytes
+    numbers: np.ndarray
+    delimiter: str
+    separator: str
+    encoding: str
+
+    def columns(self, names: Sequence[str], wanted: Sequence[str]) -> pa.Table:
+        """The wanted ones of the columns as strings; nothing is quoted and nothing is missing."""
+        data = self.data
+        if data.startswith(codecs.BOM_UTF8):
+            # Arrow drops a byte-order mark, which is a part of an id where it does not open the file.
+            data = codecs.BOM_UTF8 + data
+        return pyarrow.csv.read_csv(
+            pa.BufferReader(data),
+            read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(data) + 1),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=self.delimiter, quote_char=False),
+            convert_options=pyarrow.csv.ConvertOptions(
+                include_columns=wanted, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+            ),
+        )
+
+    def raw(self) -> list[bytes]:
+        """The lines as they stand in the file."""
+        lines = self.data.replace(self.delimiter.encode(), self.separator.encode())
+        return [original(line, self.encoding) for line in lines.split(b"\n")]
+
+
+def sound_lines(block: Block, width: int, separator: str, encoding: str, bad: BadLines) -> Lines:
+    """The lines of a block that are text in ``width`` columns; the others are refused.
 
     Args:
-        block: lines in ``encoding``.
+        block: lines as of :func:`read_blocks`.
         width: columns that each line must have.
         separator: between columns.
-        encoding: of the block.
+        encoding: of the file.
         bad: where the others go.
-
-    Returns:
-        ``(lines, numbers [lines])``: the lines as UTF-8, each with its ``\\n`` and with one byte between its columns,
-        as :func:`split_columns` wants them; and the line numbers.
     """
-    coded = separator.encode("utf-8" if is_utf8(encoding) else encoding)
-    if _delimiter(separator) == UNIT:
-        block = Block(block.first, block.data.replace(coded, UNIT.encode()))
-        coded = UNIT.encode()
-    data = np.frombuffer(block.data, np.uint8)
+    delimiter = separator if len(separator) == 1 and separator.isascii() else UNIT
+    content = block.data.replace(separator.encode(), delimiter.encode())
+    data = np.frombuffer(content, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
-    if block.data[-1:] != b"\n":
+    if content[-1:] != b"\n":
         ends = np.append(ends, len(data))
     starts = np.append(0, ends[:-1] + 1)
-    cells = np.diff(np.searchsorted(np.flatnonzero(data == coded[0]), ends), prepend=0) + 1
+    cells = np.diff(np.searchsorted(np.flatnonzero(data == ord(delimiter)), ends), prepend=0) + 1
     control = _lines_with(data, b"\0\r", ends)
-    foreign = _undecodable(block.data, len(ends), encoding)
+    foreign = _undecodable(content, len(ends))
     faulty = (cells != width) | (starts == ends) | control | foreign
     for row in np.flatnonzero(faulty):
-        raw = block.data[starts[row] : ends[row]]
-        if coded == UNIT.encode():
-            raw = raw.replace(coded, separator.encode("utf-8" if is_utf8(encoding) else encoding))
-        shown = repr(raw[:60].decode(encoding, "replace"))
+        raw = content[starts[row] : ends[row]].replace(delimiter.encode(), separator.encode())
+        shown = repr(raw[:60].decode(errors="replace"))
         if foreign[row]:
-            fault = f"not {encoding} text; set encoding to what the file is written in: {shown}"
+            fault = f"{_not_text(encoding)}: {shown}"
         elif not raw.strip():
             fault = "the line is empty; drop it"
         elif control[row]:
             fault = f"a control character within the line: {shown}; drop it"
         else:
             fault = f"{cells[row]} columns where the header has {width}: {shown}; correct the line or drop it"
-        bad.add(block.first + int(row), fault, raw)
-    sound = block.data
+        bad.add(block.first + int(row), fault, original(raw, encoding))
     if faulty.any():
-        sound = b"".join(block.data[starts[row] : ends[row]] + b"\n" for row in np.flatnonzero(~faulty))
-    if not is_utf8(encoding):
-        sound = sound.decode(encoding).encode()
-    return sound, block.first + np.flatnonzero(~faulty)
-
-
-def raw_lines(lines: bytes, separator: str, encoding: str) -> list[bytes]:
-    """Sound lines as they stand in their file."""
-    if _delimiter(separator) == UNIT:
-        lines = lines.replace(UNIT.encode(), separator.encode())
-    return (lines if is_utf8(encoding) else lines.decode().encode(encoding)).split(b"\n")
-
-
-def split_columns(lines: bytes, names: list[str], wanted: list[str], separator: str) -> pa.Table:
-    """Sound lines as a table of strings; nothing is quoted and nothing is missing."""
-    if lines.startswith(codecs.BOM_UTF8):  # Arrow drops the mark, which is part of an id within a file
-        lines = codecs.BOM_UTF8 + lines
-    return pyarrow.csv.read_csv(
-        pa.BufferReader(lines),
-        read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines) + 1),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=_delimiter(separator), quote_char=False),
-        convert_options=pyarrow.csv.ConvertOptions(
-            include_columns=wanted, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-        ),
-    )
-
-
-def _delimiter(separator: str) -> str:
-    """What stands between the columns of sound lines: the separator if it is one ASCII character, else UNIT."""
-    return separator if len(separator) == 1 and separator.isascii() else UNIT
+        content = b"".join(content[starts[row] : ends[row]] + b"\n" for row in np.flatnonzero(~faulty))
+    return Lines(content, block.first + np.flatnonzero(~faulty), delimiter, separator, encoding)
 
 
 def is_utf8(encoding: str) -> bool:
-    """Whether blocks of a file of that encoding are UTF-8."""
-    return codec(encoding).name.startswith(("utf-8", "utf-16", "utf-32"))
+    """Whether that is a name of UTF-8.
+
+    Raises:
+        UserError: there is no such encoding.
+    """
+    try:
+        found = codecs.lookup(encoding)
+        # base64 and its like are codecs too, but not of text
+        "".encode(encoding)
+    except (LookupError, UnicodeError) as error:
+        raise UserError(f"encoding: there is no encoding '{encoding}'; try encoding: latin-1") from error
+    return found.name.startswith("utf-8")
+
+
+def original(line: bytes, encoding: str) -> bytes:
+    """A line of a block in the encoding of its file, but UTF-16 and UTF-32 stay UTF-8."""
+    if is_utf8(encoding) or _is_wide(encoding):
+        return line
+    try:
+        return line.decode("utf-8", "surrogatepass").encode(encoding, "surrogateescape")
+    except UnicodeError:
+        return line
+
+
+def _is_wide(encoding: str) -> bool:
+    return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+
+
+def _not_text(encoding: str) -> str:
+    return f"not {encoding} text; set encoding to what the file is written in"
 
 
 def _lines_with(data: np.ndarray, characters: bytes, ends: np.ndarray) -> np.ndarray:
@@ -232,13 +284,12 @@ def _lines_with(data: np.ndarray, characters: bytes, ends: np.ndarray) -> np.nda
     return found
 
 
-def _undecodable(data: bytes, lines: int, encoding: str) -> np.ndarray:
-    """[lines] whether the line is no text in that encoding."""
-    name = "utf-8" if is_utf8(encoding) else encoding
+def _undecodable(data: bytes, lines: int) -> np.ndarray:
+    """[lines] whether the line is no UTF-8."""
 
     def fails(raw: bytes) -> bool:
         try:
-            raw.decode(name)
+            raw.decode()
         except UnicodeDecodeError:
             return True
         return False
@@ -248,20 +299,10 @@ def _undecodable(data: bytes, lines: int, encoding: str) -> np.ndarray:
     return np.array([fails(raw) for raw in data.split(b"\n")[:lines]])
 
 
-class _Transcoded:
-    """A source in an encoding whose line ends are no single bytes, as UTF-8."""
-
-    def __init__(self, source: Source, path: Path | str, encoding: str) -> None:
-        self._source = source
-        self._decoder = codec(encoding).incrementaldecoder()
-        self._fault = f"{path}: not {encoding} text; set encoding to what the file is written in"
-
-    def read(self, size: int, /) -> bytes:
-        try:
-            while True:
-                read = self._source.read(size)
-                text = self._decoder.decode(read, final=not read)
-                if text or not read:
-                    return text.encode()
-        except UnicodeError as error:
-            raise UserError(self._fault) from error
+def _as_utf8(pieces: Iterable[bytes], path: Path | str, encoding: str) -> Iterator[bytes]:
+    """Text in another encoding as UTF-8; each byte that is no text becomes a lone surrogate, which is no UTF-8."""
+    try:
+        for text in codecs.iterdecode(pieces, encoding, "strict" if _is_wide(encoding) else "surrogateescape"):
+            yield text.encode("utf-8", "surrogatepass")
+    except UnicodeError as error:
+        raise UserError(f"{path}: {_not_text(encoding)}") from error

@@ -44,10 +44,7 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch elsewhere."""
-        negative = None if self.negative is None else self.negative.to(device)
-        return PackedBatch(
-            self.items.to(device), self.cu_seqlens.to(device), self.at.to(device), self.target.to(device), negative
-        )
+        return PackedBatch._make(None if values is None else values.to(device) for values in self)
 
     @property
     def positions(self) -> int:
@@ -70,7 +67,7 @@ def _no_gather(piece: slice) -> Any:
 
 
 class Step(NamedTuple):
-    """What one step of the optimiser sees; in a run of several processes, what this process sees of it."""
+    """One step of the optimiser: of several processes, the part that this one computes."""
 
     number: int
     """Its number within the epoch, from 0."""
@@ -142,7 +139,8 @@ class Windows:
         self.target = prefixes.target[order]
         length = prefixes.length[order]
         self.total = len(order)
-        del order  # as long as the data, and wider than what is kept
+        # It is as long as the data, and wider than what is kept.
+        del order
         self.context = np.minimum(length, context)
         self.window = window
         self.shuffle = shuffle
@@ -157,7 +155,8 @@ class Windows:
         runs = len(self._run_starts)
         offset = generator.integers(1, self.window + 1, runs) if self.shuffle else np.full(runs, self.window)
         offset = np.where(self._whole, self._run_sizes, np.minimum(offset, self._run_sizes))
-        count = 1 - (offset - self._run_sizes) // self.window  # of a run: the first window and the rest in full ones
+        # The windows of a run: the first one, and the rest in full ones.
+        count = 1 - (offset - self._run_sizes) // self.window
         number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
         begin = np.where(number > 0, np.repeat(offset, count) + (number - 1) * self.window, 0)
         starts = np.repeat(self._run_starts, count) + begin
@@ -189,7 +188,8 @@ class Windows:
         bounds = np.concatenate([[0], inputs.cumsum()])
         within = np.arange(bounds[-1]) - np.repeat(bounds[:-1], inputs)
         items = self._items[item_field]
-        before = np.arange(sizes.sum()) - np.repeat(sizes.cumsum(), sizes)  # -size .. -1 in each window
+        # In each window this counts from -size to -1.
+        before = np.arange(sizes.sum()) - np.repeat(sizes.cumsum(), sizes)
         at = np.repeat(bounds[1:], sizes) + before
         target = self.target[np.repeat(windows[:, 1], sizes) + before]
         return PackedBatch(
@@ -216,7 +216,8 @@ class Steps(Sampler[Any]):
         self.epoch = 0
         self.number = 0
         self.start = 0
-        self.sliced = False  # steps come whole, to be cut by whoever takes them
+        # Whether steps come whole, to be cut by the trainer.
+        self.sliced = False
 
     def begin(self, epoch: int, number: int = 0, start: int = 0) -> None:
         """Let the next iteration give this epoch, from step ``number`` and target ``start`` on."""
@@ -244,7 +245,7 @@ class Steps(Sampler[Any]):
         shares = share_evenly(self.plan.work(taken), world * self.parts)[distributed.rank() :: world]
         mine = [taken[share] for share in shares if len(share)]
         weighted = [(self.plan.targets(part) * world / targets, part) for part in mine]
-        # a process without a share goes through the motions, so that the others' gradients meet it
+        # A process without a share computes a batch of weight 0, so that the others' gradients meet its own.
         return weighted or [(0.0, taken[:1])]
 
 
@@ -258,7 +259,7 @@ class TrainLoader(TrainDataLoader):
     """
 
     def __init__(self, config: Any, dataset: Any, sampler: Any) -> None:
-        # RecBole's own constructors write out list(range(rows)) and fix an order of their own
+        # RecBole's own constructors write out list(range(rows)) and fix an order of their own.
         self.logger = getLogger()
         self.config, self._dataset, self._sampler, self.model = config, dataset, sampler, None
         self.shuffle = config["shuffle"]
@@ -280,7 +281,8 @@ class TrainLoader(TrainDataLoader):
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=config["worker"],
-            generator=_Generator(),  # of its own: the global one belongs to the model
+            # A generator of its own, because the global one belongs to the model.
+            generator=_Generator(),
         )
 
     def fingerprint(self) -> str:
@@ -297,7 +299,8 @@ class TrainLoader(TrainDataLoader):
     def gather(self, rows: np.ndarray) -> Any:
         """The batch of some rows or windows of the plan."""
         if not isinstance(self.plan, Windows):
-            return TrainDataLoader.collate_fn(self, rows)  # the attribute of that name is PyTorch's
+            # The loader's own attribute of that name is PyTorch's.
+            return TrainDataLoader.collate_fn(self, rows)
         batch = self.plan.gather(rows, self.iid_field)
         if self._sampler is None:
             return batch
@@ -342,7 +345,8 @@ class _SeededCollate:
 
     def __call__(self, rows: list[int]) -> Any:
         with seeded(*self.seed, rows[0]):
-            return type(self.loader).collate_fn(self.loader, rows)  # its attribute of that name is this object
+            # The loader's own attribute of that name is this object.
+            return type(self.loader).collate_fn(self.loader, rows)
 
 
 def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:

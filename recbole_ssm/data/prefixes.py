@@ -96,7 +96,7 @@ class Prefixes:
         return self._gather(self.target[index], self.length[index])
 
     def select(self, index: np.ndarray | slice) -> Prefixes:
-        """These rows alone, over the same events."""
+        """Only these rows, over the same events."""
         return self._with(self.target[index], self.length[index])
 
     def sort(self, by: str | Sequence[str], ascending: bool | Sequence[bool] = True) -> None:

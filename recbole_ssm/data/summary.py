@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recbole_ssm.arguments import literal
 from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
@@ -21,8 +22,10 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_json
 
 UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"), (1e8, 1.0, "seconds"))
-BAR = 50  # characters of the longest bar
-SUSPICIOUS = 0.5  # share of histories in the order of their item ids, beyond which the order is hardly that of time
+# Characters of the longest bar.
+BAR = 50
+# The share of histories in the order of their item ids beyond which the order is hardly that of time.
+SUSPICIOUS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,8 +213,6 @@ def plot(path: Path, found: dict[str, Any]) -> None:
 def _ratios(split: str) -> list[float] | None:
     if split == "LS":
         return None
-    from recbole_ssm.arguments import literal
-
     named = literal(split)
     if not isinstance(named, dict) or list(named) != [temporal.NAME]:
         raise UserError(f"--split: must be LS or {temporal.EXAMPLE.split(': ', 1)[1]}, got {split}")
@@ -253,7 +254,8 @@ def _order(events: Events, by_time: Events, starts: np.ndarray, lengths: np.ndar
     """Whether the file is chronological, and whether time or item ids gave the order."""
     ranks = _ranks(by_time.items)[by_time.items.codes]
     falls = np.append(0, np.cumsum(ranks[1:] < ranks[:-1]))
-    within = falls[starts + lengths - 1] - falls[starts]  # falls between a user's first and last event
+    # Falls between a user's first and last event.
+    within = falls[starts + lengths - 1] - falls[starts]
     long = lengths >= 3
     orders = 1 / np.cumprod(np.arange(1.0, 21.0))[np.minimum(lengths[long], 20) - 1]
     return {
@@ -281,7 +283,7 @@ def _doubts(found: dict[str, Any]) -> list[str]:
     if order["histories"] >= 20 and order["sorted_by_item"] > SUSPICIOUS:
         warnings.append(
             f"{order['sorted_by_item']:.1%} of the histories are in the order of their item ids, so this is hardly the "
-            "order of time; results on it mean nothing; convert the raw data anew"
+            "order of time; results on it mean nothing; convert the raw data again"
         )
     if ties["share"] > 0.1:
         warnings.append(

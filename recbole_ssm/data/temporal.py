@@ -1,4 +1,4 @@
-"""Splitting all events by two moments in time, and what leave-one-out leaks that does not.
+"""Splitting all events by two moments in time, and how much of the future leave-one-out trains on.
 
 Leave-one-out takes each user's last event to test, whenever it was: a model is trained on what other users did later
 (Ji et al., "A critical study on data leakage in recommender system offline evaluation", TOIS 2023).
@@ -13,7 +13,8 @@ import numpy as np
 
 from recbole_ssm.errors import UserError
 
-NAME = "GTS"  # in eval_args.split, beside RecBole's RS, LS and TS
+# The name in eval_args.split, beside RecBole's RS, LS and TS.
+NAME = "GTS"
 EXAMPLE = f"split: {{'{NAME}': [0.8, 0.1, 0.1]}}"
 
 
@@ -89,7 +90,8 @@ def is_position(users: np.ndarray, times: np.ndarray) -> bool:
     """
     first = times.min()
     if first not in (0, 1) or times.max() - first >= np.bincount(users).max():
-        return False  # as clock times are, without a sort of them all
+        # Clock times end here, before all are sorted.
+        return False
     order = np.lexsort((times, users))
     new_user = np.diff(users[order]) != 0
     times = times[order]
@@ -118,7 +120,8 @@ def leak_of_leave_one_out(users: np.ndarray, times: np.ndarray) -> dict[str, flo
     order = np.lexsort((times, users))
     last = np.flatnonzero(np.append(np.diff(users[order]) != 0, True))
     times = times[order]
-    del order  # these arrays are as long as the data; each kept one too many counts
+    # These arrays are as long as the data, so none is kept for longer than it is needed.
+    del order
     counts = np.diff(np.append(-1, last))
     last = last[counts >= 3]
     if not len(last):

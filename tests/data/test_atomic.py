@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from recbole_ssm.data import lines
-from recbole_ssm.data.atomic import read_atomic, read_columns, read_header
+from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
 
@@ -20,7 +20,7 @@ REQUIRED = ("user_id", "item_id", "timestamp")
 def read(tmp_path, content, **options):
     path = tmp_path / "x.inter"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_atomic(path, read_header(path), **{"required": REQUIRED, **options})
+    return as_frame(read_columns(path, read_header(path), **{"required": REQUIRED, **options}))
 
 
 def test_what_other_readers_lose_is_kept(tmp_path):
@@ -82,7 +82,7 @@ def test_other_encodings_and_separators(tmp_path):
     path = tmp_path / "x.inter"
     path.write_bytes("user_id:token,title:token_seq\né,a|b\n".encode("latin-1"))
     header = read_header(path, ",", "latin-1")
-    frame = read_atomic(path, header, separator=",", seq_separator="|", encoding="latin-1")
+    frame = as_frame(read_columns(path, header, separator=",", seq_separator="|", encoding="latin-1"))
     assert frame["user_id"][0] == "é" and list(frame["title"][0]) == ["a", "b"]
 
 
@@ -95,11 +95,11 @@ def test_wide_encodings_and_separators_of_several_bytes(tmp_path):
     path = tmp_path / "x.inter"
     for encoding in ("utf-16", "utf-32", "utf-8-sig"):
         path.write_bytes("user_id:token::title:token_seq\r\né::a b\r\nü::c\r\n".encode(encoding))
-        frame = read_atomic(path, read_header(path, "::", encoding), separator="::", encoding=encoding)
+        frame = as_frame(read_columns(path, read_header(path, "::", encoding), separator="::", encoding=encoding))
         assert frame["user_id"].tolist() == ["é", "ü"] and list(frame["title"][1]) == ["c"]
     path.write_bytes("user_id:token\n\ud800\n".encode("utf-16", "surrogatepass"))
     with pytest.raises(UserError, match="not utf-16 text"):
-        read_atomic(path, {"user_id": "token"}, encoding="utf-16")
+        read_columns(path, {"user_id": "token"}, encoding="utf-16")
 
 
 def test_an_empty_separator_is_refused(tmp_path):
@@ -147,10 +147,10 @@ def test_no_side_file_where_nothing_is_skipped_or_the_read_fails(tmp_path):
 
 
 def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LONGEST", 1 << 16)
+    monkeypatch.setattr(lines, "LONGEST", 1 << 20)
     monkeypatch.setattr(lines, "BLOCK", 1 << 12)
-    with pytest.raises(UserError, match="line 2: the line is longer than 64 MB"):
-        read(tmp_path, HEADER + "x" * (1 << 20))
+    with pytest.raises(UserError, match="line 2: the line is longer than 1 MB"):
+        read(tmp_path, HEADER + "x" * (1 << 24))
 
 
 # --- mutated files, beside a plain reader that looks at one line after the other -----------------------------------

@@ -14,7 +14,7 @@ import pytest
 from recbole_ssm.cli import main
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
-from recbole_ssm.data.atomic import read_atomic, read_header
+from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.convert import convert
 from recbole_ssm.errors import UserError
 
@@ -39,7 +39,7 @@ def expected(rows):
 
 def written(folder, suffix="inter"):
     path = folder / f"{folder.name}.{suffix}"
-    frame = read_atomic(path, read_header(path))
+    frame = as_frame(read_columns(path, read_header(path)))
     return [tuple(row) for row in frame.itertuples(index=False)]
 
 

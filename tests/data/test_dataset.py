@@ -11,7 +11,7 @@ import pytest
 
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
-from recbole_ssm.data.dataset import download
+from recbole_ssm.data.download import download
 from recbole_ssm.errors import UserError
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"

@@ -1,0 +1,105 @@
+"""A file to read, wherever it lies: plain, compressed by gzip, or a member of a zip archive."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from recbole_ssm.data.lines import BLOCK, Block, first_line, progress, read_blocks
+from recbole_ssm.errors import UserError
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, or a member of a zip archive; what is compressed by gzip is read decompressed."""
+
+    path: Path
+    member: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.member}" if self.member else str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Its name without folders and without ``.gz``."""
+        return PurePosixPath(self.member or self.path.name).name.removesuffix(".gz")
+
+    @property
+    def suffix(self) -> str:
+        """The ending of that name, in lower case: the kind of file."""
+        return PurePosixPath(self.name).suffix.lower()
+
+    def beside(self, name: str) -> File | None:
+        """The file of that name in the same folder, plain or compressed, or None."""
+        if self.member:
+            member = str(PurePosixPath(self.member).with_name(name))
+            return File(self.path, member) if member in members(self.path) else None
+        found = [self.path.with_name(name), self.path.with_name(name + ".gz")]
+        return next((File(path) for path in found if path.is_file()), None)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[tuple[IO[bytes], Callable[[], int], int]]:
+        """The file, a function that says how far it has been read, and how far it will be.
+
+        Raises:
+            UserError: there is no such file, or the archive is damaged.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                raw: IO[bytes] = stack.enter_context(open(self.path, "rb"))
+                size = self.path.stat().st_size
+                if self.member:
+                    archive = stack.enter_context(zipfile.ZipFile(raw))
+                    size = archive.getinfo(self.member).file_size
+                    try:
+                        raw = stack.enter_context(archive.open(self.member))
+                    except RuntimeError as error:
+                        # The member is encrypted.
+                        raise UserError(f"{self}: {error}") from error
+                position = raw.tell
+                if (self.member or self.path.name).endswith(".gz"):
+                    raw = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK))
+                yield raw, position, size
+        except FileNotFoundError as error:
+            raise UserError(f"{self}: {error.strerror}") from error
+        except OSError as error:
+            # Errors of GzipFile have no number, and a wrong place within a zip is EINVAL; others are the disk's.
+            if error.errno not in (None, errno.EINVAL):
+                raise
+            raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
+
+    def blocks(self, encoding: str) -> Iterator[Block]:
+        """Its lines as of :func:`recbole_ssm.data.lines.read_blocks`, with a progress bar."""
+        with self.open() as (file, position, size), progress(f"Read {self.name}", size) as bar:
+            for block in read_blocks(file, str(self), encoding):
+                yield block
+                bar.update(position() - bar.n)
+
+    def first_line(self, encoding: str) -> str:
+        """Its first line, "" for an empty file."""
+        with self.open() as (file, _, _):
+            return first_line(file, str(self), encoding)
+
+
+def members(archive: Path) -> list[str]:
+    """The names of the files in a zip archive.
+
+    Raises:
+        UserError: it is none, or it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return [name for name in content.namelist() if not name.endswith("/")]
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+        raise UserError(f"{archive}: no zip archive, or one that is cut short ({error}); get it again") from error

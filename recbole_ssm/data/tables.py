@@ -1,0 +1,283 @@
+"""Tables with named columns as rows of text cells: separated text, JSON lines and Parquet.
+
+A table is read in blocks of bounded memory, and each row keeps the number of its line, so that a fault can be found.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from recbole_ssm.data.archives import File
+from recbole_ssm.data.lines import BadLines, Block, below_header, original, progress, sound_lines
+from recbole_ssm.errors import UserError
+
+# Rows of a batch, where a format is read row by row.
+ROWS = 100_000
+
+
+@dataclass
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        cells: a column of strings for each field that was asked for; a cell without content is "".
+        numbers: [rows] the line of each in the file, from 1.
+        raw: gives the whole line of each row.
+    """
+
+    cells: pa.Table
+    numbers: np.ndarray
+    raw: Callable[[], Sequence[bytes]]
+
+
+@dataclass
+class Text:
+    """Separated text; ``names`` are its columns, or None if its first line names them."""
+
+    file: File
+    separator: str
+    names: tuple[str, ...] | None = None
+    quoted: bool = False
+    encoding: str = "utf-8"
+
+    def columns(self) -> tuple[str, ...]:
+        """The names of its columns; the types of an atomic file's are left out."""
+        if self.names is not None:
+            return self.names
+        line = self.file.first_line(self.encoding)
+        if not line:
+            raise UserError(f"{self.file}: the file is empty")
+        try:
+            cells = next(csv.reader([line], delimiter=self.separator)) if self.quoted else line.split(self.separator)
+        except csv.Error as error:
+            raise UserError(f"{self.file}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
+        names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{self.file}, line 1: column '{twice}' stands twice; rename one")
+        return names
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """All rows; ``fields`` is ``{field: column}``."""
+        names = self.columns()
+        blocks = self.file.blocks(self.encoding)
+        if self.names is None:
+            blocks = below_header(blocks)
+        for block in blocks:
+            if self.quoted and b'"' in block.data:
+                # A quoted cell may hold line ends: from here on the table is read row by row.
+                yield from _batches(self._quoted(itertools.chain([block], blocks), names, fields, bad), fields)
+                return
+            lines = sound_lines(block, len(names), self.separator, self.encoding, bad)
+            if len(lines.numbers):
+                cells = lines.columns(names, list(dict.fromkeys(fields.values())))
+                yield Rows(_renamed(cells, fields), lines.numbers, lines.raw)
+
+    def _quoted(
+        self, blocks: Iterable[Block], names: tuple[str, ...], fields: Mapping[str, str], bad: BadLines
+    ) -> Iterator[_Row]:
+        places = [names.index(column) for column in fields.values()]
+        lines = _Decoded(blocks)
+        reader = csv.reader(lines, delimiter=self.separator, strict=True)
+        while True:
+            fault = ""
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                fault = f"not a row of cells ({error}); correct it or drop it"
+            # A row may take several lines.
+            number, raw, foreign = lines.taken()
+            raw = original(raw, self.encoding)
+            if foreign:
+                fault = f"not {self.encoding} text: {raw[:60]!r}; set encoding to what it is written in"
+            elif not fault and not cells:
+                fault = "the line is empty; drop it"
+            elif not fault and len(cells) != len(names):
+                fault = f"{len(cells)} columns where the header has {len(names)}: {raw[:60]!r}; correct it or drop it"
+            if fault:
+                bad.add(number, fault, raw)
+            else:
+                yield number, raw, [cells[place] for place in places]
+
+
+@dataclass
+class JsonLines:
+    """One JSON object a line; Amazon's metadata of 2014 are Python's literals instead, which are read too, as data."""
+
+    file: File
+    encoding: str = "utf-8"
+
+    def columns(self) -> tuple[str, ...]:
+        """The keys of its first object."""
+        line = self.file.first_line(self.encoding)
+        try:
+            return tuple(_object(line))
+        except ValueError as error:
+            raise UserError(f"{self.file}, line 1: no JSON object: {line[:60]!r}") from error
+
+    def objects(self, bad: BadLines) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """``(line number, line, object)`` of each line."""
+        for block in self.file.blocks(self.encoding):
+            for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
+                raw = original(line, self.encoding)
+                try:
+                    # A line that is no text raises UnicodeDecodeError, which is a ValueError.
+                    found = _object(line.decode())
+                except ValueError:
+                    bad.add(number, f"no JSON object: {raw[:60]!r}; correct the line or drop it", raw)
+                else:
+                    yield number, raw, found
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """All rows; ``fields`` is ``{field: key}``."""
+        yield from _batches(self._sound(fields, bad), fields)
+
+    def _sound(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[_Row]:
+        for number, line, found in self.objects(bad):
+            cells = [cell_of(found.get(key)) for key in fields.values()]
+            if any(map(_broken, cells)):
+                bad.add(number, f"half a character (a lone surrogate): {line[:60]!r}; drop the line", line)
+            else:
+                yield number, line, cells
+
+
+@dataclass
+class Parquet:
+    """A Parquet file."""
+
+    file: File
+
+    @contextmanager
+    def _open(self) -> Iterator[pyarrow.parquet.ParquetFile]:
+        try:
+            with self.file.open() as (file, _, _):
+                yield pyarrow.parquet.ParquetFile(file)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.file}: no readable Parquet file ({error})") from error
+
+    def columns(self) -> tuple[str, ...]:
+        """The names of its columns."""
+        with self._open() as parquet:
+            return tuple(parquet.schema_arrow.names)
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """All rows, counted from 1; ``fields`` is ``{field: column}``."""
+        start = 1
+        with self._open() as parquet, progress(f"Read {self.file.name}", parquet.metadata.num_rows, "rows") as bar:
+            for batch in parquet.iter_batches(ROWS, columns=list(dict.fromkeys(fields.values()))):
+                # That text is UTF-8, which Arrow takes on trust.
+                batch.validate(full=True)
+                cells = pa.table({name: _strings(batch.column(column)) for name, column in fields.items()})
+                yield Rows(cells, np.arange(start, start + len(batch)), partial(_shown, cells))
+                start += len(batch)
+                bar.update(len(batch))
+
+
+Table = Text | JsonLines | Parquet
+# The number of a row's first line, its lines, and the cells that were asked for.
+_Row = tuple[int, bytes, Sequence[str]]
+
+
+def cell_of(value: Any) -> str:
+    """A JSON value as a cell: text as it is, numbers as they are spelt, nothing and containers as ""."""
+    if value is None or isinstance(value, (dict, list, bool)):
+        return ""
+    return value if isinstance(value, str) else repr(value)
+
+
+def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
+    return pa.table({name: cells[column] for name, column in fields.items()})
+
+
+def _batches(found: Iterator[_Row], fields: Iterable[str]) -> Iterator[Rows]:
+    """Rows that are read one by one, many at a time."""
+    while batch := list(itertools.islice(found, ROWS)):
+        numbers, raw, cells = zip(*batch)
+        columns = {name: pa.array(column, pa.string()) for name, column in zip(fields, zip(*cells))}
+        yield Rows(pa.table(columns), np.array(numbers), partial(list, raw))
+
+
+def _object(line: str) -> dict[str, Any]:
+    """The object that a line of JSON, or of Python's literals, spells.
+
+    Raises:
+        ValueError: it spells none.
+    """
+    try:
+        found = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError:
+        try:
+            found = ast.literal_eval(line.strip())
+        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError("neither JSON nor a Python literal") from error
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
+
+
+def _broken(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _strings(column: pa.Array) -> pa.StringArray:
+    """A column of Parquet as text; dates and times as seconds since 1970."""
+    kind = column.type
+    if pa.types.is_temporal(kind):
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+        return pa.array([repr(value / 1e6) if value is not None else "" for value in column.to_pylist()], pa.string())
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+    if pa.types.is_nested(column.type):
+        return pa.array([""] * len(column), pa.string())
+    return column.cast(pa.string()).fill_null("")
+
+
+def _shown(cells: pa.Table) -> list[bytes]:
+    return ["\t".join(row).encode() for row in zip(*(column.to_pylist() for column in cells.columns))]
+
+
+class _Decoded:
+    """Feeds lines to the csv module, and remembers those that the row at hand took."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._lines = (
+            (number, line) for block in blocks for number, line in enumerate(io.BytesIO(block.data), block.first)
+        )
+        self._taken: list[bytes] = []
+        self._number = 0
+        self._foreign = False
+
+    def __iter__(self) -> _Decoded:
+        return self
+
+    def __next__(self) -> str:
+        self._number, line = next(self._lines)
+        self._taken.append(line)
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            self._foreign = True
+            return line.decode(errors="replace")
+
+    def taken(self) -> tuple[int, bytes, bool]:
+        """The number of the first line since the last call, all those lines, and whether one of them is no text."""
+        found = self._number - len(self._taken) + 1, b"".join(self._taken).rstrip(b"\n"), self._foreign
+        self._taken, self._foreign = [], False
+        return found
