@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,6 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
-from recbole_ssm.llm import LanguageModelRecommender, preference  # noqa: E402
-from recbole_ssm.llm.verbalizer import VERBALIZERS  # noqa: E402
-from recbole_ssm.model import PackedRecommender, get_model, llamarec  # noqa: E402
-from recbole_ssm.model.loss import LOSS_TYPES  # noqa: E402
 from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
 from recbole_ssm.optim import LEARNERS, adaptive_batch  # noqa: E402
 
@@ -46,7 +42,7 @@ _beside_the_package = Path(__file__).parent / "properties"
 PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": LOSS_TYPES,
+    "loss_type": ("CE", "BPR", "sampled_softmax", "gBCE"),
     "train_mode": (None, "packed", "prefix"),
     "adaptive_batch": (None, *adaptive_batch.RULES),
     "lr_scheduler_interval": ("epoch", "step"),
@@ -56,12 +52,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "ssm_backend": BACKENDS,
     "on_bad_lines": ("error", "skip"),
     "base_model_dtype": ("auto", "float32", "bfloat16"),
-    "verbalizer": VERBALIZERS,
-    "train_objective": preference.OBJECTIVES,
-    "orpo_rejected": preference.REJECTED,
-    "orpo_probabilities": preference.PROBABILITIES,
-    "train_candidates": llamarec.TRAIN_CANDIDATES,
-    "rerank": llamarec.RERANK,
+    "verbalizer": ("letters", "title_likelihood", "embedding"),
+    "train_objective": ("sft", "orpo"),
+    "orpo_rejected": ("random", "hardest", "all"),
+    "orpo_probabilities": ("vocabulary", "letters"),
+    "train_candidates": ("random", "insert", "skip"),
+    "rerank": ("all", "retrieved"),
 }
 AT_LEAST_ONE = (
     "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
@@ -103,10 +99,37 @@ _Loader.add_implicit_resolver(
 )
 
 
+class Configurable:
+    """What Config asks of a model's class; these answers are those of RecBole's own models.
+
+    A class of ours inherits them and gives its own.
+    """
+
+    loss_types: tuple[str, ...] = ("CE", "BPR")
+    """What ``loss_type`` may be, where the model has that key."""
+    reads_text = False
+    """Whether a language model reads the histories: batches and epochs are then the model's own on every data set."""
+
+    @staticmethod
+    def all_positions_refusal(config: Any) -> str | None:
+        """Why this model cannot learn from all positions of a history in one pass; None if it can."""
+        return f"{config['model']} is RecBole's own, which reads one position of a row"
+
+    @staticmethod
+    def window_and_context(max_length: int, window: int | None) -> tuple[int | None, int | None]:
+        """Targets and context of a training window, where a history is too long to be one; None: no windows."""
+        return window, None
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:
+        """Refuse options that are right one by one and cannot work together, with a UserError."""
+
+
 class Config(recbole.config.Config):
-    """The configuration of one run.
+    """The configuration of one run; :func:`recbole_ssm.quick_start.configure` makes one that knows our models.
 
     Args:
+        find_model: the class of a model's name; a name that it does not know is a UserError.
         model: name of one of our models or of a sequential model of RecBole's; None leaves it to the options, and they
             to properties/overall.yaml.
         dataset: name of the data set; None likewise.
@@ -121,6 +144,7 @@ class Config(recbole.config.Config):
 
     def __init__(
         self,
+        find_model: Callable[[str], type],
         model: str | None = None,
         dataset: str | None = None,
         config_file_list: Iterable[str] | None = None,
@@ -128,6 +152,7 @@ class Config(recbole.config.Config):
         command_line: Iterable[str] = (),
         base: Mapping[str, Any] | None = None,
     ) -> None:
+        self._find_model = find_model
         self._command_line = list(command_line)
         self._base = dict(base or {})
         try:
@@ -162,6 +187,10 @@ class Config(recbole.config.Config):
     def _load_cmd_line(self) -> dict[str, Any]:
         return parse_options(self._command_line)
 
+    @property
+    def _rules(self) -> type[Configurable]:
+        return self.model_class if issubclass(self.model_class, Configurable) else Configurable
+
     # --- defaults ------------------------------------------------------------------------------------------------
 
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, Any, str]:
@@ -173,14 +202,14 @@ class Config(recbole.config.Config):
         assert isinstance(model, str) and isinstance(dataset, str)
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
-        return model, get_model(model), dataset
+        return model, self._find_model(model), dataset
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
         defaults = self.internal_config_dict
         own_load_col = defaults["load_col"]
         files = ["overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"]
-        if issubclass(model_class, LanguageModelRecommender):
+        if self._rules.reads_text:
             files[1:] = files[:0:-1]  # a data set's batches and epochs are sized for embeddings of items
         for file in files:
             if (PROPERTIES / file).is_file():
@@ -188,7 +217,7 @@ class Config(recbole.config.Config):
         if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
             defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
-        samples_none = loss_type not in (None, "BPR") or issubclass(model_class, LanguageModelRecommender)
+        samples_none = loss_type not in (None, "BPR") or self._rules.reads_text
         if samples_none:  # RecBole's default samples negatives, and then refuses to run
             defaults["train_neg_sample_args"] = None
 
@@ -212,14 +241,10 @@ class Config(recbole.config.Config):
     def _set_train_mode(self) -> None:
         """Packed wherever the model can learn from all positions at once, unless something else is asked for."""
         options = self.final_config_dict
-        refusal: str | None = f"{self.model} is RecBole's own, which reads one position of a row"
-        if issubclass(self.model_class, PackedRecommender):
-            refusal = self.model_class.all_positions_refusal(options)
-            options["packed_window"], options["packed_context"] = self.model_class.window_and_context(
-                options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
-            )
-        elif issubclass(self.model_class, LanguageModelRecommender):
-            refusal = f"{self.model} reads a history as one text"
+        refusal = self._rules.all_positions_refusal(options)
+        options["packed_window"], options["packed_context"] = self._rules.window_and_context(
+            options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
+        )
         if options["transform"] is not None:
             refusal = f"transform: {options['transform']} changes prefixes one by one"
         negatives = options["train_neg_sample_args"] or {}
@@ -296,8 +321,10 @@ class Config(recbole.config.Config):
         for key, value in merged.items():
             if key.endswith("dropout_prob") and not 0 <= value < 1:
                 raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
-        if merged.get("loss_type") not in (None, "CE", "BPR") and not issubclass(self.model_class, PackedRecommender):
-            raise UserError(f"loss_type: {self.model} is RecBole's own and knows CE and BPR, got {merged['loss_type']}")
+        known_losses = self._rules.loss_types
+        if merged.get("loss_type") not in (None, *known_losses):
+            known = " and ".join(known_losses)
+            raise UserError(f"loss_type: {self.model} is RecBole's own and knows {known}, got {merged['loss_type']}")
         own_samples = merged.get("loss_type") in ("sampled_softmax", "gBCE")
         if own_samples and merged["train_neg_sample_args"] is not None:
             raise UserError(
@@ -319,8 +346,7 @@ class Config(recbole.config.Config):
         if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         self._check_metrics(merged)
-        if self.model == "LlamaRec":
-            llamarec.check_options(merged)
+        self._rules.check_options(merged, self._find_model)
 
     @staticmethod
     def _check_split(split: Any) -> None:
@@ -377,9 +403,3 @@ def _mapping(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{key}: must be a mapping such as {{'{NESTED[key][0]}': ...}}, got {value!r}")
     return value
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SSMConfig":  # its name in 0.1.0
-        return Config
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

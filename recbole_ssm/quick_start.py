@@ -94,12 +94,24 @@ def run_recbole_ssm(
             "model": saved_run["model"],
             "dataset": saved_run["config"]["dataset"],
         }
-    config = Config(model, dataset, config_file_list, config_dict, command_line, base)
+    config = configure(model, dataset, config_file_list, config_dict, command_line, base)
     if distributed.rank() == 0:
         init_logger(config)
     result = _run(config, saved, start, hooks)
     distributed.stop()
     return result
+
+
+def configure(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: Iterable[str] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a run of one of our models or RecBole's; the arguments are those of :class:`Config`."""
+    return Config(get_model, model, dataset, config_file_list, config_dict, command_line, base)
 
 
 def _run(
@@ -212,7 +224,7 @@ def _retriever_config(config: Config) -> Config:
     shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
     options = {key: value for key, value in config.external_config_dict.items() if key in shared}
     options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    return Config(config["retriever"], config["dataset"], config_dict=options)
+    return configure(config["retriever"], config["dataset"], config_dict=options)
 
 
 def objective_function(
@@ -239,7 +251,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
 
     Args:
         path: the file to write.
-        *arguments: data set, config files, options and command line, as :class:`~recbole_ssm.config.Config` takes
+        *arguments: data set, config files, options and command line, as :func:`configure` takes
             them after the model.
         **options: the same by name.
 
@@ -251,7 +263,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     """
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
-    config = Config("LlamaRec", *arguments, **options)
+    config = configure("LlamaRec", *arguments, **options)
     init_logger(config)
     recommender, train_data, _, _ = _prepare(config, None)
     init_seed(config["seed"], config["reproducibility"])

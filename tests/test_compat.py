@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from recbole_ssm import compat, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 
 BASELINES = ["SASRec", "GRU4Rec", "BERT4Rec", "STAMP"]
 
@@ -90,7 +90,7 @@ def test_missing_values_are_filled(write_dataset):
         + "".join(f"u{u}\ti{t}\t{t}\t{'' if t else 4}\t{'' if t else 'a'}\n" for u in range(3) for t in range(12))
     )
     options["config_dict"]["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "rating", "kind"]}
-    data = create_dataset(Config("GRU4Rec", **options))
+    data = create_dataset(configure("GRU4Rec", **options))
     assert data.inter_feat["rating"].tolist() == [4.0] * 36
     assert set(data.inter_feat["kind"]) == {0, 1}
 
@@ -159,7 +159,7 @@ def test_ml_100k_is_in_the_order_of_its_times(legacy, tmp_path):
     folder.mkdir(parents=True)
     shutil.copyfile(source, folder / "other.inter")
     options = {"data_path": str(tmp_path / "data"), "legacy_time_order": legacy}
-    config = Config("GRU4Rec", "other", config_dict=options)
+    config = configure("GRU4Rec", "other", config_dict=options)
     _, _, test = create_dataset(config).build()
     found = {
         test.id2token("user_id", user): test.id2token("item_id", item)

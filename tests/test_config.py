@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm.arguments import literal, parse_options
-from recbole_ssm.config import PROPERTIES, Config
+from recbole_ssm.config import PROPERTIES
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import MODELS, get_model, model_names
+from recbole_ssm.quick_start import configure
 
 
 def config(model="Mamba4Rec", dataset="ml-100k", files=None, command_line=(), **options):
-    return Config(model, dataset, files, options, command_line)
+    return configure(model, dataset, files, options, command_line)
 
 
 def test_priority(tmp_path):

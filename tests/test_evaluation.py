@@ -5,9 +5,9 @@ import math
 import torch
 from recbole.data import data_preparation
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Trainer
 
 
@@ -15,7 +15,7 @@ def test_metrics_equal_recboles_and_their_definitions(toy):
     import recbole.trainer
 
     options = {**toy["config_dict"], "topk": [5], "valid_metric": "NDCG@5", "metric_decimal_place": 10}
-    config = Config("Mamba4Rec", toy["dataset"], config_dict=options)
+    config = configure("Mamba4Rec", toy["dataset"], config_dict=options)
     _, _, test = data_preparation(config, create_dataset(config))
     torch.manual_seed(3)
     model = get_model("Mamba4Rec")(config, test._dataset).eval()

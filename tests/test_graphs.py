@@ -9,9 +9,9 @@ from recbole_ssm.graphs import Graphed, Recording, graphed_scores, graphed_step
 
 compat.install()
 
-from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.serving.recommender import Recommender
 from tests.ops.test_ops import assert_close
 
@@ -22,7 +22,7 @@ class Catalogue:
 
 
 def model_of(name, **keys):
-    config = Config(name, "ml-100k", config_dict={"train_neg_sample_args": None, "loss_type": "CE", **keys})
+    config = configure(name, "ml-100k", config_dict={"train_neg_sample_args": None, "loss_type": "CE", **keys})
     config["device"] = torch.device("cpu")
     return get_model(name)(config, Catalogue()).eval(), config
 

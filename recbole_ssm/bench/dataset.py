@@ -44,13 +44,13 @@ def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
     import recbole.data.dataset
     from recbole.data import data_preparation
 
-    from recbole_ssm.config import Config
     from recbole_ssm.data.loader import create_loaders
+    from recbole_ssm.quick_start import configure
 
     options = {"MAX_ITEM_LIST_LENGTH": max_length, "state": "ERROR"}
     if name != "RecBole":
         options["train_mode"] = name
-    dataset = _generated(Config("Mamba4Rec", "generated", config_dict=options), interactions)
+    dataset = _generated(configure("Mamba4Rec", "generated", config_dict=options), interactions)
     if name == "RecBole":
         type(dataset).data_augmentation = recbole.data.dataset.SequentialDataset.data_augmentation  # type: ignore[method-assign]
     raw = sum(dataset.inter_feat[field].nbytes for field in dataset.inter_feat)

@@ -37,8 +37,8 @@ compat.install()
 
 from recbole.data.interaction import Interaction  # noqa: E402
 
-from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.model import SSMRecommender, get_model, model_names  # noqa: E402
+from recbole_ssm.quick_start import configure  # noqa: E402
 from recbole_ssm.serving import Stepper  # noqa: E402
 from recbole_ssm.trainer.timing import Latency  # noqa: E402
 
@@ -361,7 +361,7 @@ class _OneEvent(nn.Module):
 def _build(name: str, length: int, items: int, device: torch.device) -> Any:
     """A model of its own default sizes with random weights; where there can be none, the reason as a string."""
     try:
-        config = Config(name, "generated", config_dict={"MAX_ITEM_LIST_LENGTH": length, "state": "ERROR"})
+        config = configure(name, "generated", config_dict={"MAX_ITEM_LIST_LENGTH": length, "state": "ERROR"})
         config["device"] = device
         model = get_model(name)(config, Catalogue(items + 1)).to(device).eval()
         for path in (1, 0) if _carries_state(model) else (1,):  # kernels are chosen and tested on their first call

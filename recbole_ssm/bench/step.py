@@ -24,8 +24,8 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec  # noqa: E402
 
-from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.quick_start import configure  # noqa: E402
 from recbole_ssm.serving import Stepper  # noqa: E402
 
 RECBOLE = "RecBole SASRec"
@@ -99,7 +99,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
     keys = {"MAX_ITEM_LIST_LENGTH": options.length, "train_neg_sample_args": None, "loss_type": "CE"}
     if "SASRec" not in name:
         keys["num_layers"] = options.layers
-    config = Config(name.removeprefix("RecBole "), "ml-100k", config_dict=keys)
+    config = configure(name.removeprefix("RecBole "), "ml-100k", config_dict=keys)
     config["device"] = torch.device(options.device)
     model = (RecBoleSASRec if name == RECBOLE else get_model(name))(config, Catalogue(options.items)).to(options.device)
     items = torch.randint(1, options.items, (options.batch, options.length))

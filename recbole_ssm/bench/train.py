@@ -79,8 +79,8 @@ def _in_a_process(name: str, dataset: str, mode: str, options: argparse.Namespac
 
 def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
     """One row, in this process."""
-    from recbole_ssm.config import Config
     from recbole_ssm.memory import peak_memory
+    from recbole_ssm.quick_start import configure
 
     length = options["max_length"] or MAX_LENGTH.get(dataset, 50)
     theirs = name in (RECBOLE, AS_SHIPPED)
@@ -91,7 +91,7 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
         "train_mode": mode,
         "show_progress": False,
     }
-    config = Config("SASRec" if theirs else name, dataset, config_dict=keys)
+    config = configure("SASRec" if theirs else name, dataset, config_dict=keys)
     torch.manual_seed(0)
     step, steps, positions = (_recbole_step if theirs else _our_step)(config)
     with torch.autograd.set_detect_anomaly(name == AS_SHIPPED, check_nan=name == AS_SHIPPED):

@@ -22,6 +22,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
+from recbole_ssm.config import Configurable
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.files import digest
 from recbole_ssm.llm.titles import titles_of
@@ -116,7 +117,7 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     return BaseModel(model.eval(), tokenizer, context, name, identity)
 
 
-class LanguageModelRecommender(SequentialRecommender):
+class LanguageModelRecommender(Configurable, SequentialRecommender):
     """What LlamaRec and GPT4Rec share: titles, the base model, and checkpoints without the weights that stay frozen.
 
     ``state_dict`` leaves out the frozen parameters of ``language_model`` and keeps all else. ``base_digest`` goes with
@@ -127,6 +128,7 @@ class LanguageModelRecommender(SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE
+    reads_text = True
     language_model: Any
     base_digest: Tensor
 
@@ -135,6 +137,11 @@ class LanguageModelRecommender(SequentialRecommender):
         self.titles = titles_of(dataset, config)
         if len(self.titles) != self.n_items:
             raise UserError(f"titles: {len(self.titles)} of them for {self.n_items} items; the data is not the model's")
+
+    @staticmethod
+    def all_positions_refusal(config: Any) -> str | None:
+        """A prompt has one answer."""
+        return f"{config['model']} reads a history as one text"
 
     def load_language_model(self, config: Any, prompt_texts: Sequence[str] = ()) -> None:
         """Load the base model; ``prompt_texts`` are words that a random base's tokenizer should know besides titles."""

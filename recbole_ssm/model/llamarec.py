@@ -9,7 +9,7 @@ Reference:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +62,53 @@ class LlamaRec(LanguageModelRecommender):
     """
 
     fusion: Tensor
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:
+        """Refuse what cannot work, before a retriever is trained for it.
+
+        Raises:
+            UserError: a value is impossible, or does not go with another.
+        """
+        for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
+            if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
+                raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
+        own = {} if options["retriever_config"] is None else options["retriever_config"]
+        if not isinstance(own, Mapping):
+            raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
+        for key in own:
+            if key in SHARED:
+                raise UserError(
+                    f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is "
+                    f"tested; give {key} beside retriever_config"
+                )
+        retriever = find_model(options["retriever"])
+        if issubclass(retriever, LanguageModelRecommender):
+            raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
+        if own and options["retriever_checkpoint"] is not None:
+            raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
+        if not 2 <= options["num_candidates"] <= len(LETTERS):
+            raise UserError(
+                f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
+                f"{options['num_candidates']}; try num_candidates: 20"
+            )
+        weight = options["fusion_weight"]
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight not in (None, TUNED) and not (number and 0 <= weight <= 1):
+            raise UserError(
+                f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5"
+            )
+        if options["orpo_lambda"] < 0:
+            raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
+        three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
+        if three == ("orpo", "embedding", "vocabulary"):
+            raise UserError(
+                "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
+                "take orpo_probabilities: letters"
+            )
+        mode = options["eval_args"]["mode"]
+        if {*mode.values()} != {"full"} if isinstance(mode, Mapping) else mode != "full":
+            raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -254,53 +301,6 @@ def build_retriever(settings: Mapping[str, Any], device: Any, dataset: Any) -> A
     config: dict[str, Any] = defaultdict(lambda: None, settings, device=device)  # RecBole's absent keys are None
     retriever = get_model(config["model"])(config, dataset)
     return retriever.eval().requires_grad_(False)
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what cannot work, before a retriever is trained for it.
-
-    Raises:
-        UserError: a value is impossible, or does not go with another.
-    """
-    from recbole_ssm.model import get_model
-
-    for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
-        if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
-            raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
-    own = {} if options["retriever_config"] is None else options["retriever_config"]
-    if not isinstance(own, Mapping):
-        raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
-    for key in own:
-        if key in SHARED:
-            raise UserError(
-                f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is tested; "
-                f"give {key} beside retriever_config"
-            )
-    retriever = get_model(options["retriever"])
-    if issubclass(retriever, LanguageModelRecommender):
-        raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
-    if own and options["retriever_checkpoint"] is not None:
-        raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
-    if not 2 <= options["num_candidates"] <= len(LETTERS):
-        raise UserError(
-            f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
-            f"{options['num_candidates']}; try num_candidates: 20"
-        )
-    weight = options["fusion_weight"]
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if weight not in (None, TUNED) and not (number and 0 <= weight <= 1):
-        raise UserError(f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5")
-    if options["orpo_lambda"] < 0:
-        raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
-    three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
-    if three == ("orpo", "embedding", "vocabulary"):
-        raise UserError(
-            "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
-            "take orpo_probabilities: letters"
-        )
-    mode = options["eval_args"]["mode"]
-    if {*mode.values()} != {"full"} if isinstance(mode, Mapping) else mode != "full":
-        raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
 
 
 def column_of(candidates: Tensor, items: Tensor) -> Tensor:

@@ -9,18 +9,20 @@ import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
+from recbole_ssm.config import Configurable
 from recbole_ssm.data.loader import PackedBatch
-from recbole_ssm.model.loss import NextItemLoss
+from recbole_ssm.model.loss import LOSS_TYPES, NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
 
 
-class PackedRecommender(SequentialRecommender):
+class PackedRecommender(Configurable, SequentialRecommender):
     """A model that encodes histories laid end to end; scores are dot products with the item embeddings.
 
     A subclass defines ``item_embedding``, :meth:`encode` and ``loss``. RecBole's rows are packed before anything is
     computed, so padding costs nothing and cannot influence a score.
     """
 
+    loss_types = LOSS_TYPES
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
     graphed: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -28,7 +30,7 @@ class PackedRecommender(SequentialRecommender):
 
     @staticmethod
     def all_positions_refusal(config: Any) -> str | None:
-        """Why this model cannot learn from all positions of a history in one pass; None if it can."""
+        """A causal model can learn from all positions."""
         return None
 
     @staticmethod

@@ -15,6 +15,7 @@ from typing import Any
 from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
@@ -170,7 +171,7 @@ def config_of(runs: Runs, one: Run) -> Config:
     Raises:
         UserError: it is refused.
     """
-    return Config(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
+    return configure(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
 
 
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:

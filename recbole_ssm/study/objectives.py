@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.significance import holm, over_users, paired
 from recbole_ssm.files import whole, write_csv
 from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.verbalizer import VERBALIZERS
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
 from recbole_ssm.trainer.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     seeds = range(first, first + options.seeds)
     todo = [Run("LlamaRec", options.dataset, {**_options_of(*arm), **common, "seed": s}) for arm in arms for s in seeds]
     for one in todo:
-        Config(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})  # mistakes come first
+        configure(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})  # mistakes come first
     outcomes = runs.all(todo)
     grouped = [outcomes[n : n + options.seeds] for n in range(0, len(outcomes), options.seeds)]
     rows = table(dict(zip(arms, grouped)))

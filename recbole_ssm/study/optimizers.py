@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
 from recbole_ssm.files import whole, write_csv
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.compare import FIRST_SEED, seeds_from, split_keys
 from recbole_ssm.study.report import header, line, machines, mean
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
@@ -193,7 +193,7 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
     cells = []
     for dataset, model in itertools.product(names["datasets"], names["models"]):
         base = Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
-        config = Config(model, dataset, config_dict={**runs.machine_options, **base.options})
+        config = configure(model, dataset, config_dict={**runs.machine_options, **base.options})
         cells += [Cell(base, optimizer, bool(config["valid_metric_bigger"])) for optimizer in names["optimizers"]]
     return runs, cells, seeds
 

@@ -34,6 +34,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import write_json
 from recbole_ssm.keys import FREE_KEYS
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.trainer import settings_of
 
@@ -155,7 +156,7 @@ class Runs:
             raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
 
     def _content(self, run: Run) -> dict[str, Any]:
-        config = Config(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
+        config = configure(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
         settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
         self._fetch(config)
         folder = Path(config["data_path"])
@@ -178,7 +179,7 @@ class Runs:
         Raises:
             UserError: it cannot be found.
         """
-        self._fetch(Config(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
+        self._fetch(configure(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
 
     def _fetch(self, config: Config) -> None:
         there = (Path(config["data_path"]) / f"{config['dataset']}.inter").is_file()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from recbole_ssm.bench.measure import Function, medians
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
@@ -23,6 +22,7 @@ from recbole_ssm.files import write_json
 from recbole_ssm.llm.base import LanguageModelRecommender
 from recbole_ssm.model import get_model
 from recbole_ssm.ops import set_backend
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Run, Runs
 
@@ -90,7 +90,7 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     """A run's model on its device, and a batch of its test."""
     batch = LANGUAGE_BATCH if issubclass(get_model(run.model), LanguageModelRecommender) else BATCH
     keys = {**machine_options, **run.options, "eval_batch_size": batch, "state": "ERROR", "show_progress": False}
-    config = Config(run.model, run.dataset, config_dict=keys)
+    config = configure(run.model, run.dataset, config_dict=keys)
     set_backend(config["ssm_backend"])
     logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
     try:

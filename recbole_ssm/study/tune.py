@@ -36,6 +36,7 @@ from recbole_ssm.config import Config, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable, figure
 from recbole_ssm.files import alone, whole, write_csv
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.runs import Run, Runs
 from recbole_ssm.study.space import Search, Space, Trial, cell, read_space, shipped_space, space_of
 
@@ -382,7 +383,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
     fixed: dict[str, Any] = {}
     for file in options.config_files.split():
         fixed |= read_yaml(Path(file))
-    config = Config(config_dict={**fixed, **keys})
+    config = configure(config_dict={**fixed, **keys})
     space = read_space(options.params_file or _shipped(config.model))
     _check(space, config, keys)
     fixed = {key: value for key, value in {**fixed, **keys}.items() if key not in ("model", "dataset", *space)}

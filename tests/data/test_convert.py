@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from recbole_ssm.cli import main
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.convert import convert
 from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 
 
 def ratings(amazon=False):
@@ -207,7 +207,7 @@ def test_filters_and_card(tmp_path):
             "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
         }
     options = {"data_path": str(tmp_path / "out"), "topk": 1, "valid_metric": "NDCG@1"}
-    data = create_dataset(Config("GRU4Rec", "core", config_dict=options))
+    data = create_dataset(configure("GRU4Rec", "core", config_dict=options))
     assert (data.user_num - 1, data.item_num - 1, len(data.inter_feat)) == tuple(
         card["steps"][-1][key] for key in ("users", "items", "interactions")
     )

@@ -9,17 +9,17 @@ import zipfile
 
 import pytest
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.download import download
 from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 GOOD = HEADER + "".join(f"u{u}\ti{(u + t) % 15}\t{t}\n" for u in range(4) for t in range(8))
 
 
 def create(options, model="GRU4Rec"):
-    return create_dataset(Config(model, **options))
+    return create_dataset(configure(model, **options))
 
 
 def test_a_known_name_without_file_or_network_says_what_where_and_whence(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import SequentialDataset, create_dataset
 from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.events import Events, doubled, k_core, oddities, without_repeats
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 
 from recbole.data.dataset import SequentialDataset as RecBoleDataset  # isort: skip  (after RecBole is made usable)
 
@@ -60,7 +60,7 @@ def test_filters_leave_what_recbole_leaves(tmp_path_factory, rows, users, items,
 
     def left():
         try:
-            data = create_dataset(Config("GRU4Rec", "made", config_dict=options))
+            data = create_dataset(configure("GRU4Rec", "made", config_dict=options))
         except UserError as error:
             return str(error).rpartition("/")[2]
         frame = data.inter_feat
@@ -140,7 +140,7 @@ def test_a_run_notes_oddities_and_skips_bad_lines(write_dataset, caplog, tmp_pat
     options = write_dataset(text)
     options["config_dict"] |= {"on_bad_lines": "skip", "checkpoint_dir": str(tmp_path / "kept")}
     with caplog.at_level(logging.WARNING):
-        data = create_dataset(Config("GRU4Rec", **options))
+        data = create_dataset(configure("GRU4Rec", **options))
     assert len(data.inter_feat) == 33
     assert "made.inter: 1 lines skipped, the first because line 34: 2 columns where the header has 3" in caplog.text
     assert (tmp_path / "kept" / "made.inter.skipped").read_text().endswith("\tu1\ti2\n")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import Rows, Steps, Windows, create_loaders, seeded, share_evenly
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.quick_start import configure
 
 
 def prefixes_of(lengths, max_length, keep=None):
@@ -132,7 +132,7 @@ def test_worker_processes_change_nothing(toy, model, loss_type):
     batches = {}
     for worker in (0, 2):
         toy["config_dict"] |= {"worker": worker, "loss_type": loss_type}
-        config = Config(model, **toy)
+        config = configure(model, **toy)
         train, _, _ = create_loaders(config, create_dataset(config))
         random.seed(1)
         np.random.seed(1)
@@ -149,7 +149,7 @@ def test_workers_may_be_spawned(toy, mode):
     batches = []
     for worker in (0, 1):
         toy["config_dict"] |= {"worker": worker, "eval_args": {"mode": mode}}
-        config = Config("2Mamba4Rec", **toy)
+        config = configure("2Mamba4Rec", **toy)
         train, valid, _ = create_loaders(config, create_dataset(config))
         if worker:
             train.multiprocessing_context = valid.multiprocessing_context = "spawn"
@@ -170,7 +170,7 @@ def test_seeded_blocks_do_not_leak():
 
 def test_fingerprint_knows_the_data(toy, write_dataset):
     def fingerprint(options):
-        config = Config("Mamba4Rec", **options)
+        config = configure("Mamba4Rec", **options)
         return create_loaders(config, create_dataset(config))[0].fingerprint()
 
     lines = [f"u{u}\ti{(u + t) % 15}\t{t}\n" for u in range(4) for t in range(8)]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from recbole.data.dataset import SequentialDataset as RecBoleDataset
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.dataset import SequentialDataset
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.quick_start import configure
 
 
 class WrittenOut(SequentialDataset):
@@ -50,7 +50,7 @@ SPLITS = [
 @pytest.mark.parametrize("eval_args", SPLITS)
 def test_rows_are_recboles_in_its_order(data, eval_args):
     data["config_dict"]["eval_args"] = eval_args
-    config = Config("SASRec", **data)
+    config = configure("SASRec", **data)
     for ours, written_out in zip(SequentialDataset(config).build(), WrittenOut(config).build()):
         assert isinstance(ours.inter_feat, Prefixes)
         assert len(ours) == len(written_out)
@@ -65,13 +65,13 @@ def test_rows_are_recboles_in_its_order(data, eval_args):
 
 def test_numerical_fields_keep_their_second_column(data):
     data["config_dict"]["numerical_features"] = ["rating"]
-    config = Config("SASRec", **data)
+    config = configure("SASRec", **data)
     ours, written_out = (kind(config).build()[0][np.arange(20)] for kind in (SequentialDataset, WrittenOut))
     assert torch.equal(ours["rating_list"], written_out["rating_list"])
 
 
 def test_it_answers_like_an_interaction(data):
-    train = SequentialDataset(Config("SASRec", **data)).build()[0]
+    train = SequentialDataset(configure("SASRec", **data)).build()[0]
     rows = train.inter_feat
     assert "item_id_list" in rows and "nothing" not in rows
     whole = rows[:]
@@ -92,18 +92,18 @@ def test_it_answers_like_an_interaction(data):
 
 
 def test_interaction_matrix_counts_every_training_event(data):
-    config = Config("SASRec", **data)
+    config = configure("SASRec", **data)
     ours, written_out = (kind(config).build()[0].inter_matrix().toarray() for kind in (SequentialDataset, WrittenOut))
     assert np.array_equal(ours, written_out) and ours.sum() > 100
 
 
 def test_a_model_with_rows_of_its_own_keeps_them(toy):
     toy["config_dict"]["load_col"] = {"inter": ["user_id", "item_id", "timestamp"]}
-    data = create_dataset(Config("DIEN", **toy))
+    data = create_dataset(configure("DIEN", **toy))
     train = data.build()[0]
     assert "neg_item_list" in train.inter_feat.columns or "neg_item_id_list" in train.inter_feat.columns
 
 
 def test_a_row_costs_eight_bytes(data):
-    train = SequentialDataset(Config("SASRec", **data)).build()[0].inter_feat
+    train = SequentialDataset(configure("SASRec", **data)).build()[0].inter_feat
     assert train.target.nbytes + train.length.nbytes == 8 * len(train)

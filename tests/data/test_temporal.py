@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset, temporal
 from recbole_ssm.data.temporal import is_position, leak_of_leave_one_out, split_by_time
 from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 
@@ -98,7 +98,7 @@ def test_each_event_is_a_target_of_its_part_with_its_whole_past(write_dataset, c
     options = write_dataset(text(rows))
     options["config_dict"] |= GTS
     with caplog.at_level(logging.INFO):
-        data = create_dataset(Config("GRU4Rec", **options))
+        data = create_dataset(configure("GRU4Rec", **options))
         parts = data.build()
     assert "split by time: 72 events train, 24 after 978300071 validate, 24 after 978300095 test" in caplog.text
     assert "leave-one-out" not in caplog.text
@@ -125,7 +125,7 @@ def test_rows_get_the_part_of_their_own_time_in_recboles_order_too(write_dataset
     rows = [(user, item, 978_300_000 + 17 * (time - 978_300_000)) for user, item, time in events(seed=3)]
     options = write_dataset(text(rows))
     options["config_dict"] |= {**GTS, "legacy_time_order": True}
-    parts = create_dataset(Config("GRU4Rec", **options)).build()
+    parts = create_dataset(configure("GRU4Rec", **options)).build()
     times = [part.inter_feat["timestamp"] for part in parts]
     assert times[0].max() < times[1].min() and times[1].max() < times[2].min()
     assert sum(map(len, times)) == len(rows) - len({user for user, _, _ in rows})
@@ -133,7 +133,7 @@ def test_rows_get_the_part_of_their_own_time_in_recboles_order_too(write_dataset
 
 def test_leave_one_out_warns_of_what_it_leaks(write_dataset, caplog):
     with caplog.at_level(logging.WARNING):
-        create_dataset(Config("GRU4Rec", **write_dataset(text(events())))).build()
+        create_dataset(configure("GRU4Rec", **write_dataset(text(events())))).build()
     assert "leave-one-out trains on the future of" in caplog.text
     assert "eval_args split: {'GTS': [0.8, 0.1, 0.1]} does not" in caplog.text
 
@@ -161,7 +161,7 @@ def test_a_run(write_dataset, model):
 )
 def test_wrong_splits(split, message):
     with pytest.raises(UserError) as caught:
-        Config("GRU4Rec", "toy", config_dict={"eval_args": {"split": split}})
+        configure("GRU4Rec", "toy", config_dict={"eval_args": {"split": split}})
     assert str(caught.value).startswith(message)
 
 
@@ -169,9 +169,9 @@ def test_parts_that_hold_nothing(write_dataset):
     options = write_dataset(HEADER + "".join(f"u{u}\ti{u + t}\t5\n" for u in range(3) for t in range(12)))
     options["config_dict"] |= GTS
     with pytest.raises(UserError, match="GTS leaves a part without events, as too many of them share one time"):
-        create_dataset(Config("GRU4Rec", **options)).build()
+        create_dataset(configure("GRU4Rec", **options)).build()
     rows = "".join(f"u{u}\ti{t}\t{978300000 + t}\n" for u in range(3) for t in range(12))
     options = write_dataset(HEADER + rows + "".join(f"n{u}\ti1\t{978400000 + u}\n" for u in range(20)), name="new")
     options["config_dict"] |= GTS
     with pytest.raises(UserError, match="GTS leaves validation with nothing but first events of users"):
-        create_dataset(Config("GRU4Rec", **options)).build()
+        create_dataset(configure("GRU4Rec", **options)).build()

@@ -6,11 +6,10 @@ import math
 import pytest
 
 from recbole_ssm import cli
-from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import load_base_model
 from recbole_ssm.llm.pairs import read_pairs, train_with_trl, write_pairs
-from recbole_ssm.quick_start import export_pairs
+from recbole_ssm.quick_start import configure, export_pairs
 
 TINY = {
     "retriever": "SASRec", "retriever_config": {"epochs": 1, "hidden_size": 8, "n_heads": 1}, "num_candidates": 5,
@@ -126,7 +125,7 @@ def trl(tmp_path):
         write_pairs(tmp_path / "pairs.jsonl", PAIRS)
         options = {"lora_r": lora_r, "base_model": base_model, "show_progress": False}
         sizes = {"vocab_size": 400, "num_hidden_layers": 1}
-        config = Config("LlamaRec", "toy", config_dict={**options, "random_base_args": sizes})
+        config = configure("LlamaRec", "toy", config_dict={**options, "random_base_args": sizes})
         return train_with_trl(tmp_path / "pairs.jsonl", tmp_path / "trained", config, **arguments), config
 
     return train
@@ -176,6 +175,6 @@ def test_a_pair_longer_than_the_context_is_refused(tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
     write_pairs(tmp_path / "pairs.jsonl", [*PAIRS, {**PAIRS[0], "prompt": "x y " * 40}])
     sizes = {"vocab_size": 400, "max_position_embeddings": 64}
-    config = Config("LlamaRec", "toy", config_dict={"random_base_args": sizes, "show_progress": False})
+    config = configure("LlamaRec", "toy", config_dict={"random_base_args": sizes, "show_progress": False})
     with pytest.raises(UserError, match=r"pairs.jsonl, line 10: \d+ tokens, and random reads 64; write the pairs with"):
         train_with_trl(tmp_path / "pairs.jsonl", tmp_path / "trained", config)

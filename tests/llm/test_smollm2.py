@@ -7,12 +7,12 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.llm.base import LETTERS
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.model import GPT4Rec, LlamaRec
+from recbole_ssm.quick_start import configure
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +32,7 @@ def weights(monkeypatch):
 def model(titled, weights):
     """GPT4Rec on SmolLM2 with LoRA, as its defaults have it."""
     options = {"base_model": weights, "num_queries": 2, "title_tokens": 8}
-    config = Config("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **options})
+    config = configure("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **options})
     dataset = create_loaders(config, create_dataset(config))[0]._dataset
     torch.manual_seed(0)
     return GPT4Rec(config, dataset).eval()
@@ -92,9 +92,9 @@ def test_it_loads_ranks_and_learns(model):
 @pytest.mark.parametrize("verbalizer", VERBALIZERS)
 def test_llamarec_ranks_and_learns(titled, weights, verbalizer):
     options = {"base_model": weights, "verbalizer": verbalizer, "num_candidates": 5, "title_tokens": 8}
-    config = Config("LlamaRec", titled["dataset"], config_dict={**titled["config_dict"], **options})
+    config = configure("LlamaRec", titled["dataset"], config_dict={**titled["config_dict"], **options})
     own = {**titled["config_dict"], "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    config["retriever_settings"] = dict(Config("2Mamba4Rec", titled["dataset"], config_dict=own).final_config_dict)
+    config["retriever_settings"] = dict(configure("2Mamba4Rec", titled["dataset"], config_dict=own).final_config_dict)
     dataset = create_loaders(config, create_dataset(config))[0]._dataset
     torch.manual_seed(0)
     model = LlamaRec(config, dataset).eval()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import titles_of
+from recbole_ssm.quick_start import configure
 
 EVENTS = "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(
     f"u{user}\ti{item}\t{item}\n" for user in range(3) for item in range(12)
@@ -20,7 +20,7 @@ def titles(write_dataset):
         found = write_dataset(EVENTS)
         if item_file is not None:
             write_dataset(item_file, suffix="item")
-        config = Config("GPT4Rec", found["dataset"], config_dict={**found["config_dict"], **options})
+        config = configure("GPT4Rec", found["dataset"], config_dict={**found["config_dict"], **options})
         dataset = create_dataset(config)
         dataset.build()
         listed = titles_of(dataset, config)
@@ -46,7 +46,7 @@ def test_a_column_of_single_tokens_and_another_name(titles):
 
 
 def test_movie_titles_are_found_without_a_word():
-    config = Config("GPT4Rec", "ml-100k")
+    config = configure("GPT4Rec", "ml-100k")
     dataset = create_dataset(config)
     dataset.build()
     found = titles_of(dataset, config)

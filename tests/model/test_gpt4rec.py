@@ -9,13 +9,13 @@ import transformers
 from recbole.data.interaction import Interaction
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import tell_of_shortened
 from recbole_ssm.model import GPT4Rec
+from recbole_ssm.quick_start import configure
 
 TINY = {
     "random_base_args": {"vocab_size": 400}, "MAX_ITEM_LIST_LENGTH": 5, "title_tokens": 8, "num_queries": 2,
@@ -29,7 +29,7 @@ def build(titled):
 
     def make(**options):
         torch.manual_seed(3)
-        config = Config("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **TINY, **options})
+        config = configure("GPT4Rec", titled["dataset"], config_dict={**titled["config_dict"], **TINY, **options})
         loaders = create_loaders(config, create_dataset(config))
         return GPT4Rec(config, loaders[0]._dataset).eval(), loaders
 

@@ -13,7 +13,6 @@ from recbole.data.interaction import Interaction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
@@ -22,7 +21,7 @@ from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import prompt_words
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
-from recbole_ssm.quick_start import _find_retriever
+from recbole_ssm.quick_start import _find_retriever, configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.reranking import metrics
 from recbole_ssm.trainer.trainer import load_weights
@@ -189,8 +188,8 @@ def test_every_objective_has_a_finite_loss_and_gradients(circle, verbalizer, rej
 
 def untrained(options, **more):
     """A model whose retriever and language model are as they start, and its loaders."""
-    config = Config("LlamaRec", "circle", config_dict={**options, **more})
-    settings = Config(config["retriever"], "circle", config_dict={
+    config = configure("LlamaRec", "circle", config_dict={**options, **more})
+    settings = configure(config["retriever"], "circle", config_dict={
         "data_path": options["data_path"], "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"],
         "embedding_size": 16, "hidden_size": 16,
     })  # fmt: skip
@@ -293,7 +292,7 @@ def test_of_a_retrievers_folder_the_best_checkpoint_is_taken(trained):
     path = pathlib.Path(trained["options"]["retriever_checkpoint"])
     assert len(list(path.parent.glob("*.safetensors"))) > 1
     options = {**trained["options"], "retriever_checkpoint": str(path.parent)}
-    assert _find_retriever(Config("LlamaRec", "circle", config_dict=options), None)[0] == path
+    assert _find_retriever(configure("LlamaRec", "circle", config_dict=options), None)[0] == path
 
 
 def test_scores_are_the_retrievers_but_for_the_candidates_order(trained):
@@ -336,7 +335,7 @@ def test_the_shuffle_depends_on_seed_history_and_items_alone():
 
 def test_the_metrics_are_recboles(trained):
     """Both measures agree with RecBole's evaluator, and leaving out the hopeless changes no metric."""
-    config = Config("LlamaRec", "circle", config_dict=trained["options"])
+    config = configure("LlamaRec", "circle", config_dict=trained["options"])
     config["retriever_settings"] = checkpoint.read(pathlib.Path(trained["orpo"]["checkpoint"])).info["config"][
         "retriever_settings"
     ]
@@ -467,7 +466,7 @@ def test_shortened_histories_are_counted(circle, caplog):
 def test_evaluation_on_some_rows(circle):
     sizes = []
     for _ in range(2):
-        config = Config("GRU4Rec", "circle", config_dict={
+        config = configure("GRU4Rec", "circle", config_dict={
             "data_path": circle["data_path"], "topk": [3], "valid_metric": "NDCG@3", "eval_rows": 7,
         })  # fmt: skip
         _, valid, test = create_loaders(config, create_dataset(config))

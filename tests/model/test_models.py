@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 
 from recbole_ssm import load_recommender, ops, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, Steps, Windows
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.model import get_model
 from recbole_ssm.ops.packing import cu_seqlens_of
+from recbole_ssm.quick_start import configure
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 def build(name, toy, **options):
     """A fresh model in evaluation mode, and its configuration."""
     options = {**toy["config_dict"], **options}
-    config = Config(name, toy["dataset"], config_dict=options)
+    config = configure(name, toy["dataset"], config_dict=options)
     torch.manual_seed(0)
     return get_model(name)(config, create_dataset(config)).eval(), config
 
@@ -248,7 +248,7 @@ class RecBolesContract(PackedContract):
     def test_weights_and_scores_are_recboles(self, toy, seed):
         from recbole.model import sequential_recommender
 
-        config = Config(self.name, **toy)
+        config = configure(self.name, **toy)
         data = create_dataset(config)
         torch.manual_seed(seed)
         ours = get_model(self.name)(config, data)

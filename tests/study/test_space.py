@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import PROPERTIES, Config
+from recbole_ssm.config import PROPERTIES
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import model_names
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.space import Search, Trial, cell, read_space, space_of
 
 SHIPPED = ["2Mamba4Rec", "BERT4Rec", "GPT4Rec", "GRU4Rec", "Hydra4Rec", "LlamaRec", "Mamba4Rec", "SASRec"]
@@ -94,11 +95,11 @@ def test_shipped_spaces(model):
     assert Search("exhaustive", found, 0).size == 36
     if model not in model_names():
         pytest.skip(f"there is no {model} yet")
-    config = Config(model, "toy")
+    config = configure(model, "toy")
     assert set(found) <= config.known_keys()
     for name, parameter in found.items():
         for value in parameter.grid():
-            Config(model, "toy", config_dict={name: value})
+            configure(model, "toy", config_dict={name: value})
 
 
 def test_every_file_is_tested():

@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import PROPERTIES, Config
+from recbole_ssm.config import PROPERTIES
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.optim import USGM, AdaptiveBatchSize
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.adaptive import OF_THE_RUN
 
@@ -51,7 +52,7 @@ def test_sizes_change_and_every_target_is_seen_once(toy, rule, model, caplog):
     options = options_of(toy, rule, state="INFO", adaptive_batch_args=tight)
     with caplog.at_level("INFO"):
         result = run_recbole_ssm(model, "toy", config_dict=options, hooks=[watch])
-    config = Config(model, "toy", config_dict=options)
+    config = configure(model, "toy", config_dict=options)
     train, _, _ = create_loaders(config, create_dataset(config))
     expected = sorted(train._dataset.inter_feat["item_id"].tolist())
     assert {epoch: sorted(items) for epoch, items in watch.seen.items()} == dict.fromkeys(range(3), expected)
@@ -79,7 +80,7 @@ def test_the_gradient_of_a_measured_step_is_that_of_the_whole(toy):
         options = options_of(toy, "norm_test", dropout_prob=0.0, adaptive_batch_args={"batch_min": 16, "batch_max": 16})
         if not adaptive:
             options |= {"adaptive_batch": None, "adaptive_batch_args": None}
-        config = Config("2Mamba4Rec", "toy", config_dict=options)
+        config = configure("2Mamba4Rec", "toy", config_dict=options)
         train, _, _ = create_loaders(config, create_dataset(config))
         torch.manual_seed(0)
         trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset).double())
@@ -89,7 +90,7 @@ def test_the_gradient_of_a_measured_step_is_that_of_the_whole(toy):
 
 
 def fit(toy, scale=None, **options):
-    config = Config("2Mamba4Rec", "toy", config_dict=options_of(toy, "norm_test", dropout_prob=0.0, **options))
+    config = configure("2Mamba4Rec", "toy", config_dict=options_of(toy, "norm_test", dropout_prob=0.0, **options))
     train, _, _ = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
     trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset))
@@ -119,7 +120,7 @@ def test_every_measured_step_is_on_tensorboard(toy):
 
     options = options_of(toy, "hoelder", learner="usgm", learner_args={"D": 50, "rho": 0.02}, epochs=1)
     options["learner_groups"] = {"item_embedding*": {"D": 20}}
-    config = Config("2Mamba4Rec", "toy", config_dict=options)
+    config = configure("2Mamba4Rec", "toy", config_dict=options)
     train, _, _ = create_loaders(config, create_dataset(config))
     trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset), [Record()])
     trainer.fit(train, saved=False)

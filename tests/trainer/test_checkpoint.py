@@ -10,10 +10,10 @@ import safetensors.torch
 import torch
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Trainer, checkpoint
 from recbole_ssm.trainer.trainer import load_weights
 
@@ -36,7 +36,7 @@ def test_a_run_leaves_its_best_and_its_newest(trained, tmp_path):
 
 
 def test_runs_of_one_second_have_folders_of_their_own(toy):
-    config = Config("Mamba4Rec", toy["dataset"], config_dict=toy["config_dict"])
+    config = configure("Mamba4Rec", toy["dataset"], config_dict=toy["config_dict"])
     model = get_model("Mamba4Rec")(config, create_dataset(config))
     assert len({Trainer(config, model).open_folder() for _ in range(3)}) == 3
 
@@ -145,7 +145,7 @@ def test_a_thousand_mutated_files_are_refused_in_one_line(tmp_path):
 
 def test_weights_of_another_size_are_refused(toy, trained):
     toy["config_dict"] |= {"d_state": 8}
-    config = Config("Mamba4Rec", toy["dataset"], config_dict=toy["config_dict"])
+    config = configure("Mamba4Rec", toy["dataset"], config_dict=toy["config_dict"])
     model = get_model("Mamba4Rec")(config, create_dataset(config))
     path = pathlib.Path(trained["checkpoint"])
     with pytest.raises(UserError, match="its weights do not fit this model .*size mismatch") as caught:

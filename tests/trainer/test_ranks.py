@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recbole.data import data_preparation
 
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Ranks, Trainer
 from recbole_ssm.trainer.ranks import ranks_of
 
@@ -48,7 +48,7 @@ def test_mean_of_the_ranks_that_a_sort_may_give(seed, rows, items, once):
 
 def test_recboles_metrics_follow_from_the_ranks(toy):
     options = {**toy["config_dict"], "topk": [3, 5], "valid_metric": "NDCG@5", "metric_decimal_place": 12}
-    config = Config("Mamba4Rec", toy["dataset"], config_dict={**options, "eval_batch_size": 7})
+    config = configure("Mamba4Rec", toy["dataset"], config_dict={**options, "eval_batch_size": 7})
     _, valid, test = data_preparation(config, create_dataset(config))
     torch.manual_seed(3)
     hook = Ranks()

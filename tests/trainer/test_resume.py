@@ -234,11 +234,11 @@ def test_recboles_own_checkpoint_needs_a_flag(toy, tmp_path, caplog):
     """RecBole writes it, its pickle is refused, and with the flag training goes on from it."""
     from recbole.trainer import Trainer
 
-    from recbole_ssm.config import Config
     from recbole_ssm.data import create_dataset
     from recbole_ssm.model import get_model
+    from recbole_ssm.quick_start import configure
 
-    config = Config("GRU4Rec", toy["dataset"], config_dict={**toy["config_dict"], "epochs": 2})
+    config = configure("GRU4Rec", toy["dataset"], config_dict={**toy["config_dict"], "epochs": 2})
     model = get_model("GRU4Rec")(config, create_dataset(config))
     trainer = Trainer(config, model)
     trainer.saved_model_file = "theirs.pth"

@@ -13,18 +13,18 @@ import torch
 from safetensors import SafetensorError
 
 from recbole_ssm import load_recommender, run_recbole_ssm
-from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Latency, Trainer, checkpoint
 from recbole_ssm.trainer.step_sizes import StepSizes
 
 
 def build(model, toy, hooks=(), **options):
     """A trainer with a fresh model, and its loaders."""
-    config = Config(model, toy["dataset"], config_dict={**toy["config_dict"], **options})
+    config = configure(model, toy["dataset"], config_dict={**toy["config_dict"], **options})
     train, valid, _ = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
     return Trainer(config, get_model(model)(config, train._dataset), hooks), train, valid
