@@ -7,7 +7,6 @@ in which Python reads some ten attributes of a module; so the addresses of the w
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from recbole_ssm.layers.state import MixerState
-from recbole_ssm.ops import native, selftest
+from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch, implements
 
 
@@ -123,28 +122,6 @@ class Prepared:
 _prepared: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 if not native.unusable:
     implements("step", "native")(_native)
-
-
-def _example(device: torch.device, B: int) -> selftest.Example:
-    """One event through both mixers, with all that comes of it in one row; the kernel itself has no gradient."""
-    from recbole_ssm.layers.mamba import Mamba
-    from recbole_ssm.layers.mamba2 import Mamba2
-
-    mixers = Mamba(16, 8, 4, 2), Mamba2(16, 8, 4, 2, head_dim=16)
-    layers = {dtype: [copy.deepcopy(m).to(device, dtype) for m in mixers] for dtype in (torch.float32, torch.float64)}
-    carried = [torch.rand_like(t, device=device) for mixer in mixers for t in mixer.alloc_state(B)]
-
-    def call(u: Tensor, *parts: Tensor) -> Tensor:
-        with torch.no_grad():
-            first, second = layers[u.dtype]
-            found = [step(first, u, MixerState(*parts[:2])), step(second, u, MixerState(*parts[2:]))]
-        rows = torch.cat([t.flatten() for y, state in found for t in (y, *state)])
-        return rows + 0 * sum(t.sum() for t in (u, *parts))
-
-    return selftest.Example(call, [torch.randn(B, 16, device=device), *carried])
-
-
-selftest.higher["step"] = _example
 
 
 def runs_natively(u: Tensor) -> bool:

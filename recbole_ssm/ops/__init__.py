@@ -13,7 +13,7 @@ A state goes in and comes out, so a sequence may be cut anywhere. A packed batch
 convolutions, which keep it, and the GPU's kernels, which read it and compute in float32.
 """
 
-from recbole_ssm.ops import cuda, native  # noqa: F401  they register their implementations
+from recbole_ssm.ops import backend, native, selftest, triton  # noqa: F401  the backends register their kernels
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
@@ -34,3 +34,5 @@ __all__ = [
     "ssd_last",
     "use_backend",
 ]
+
+backend.self_test = selftest.why_wrong

@@ -25,6 +25,8 @@ from recbole_ssm.errors import UserError, did_you_mean
 BACKENDS = ("auto", "reference", "torch", "native", "cuda")
 COMPILED = ("native", "cuda")
 HALF = (torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs its kernels on the CPU, in its interpreter: so they are tested anywhere."""
 
 
 class Implementation(NamedTuple):
@@ -40,6 +42,8 @@ _lacks: dict[str, str] = {}
 _selected = "auto"
 _forced = threading.local()
 _tested: set[tuple[str, str, str]] = set()
+self_test: Callable[[str, Callable[..., Any], torch.device], str] | None = None
+"""Says what is wrong with an implementation on a device, "" for nothing; :mod:`recbole_ssm.ops` puts it here."""
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 _forked = False
 
@@ -186,13 +190,12 @@ def _test(op: str, backend: str, device: torch.device) -> None:
     Triton's interpreter would take seconds, and is there for tests.
     """
     interpreted = backend == "cuda" and device.type == "cpu"
-    if _forked or interpreted or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if self_test is None or _forked or interpreted or capturing:
         return
     _tested.add((op, backend, device.type))
-    from recbole_ssm.ops import selftest
-
     while found := implementations(op, backend):
-        why = selftest.why_wrong(op, found[0].function, device)
+        why = self_test(op, found[0].function, device)
         if not why:
             return
         switch_off(op, backend, why)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import expect_shape
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import count_sequences, map_sequences, positions_of
+from recbole_ssm.ops.packing import map_sequences, positions_of
+from recbole_ssm.ops.table import check
 
 
 def causal_conv1d(
@@ -46,9 +46,10 @@ def causal_conv1d(
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
     """
-    _check("causal_conv1d", x_BLD, weight_DK, bias_D, activation, state_BDK, cu_seqlens)
-    function = dispatch("causal_conv1d", x_BLD)
-    y, state = function(x_BLD, weight_DK, bias_D, activation=activation, state_BDK=state_BDK, cu_seqlens=cu_seqlens)
+    tensors = (x_BLD, weight_DK, bias_D, state_BDK, cu_seqlens)
+    check("causal_conv1d", *tensors)
+    _check_activation("causal_conv1d", activation)
+    y, state = dispatch("causal_conv1d", x_BLD)(*tensors, activation)
     return y, state
 
 
@@ -68,30 +69,16 @@ def centered_conv1d(
     Raises:
         ValueError: K is even, a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
     """
-    _check("centered_conv1d", x_BLD, weight_DK, bias_D, activation, None, cu_seqlens)
-    if weight_DK.shape[1] % 2 == 0:
-        raise ValueError(f"centered_conv1d: a centred filter needs an odd number of taps, got {weight_DK.shape[1]}")
-    y: Tensor = dispatch("centered_conv1d", x_BLD)(
-        x_BLD, weight_DK, bias_D, activation=activation, cu_seqlens=cu_seqlens
-    )
+    tensors = (x_BLD, weight_DK, bias_D, cu_seqlens)
+    taps = check("centered_conv1d", *tensors)["K"]
+    _check_activation("centered_conv1d", activation)
+    if taps % 2 == 0:
+        raise ValueError(f"centered_conv1d: a centred filter needs an odd number of taps, got {taps}")
+    y: Tensor = dispatch("centered_conv1d", x_BLD)(*tensors, activation)
     return y
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError(f"{op}: x must be [B, L, D] and weight [D, K], got {list(x.shape)} and {list(weight.shape)}")
-    B, L, D = x.shape
-    K = weight.shape[1]
-    sequences = count_sequences(op, cu_seqlens, B, L)
-    expect_shape(op, weight=(weight, (D, K)), bias=(bias, (D,)), state=(state, (sequences, D, K)))
+def _check_activation(op: str, activation: str | None) -> None:
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be 'silu' or None, got '{activation}'")
 
@@ -116,10 +103,9 @@ def _causal_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    activation: str | None,
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     def one(x_BLD: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         B, L, D = x_BLD.shape
@@ -134,7 +120,7 @@ def _causal_reference(
 
 @implements("centered_conv1d", "reference")
 def _centered_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None
 ) -> Tensor:
     def one(x_BLD: Tensor, state: Tensor | None) -> tuple[Tensor, None]:
         half = weight.shape[1] // 2
@@ -212,10 +198,9 @@ def torch_causal(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    activation: str | None,
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`causal_conv1d` on any device and in any precision."""
     K = weight.shape[1]
@@ -245,7 +230,7 @@ def last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
 
 @implements("centered_conv1d", "torch")
 def torch_centered(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None
 ) -> Tensor:
     """:func:`centered_conv1d` on any device and in any precision."""
     return _activate(_convolve(x, weight, bias, weight.shape[1] // 2, cu_seqlens), activation)

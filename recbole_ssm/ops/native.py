@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import expect_groups, expect_shape
 from recbole_ssm.ops.backend import implements
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
 from recbole_ssm.ops.dropout import torch_dropout
-from recbole_ssm.ops.operators import Namespace, no_tangents
-from recbole_ssm.ops.operators import sequences as _sequences
+from recbole_ssm.ops.library import Namespace, expect_groups, expect_shape, no_tangents
+from recbole_ssm.ops.library import sequences as _sequences
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
@@ -357,13 +356,13 @@ def _selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    softplus: bool,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
     if not _usable(*tensors):
-        return torch_scan(x, dt, A, B, C, D, z, dt_bias, softplus, state, cu_seqlens)
+        return torch_scan(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, softplus)
     state_SND = None if state is None else state.transpose(1, 2)
     y, final, _ = _scan_op(x, dt, A, B, C, D, z, dt_bias, state_SND, cu_seqlens, softplus, False)
     return y, final.transpose(1, 2)
@@ -378,11 +377,11 @@ def _selective_scan_last(
     D: Tensor | None,
     z_SD: Tensor | None,
     dt_bias: Tensor | None,
-    softplus: bool,
     cu_seqlens: Tensor | None,
+    softplus: bool,
 ) -> Tensor:
     if not _usable(x, dt, A, B, C_SN, D, z_SD, dt_bias):
-        return torch_scan_last(x, dt, A, B, C_SN, D, z_SD, dt_bias, softplus, cu_seqlens)
+        return torch_scan_last(x, dt, A, B, C_SN, D, z_SD, dt_bias, cu_seqlens, softplus)
     return _scan_op(x, dt, A, B, C_SN, D, z_SD, dt_bias, None, cu_seqlens, softplus, True)[0]
 
 
@@ -587,26 +586,24 @@ def _causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    activation: str | None,
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     K = weight.shape[1]
     if K > MOST_TAPS or not _usable(x, weight, bias, state_BDK):
-        options: dict[str, Any] = {"activation": activation, "state_BDK": state_BDK, "cu_seqlens": cu_seqlens}
-        return torch_causal(x, weight, bias, **options)
+        return torch_causal(x, weight, bias, state_BDK, cu_seqlens, activation)
     state_SKD = None if state_BDK is None else state_BDK.transpose(1, 2)
     y, final = _conv_op(x, weight, bias, state_SKD, cu_seqlens, K - 1, activation == "silu", True)
     return y, final.transpose(1, 2)
 
 
 def _centered_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None
 ) -> Tensor:
     K = weight.shape[1]
     if K > MOST_TAPS or not _usable(x, weight, bias):
-        return torch_centered(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
+        return torch_centered(x, weight, bias, cu_seqlens, activation)
     return _conv_op(x, weight, bias, None, cu_seqlens, K // 2, activation == "silu", False)[0]
 
 

@@ -18,16 +18,19 @@ def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths_S.long().cumsum(0), (1, 0))
 
 
-def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int) -> int:
+def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int, read: bool = True) -> int:
     """Number of sequences in ``[batch, total, ...]``: its rows, or what ``cu_seqlens`` bounds.
 
-    Bounds on a GPU are taken as they are: to read them the CPU would have to wait, and no CUDA graph could be captured.
+    The values of ``cu_seqlens`` are checked where ``read`` is true and they are on the CPU. On a GPU they are taken as
+    they are: to read them the CPU would have to wait, and no CUDA graph could be captured.
 
     Raises:
         ValueError: ``cu_seqlens`` does not describe a packed batch of that shape.
     """
     if cu_seqlens is None:
         return batch
+    if not read:
+        return cu_seqlens.numel() - 1
     if batch != 1 or total == 0:
         raise ValueError(f"{op}: a packed batch has shape [1, total > 0, ...], got [{batch}, {total}, ...]")
     if cu_seqlens.is_cuda and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1:

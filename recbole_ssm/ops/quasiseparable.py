@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, widen_for
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import count_sequences, map_padded, map_sequences
-from recbole_ssm.ops.ssd import _reference as ssd_reference
+from recbole_ssm.ops.numerics import at_least_float32, decay_of
+from recbole_ssm.ops.packing import map_padded, map_sequences
 from recbole_ssm.ops.ssd import heads, log_decay, scores, ssd_padded, tiled
+from recbole_ssm.ops.ssd import reference as ssd_reference
+from recbole_ssm.ops.table import check
 
 
 def quasiseparable(
@@ -52,35 +53,23 @@ def quasiseparable(
         ValueError: a shape, ``lengths_B`` or ``cu_seqlens`` does not fit, or both of the latter are given.
     """
     op = "quasiseparable"
-    if x_BLHP.dim() != 4 or B_fwd.dim() != 4:
-        raise ValueError(
-            f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x_BLHP.shape)} and {list(B_fwd.shape)}"
-        )
-    (batch, L, H, _), (G, N) = x_BLHP.shape, B_fwd.shape[2:]
-    expect_groups(op, G, H)
-    maps = {"B_fwd": B_fwd, "C_fwd": C_fwd, "B_bwd": B_bwd, "C_bwd": C_bwd}
-    expect_shape(
-        op,
-        A=(A_H, (H,)),
-        lengths=(lengths_B, (batch,)),
-        **{name: (t, (batch, L, H)) for name, t in (("dt_fwd", dt_fwd), ("dt_bwd", dt_bwd))},
-        **{name: (t, (batch, L, G, N)) for name, t in maps.items()},
-    )
-    if cu_seqlens is not None and lengths_B is not None:
-        raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
-    count_sequences(op, cu_seqlens, batch, L)
-    read = lengths_B is not None and not lengths_B.is_cuda  # as count_sequences does
-    if lengths_B is not None and read and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
-        raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
+    maps = (A_H, B_fwd, C_fwd, B_bwd, C_bwd)
+    sizes = check(op, x_BLHP, dt_fwd, dt_bwd, *maps, cu_seqlens)
     function = dispatch(op, x_BLHP)
-    x, dt_fwd, dt_bwd, *maps_wide = widen_for(function, x_BLHP, dt_fwd, dt_bwd, *maps.values())
-    A = A_H.to(torch.promote_types(dt_fwd.dtype, torch.float32))
     if lengths_B is None:
-        return function(x, dt_fwd, dt_bwd, A, *maps_wide, cu_seqlens).to(x_BLHP.dtype)
-    real_BL1 = (torch.arange(L, device=x.device) < lengths_B[:, None])[..., None]
+        return function(x_BLHP, dt_fwd, dt_bwd, *maps, cu_seqlens)
+    if cu_seqlens is not None:
+        raise ValueError(f"{op}: give lengths_B for a padded batch or cu_seqlens for a packed one, not both")
+    L = sizes["L"]
+    if tuple(lengths_B.shape) != (sizes["B"],):
+        raise ValueError(f"{op}: lengths must have shape [{sizes['B']}], got {list(lengths_B.shape)}")
+    # on a GPU the CPU would have to wait for the values, so there they are taken as they are
+    if not lengths_B.is_cuda and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
+        raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
     # a step of size 0 is silent: decay 1, input 0
-    y = function(x, dt_fwd * real_BL1, dt_bwd * real_BL1, A, *maps_wide, None)
-    return (y * real_BL1[..., None]).to(x_BLHP.dtype)
+    real_BL1 = (torch.arange(L, device=x_BLHP.device) < lengths_B[:, None])[..., None]
+    y: Tensor = function(x_BLHP, dt_fwd * real_BL1, dt_bwd * real_BL1, *maps, None)
+    return y * real_BL1[..., None]
 
 
 def _shift(y: Tensor) -> Tensor:
@@ -89,6 +78,7 @@ def _shift(y: Tensor) -> Tensor:
 
 
 @implements("quasiseparable", "reference")
+@at_least_float32
 def _reference(
     x: Tensor,
     dt_fwd: Tensor,
@@ -144,6 +134,7 @@ def _padded(
 
 
 @implements("quasiseparable", "torch")
+@at_least_float32
 def torch_quasiseparable(
     x: Tensor,
     dt_fwd: Tensor,

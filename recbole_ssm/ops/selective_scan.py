@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_shape, floor_of_exponent, step_size, widen
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.numerics import at_least_float32, decay_of, floor_of_exponent, step_size
+from recbole_ssm.ops.packing import last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.table import check
 
 
 def selective_scan(
@@ -50,17 +51,9 @@ def selective_scan(
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit.
     """
-    sequences = _check("selective_scan", x_BLD, dt_BLD, A_DN, B_BLN, D_D, dt_bias, cu_seqlens)
-    D, N = A_DN.shape
-    expect_shape(
-        "selective_scan",
-        C=(C_BLN, tuple(B_BLN.shape)),
-        z=(z_BLD, tuple(x_BLD.shape)),
-        state=(state_BDN, (sequences, D, N)),
-    )
-    y, final = dispatch("selective_scan", x_BLD)(
-        x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, dt_bias, dt_softplus, state_BDN, cu_seqlens
-    )
+    tensors = (x_BLD, dt_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, dt_bias, state_BDN, cu_seqlens)
+    check("selective_scan", *tensors)
+    y, final = dispatch("selective_scan", x_BLD)(*tensors, dt_softplus)
     return y, final
 
 
@@ -88,44 +81,22 @@ def selective_scan_last(
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit.
     """
-    sequences = _check("selective_scan_last", x_BLD, dt_BLD, A_DN, B_BLN, D_D, dt_bias, cu_seqlens)
-    D, N = A_DN.shape
-    expect_shape("selective_scan_last", C=(C_SN, (sequences, N)), z=(z_SD, (sequences, D)))
-    y: Tensor = dispatch("selective_scan_last", x_BLD)(
-        x_BLD, dt_BLD, A_DN, B_BLN, C_SN, D_D, z_SD, dt_bias, dt_softplus, cu_seqlens
-    )
+    tensors = (x_BLD, dt_BLD, A_DN, B_BLN, C_SN, D_D, z_SD, dt_bias, cu_seqlens)
+    check("selective_scan_last", *tensors)
+    y: Tensor = dispatch("selective_scan_last", x_BLD)(*tensors, dt_softplus)
     return y
-
-
-def _check(
-    op: str,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    D_skip: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> int:
-    """Check the arguments that both ops share; return the number of sequences."""
-    if x.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"{op}: x must be [B, L, D] and A [D, N], got {list(x.shape)} and {list(A.shape)}")
-    (batch, L, D), N = x.shape, A.shape[1]
-    expect_shape(
-        op, dt=(dt, (batch, L, D)), A=(A, (D, N)), B=(B, (batch, L, N)), D=(D_skip, (D,)), dt_bias=(dt_bias, (D,))
-    )
-    return count_sequences(op, cu_seqlens, batch, L)
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
-        y = torch.addcmul(y, x, D.to(y.dtype))
-    return y if z is None else y * F.silu(z.to(y.dtype))
+        y = torch.addcmul(y, x, D)
+    return y if z is None else y * F.silu(z)
 
 
 def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
-    """A backend of ``selective_scan`` from its recurrence alone; a native one fuses what is added here."""
+    """An implementation of ``selective_scan`` from its recurrence alone; a compiled one fuses what is added here."""
 
+    @at_least_float32
     def scan(
         x: Tensor,
         dt: Tensor,
@@ -135,13 +106,13 @@ def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tupl
         D: Tensor | None,
         z: Tensor | None,
         dt_bias: Tensor | None,
-        dt_softplus: bool,
         state: Tensor | None,
         cu_seqlens: Tensor | None,
+        dt_softplus: bool,
     ) -> tuple[Tensor, Any]:
-        wide, dt, B, C, state = widen(x, step_size(dt, dt_bias, dt_softplus), B, C, state)
-        y, final = recurrence(wide, dt, A.to(wide.dtype), B, C, state, cu_seqlens)
-        return _skip_and_gate(y, wide, D, z).to(x.dtype), final
+        dt = step_size("selective_scan", dt, dt_bias, dt_softplus)
+        y, final = recurrence(x, dt, A, B, C, state, cu_seqlens)
+        return _skip_and_gate(y, x, D, z), final
 
     return scan
 
@@ -149,6 +120,7 @@ def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tupl
 def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As :func:`_around`, for ``selective_scan_last``."""
 
+    @at_least_float32
     def scan(
         x: Tensor,
         dt: Tensor,
@@ -158,12 +130,12 @@ def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
         D: Tensor | None,
         z: Tensor | None,
         dt_bias: Tensor | None,
-        dt_softplus: bool,
         cu_seqlens: Tensor | None,
+        dt_softplus: bool,
     ) -> Tensor:
-        wide, dt, B, C = widen(x, step_size(dt, dt_bias, dt_softplus), B, C)
-        y = recurrence(wide, dt, A.to(wide.dtype), B, C, cu_seqlens)
-        return _skip_and_gate(y, last_of(wide, cu_seqlens), D, z).to(x.dtype)
+        dt = step_size("selective_scan_last", dt, dt_bias, dt_softplus)
+        y = recurrence(x, dt, A, B, C, cu_seqlens)
+        return _skip_and_gate(y, last_of(x, cu_seqlens), D, z)
 
     return scan
 

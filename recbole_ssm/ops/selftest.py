@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm import ops
-from recbole_ssm.ops import cuda
-from recbole_ssm.ops.backend import available_backends, force, implementations, switch_off
+from recbole_ssm.ops.backend import INTERPRETED, available_backends, force, implementations, switch_off
+from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
+from recbole_ssm.ops.dropout import dropout
+from recbole_ssm.ops.quasiseparable import quasiseparable
+from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
+from recbole_ssm.ops.ssd import ssd, ssd_last
 
 TOLERANCE = 1e-4
 """Of the largest entry: ten times what float32 leaves at these sizes, far below what any defect does."""
@@ -46,8 +49,8 @@ class Example(NamedTuple):
     tensors: list[Tensor]
 
 
-higher: dict[str, Callable[[torch.device, int], Example]] = {}
-"""Of what is no op but is chosen like one: makes an example of so many sequences on a device."""
+more_examples: dict[str, Callable[[torch.device, int], Example]] = {}
+"""Examples of what is no op but is chosen like one, by name: called with a device and a number of sequences."""
 
 
 def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> str:
@@ -89,7 +92,7 @@ def run(device: str = "cpu") -> list[Result]:
             interpreted = backend == "cuda" and device == "cpu"
             if backend == "reference" or (backend == "native" and device != "cpu"):
                 continue  # there the torch backend takes the place of the native one
-            if interpreted and not cuda.INTERPRETED:
+            if interpreted and not INTERPRETED:
                 continue
             example, rounds = (small[op], 1) if interpreted else (examples[op], 3)
             for found in implementations(op, backend):
@@ -163,17 +166,17 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
 
     def expected_of_dropout(x: Tensor) -> Tensor:
         """2 x, whichever elements are dropped: those that stay are doubled by the op, the others here."""
-        y = ops.dropout(x, 0.5)
+        y = dropout(x, 0.5)
         return torch.where(y == 0, 2 * x, y)
 
     return {
-        "selective_scan": Example(first(ops.selective_scan, dt_softplus=True), scan),
-        "selective_scan_last": Example(last(ops.selective_scan_last, 4, 6, dt_softplus=True), scan),
-        "ssd": Example(first(ops.ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "ssd_last": Example(last(ops.ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "quasiseparable": Example(ops.quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
-        "causal_conv1d": Example(first(ops.causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
-        "centered_conv1d": Example(lambda *t: ops.centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
+        "selective_scan": Example(first(selective_scan, dt_softplus=True), scan),
+        "selective_scan_last": Example(last(selective_scan_last, 4, 6, dt_softplus=True), scan),
+        "ssd": Example(first(ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
+        "ssd_last": Example(last(ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
+        "quasiseparable": Example(quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
+        "causal_conv1d": Example(first(causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
+        "centered_conv1d": Example(lambda *t: centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
         "dropout": Example(expected_of_dropout, [r(B, L, D)]),
-        **{name: make(device, B) for name, make in higher.items()},
+        **{name: make(device, B) for name, make in more_examples.items()},
     }

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import decay_of, expect_groups, expect_shape, step_size, widen_for
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.packing import count_sequences, last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.numerics import at_least_float32, decay_of, step_size
+from recbole_ssm.ops.packing import last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.table import check
 
 
 def ssd(
@@ -52,15 +53,11 @@ def ssd(
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
     """
-    sequences = _check("ssd", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
-    _, _, H, P = x_BLHP.shape
-    expect_shape("ssd", C=(C_BLGN, tuple(B_BLGN.shape)), state=(state_BHPN, (sequences, H, P, B_BLGN.shape[3])))
-    function = dispatch("ssd", x_BLHP)
-    dt = step_size(dt_BLH, dt_bias, dt_softplus)
-    x, dt, B, C, state = widen_for(function, x_BLHP, dt, B_BLGN, C_BLGN, state_BHPN)
-    D_H = None if D_H is None else D_H.to(dt.dtype)
-    y, final = function(x, dt, A_H.to(dt.dtype), B, C, D_H, state, cu_seqlens, return_state)
-    return y.to(x_BLHP.dtype), final
+    rest = (A_H, B_BLGN, C_BLGN, D_H, state_BHPN, cu_seqlens)
+    check("ssd", x_BLHP, dt_BLH, *rest)
+    dt = step_size("ssd", dt_BLH, dt_bias, dt_softplus)
+    y, final = dispatch("ssd", x_BLHP)(x_BLHP, dt, *rest, return_state)
+    return y, final
 
 
 def ssd_last(
@@ -85,34 +82,11 @@ def ssd_last(
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
     """
-    sequences = _check("ssd_last", x_BLHP, dt_BLH, A_H, B_BLGN, D_H, dt_bias, cu_seqlens)
-    expect_shape("ssd_last", C=(C_SGN, (sequences, *B_BLGN.shape[2:])))
-    function = dispatch("ssd_last", x_BLHP)
-    x, dt, B, C = widen_for(function, x_BLHP, step_size(dt_BLH, dt_bias, dt_softplus), B_BLGN, C_SGN)
-    D_H = None if D_H is None else D_H.to(dt.dtype)
-    y: Tensor = function(x, dt, A_H.to(dt.dtype), B, C, D_H, cu_seqlens)
-    return y.to(x_BLHP.dtype)
-
-
-def _check(
-    op: str,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    D_skip: Tensor | None,
-    dt_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> int:
-    """Check the arguments that both ops share; return the number of sequences."""
-    if x.dim() != 4 or B.dim() != 4:
-        raise ValueError(f"{op}: x must be [B, L, H, P] and B [B, L, G, N], got {list(x.shape)} and {list(B.shape)}")
-    (batch, L, H, _), (G, N) = x.shape, B.shape[2:]
-    expect_groups(op, G, H)
-    expect_shape(
-        op, dt=(dt, (batch, L, H)), A=(A, (H,)), B=(B, (batch, L, G, N)), D=(D_skip, (H,)), dt_bias=(dt_bias, (H,))
-    )
-    return count_sequences(op, cu_seqlens, batch, L)
+    rest = (A_H, B_BLGN, C_SGN, D_H, cu_seqlens)
+    check("ssd_last", x_BLHP, dt_BLH, *rest)
+    dt = step_size("ssd_last", dt_BLH, dt_bias, dt_softplus)
+    y: Tensor = dispatch("ssd_last", x_BLHP)(x_BLHP, dt, *rest)
+    return y
 
 
 def _skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
@@ -124,7 +98,8 @@ def _skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
 
 
 @implements("ssd", "reference")
-def _reference(
+@at_least_float32
+def reference(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -135,6 +110,7 @@ def _reference(
     cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    """:func:`ssd` by a loop over time, from step sizes as they are."""
     H = x.shape[2]
     B, C = (t.repeat_interleave(H // t.shape[2], 2) for t in (B, C))  # [B, L, H, N]
 
@@ -155,13 +131,14 @@ def _reference(
 
 
 @implements("ssd_last", "reference")
+@at_least_float32
 def _last_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     C_everywhere = C[:, None].expand(-1, x.shape[1], -1, -1)
     if cu_seqlens is not None:
         C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
-    y, _ = _reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens, False)
+    y, _ = reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens, False)
     return last_of(y, cu_seqlens)
 
 
@@ -243,6 +220,7 @@ def ssd_padded(
 
 
 @implements("ssd", "torch")
+@at_least_float32
 def torch_ssd(
     x: Tensor,
     dt: Tensor,
@@ -267,6 +245,7 @@ def torch_ssd(
 
 
 @implements("ssd_last", "torch")
+@at_least_float32
 def torch_ssd_last(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:

@@ -12,16 +12,14 @@ import pytest
 import torch
 
 from recbole_ssm import ops
-from recbole_ssm.ops import cuda
 from recbole_ssm.ops.packing import cu_seqlens_of
+from recbole_ssm.ops.triton import INTERPRETED, unusable
 from tests.conftest import REPOSITORY
 from tests.ops.test_ops import OPS, arguments, assert_close, each_op, values_and_gradients
 
-DEVICE = "cpu" if cuda.INTERPRETED else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 SCANS = [op for op in OPS if "conv" not in op.__name__]
-on_kernels = pytest.mark.skipif(
-    bool(cuda.unusable()), reason=f"{cuda.unusable()}; test_in_the_interpreter runs it on the CPU"
-)
+on_kernels = pytest.mark.skipif(bool(unusable()), reason=f"{unusable()}; test_in_the_interpreter runs it on the CPU")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -30,10 +28,10 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(cuda.INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter(tmp_path):
     found = python(
-        "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_cuda.py",
+        "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_triton.py",
         TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-4000:]
@@ -184,7 +182,7 @@ def test_operators_refuse_what_does_not_fit():
         torch.ops.recbole_ssm_cuda.conv1d(x, weight, bias, None, None, 4, True, True)
 
 
-@pytest.mark.skipif(cuda.INTERPRETED, reason="no matter of the kernels")
+@pytest.mark.skipif(INTERPRETED, reason="no matter of the kernels")
 def test_triton_is_imported_for_kernels_alone():
     code = "import sys, recbole_ssm.ops, recbole_ssm.layers; assert 'triton' not in sys.modules"
     found = python("-c", code)

@@ -79,3 +79,16 @@ def expect_kept(op: str, kept: Tensor, *shape: int) -> None:
     """An exported program may run backward although its forward was traced without gradients."""
     if tuple(kept.shape) != shape:
         raise ValueError(f"{op}: the forward kept no states for a backward; run or export it with gradients enabled")
+
+
+def expect_shape(op: str, **arguments: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise a ``ValueError`` that names the first given tensor whose shape is not the expected one."""
+    for name, (tensor, shape) in arguments.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def expect_groups(op: str, groups: int, heads: int) -> None:
+    """Raise a ``ValueError`` unless the groups that share B and C divide the heads."""
+    if groups == 0 or heads % groups:
+        raise ValueError(f"{op}: the {groups} groups of B must divide the {heads} heads of x")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.causal_conv1d import last_inputs
-from recbole_ssm.ops.cuda import operators
+from recbole_ssm.ops.triton import operators
 
 _CHUNK = 64  # theirs is 256, and they make room for a square of it for every sequence
 
@@ -44,13 +44,13 @@ def selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    softplus: bool,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`recbole_ssm.ops.selective_scan` by ``mamba_ssm.selective_scan_fn``, which wants ``[B, D, L]``."""
     if state is not None or cu_seqlens is not None or not x.shape[1]:
-        return operators.selective_scan(x, dt, A, B, C, D, z, dt_bias, softplus, state, cu_seqlens)
+        return operators.selective_scan(x, dt, A, B, C, D, z, dt_bias, state, cu_seqlens, softplus)
     scan = _theirs("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     u, delta, B, C = (t.to(x.dtype).transpose(1, 2).contiguous() for t in (x, dt, B, C))  # they take one dtype
     z = None if z is None else z.to(x.dtype).transpose(1, 2).contiguous()
@@ -85,17 +85,14 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    activation: str | None,
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`recbole_ssm.ops.causal_conv1d` by ``causal_conv1d.causal_conv1d_fn``, which wants ``[B, D, L]``."""
     (_, L, D), K = x.shape, weight.shape[1]
     if state_BDK is not None or not 2 <= K <= 4 or D % 8 or not L:
-        return operators.causal_conv1d(
-            x, weight, bias, activation=activation, state_BDK=state_BDK, cu_seqlens=cu_seqlens
-        )
+        return operators.causal_conv1d(x, weight, bias, state_BDK, cu_seqlens, activation)
     convolve = _theirs("causal_conv1d", "causal_conv1d_fn")
     seq_idx = _of_rows(x, cu_seqlens)
     y = convolve(x.contiguous().transpose(1, 2), weight, bias, seq_idx=seq_idx, activation=activation)

@@ -7,7 +7,7 @@ sequence of each, and a tap that falls outside of it reads zero or the carried s
 import triton
 import triton.language as tl
 
-from recbole_ssm.ops.cuda.common import read, rows_of, silu_slope
+from recbole_ssm.ops.triton.common import read, rows_of, silu_slope
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The ``cuda`` backend: float32, bfloat16 and float16 on an NVIDIA GPU, with states and sums in float32.
 
 Of each op the first that passes its self-test there: mamba-ssm's or causal-conv1d's kernels where they are installed
-(:mod:`recbole_ssm.ops.cuda.upstream`), then ours in Triton (:mod:`recbole_ssm.ops.cuda.operators`), then PyTorch's
+(:mod:`recbole_ssm.ops.triton.upstream`), then ours in Triton (:mod:`recbole_ssm.ops.triton.operators`), then PyTorch's
 operations, which also take what no kernel does. Triton comes with PyTorch's wheels for CUDA and is imported when the
 first kernel runs, not before.
 
@@ -11,24 +11,21 @@ With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CP
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import takes_half, widen
-from recbole_ssm.ops.backend import HALF, implements, requires
+from recbole_ssm.ops.backend import HALF, INTERPRETED, implements, requires
 from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
-from recbole_ssm.ops.cuda import operators, upstream
-from recbole_ssm.ops.operators import no_tangents
+from recbole_ssm.ops.library import no_tangents
 from recbole_ssm.ops.quasiseparable import torch_quasiseparable
 from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
 from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
+from recbole_ssm.ops.triton import operators, upstream
 
 Kernel = Callable[..., Any]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unusable() -> str:
@@ -59,8 +56,7 @@ def _too_large(x: Tensor, B: Tensor) -> bool:
 
 
 def _selective_scan(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *tensors, _, state, _ = rest
-    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *tensors, state)
+    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *rest[:-2])
     return (kernel if fits else torch_scan)(x, dt, A, *rest)
 
 
@@ -70,43 +66,43 @@ def _selective_scan_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest
 
 
 def _ssd(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    *tensors, cu_seqlens, return_state = rest  # C, D, state
+    tensors = rest[:-2]  # C, D, state
     if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
         return kernel(x, dt, A, B, *rest)
-    return torch_ssd(*widen(x, dt, A, B, *tensors), cu_seqlens, return_state)
+    return torch_ssd(x, dt, A, B, *rest)
 
 
 def _ssd_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
-    *tensors, cu_seqlens = rest  # C, D
+    tensors = rest[:-1]  # C, D
     if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
         return kernel(x, dt, A, B, *rest)
-    return torch_ssd_last(*widen(x, dt, A, B, *tensors), cu_seqlens)
+    return torch_ssd_last(x, dt, A, B, *rest)
 
 
 def _quasiseparable(kernel: Kernel, x: Tensor, *given: Any) -> Tensor:
-    *tensors, cu_seqlens = given
+    tensors = given[:-1]
     if _fit(x, *tensors) and not _too_large(x, tensors[3]):
         return kernel(x, *given)
-    return torch_quasiseparable(*widen(x, *tensors), cu_seqlens)
+    return torch_quasiseparable(x, *given)
 
 
 def _causal_conv1d(
-    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, *, state_BDK: Tensor | None, **options: Any
+    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, state_BDK: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias, state_BDK)
-    return (kernel if fits else torch_causal)(x, weight, bias, state_BDK=state_BDK, **options)
+    return (kernel if fits else torch_causal)(x, weight, bias, state_BDK, *options)
 
 
-def _centered_conv1d(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+def _centered_conv1d(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias)
-    return (kernel if fits else torch_centered)(x, weight, bias, **options)
+    return (kernel if fits else torch_centered)(x, weight, bias, *options)
 
 
 def _by(around: Kernel, kernel: Kernel) -> Kernel:
-    def implementation(*arguments: Any, **options: Any) -> Any:
-        return around(kernel, *arguments, **options)
+    def implementation(*arguments: Any) -> Any:
+        return around(kernel, *arguments)
 
-    return takes_half(implementation)
+    return implementation
 
 
 for _around in (

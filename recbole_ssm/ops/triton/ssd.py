@@ -17,7 +17,7 @@ up to powers of two. Products take float32 (PRECISION says how many of its digit
 import triton
 import triton.language as tl
 
-from recbole_ssm.ops.cuda.common import read, rows_of
+from recbole_ssm.ops.triton.common import read, rows_of
 
 
 @triton.jit

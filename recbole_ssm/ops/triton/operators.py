@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.arguments import expect_groups, expect_shape
-from recbole_ssm.ops.operators import (
+from recbole_ssm.ops.library import (
     Namespace,
     absent,
+    expect_groups,
     expect_kept,
+    expect_shape,
     like,
     needs_gradient,
     present,
@@ -38,7 +39,7 @@ _operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])  # on the CPU Triton
 def _launch(kernel: str, grid: tuple[int, int], *arguments: Any, warps: int = 4, **constants: Any) -> None:
     """Run a kernel, ``"scan.scan_forward"`` for one; nothing is run for an empty grid."""
     module, _, name = kernel.partition(".")
-    function = getattr(importlib.import_module(f"recbole_ssm.ops.cuda.{module}"), name)
+    function = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
     x = next(a for a in arguments if isinstance(a, Tensor))
     if grid[0] and grid[1]:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
@@ -218,9 +219,9 @@ def selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    softplus: bool,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`recbole_ssm.ops.selective_scan` in Triton."""
     state_SND = None if state is None else state.float().transpose(1, 2)
@@ -315,8 +316,8 @@ def selective_scan_last(
     D: Tensor | None,
     z_SD: Tensor | None,
     dt_bias: Tensor | None,
-    softplus: bool,
     cu_seqlens: Tensor | None,
+    softplus: bool,
 ) -> Tensor:
     """:func:`recbole_ssm.ops.selective_scan_last` in Triton."""
     tensors = (x, dt, A, B, C_SN, D, z_SD, dt_bias)
@@ -738,10 +739,9 @@ def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    activation: str | None,
     state_BDK: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`recbole_ssm.ops.causal_conv1d` in Triton."""
     state_SKD = None if state_BDK is None else state_BDK.transpose(1, 2)
@@ -750,7 +750,7 @@ def causal_conv1d(
 
 
 def centered_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, cu_seqlens: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None
 ) -> Tensor:
     """:func:`recbole_ssm.ops.centered_conv1d` in Triton."""
     return _conv_op(x, weight, bias, None, cu_seqlens, weight.shape[1] // 2, activation == "silu", False)[0]

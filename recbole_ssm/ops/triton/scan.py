@@ -11,7 +11,7 @@ states; BN and BD are N and a share of D, rounded up to powers of two.
 import triton
 import triton.language as tl
 
-from recbole_ssm.ops.cuda.common import LOG2E, read, rows_of, silu_slope, softplus
+from recbole_ssm.ops.triton.common import LOG2E, read, rows_of, silu_slope, softplus
 
 
 @triton.jit
