@@ -9,6 +9,7 @@ from recbole_ssm.graphs import Graphed, Recording, graphed_scores, graphed_step
 
 compat.install()
 
+from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
@@ -16,15 +17,10 @@ from recbole_ssm.serving.recommender import Recommender
 from tests.ops.test_ops import assert_close
 
 
-class Catalogue:
-    def num(self, field):
-        return 30
-
-
 def model_of(name, **keys):
     config = configure(name, "ml-100k", config_dict={"train_neg_sample_args": None, "loss_type": "CE", **keys})
     config["device"] = torch.device("cpu")
-    return get_model(name)(config, Catalogue()).eval(), config
+    return get_model(name)(config, DatasetOutline(30)).eval(), config
 
 
 recorded = []

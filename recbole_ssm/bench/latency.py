@@ -29,7 +29,7 @@ from tqdm import tqdm
 from recbole_ssm import compat
 from recbole_ssm.bench import Row, table
 from recbole_ssm.bench.measure import chosen, peak_memory, whole_numbers
-from recbole_ssm.bench.step import Catalogue
+from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import check_drawable, figure
 
@@ -363,7 +363,7 @@ def _build(name: str, length: int, items: int, device: torch.device) -> Any:
     try:
         config = configure(name, "generated", config_dict={"MAX_ITEM_LIST_LENGTH": length, "state": "ERROR"})
         config["device"] = device
-        model = get_model(name)(config, Catalogue(items + 1)).to(device).eval()
+        model = get_model(name)(config, DatasetOutline(items + 1)).to(device).eval()
         for path in (1, 0) if _carries_state(model) else (1,):  # kernels are chosen and tested on their first call
             _Calls(model, path, 1, items, device, 1, Latency()).once()
         return model

@@ -24,6 +24,7 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec  # noqa: E402
 
+from recbole_ssm.data.outline import DatasetOutline  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.quick_start import configure  # noqa: E402
 from recbole_ssm.serving import Stepper  # noqa: E402
@@ -31,17 +32,6 @@ from recbole_ssm.serving import Stepper  # noqa: E402
 RECBOLE = "RecBole SASRec"
 MODELS = (RECBOLE, "SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec")
 KINDS = ("train", "evaluate", "one event", "in place")
-
-
-class Catalogue:
-    """As much of a data set as a sequential model of items alone asks for."""
-
-    def __init__(self, items: int) -> None:
-        self.items = items
-
-    def num(self, field: str) -> int:
-        """How many tokens a field has, padding included."""
-        return self.items
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +91,8 @@ def _model(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
         keys["num_layers"] = options.layers
     config = configure(name.removeprefix("RecBole "), "ml-100k", config_dict=keys)
     config["device"] = torch.device(options.device)
-    model = (RecBoleSASRec if name == RECBOLE else get_model(name))(config, Catalogue(options.items)).to(options.device)
+    model_class = RecBoleSASRec if name == RECBOLE else get_model(name)
+    model = model_class(config, DatasetOutline(options.items)).to(options.device)
     items = torch.randint(1, options.items, (options.batch, options.length))
     lengths = torch.full((options.batch,), options.length)
     target = torch.randint(1, options.items, (options.batch,))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import compat
+from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.trainer import load_weights
@@ -145,22 +146,6 @@ class _SavedConfig(dict[str, Any]):
         return None
 
 
-class _SavedCatalogue:
-    """As much of a data set as a sequential model of items alone asks for."""
-
-    item_counter: dict[int, int] = {}  # only a training loss reads it
-
-    def __init__(self, name: str, sizes: dict[str, int], titles: list[str] | None) -> None:
-        self._name, self._sizes, self.titles = name, sizes, titles
-
-    def num(self, field: str) -> int:
-        """How many tokens a field has, padding included."""
-        return self._sizes[field]
-
-    def __getattr__(self, attribute: str) -> Any:
-        raise UserError(f"{self._name} reads its data set's {attribute}; recommend() serves models of items alone")
-
-
 def load_recommender(
     path: str | Path, device: str | torch.device | None = None, *, cuda_graphs: bool = False
 ) -> Recommender:
@@ -183,6 +168,6 @@ def load_recommender(
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
     config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = get_model(name)(config, _SavedCatalogue(name, sizes, catalogue.get("titles")))
+    model = get_model(name)(config, DatasetOutline(sizes, name, catalogue.get("titles")))
     load_weights(model, saved, path)
     return Recommender(model.to(config["device"]), config, items, cuda_graphs=cuda_graphs)
