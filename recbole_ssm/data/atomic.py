@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from recbole_ssm.errors import UserError, did_you_mean
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 MISSING_NUMBERS = ("", "nan", "na", "null", "none")
+# From here on, float64 does not hold every whole number.
+EXACT = 2.0**53
 # Cells that wait for the words of a column to be merged.
 MERGE_AT = 4_000_000
 
@@ -102,7 +105,7 @@ def read_columns(
 
     Args:
         path: the file.
-        columns: ``{name: type}`` of the columns wanted, a part of :func:`read_header`.
+        columns: ``{name: type}`` of the columns wanted, a part of :func:`read_header`; a float may be a ``time`` here.
         required: columns in which no cell may be empty; a float there must be finite.
         separator: between columns.
         seq_separator: between the entries of a sequence.
@@ -110,8 +113,8 @@ def read_columns(
         bad: what becomes of faulty lines; by default the first one is an error.
 
     Returns:
-        ``{name: column}`` in the order of ``columns``: tokens as :class:`Tokens`, floats as float64 [rows], sequences
-        as an object array [rows] of arrays.
+        ``{name: column}`` in the order of ``columns``: tokens as :class:`Tokens`, floats as float64 [rows], times as
+        int64 [rows] or, where some have fractions, float64 [rows], sequences as an object array [rows] of arrays.
 
     Raises:
         UserError: the first fault, with its line; or no line remains.
@@ -185,11 +188,17 @@ class Columns:
         """The whole columns.
 
         Raises:
-            UserError: there is no row; ``nothing`` says so where none was faulty.
+            UserError: there is no row; ``nothing`` says so where none was faulty. Or a column as a whole is faulty.
         """
         if not self._rows:
             raise UserError(f"{path}: {f'every line has a fault; the first is {bad.first}' if len(bad) else nothing}")
-        return {name: builder.finish() for name, builder in self._builders.items()}
+        found = {}
+        for name, builder in self._builders.items():
+            try:
+                found[name] = builder.finish()
+            except ValueError as error:
+                raise UserError(f"{path}: {self._shown.get(name, name)} {error}") from error
+        return found
 
 
 class Words:
@@ -283,6 +292,45 @@ class Floats(Values):
         return faults
 
 
+class Times(Floats):
+    """Collects a column of times: int64 where all are whole numbers, else float64.
+
+    A float64 holds whole numbers up to 2^53 only; nanoseconds since 1970 are beyond that.
+    """
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        try:
+            self._parsed = pc.replace_substring_regex(cells, r"^(-?[0-9]+)\.0+$", r"\1").cast(pa.int64()).to_numpy()
+            return {}
+        except pa.ArrowInvalid:
+            faults = super().parse(cells, required)
+        numbers = self._parsed.copy()
+        for row in np.flatnonzero(np.abs(numbers) >= 2.0**63):
+            faults.setdefault(
+                int(row), f"is {cells[int(row)].as_py()!r}, which is no time; correct it or drop the line"
+            )
+        numbers[list(faults)] = 0
+        if np.all(numbers == np.floor(numbers)):
+            self._parsed = numbers.astype(np.int64)
+            for row in np.flatnonzero(np.abs(numbers) >= EXACT):
+                self._parsed[row] = int(Decimal(cells[int(row)].as_py().strip()))
+        return faults
+
+    def finish(self) -> np.ndarray:
+        """The whole column.
+
+        Raises:
+            ValueError: it has fractions, and whole numbers that a float64 cannot hold beside them.
+        """
+        kinds = {block.dtype.kind for block in self._blocks}
+        if "f" in kinds and any(np.any(np.abs(block) >= EXACT) for block in self._blocks):
+            raise ValueError(
+                "holds fractions and numbers beyond 2^53, which cannot stand in one column; write whole ones"
+            )
+        return super().finish()
+
+
 class TokenLists(Values):
     """Collects a column of lists of tokens."""
 
@@ -312,6 +360,7 @@ _BUILDERS: dict[str, type[Words] | type[Values]] = {
     "float": Floats,
     "token_seq": TokenLists,
     "float_seq": FloatLists,
+    "time": Times,
 }
 
 

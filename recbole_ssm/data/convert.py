@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from recbole_ssm.data.events import Events, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, progress
 from recbole_ssm.data.sources import EVENT, Descriptions, Raw, open_raw
+from recbole_ssm.data.times import Moments, decimals
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import digest, write_json
 
@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--duplicates",
-        choices=("keep", "first", "last"),
+        choices=("keep", "same_time", "first", "last"),
         default="keep",
-        help="of events of one user and one item, keep all (default), the first or the last by time",
+        help="of events of one user and one item, keep all (default), one of those at the same time, or only the first "
+        "or the last by time",
     )
     parser.add_argument(
         "--on_bad_lines",
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(list(arguments))
     card = convert(**vars(options))
     for step in card["steps"]:
-        print("{step:<32}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
+        print("{step:<34}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
     if card["described_items"]:
         print(f"{card['described_items']:,} of the items are described")
     if card["skipped_lines"]:
@@ -99,7 +100,8 @@ def convert(
         meta: a file that describes the items.
         k_core: keep users and items with so many events, until all have them; 0 or 1 keeps all. After ``duplicates``,
             as in RecBole.
-        duplicates: ``keep``, or ``first`` or ``last`` of each pair of user and item.
+        duplicates: ``keep``; ``same_time`` for one event of each user, item and time; or ``first`` or ``last`` of each
+            pair of user and item.
         on_bad_lines: ``error``, or ``skip``.
         separator: between columns; None guesses.
         encoding: of text.
@@ -127,18 +129,23 @@ def convert(
         scratch = Path(temporary, name)
         scratch.mkdir()
         with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
-            events = read_events(raw, bad)
+            events, digits = read_events(raw, bad)
         steps = [{"step": "read", **events.counts()}]
         if duplicates != "keep":
             events = events.take(without_repeats(events, duplicates))
-            steps.append({"step": f"{duplicates} of each user and item", **events.counts()})
+            kept = (
+                "first of each user, item and time"
+                if duplicates == "same_time"
+                else f"{duplicates} of each user and item"
+            )
+            steps.append({"step": kept, **events.counts()})
         if k_core > 1:
             events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))
             steps.append({"step": f"{k_core}-core", **events.counts()})
         if not len(events):
             raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
-        write_inter(scratch / f"{name}.inter", events)
+        write_inter(scratch / f"{name}.inter", events, digits)
         skipped, described = len(bad), 0
         if raw.items is not None:
             # The faults of a table that describes its own items were told when its events were read.
@@ -152,6 +159,10 @@ def convert(
                     "--meta, or move it away"
                 )
             skipped += 0 if again else len(bad)
+
+        def as_written(time: Any) -> int | float:
+            return int(time) / 10**digits if digits else int(time)
+
         card: dict[str, Any] = {
             "name": name,
             "source": [
@@ -164,7 +175,7 @@ def convert(
             "described_items": described,
             "skipped_lines": skipped,
             "ties": TIES,
-            "time": {"first": float(events.times.min()), "last": float(events.times.max())},
+            "time": {"first": as_written(events.times.min()), "last": as_written(events.times.max())},
             "written": {
                 path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
             },
@@ -175,18 +186,19 @@ def convert(
     return card
 
 
-def read_events(raw: Raw, bad: BadLines) -> Events:
-    """All events of a source, checked.
+def read_events(raw: Raw, bad: BadLines) -> tuple[Events, int]:
+    """All events of a source, checked, and how many digits behind the point their times have, which are whole here.
 
     Raises:
         UserError: the first faulty row (or none, if ``bad`` skips), or there is no row at all.
     """
-    builders: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": Times(), "rating": Floats()}
+    times = Moments()
+    builders: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": Floats()}
     columns = Columns({field: builders[field] for field in raw.fields}, EVENT[:3], raw.fields)
     for rows in raw.events.rows(raw.fields, bad):
         columns.add(rows.cells, rows.numbers, rows.raw, bad)
     found = columns.finish(str(raw.events.file), bad, "no event in it")
-    return Events(found["user"], found["item"], found["time"], found.get("rating"))
+    return Events(found["user"], found["item"], found["time"], found.get("rating")), times.digits
 
 
 class Ids(Words):
@@ -200,23 +212,8 @@ class Ids(Words):
         return faults
 
 
-class Times(Floats):
-    """A column of times: numbers, or ISO dates, which become seconds since 1970."""
-
-    def number(self, cell: str) -> float:
-        """The time that a cell spells, in seconds where it is a date (UTC unless it says otherwise); NaN for none."""
-        number = super().number(cell)
-        if not math.isnan(number):
-            return number
-        try:
-            date = datetime.fromisoformat(re.sub("Z$", "+00:00", cell.strip()))
-            return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
-        except (ValueError, OverflowError):
-            return math.nan
-
-
-def write_inter(path: Path, events: Events) -> None:
-    """Write events as an atomic file; whole numbers stand without a point."""
+def write_inter(path: Path, events: Events, digits: int) -> None:
+    """Write events, whose times count units of ``10 ** -digits``, as an atomic file; whole numbers have no point."""
     columns = {"user_id:token": events.users, "item_id:token": events.items}
     ratings = events.ratings
     with open(path, "wb") as file, progress(f"Write {path.name}", len(events), "rows") as bar:
@@ -226,7 +223,7 @@ def write_inter(path: Path, events: Events) -> None:
             rows = slice(start, start + WRITTEN_AT_ONCE)
             cells = [ids.names.take(pa.array(ids.codes[rows])) for ids in columns.values()]
             cells += [_spelt(ratings[rows])] if ratings is not None else []
-            cells += [_spelt(events.times[rows])]
+            cells += [decimals(events.times[rows], digits)]
             # Arrow's writer of CSV refuses quotation marks where it may not quote
             lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*cells, "\t"), "", "\n")
             _, ends, characters = lines.buffers()
@@ -260,4 +257,6 @@ def _spelt(values: np.ndarray) -> pa.StringArray:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).encode("utf-8", "replace").decode()
+    """Text as a cell of an atomic file, without what its reader refuses: line ends, NUL, half characters and [PAD]."""
+    words = text.replace("\0", "").encode("utf-8", "replace").decode().split()
+    return " ".join(word for word in words if word != "[PAD]")

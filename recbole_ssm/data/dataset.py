@@ -132,7 +132,8 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
             self.logger.warning(bad)
         if required:
             user, item, time = required
-            for level, oddity in oddities(Events(found[user], found[item], found[time]), (user, item, time), bad):
+            events = Events(found[user], found[item], found[time])
+            for level, oddity in oddities(events, (user, item, time), bad, self.config["rm_dup_inter"]):
                 self.logger.log(level, oddity)
         frame = as_frame(found)
         for name, kind in columns.items():
@@ -177,10 +178,15 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
 
     def _remove_duplication(self) -> None:
         keep = self.config["rm_dup_inter"]
-        if keep is not None:
-            # RecBole sorts by time here too, but unstably, and all that follows keeps that order.
-            events = self.inter_feat.sort_values(self.time_field, kind="stable")
-            self.inter_feat = events.drop_duplicates([self.uid_field, self.iid_field], keep=keep)
+        if keep is None:
+            return
+        if keep not in ("first", "last", "same_time"):
+            raise UserError(f"rm_dup_inter: must be first, last, same_time or empty, got {keep!r}")
+        fields = [self.uid_field, self.iid_field]
+        if keep == "same_time":
+            keep, fields = "first", [*fields, self.time_field]
+        # RecBole sorts by time here too, but unstably, and all that follows keeps that order.
+        self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable").drop_duplicates(fields, keep=keep)
 
     def _filter_by_inter_num(self) -> None:
         """RecBole's filter, after one that leaves the same and takes the bulk away by array operations."""

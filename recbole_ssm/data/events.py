@@ -82,7 +82,15 @@ def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> 
 
 
 def without_repeats(events: Events, keep: str) -> np.ndarray:
-    """Rows with one event of each pair of user and item: its ``first`` or ``last`` by time, as ``rm_dup_inter``."""
+    """The rows that ``rm_dup_inter`` keeps.
+
+    Args:
+        events: in the order of their file.
+        keep: ``first`` or ``last`` by time of each pair of user and item, or ``same_time``: the first line of each
+            user, item and time, so that real repeats stay.
+    """
+    if keep == "same_time":
+        return np.setdiff1d(np.arange(len(events)), doubled(events), assume_unique=True)
     order = np.lexsort((events.times, events.items.codes, events.users.codes))
     again = _equal_to_the_one_before(order, events.users.codes, events.items.codes)
     again = np.append(again[1:], False) if keep == "last" else again
@@ -107,13 +115,16 @@ def _equal_to_the_one_before(order: np.ndarray, *keys: np.ndarray) -> np.ndarray
     return same
 
 
-def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iterator[tuple[int, str]]:
+def oddities(
+    events: Events, names: tuple[str, str, str], bad: BadLines, keep: str | None = None
+) -> Iterator[tuple[int, str]]:
     """What a file may hold, but hardly means: one line each, with file, line, value and mend.
 
     Args:
         events: as they were read.
         names: of the columns for user, item and time.
         bad: the lines that were skipped on the way.
+        keep: ``rm_dup_inter``, which will drop doubled lines.
 
     Yields:
         ``(level, message)``, the level as of :mod:`logging`.
@@ -129,13 +140,14 @@ def oddities(events: Events, names: tuple[str, str, str], bad: BadLines) -> Iter
                 f"{suspects.sum():,} ids look like floats, as some programs write whole numbers in a column with gaps; "
                 "they match no other file; write them as whole numbers",
             )
-    again = doubled(events)
+    again = doubled(events) if keep is None else np.empty(0, dtype=np.int64)
     if len(again):
         row = int(again[0])
         yield (
             logging.WARNING,
             f"{bad.path}, line {bad.line_of(row)}: the same {user}, {item} and {time} as an earlier line, and "
-            f"{len(again):,} such lines in all; drop them, or set rm_dup_inter: first",
+            f"{len(again):,} such lines in all; rm_dup_inter: same_time drops them and keeps other repeats, as convert "
+            "--duplicates=same_time does",
         )
     backwards = rows_back_in_time(events)
     if len(backwards):

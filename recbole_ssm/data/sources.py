@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from recbole_ssm.data.archives import File, members
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.tables import JsonLines, Parquet, Table, Text, cell_of
+from recbole_ssm.data.times import is_time
 from recbole_ssm.errors import UserError, did_you_mean
 
 EVENT = ("user", "item", "time", "rating")
@@ -135,6 +136,11 @@ def _events(table: Table, named: Mapping[str, str]) -> tuple[str, dict[str, str]
     for part, name in named.items():
         if name not in columns:
             raise UserError(f"--{part}: {table.file} has no column '{name}' ({there}{did_you_mean(name, columns)})")
+    if isinstance(table, Text) and table.names is None and is_time(fields.get("time", "")):
+        raise UserError(
+            f"{table.file}, line 1: no header, but an event at {fields['time']}; write a line above it that names the "
+            "columns"
+        )
     if missing := [part for part in EVENT[:3] if part not in fields]:
         raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there})")
     return "a table" if named else kind, {part: fields[part] for part in EVENT if part in fields}

@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from recbole_ssm.data.archives import File
 from recbole_ssm.data.lines import BadLines, Block, below_header, original, progress, sound_lines
+from recbole_ssm.data.times import decimals
 from recbole_ssm.errors import UserError
 
 # Rows of a batch, where a format is read row by row.
@@ -194,10 +197,15 @@ _Row = tuple[int, bytes, Sequence[str]]
 
 
 def cell_of(value: Any) -> str:
-    """A JSON value as a cell: text as it is, numbers as they are spelt, nothing and containers as ""."""
-    if value is None or isinstance(value, (dict, list, bool)):
-        return ""
-    return value if isinstance(value, str) else repr(value)
+    """A value as a cell: text as it is, numbers as they are spelt, whole ones without a point, nothing as "".
+
+    NaN is nothing, as are containers and true and false.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) and not math.isnan(value) else ""
 
 
 def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
@@ -237,16 +245,25 @@ def _broken(text: str) -> bool:
 
 
 def _strings(column: pa.Array) -> pa.StringArray:
-    """A column of Parquet as text; dates and times as seconds since 1970."""
+    """A column of Parquet as text; dates and times as seconds since 1970; null and NaN as ""."""
     kind = column.type
-    if pa.types.is_temporal(kind):
-        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
-        return pa.array([repr(value / 1e6) if value is not None else "" for value in column.to_pylist()], pa.string())
+    if pa.types.is_timestamp(kind):
+        return _decimals(column.cast(pa.int64()), {"s": 0, "ms": 3, "us": 6, "ns": 9}[kind.unit])
+    if pa.types.is_date(kind):
+        days = column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64())
+        return _decimals(pc.multiply(days, 86_400), 0)
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
     if pa.types.is_nested(column.type):
         return pa.array([""] * len(column), pa.string())
+    if pa.types.is_floating(column.type):
+        return pa.array(list(map(cell_of, column.to_pylist())), pa.string())
     return column.cast(pa.string()).fill_null("")
+
+
+def _decimals(ticks: pa.Array, digits: int) -> pa.StringArray:
+    text = decimals(ticks.fill_null(0).to_numpy(), digits)
+    return pc.if_else(ticks.is_valid(), text, "")
 
 
 def _shown(cells: pa.Table) -> list[bytes]:

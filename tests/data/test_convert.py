@@ -302,7 +302,111 @@ def test_parquet_of_nanoseconds_and_bytes(tmp_path):
     columns["timestamp"] = pa.array([1_500_000_001, 2_000_000_000], pa.timestamp("ns"))
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
     convert(tmp_path / "x.parquet", "made", tmp_path / "out")
-    assert written(tmp_path / "out" / "made") == [("u", "i", 1.5), ("v", "j", 2.0)]
+    assert written(tmp_path / "out" / "made") == [("u", "i", 1.500000001), ("v", "j", 2.0)]
+
+
+def times_of(folder):
+    """The times of a converted data set as they are spelt, in the order of its lines."""
+    lines = (folder / f"{folder.name}.inter").read_text().splitlines()[1:]
+    return [line.rsplit("\t", 1)[1] for line in lines]
+
+
+FAR = 253_370_764_800  # 9999-01-01
+PARQUET_TIMES = [
+    (pa.timestamp("s"), [FAR, -FAR, 1], ["-253370764800", "1", "253370764800"]),
+    (pa.timestamp("ms"), [1001, 1000, -1], ["-0.001", "1", "1.001"]),
+    (pa.timestamp("us", "UTC"), [FAR * 10**6 + 1, 5], ["0.000005", "253370764800.000001"]),
+    (
+        pa.timestamp("ns"),
+        [1_700_000_000_000_000_002, 1_700_000_000_000_000_001],
+        ["1700000000.000000001", "1700000000.000000002"],
+    ),
+    (pa.date32(), [2_932_532, -1], ["-86400", "253370764800"]),
+    (pa.date64(), [86_400_000, 0], ["0", "86400"]),
+    (pa.int64(), [2**53 + 1, 2**53], [str(2**53), str(2**53 + 1)]),
+    (pa.float64(), [1.5, 1e9], ["1.5", "1000000000"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "expected"), PARQUET_TIMES)
+def test_times_of_parquet_are_exact(tmp_path, kind, values, expected):
+    columns = {"user_id": ["u"] * len(values), "item_id": list("ijk")[: len(values)]}
+    pyarrow.parquet.write_table(pa.table(columns | {"timestamp": pa.array(values, kind)}), tmp_path / "x.parquet")
+    convert(tmp_path / "x.parquet", "made", tmp_path / "out")
+    assert times_of(tmp_path / "out" / "made") == expected
+
+
+TIMES = [
+    (["2020-01-03", "20200102", "2020-01-01T00:00:00.5"], ["1577836800.5", "1577923200", "1578009600"]),
+    (
+        ["2020-01-01T00:00:00.000000002Z", "2020-01-01 01:00:00.000000001+01:00"],
+        ["1577836800.000000001", "1577836800.000000002"],
+    ),
+    (["1700000000000000001", "1700000000000000000"], ["1700000000000000000", "1700000000000000001"]),
+    (["+3", "1e3", " 2 ", "-0.50"], ["-0.5", "2", "3", "1000"]),
+    (["0.1", "0.10000000001"], ["0.1", "0.1"]),
+]
+
+
+@pytest.mark.parametrize(("cells", "expected"), TIMES)
+def test_times_of_text_are_exact(tmp_path, cells, expected):
+    lines = [f"u,i{k},{cell}\n" for k, cell in enumerate(cells)]
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(lines))
+    convert(tmp_path / "x.csv", "made", tmp_path / "out")
+    assert times_of(tmp_path / "out" / "made") == expected
+
+
+MIXED = [
+    (["2020-01-01", "2020-01-02", "978300000"], "line 4: timestamp is '978300000' in a column of dates"),
+    (["1", "2", "2020-01-02"], "line 4: timestamp is '2020-01-02' in a column of numbers"),
+    (["1", "9e99"], "line 3: timestamp is '9e99', which is no finite number"),
+    (["1.5", "9000000000000000000"], "timestamp holds fractions beside numbers too large for them"),
+    (["2020-13-01"], "line 2: timestamp is '2020-13-01', which is no finite number and no date"),
+]
+
+
+@pytest.mark.parametrize(("cells", "message"), MIXED)
+def test_times_that_cannot_be_told_are_refused(tmp_path, cells, message):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,i,{cell}\n" for cell in cells))
+    with pytest.raises(UserError) as caught:
+        convert(tmp_path / "x.csv", "made", tmp_path / "out")
+    assert message in str(caught.value)
+
+
+def test_ids_that_are_missing_or_whole_numbers(tmp_path):
+    columns = {"user_id": [7.0, None, float("nan"), 8.5], "item_id": list("ijkl"), "timestamp": [1, 2, 3, 4]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="line 2: user_id is empty"):
+        convert(tmp_path / "x.parquet", "made", tmp_path / "out")
+    convert(tmp_path / "x.parquet", "made", tmp_path / "out", on_bad_lines="skip")
+    assert written(tmp_path / "out" / "made") == [("7", "i", 1.0), ("8.5", "l", 4.0)]
+    (tmp_path / "x.jsonl").write_text('{"user_id": 7.0, "item_id": NaN, "timestamp": 1}\n')
+    with pytest.raises(UserError, match="line 1: item_id is empty"):
+        convert(tmp_path / "x.jsonl", "json", tmp_path / "out")
+
+
+def test_an_event_is_not_taken_for_a_header(tmp_path):
+    (tmp_path / "x.csv").write_text("u1,i1,978300000\nu1,i2,978300001\n")
+    with pytest.raises(UserError, match="x.csv, line 1: no header, but an event at 978300000; write a line above it"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", user="u1", item="i1", time="978300000")
+
+
+def test_descriptions_hold_nothing_that_their_reader_refuses(tmp_path):
+    titles = ["a\0b [PAD] c", "\0", "d\re"]
+    pyarrow.parquet.write_table(
+        pa.table({"user_id": ["u"] * 3, "item_id": list("ijk"), "timestamp": [1, 2, 3], "title": titles}),
+        tmp_path / "x.parquet",
+    )
+    convert(tmp_path / "x.parquet", "made", tmp_path / "out", text="title")
+    assert [list(row[1]) for row in written(tmp_path / "out" / "made", "item")] == [["ab", "c"], [], ["d", "e"]]
+
+
+def test_only_doubled_events_go_where_real_repeats_are_meant_to_stay(tmp_path):
+    rows = [("u", "i", 1), ("u", "i", 1), ("u", "i", 2), ("u", "j", 1), ("v", "i", 1), ("u", "i", 1)]
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", duplicates="same_time")
+    assert written(tmp_path / "out" / "made") == [("u", "i", 1), ("u", "j", 1), ("u", "i", 2), ("v", "i", 1)]
+    assert card["steps"][1] == {"step": "first of each user, item and time", "users": 2, "items": 2, "interactions": 4}
 
 
 def test_damaged_and_ambiguous_archives(tmp_path):

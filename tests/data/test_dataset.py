@@ -114,6 +114,24 @@ def test_duplicates_are_removed_in_the_order_of_the_file(write_dataset):
     assert [test.id2token("item_id", item) for item in row["item_id_list"].tolist()[:4]] == ["i0", "i1", "i2", "i3"]
 
 
+def test_doubled_lines_go_and_real_repeats_stay(write_dataset, caplog):
+    """The advice on doubled lines keeps what is no doubled line, and is silent once it is followed."""
+    options = write_dataset(HEADER + "".join(f"u{u}\ti{t % 4}\t{t}\n" for u in range(3) for t in (*range(9), 5)))
+    options["config_dict"] |= {"topk": 1, "valid_metric": "NDCG@1"}
+    with caplog.at_level(logging.WARNING):
+        assert len(create(options).inter_feat) == 30
+    assert "line 11: the same user_id, item_id and timestamp as an earlier line, and 3 such lines in all" in caplog.text
+    assert "rm_dup_inter: same_time drops them and keeps other repeats" in caplog.text
+    caplog.clear()
+    options["config_dict"]["rm_dup_inter"] = "same_time"
+    with caplog.at_level(logging.WARNING):
+        assert len(create(options).inter_feat) == 27
+    assert "as an earlier line" not in caplog.text
+    options["config_dict"]["rm_dup_inter"] = "all"
+    with pytest.raises(UserError, match="rm_dup_inter: must be first, last, same_time or empty, got 'all'"):
+        create(options)
+
+
 def test_cutoffs_beyond_the_catalogue(write_dataset):
     options = write_dataset(GOOD)
     options["config_dict"] |= {"topk": 50, "valid_metric": "NDCG@50"}

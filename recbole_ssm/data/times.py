@@ -1,0 +1,136 @@
+"""The times of a source exactly as it spells them: numbers, or dates of ISO 8601, down to the nanosecond."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timezone
+from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recbole_ssm.data.atomic import Values
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+# Digits of a fraction that are kept.
+DIGITS = 9
+
+
+class Moments(Values):
+    """Collects a column of times, which are all numbers or all dates; dates become seconds since 1970.
+
+    A date is in UTC unless it says otherwise. Among dates, 20200102 is one too.
+
+    Attributes:
+        digits: of the fraction of the times; :meth:`finish` counts in units of ``10 ** -digits``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kind = ""
+        self.digits = 0
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a block; the faults by row."""
+        if self._kind != "dates":
+            try:
+                self._parsed = _numbers(cells)
+                self._kind = "numbers"
+                return {}
+            except pa.ArrowInvalid:
+                # A date, a number in another form than Arrow's, or neither.
+                pass
+        spelt = [cell.strip() for cell in cells.to_pylist()]
+        read = {"numbers": [_number(cell) for cell in spelt], "dates": [_date(cell) for cell in spelt]}
+        if not self._kind:
+            # What most of the first cells are that are only one of the two.
+            only_dates = [date is not None and number is None for number, date in zip(*read.values())]
+            only_numbers = [number is not None and date is None for number, date in zip(*read.values())]
+            self._kind = "dates" if sum(only_dates) > sum(only_numbers) else "numbers"
+        others = read["numbers" if self._kind == "dates" else "dates"]
+        self._parsed = np.zeros((len(cells), 2), dtype=np.int64)
+        faults = {}
+        for row, (cell, time, other) in enumerate(zip(spelt, read[self._kind], others)):
+            if time is not None:
+                self._parsed[row] = time
+            elif not cell:
+                faults[row] = "is empty; fill it in or drop the line"
+            elif other is not None:
+                faults[row] = f"is {cell!r} in a column of {self._kind}; correct it or drop the line"
+            else:
+                faults[row] = f"is {cell!r}, which is no finite number and no date; correct it or drop the line"
+        return faults
+
+    def finish(self) -> np.ndarray:
+        """[rows] int64: the whole column, in units of ``10 ** -digits``.
+
+        Raises:
+            ValueError: the times do not fit into 64 bits with their fractions.
+        """
+        whole, nanoseconds = super().finish().T
+        while self.digits < DIGITS and np.any(nanoseconds % 10 ** (DIGITS - self.digits)):
+            self.digits += 1
+        unit = 10**self.digits
+        if whole.max() >= 2**63 // unit or whole.min() <= -(2**63 // unit):
+            raise ValueError("holds fractions beside numbers too large for them; write whole numbers")
+        return whole * unit + nanoseconds // 10 ** (DIGITS - self.digits)
+
+
+def is_time(cell: str) -> bool:
+    """Whether a cell spells a number or a date."""
+    return _number(cell.strip()) is not None or _date(cell.strip()) is not None
+
+
+def decimals(ticks: np.ndarray, digits: int) -> pa.StringArray:
+    """Whole numbers of units of ``10 ** -digits`` as decimals, without zeros at their end."""
+    text = pa.array(np.abs(ticks)).cast(pa.string())
+    if digits:
+        padded = pc.utf8_lpad(text, digits + 1, "0")
+        whole, fraction = pc.utf8_slice_codeunits(padded, 0, -digits), pc.utf8_slice_codeunits(padded, -digits)
+        text = pc.replace_substring_regex(pc.binary_join_element_wise(whole, fraction, "."), r"\.?0+$", "")
+    return pc.binary_join_element_wise(pa.array(np.where(ticks < 0, "-", "")), text, "")
+
+
+def _numbers(cells: pa.StringArray) -> np.ndarray:
+    """[rows, 2] whole numbers and the nanoseconds above them.
+
+    Raises:
+        pyarrow.ArrowInvalid: a cell is no decimal number, or too large, or has more digits.
+    """
+    try:
+        whole = cells.cast(pa.int64())
+        nanoseconds = np.zeros(len(cells), dtype=np.int64)
+    except pa.ArrowInvalid:
+        exact = cells.cast(pa.decimal128(30, DIGITS))
+        floor = pc.floor(exact)
+        whole = floor.cast(pa.int64())
+        # The low 64 of the 128 bits hold a number below 10 ** 9.
+        nanoseconds = np.frombuffer(pc.subtract(exact, floor).buffers()[1], np.int64)[0 : 2 * len(cells) : 2]
+    return np.stack([whole.to_numpy(), nanoseconds], axis=1)
+
+
+def _number(cell: str) -> tuple[int, int] | None:
+    try:
+        # Decimal would read 1_0 as 10.
+        exact = Decimal("nan" if "_" in cell else cell)
+    except InvalidOperation:
+        return None
+    if not exact.is_finite() or abs(exact) >= 2**63:
+        return None
+    whole = exact.to_integral_value(ROUND_FLOOR)
+    return int(whole), int((exact - whole) * 10**DIGITS)
+
+
+def _date(cell: str) -> tuple[int, int] | None:
+    compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
+    text = "-".join(compact.groups()) if compact else re.sub("Z$", "+00:00", cell)
+    fraction = ""
+    if split := re.fullmatch(r"(.+:\d{2})[.,](\d+)(.*)", text):
+        text, fraction = split[1] + split[3], split[2][:DIGITS]
+    try:
+        date = datetime.fromisoformat(text)
+        since = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - EPOCH
+    except (ValueError, OverflowError):
+        return None
+    return since.days * 86_400 + since.seconds, int(fraction.ljust(DIGITS, "0"))
