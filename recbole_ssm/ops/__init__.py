@@ -17,7 +17,9 @@ from recbole_ssm.ops import backend, native, selftest, triton  # noqa: F401  the
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
+from recbole_ssm.ops.linear_cross_entropy import linear_cross_entropy
 from recbole_ssm.ops.quasiseparable import quasiseparable
+from recbole_ssm.ops.rank_targets import rank_targets
 from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
 
@@ -26,7 +28,9 @@ __all__ = [
     "causal_conv1d",
     "centered_conv1d",
     "dropout",
+    "linear_cross_entropy",
     "quasiseparable",
+    "rank_targets",
     "selective_scan",
     "selective_scan_last",
     "set_backend",

@@ -19,7 +19,9 @@ from torch import Tensor
 from recbole_ssm.ops.backend import INTERPRETED, available_backends, force, implementations, switch_off
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
+from recbole_ssm.ops.linear_cross_entropy import linear_cross_entropy
 from recbole_ssm.ops.quasiseparable import quasiseparable
+from recbole_ssm.ops.rank_targets import rank_targets
 from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
 
@@ -169,6 +171,14 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         y = dropout(x, 0.5)
         return torch.where(y == 0, 2 * x, y)
 
+    rows, items = r(B * L, D), r(300, D)
+    target = torch.arange(B * L, device=device) % 300
+
+    def ranks(rows: Tensor, items: Tensor) -> Tensor:
+        """Scores of whole numbers are ties, or are not, whatever the order of their sums."""
+        found = rank_targets(rows.detach().round(), items.detach().round(), target).ranks
+        return found.to(rows.dtype) + 0 * (rows.sum() + items.sum())
+
     return {
         "selective_scan": Example(first(selective_scan, dt_softplus=True), scan),
         "selective_scan_last": Example(last(selective_scan_last, 4, 6, dt_softplus=True), scan),
@@ -178,5 +188,9 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         "causal_conv1d": Example(first(causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
         "centered_conv1d": Example(lambda *t: centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
         "dropout": Example(expected_of_dropout, [r(B, L, D)]),
+        "linear_cross_entropy": Example(
+            lambda o, i: linear_cross_entropy(o, i, target, temperature=7.0, label_smoothing=0.1), [rows, items]
+        ),
+        "rank_targets": Example(ranks, [rows, items]),
         **{name: make(device, B) for name, make in more_examples.items()},
     }

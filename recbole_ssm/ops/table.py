@@ -140,6 +140,14 @@ OPS: dict[str, Op] = {
             "activation:str?",
         ),
         _row("centered_conv1d", "x:BLD weight:DK bias?:D cu_seqlens?", "y:BLD", "activation:str?"),
+        # Without a dimension in common with the scans: n rows, V items of d numbers, K sampled, E seen.
+        _row(
+            "linear_cross_entropy",
+            "output:nd items:Vd target:n:int64 weight:n bias?:V candidates?:K:int64",
+            "loss",
+            "temperature:float label_smoothing:float",
+        ),
+        _row("rank_targets", "output:nd items:Vd target:n:int64 bias?:V seen?:E:int64 offsets?:R:int64", "higher ties"),
     )
 }
 

@@ -135,7 +135,9 @@ def test_there_is_an_example_of_all_that_a_backend_computes():
     assert set(selftest._examples(torch.device("cpu"), 1, 3)) >= compiled | {op.__name__ for op in OPS}
 
 
-@pytest.mark.parametrize("op", [*(op.__name__ for op in OPS), "dropout", "step"])
+@pytest.mark.parametrize(
+    "op", [*(op.__name__ for op in OPS), "dropout", "linear_cross_entropy", "rank_targets", "step"]
+)
 def test_the_torch_form_is_right_and_a_wrong_one_is_found(op):
     torch_form = backend.implementations(op, "torch")[0].function
     before = torch.get_rng_state()

@@ -1,0 +1,239 @@
+"""Cross-entropy of next-item prediction against a whole catalogue, whose logits are never held.
+
+    loss = sum_r weight_r (log sum_v exp(l_rv) - l_rt)      l_rv = output_r . items_v / temperature + bias_v
+
+with t the target of row r. Loss and gradients come from one pass over tiles of the logits: a tile is made, turned into
+its gradient where it stands, multiplied into the gradients of output and items, and dropped. So no logit is computed
+twice, and the backward has only to scale what the forward has found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.table import check
+
+
+def linear_cross_entropy(
+    output_nd: Tensor,
+    items_Vd: Tensor,
+    target_n: Tensor,
+    *,
+    weight_n: Tensor | None = None,
+    bias_V: Tensor | None = None,
+    mask_V: Tensor | None = None,
+    candidates_K: Tensor | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Weighted sum of the cross-entropies of ``output_nd @ items_Vd.T`` against ``target_n``; their mean by default.
+
+    Args:
+        output_nd: vectors that predict ``[n, d]``.
+        items_Vd: item embeddings ``[V, d]``.
+        target_n: rows of the items that came ``[n]``, int64. It is not checked on a GPU that they exist.
+        weight_n: weight of each row ``[n]``, without a gradient; by default 1 / n.
+        bias_V: what is added to the logit of each item ``[V]``, without a gradient.
+        mask_V: items that take part ``[V]``; by default all do. A target must be among them, or its loss is infinite.
+        candidates_K: items that were sampled ``[K]``, int64: each row's sum then goes over its target and those of
+            them that are not its target, as often as they were drawn. The bias is added to the logits of candidates,
+            not to the target's: minus the logarithm of their expected counts (logQ) makes the sum an unbiased estimate
+            of the sum over all items (Bengio and Senecal 2008).
+        temperature: what the products are divided by.
+        label_smoothing: this part of each target is spread evenly over all items that take part, the target included.
+
+    Returns:
+        A scalar, of type float32 at least; 0 where there are no rows.
+
+    Raises:
+        ValueError: a shape does not fit, the temperature is not positive, label smoothing is not within [0, 1) or is
+            combined with candidates, or the weight or the bias requires a gradient.
+    """
+    if not temperature > 0:
+        raise ValueError(f"linear_cross_entropy: temperature must be positive, got {temperature}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be within [0, 1), got {label_smoothing}")
+    if label_smoothing and candidates_K is not None:
+        raise ValueError("linear_cross_entropy: label smoothing needs all items, so it takes no candidates")
+    if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
+        raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
+    if mask_V is not None:
+        if bias_V is None:
+            bias_V = output_nd.new_zeros(len(items_Vd), dtype=wide(output_nd, items_Vd))
+        bias_V = bias_V.masked_fill(~mask_V, -torch.inf)
+    if weight_n is None:
+        n = len(output_nd)
+        weight_n = output_nd.new_full((n,), 1 / max(n, 1), dtype=wide(output_nd, items_Vd))
+    tensors = (output_nd, items_Vd, target_n, weight_n, bias_V, candidates_K)
+    check("linear_cross_entropy", *tensors)
+    loss: Tensor = dispatch("linear_cross_entropy", output_nd)(*tensors, float(temperature), float(label_smoothing))
+    return loss
+
+
+def wide(output: Tensor, items: Tensor) -> torch.dtype:
+    """The type that sums are taken in."""
+    return torch.promote_types(torch.promote_types(output.dtype, items.dtype), torch.float32)
+
+
+# --- reference: the whole matrix ----------------------------------------------------------------------------------
+
+
+@implements("linear_cross_entropy", "reference")
+def _reference(
+    output: Tensor,
+    items: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+) -> Tensor:
+    dtype = wide(output, items)
+    output, items, weight = output.to(dtype), items.to(dtype), weight.to(dtype)
+    logits = output @ items.T / temperature  # [n, V]
+    own = logits.gather(1, target[:, None])
+    if candidates is not None:
+        logits = logits[:, candidates] if bias is None else (logits + bias.to(dtype))[:, candidates]
+        logits = logits.masked_fill(candidates == target[:, None], -torch.inf)
+        return (weight * (torch.cat([own, logits], 1).logsumexp(1) - own[:, 0])).sum()
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    log_p = logits.log_softmax(1)
+    losses = -(1 - label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
+    if label_smoothing:
+        present = log_p if bias is None else log_p[:, bias > -torch.inf]
+        losses = losses - label_smoothing * present.mean(1)
+    return (weight * losses).sum()
+
+
+# --- torch: tiles of rows -----------------------------------------------------------------------------------------
+
+TILE = {"cpu": 2**20, "cuda": 2**26}  # logits that are worked on at once: on a CPU they stay in its cache
+LEAST_ROWS = 16  # of a tile: the product with fewer is bound by reading the items
+
+
+class _TiledLoss(torch.autograd.Function):
+    """The loss, whose forward has found the gradients already."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, items: Tensor, wanted: tuple[bool, bool], *rest: Any) -> Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            loss, *gradients = tiled_loss(output, items, wanted, *rest)
+        ctx.save_for_backward(output, items, *gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return *_Gradients.apply(gradient, *ctx.saved_tensors), *[None] * 7  # type: ignore[no-untyped-call]
+
+
+class _Gradients(torch.autograd.Function):
+    """What was found, times the incoming gradient; float16 would have lost it before that."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, output: Tensor, items: Tensor, *found: Tensor | None) -> Any:
+        return tuple(None if g is None else (gradient * g).to(t.dtype) for g, t in zip(found, (output, items)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("linear_cross_entropy has no second derivative; use ssm_backend: reference")
+
+
+@implements("linear_cross_entropy", "torch")
+def torch_loss(output: Tensor, items: Tensor, *rest: Any) -> Tensor:
+    """:func:`linear_cross_entropy` on any device and in any precision, from checked arguments."""
+    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (output, items))
+    loss: Tensor = _TiledLoss.apply(output, items, wanted, *rest)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def tiled_loss(
+    output: Tensor,
+    items: Tensor,
+    wanted: tuple[bool, bool],
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients by output and items where they are wanted; all of them float32 at least."""
+    dtype = wide(output, items)
+    o, w = output.to(dtype) / temperature, weight.to(dtype)
+    b = None if bias is None else bias.to(dtype)
+    if candidates is None:
+        loss, g_output, g_items, _ = _tiles(o, items.to(dtype), target, w, b, label_smoothing, wanted)
+    else:
+        rows, own = items[candidates].to(dtype), items[target].to(dtype)
+        b = None if b is None else b[candidates]
+        sampled = (candidates, (o * own).sum(1))
+        loss, g_output, g_rows, g_own = _tiles(o, rows, target, w, b, 0.0, wanted, sampled)
+        g_items = None if g_rows is None else scatter(items, candidates, g_rows, target, g_own[:, None] * o)
+        if g_output is not None:
+            g_output.addcmul_(g_own[:, None], own)
+    return loss, None if g_output is None else g_output.div_(temperature), g_items
+
+
+def _tiles(
+    output: Tensor,
+    items: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    wanted: tuple[bool, bool],
+    sampled: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The loss, its gradients, and that of the targets' logits, where the items are ``sampled``: ids, those logits."""
+    left_out = None if bias is None else bias == -torch.inf
+    present = len(items) if left_out is None else (len(items) - left_out.sum()).to(items.dtype)
+    uniform = label_smoothing / present  # of a target's weight, to each item
+    loss, g_own = output.new_zeros(()), torch.zeros_like(weight)
+    g_output = torch.empty_like(output) if wanted[0] else None
+    g_items = torch.zeros_like(items) if wanted[1] else None
+    rows = min(len(output), max(TILE.get(output.device.type, TILE["cuda"]) // max(len(items), 1), LEAST_ROWS))
+    memory = output.new_empty(rows, len(items))
+    for first in range(0, len(output), max(rows, 1)):
+        at = slice(first, first + rows)
+        o, w, t = output[at], weight[at, None], target[at, None]
+        tile = torch.mm(o, items.T, out=memory[: len(o)])
+        if bias is not None:
+            tile.add_(bias)
+        if sampled is not None:
+            tile.masked_fill_(sampled[0] == t, -torch.inf)
+        own = tile.gather(1, t) if sampled is None else sampled[1][at, None]
+        highest = torch.maximum(tile.amax(1, keepdim=True), own).clamp(min=torch.finfo(tile.dtype).min)
+        terms = highest - (1 - label_smoothing) * own
+        if label_smoothing:
+            in_list = tile if left_out is None else tile.masked_fill(left_out, 0)
+            terms = terms - uniform * in_list.sum(1, keepdim=True)
+        sums = tile.sub_(highest).exp_().sum(1, keepdim=True)
+        if sampled is not None:
+            sums = sums + (own - highest).exp()
+            g_own[at] = (w * ((own - highest).exp() / sums - 1))[:, 0]
+        loss = loss + (w * (sums.log() + terms)).sum()
+        if not any(wanted):
+            continue
+        tile.mul_(w / sums)  # from here on it is the gradient of the logits
+        if label_smoothing:
+            tile.sub_(w * uniform)
+            if left_out is not None:
+                tile.masked_fill_(left_out, 0)
+        if sampled is None:
+            tile.scatter_add_(1, t, (label_smoothing - 1) * w)
+        if g_output is not None:
+            torch.mm(tile, items, out=g_output[at])
+        if g_items is not None:
+            g_items.addmm_(tile.T, o)
+    return loss, g_output, g_items, g_own
+
+
+def scatter(items: Tensor, candidates: Tensor, gradient: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """The gradient of all items from those of the candidates ``[K, d]`` and of the targets ``[n, d]``."""
+    return torch.zeros_like(items, dtype=own.dtype).index_add_(0, candidates, gradient).index_add_(0, target, own)
