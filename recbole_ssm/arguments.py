@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, did_you_mean
 
 
 def join_values(arguments: list[str]) -> list[str]:
@@ -60,3 +62,64 @@ def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
         if options.setdefault(key, value) != value:
             raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
     return {key: literal(value) for key, value in options.items()}
+
+
+# Types of options, for ``add_argument(type=...)``. argparse puts the option's name before the message.
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from ``least`` up."""
+
+    def whole_number(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a whole number, got {text}") from None
+        if number < least:
+            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        return number
+
+    return whole_number
+
+
+def sizes(text: str) -> list[int]:
+    """Whole numbers from 1 up with commas between them; a number that is repeated counts once."""
+    try:
+        found = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"must be whole numbers with commas, got {text}") from None
+    if min(found) < 1:
+        raise ArgumentTypeError(f"must be at least 1, got {text}")
+    return list(dict.fromkeys(found))
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def one_of(known: Collection[str]) -> Callable[[str], str]:
+    """One of the known names."""
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise ArgumentTypeError(f"'{text}' is not one of {', '.join(known)}{did_you_mean(text, known)}")
+        return text
+
+    return name
+
+
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Known names with commas between them, each once."""
+    name = one_of(known)
+
+    def some_names(text: str) -> list[str]:
+        found = [name(part) for part in names(text)]
+        if not found or len(set(found)) < len(found):
+            raise ArgumentTypeError(f"must be one name or more, each once, got {text}")
+        return found
+
+    return some_names

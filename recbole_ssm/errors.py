@@ -26,6 +26,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, behind the name of its class where it is not made for users."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """A parser of a command's arguments whose errors are :class:`UserError`; options are never abbreviated."""
 

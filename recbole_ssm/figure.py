@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,12 @@ def check_drawable(path: Path) -> Any:
     """Matplotlib's class of figures, with which a plot can be drawn to ``path``.
 
     Raises:
-        UserError: Matplotlib is not installed, or the ending is another than .png, .svg and .pdf, or the folder is not
-            there or not to be written.
+        UserError: the name does not end in .png, .svg or .pdf, its folder is missing or cannot be written to, or
+            Matplotlib is not installed.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
-    try:
-        check_writable(path)
-    except UserError as error:
-        raise UserError(f"{path.name}: {error}") from error
+    check_writable(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -31,19 +29,30 @@ def check_drawable(path: Path) -> Any:
     return Figure
 
 
+def plot_file(text: str) -> Path:
+    """The type of an option that names the file of a plot, for ``add_argument(type=...)``."""
+    path = Path(text)
+    try:
+        check_drawable(path)
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from error
+    return path
+
+
 @contextmanager
 def figure(path: Path, size: tuple[float, float] = (7, 4)) -> Iterator[Any]:
-    """A Matplotlib figure, which is saved whole as ``path`` when the context ends well; no display is needed.
+    """A Matplotlib figure to draw on. It is written to ``path`` when the context ends without an error.
+
+    No display is needed.
 
     Args:
         path: its ending says the format.
         size: width and height in inches.
 
     Raises:
-        UserError: as of :func:`check_drawable`.
+        UserError: as :func:`check_drawable`.
     """
-    make = check_drawable(path)
-    drawn = make(figsize=size, layout="constrained")
+    drawn = check_drawable(path)(figsize=size, layout="constrained")
     yield drawn
     with whole(path) as temporary:
         drawn.savefig(temporary, dpi=150)

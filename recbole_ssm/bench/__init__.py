@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")
     module.add_arguments(parser)
     options = parser.parse_args(list(arguments[1:]))
-    for option in ("json", "csv", "plot"):
+    for option in ("json", "csv"):
         if file := getattr(options, option, None):
             try:
                 check_writable(file)

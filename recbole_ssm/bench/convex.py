@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from recbole_ssm.arguments import at_least
 from recbole_ssm.bench import Row
-from recbole_ssm.errors import UserError
 from recbole_ssm.optim import USFGM, USGM, IterateAverage
 
 
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 def least_squares(size: int, generator: torch.Generator) -> Problem:
-    """|A (x - x*)|^2 / 2 with eigenvalues of A^T A from 1 down to about 1e-4: hardly strongly convex."""
+    """|A (x - x*)|^2 / 2, where the eigenvalues of A^T A fall from 1 to about 1e-4: hardly strongly convex."""
     rotation = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
     factor = rotation * torch.logspace(0, -2, size, dtype=torch.float64)
     solution = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -46,9 +46,8 @@ def logistic(size: int, generator: torch.Generator) -> Problem:
     """Mean logistic loss over 20 * size labelled points, less its least value, which Newton's method finds."""
     points = torch.randn(20 * size, size, generator=generator, dtype=torch.float64)
     truth = torch.randn(size, generator=generator, dtype=torch.float64)
-    labels = (
-        torch.rand(len(points), generator=generator, dtype=torch.float64) < torch.sigmoid(points @ truth)
-    ).double()
+    chances = torch.rand(len(points), generator=generator, dtype=torch.float64)
+    labels = (chances < torch.sigmoid(points @ truth)).double()
 
     def loss(x: Tensor) -> Tensor:
         return torch.nn.functional.binary_cross_entropy_with_logits(points @ x, labels)
@@ -125,15 +124,13 @@ def slope(values: dict[int, float], octaves: int = 4) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("--gradients", type=int, default=1024, help="gradients a run (default 1024)")
-    parser.add_argument("--size", type=int, default=20, help="unknowns (default 20)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs that are averaged (default 3)")
+    parser.add_argument("--gradients", type=at_least(32), default=1024, help="gradients a run (default 1024)")
+    parser.add_argument("--size", type=at_least(1), default=20, help="unknowns (default 20)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="runs that are averaged (default 3)")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
     """A row for each problem, method and noise."""
-    if options.gradients < 32 or options.size < 1 or options.seeds < 1:
-        raise UserError("bench convex: --gradients from 32, --size and --seeds from 1 up")
     rows: list[Row] = []
     cases = [(name, method, sigma) for name in PROBLEMS for method in METHODS for sigma in (0.0, 0.1, 1.0)]
     for name, method, sigma in tqdm(cases, desc="convex", leave=False):

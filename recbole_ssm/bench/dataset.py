@@ -1,46 +1,42 @@
 """Memory and seconds from the raw columns to the last batch of an epoch, on generated interactions, beside RecBole.
 
 Each row is a process of its own: it holds the raw columns (user, item, time), builds the splits and the loaders, and
-reads --steps batches; what counts is the most memory in use meanwhile, above that of the raw columns. RecBole's
-expansion is measured on a hundredth of the interactions, because it takes some 800 bytes each.
+reads --steps batches. The memory is the most that is in use meanwhile above that of the raw columns; only Linux tells
+it. RecBole's expansion is measured on a hundredth of the interactions, because it takes some 800 bytes each.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import multiprocessing
-import threading
 import time
 from typing import Any
 
 import numpy as np
+import torch
 
+from recbole_ssm.arguments import at_least
 from recbole_ssm.bench import Row
+from recbole_ssm.bench.measure import extra_memory, in_a_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--interactions", type=int, default=20_000_000, help="default 20,000,000")
-    parser.add_argument("--max_length", type=int, default=200, help="MAX_ITEM_LIST_LENGTH; default 200")
-    parser.add_argument("--steps", type=int, default=100, help="batches of 2048 targets that are read; default 100")
+    count = at_least(1)
+    parser.add_argument("--interactions", type=count, default=20_000_000, help="default 20,000,000")
+    parser.add_argument("--max_length", type=count, default=200, help="MAX_ITEM_LIST_LENGTH; default 200")
+    parser.add_argument("--steps", type=count, default=100, help="batches of 2048 targets that are read; default 100")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Rows with name, interactions, raw_bytes, above_raw_bytes, bytes_per_interaction, build_s, batch_s."""
     jobs = [("packed", options.interactions), ("prefix", options.interactions)]
     jobs.append(("RecBole", max(options.interactions // 100, 1000)))
-    rows = []
-    for name, interactions in jobs:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(_measure, (name, interactions, options.max_length, options.steps)))
-    return rows
+    return [in_a_process(_measure, *job, options.max_length, options.steps) for job in jobs]
 
 
 def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
     """One row, in this process."""
-    import psutil
     import recbole.data.dataset
     from recbole.data import data_preparation
 
@@ -54,39 +50,33 @@ def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
     if name == "RecBole":
         type(dataset).data_augmentation = recbole.data.dataset.SequentialDataset.data_augmentation  # type: ignore[method-assign]
     raw = sum(dataset.inter_feat[field].nbytes for field in dataset.inter_feat)
-    gc.collect()
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    begin = time.perf_counter()
     prepare = data_preparation if name == "RecBole" else create_loaders
-    train, _, _ = prepare(dataset.config, dataset)
-    built = time.perf_counter()
-    read = sum(1 for _ in itertools.islice(train, steps))
-    end = time.perf_counter()
-    done.set()
-    watcher.join()
+    times: list[float] = []
+    batches = 0
+
+    def build_and_read() -> None:
+        nonlocal batches
+        times.append(time.perf_counter())
+        train, _, _ = prepare(dataset.config, dataset)
+        times.append(time.perf_counter())
+        batches = sum(1 for _ in itertools.islice(train, steps))
+        times.append(time.perf_counter())
+
+    above = extra_memory(build_and_read, torch.device("cpu"))
+    begin, built, end = times
     return {
         "name": name,
         "interactions": interactions,
         "raw_bytes": raw,
-        "above_raw_bytes": peak - before,
-        "bytes_per_interaction": (peak - before) / interactions,
+        "above_raw_bytes": above,
+        "bytes_per_interaction": None if above is None else above / interactions,
         "build_s": built - begin,
-        "batch_s": (end - built) / read,
+        "batch_s": (end - built) / batches,
     }
 
 
 def _generated(config: Any, interactions: int) -> Any:
-    """A data set that never was a file: histories of about 150 events, popular and rare items, random times."""
+    """A random data set that needs no file: histories of about 150 events, popular and rare items, random times."""
     import pandas as pd
     from recbole.utils import FeatureSource, FeatureType
 

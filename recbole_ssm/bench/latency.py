@@ -27,18 +27,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recbole_ssm import compat
+from recbole_ssm.arguments import at_least, one_of, positive, sizes, some_of
 from recbole_ssm.bench import Row, table
-from recbole_ssm.bench.measure import chosen, peak_memory, whole_numbers
-from recbole_ssm.data.outline import DatasetOutline
-from recbole_ssm.errors import UserError
-from recbole_ssm.figure import check_drawable, figure
+from recbole_ssm.bench.measure import add_device, extra_memory
+from recbole_ssm.errors import UserError, first_line
+from recbole_ssm.figure import figure, plot_file
 
 compat.install()
 
-from recbole.data.interaction import Interaction  # noqa: E402
-
-from recbole_ssm.model import SSMRecommender, get_model, model_names  # noqa: E402
-from recbole_ssm.quick_start import configure  # noqa: E402
+from recbole_ssm.bench.untrained import random_histories, untrained_model  # noqa: E402
+from recbole_ssm.model import model_names  # noqa: E402
 from recbole_ssm.serving import Stepper  # noqa: E402
 from recbole_ssm.trainer.timing import Latency  # noqa: E402
 
@@ -46,78 +44,73 @@ MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec", "GRU4Rec")
 MEASURED = (
     "calls", "p50_s", "p95_s", "p99_s", "users_per_s", "encode_s", "score_s", "topk_s", "memory_mib", "note",
 )  # fmt: skip
+# Before a forecast is believed, a call of this part of the batch or of the length is made.
 SMALLER = 16
-WARM_UP = 3  # calls that are not counted; one where they are slow
-FEWEST, MOST = 3, 200  # calls that are
+# Calls that are not counted; where calls are slow, one.
+WARM_UP = 3
+# Calls that are counted.
+FEWEST, MOST = 3, 200
 MIB = 2**20
+PATHS = ("one event", "history")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--models", default=",".join(MODELS), help=f"default {','.join(MODELS)}")
-    parser.add_argument("--lengths", default="50,200,1000,4000,16000", help="events of a history (%(default)s)")
-    parser.add_argument("--batch_sizes", default="1,64,4096", help="histories in a call (%(default)s)")
-    parser.add_argument("--items", default="12101,1000000", help="items of the catalogue (%(default)s)")
-    parser.add_argument("--top_k", type=int, default=10, help="best items of each history (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each row, else it is skipped (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda ... (%(default)s)")
+    models = ",".join(MODELS)
+    parser.add_argument("--models", type=some_of(model_names()), default=models, help=f"default {models}")
+    parser.add_argument("--lengths", type=sizes, default="50,200,1000,4000,16000", help="of histories (%(default)s)")
+    parser.add_argument("--batch_sizes", type=sizes, default="1,64,4096", help="histories in a call (%(default)s)")
+    parser.add_argument("--items", type=sizes, default="12101,1000000", help="items of the catalogue (%(default)s)")
+    parser.add_argument("--top_k", type=at_least(1), default=10, help="best items of each history (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=positive, default=10.0, help="for each row; one that takes more is skipped (%(default)s)"
+    )
+    add_device(parser)
     parser.add_argument(
         "--clock",
+        type=one_of(("wall", "processor")),
         default="wall",
         help="wall (default), or processor: what a thread of a shared machine would take if it were alone",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw seconds against length")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw seconds against length")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """A row for each model, length, batch and catalogue, and one an event where the model carries its state.
+    """A row for each model, length, batch and catalogue, and one for an event where the model carries its state.
 
     ``encode_s``, ``score_s`` and ``topk_s`` are medians of the parts, the percentiles are of the whole call. A row that
     was not measured has None there, and ``note`` says why.
     """
-    names = chosen("--models", options.models, model_names())
-    lengths, batches, catalogues = (
-        whole_numbers(f"--{key}", getattr(options, key)) for key in ("lengths", "batch_sizes", "items")
-    )
-    if min(*lengths, *batches, *catalogues, options.top_k) < 1 or not 0 < options.seconds < math.inf:
-        raise UserError("bench latency: --lengths, --batch_sizes, --items, --top_k from 1, --seconds above 0")
-    device = _device(options.device)
-    chosen("--clock", options.clock, ("wall", "processor"))
+    device = options.device
     if options.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise UserError("--clock: processor is for one thread of a CPU; set OMP_NUM_THREADS=1, or take wall")
-    if options.plot:
-        check_drawable(options.plot)  # before anything is measured
     print(
         f"{device}, {torch.get_num_threads()} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights "
         "are random: a length beyond those of training tells what it would cost, not how good it would be"
     )
-    bench = _Bench(device, options.seconds, options.top_k, _Processor if options.clock == "processor" else Latency)
+    clock = _Processor if options.clock == "processor" else Latency
+    bench = _Bench(device, options.seconds, options.top_k, clock)
     rows: list[Row] = []
-    total = len(catalogues) * len(batches) * (len(lengths) + 1) * len(names)
+    # Length 0 is one event. Models take turns within a length, so that a slow minute of the machine meets all of them.
+    calls = list(itertools.product(sorted(options.batch_sizes), (0, *sorted(options.lengths)), options.models))
+    total = len(options.items) * len(calls)
     with tqdm(total=total, unit="row", leave=False) as progress, contextlib.suppress(KeyboardInterrupt):
-        for items in catalogues:
+        for items in options.items:
             torch.manual_seed(0)
-            models = {name: _build(name, max(lengths), items, device) for name in names}
-            costs: dict[tuple[str, bool], _Costs] = {}
-            # models in turn within, so that a slow minute of the machine meets all of them
-            for batch, length, name in itertools.product(sorted(batches), (0, *sorted(lengths)), names):
-                model = models[name]
-                progress.set_description(f"{name}, {batch} x {length or 'one event'}, {items:,} items")
+            models = {name: _build(name, max(options.lengths), items, device) for name in options.models}
+            costs = {(name, path): _Costs(Forecast(), Forecast(), Forecast()) for name in models for path in PATHS}
+            for batch, length, name in calls:
+                model, path = models[name], PATHS[bool(length)]
+                progress.set_description(f"{name}, {batch} x {length or path}, {items:,} items")
                 progress.update()
-                if not length and not _carries_state(model):
+                if not length and not getattr(model, "carries_state", False):
                     continue
-                row = {
-                    "model": name,
-                    "path": "history" if length else "one event",
-                    "length": length or 1,
-                    "batch_size": batch,
-                    "items": items,
-                }
+                row = {"model": name, "path": path, "length": length or 1, "batch_size": batch, "items": items}
                 if isinstance(model, str):
-                    rows.append({**row, **dict.fromkeys(MEASURED), "note": model})
+                    measured = {**dict.fromkeys(MEASURED), "note": model}
                 else:
-                    known = costs.setdefault((name, bool(length)), _Costs(Forecast(), Forecast(), Forecast()))
-                    rows.append({**row, **bench.row(model, known, length, batch, items)})
+                    measured = bench.row(model, costs[name, path], length, batch, items)
+                rows.append({**row, **measured})
     if progress.n < total:
         print(f"interrupted after {progress.n} of {total} rows; these were measured:")
     return rows
@@ -141,8 +134,8 @@ def exponents(rows: Iterable[Row]) -> list[Row]:
 
     Returns:
         Rows with ``model``, ``batch_size``, ``items``, ``lengths`` (how many), ``exponent``, ``standard_error`` (None
-        for two lengths, which leave no residual) and ``last``, the slope between the two longest: a cost that does not
-        depend on length hides the exponent of short histories.
+        for two lengths, which leave no residual) and ``last``, the slope between the two longest lengths. Short
+        histories show a smaller exponent, because part of their cost does not depend on length.
     """
     groups: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
     for row in rows:
@@ -171,17 +164,17 @@ def exponents(rows: Iterable[Row]) -> list[Row]:
 
 
 class Forecast:
-    """What a larger call will cost, from those that were measured.
+    """What a larger call will cost, judged by those that were measured.
 
-    In proportion to the batch, and to a power of the length: that which the two lengths before have shown, taken to be
-    between one and attention's two.
+    The cost is taken to grow in proportion to the batch, and with a power of the length: the power that the two lengths
+    before have shown, but at least 1 and at most attention's 2.
     """
 
     def __init__(self) -> None:
         self._costs: dict[int, dict[int, float]] = {}  # batch -> length -> cost
 
     def note(self, batch: int, length: int, cost: float) -> None:
-        """A measurement."""
+        """Take in a measurement; ``cost`` is in seconds, bytes or any other unit."""
         self._costs.setdefault(batch, {})[length] = cost
 
     def of(self, batch: int, length: int) -> float:
@@ -205,7 +198,7 @@ class _Costs(NamedTuple):
     score_s: Forecast
 
     def note(self, calls: _Calls, encode_s: float, score_s: float) -> None:
-        """What a call took; ``score_s`` with the choice of the best."""
+        """Take in what a call took; ``score_s`` includes the choice of the best."""
         self.encode_s.note(calls.batch, calls.length, 0.0 if math.isnan(encode_s) else encode_s)
         self.score_s.note(calls.batch, calls.length if math.isnan(encode_s) else 1, score_s)
 
@@ -227,14 +220,15 @@ class _Bench:
             row["note"] = self._refusal(calls, costs, batch, length or 1, items)
             if row["note"] is None:
                 row |= self._measured(calls(batch, length), costs)
-        except Exception as error:  # out of memory, or a model that wants more than items: no other may stop for it
-            row["note"] = f"failed: {_first_line(error)}"
+        except Exception as error:
+            # Memory may run out, or a model need more than items; the others are measured all the same.
+            row["note"] = f"failed: {first_line(error)}"
         return row
 
     def _refusal(
         self, calls: Callable[[int, int], _Calls], costs: _Costs, batch: int, length: int, items: int
     ) -> str | None:
-        """Why a row is not even tried. Before a forecast is believed, a sixteenth of the row is called."""
+        """Why a row is not even tried; None if it is."""
         refusal = self._forecast(costs, batch, length, items)
         smaller = (batch // SMALLER, length) if batch >= SMALLER else (batch, length // SMALLER)
         if refusal is None or 0 in smaller:
@@ -242,14 +236,15 @@ class _Bench:
         if self._refusal(calls, costs, *smaller, items) is None:
             part = calls(*smaller)
             self._first(part, costs)
-            part.once()  # the first call has touched the memory
+            # The first call also touched its memory for the first time, so it is the second that counts.
+            part.once()
             encode, score, top_k, _ = part.seconds[-1]
             costs.note(part, encode, score + top_k)
             refusal = self._forecast(costs, batch, length, items)
         return refusal
 
     def _forecast(self, costs: _Costs, batch: int, length: int, items: int) -> str | None:
-        # ids, scores, and a copy of the scores where the best are chosen
+        # Ids in 8 bytes; scores in 4 bytes, twice, because choosing the best copies them.
         needed = 8 * batch * length + 2 * 4 * batch * items + costs.encode_bytes.of(batch, length)
         free = _free_bytes(self.device)
         if needed > 0.9 * free:
@@ -258,7 +253,7 @@ class _Bench:
         return _too_slow(call) if call * (1 + FEWEST) > self.seconds else None
 
     def _first(self, calls: _Calls, costs: _Costs) -> float:
-        """The first call, noted for forecasts; the MiB by which it lifts memory."""
+        """Make the first call and take it in for forecasts; the MiB by which it lifts the memory in use."""
         memory_mib = calls.memory_mib()
         encode, score, top_k, _ = calls.seconds[-1]
         costs.note(calls, encode, score + top_k)
@@ -281,14 +276,15 @@ class _Bench:
         parts = np.array(calls.seconds)  # [calls, (encode, score, top-k, all)]
         encode, score, top_k, _ = np.median(parts, axis=0).tolist()
         p50, p95, p99 = np.percentile(parts[:, 3], (50, 95, 99)).tolist()
-        costs.note(calls, encode, score + top_k)  # better than what the first call said
+        costs.note(calls, encode, score + top_k)
         return {
             "calls": len(parts),
             "p50_s": p50,
             "p95_s": p95,
             "p99_s": p99,
             "users_per_s": calls.batch * len(parts) / float(parts[:, 3].sum()),
-            "encode_s": None if math.isnan(encode) else encode,  # the scores did not come from forward
+            # Where the scores do not come from forward, encoding is not timed.
+            "encode_s": None if math.isnan(encode) else encode,
             "score_s": score,
             "topk_s": top_k,
             "memory_mib": memory_mib or None,
@@ -302,12 +298,11 @@ class _Calls:
         self, model: Any, length: int, batch: int, items: int, device: torch.device, top_k: int, clock: Latency
     ) -> None:
         self.length, self.batch, self.items, self.device = length or 1, batch, items, device
-        self.seconds: list[tuple[float, float, float, float]] = []  # encode, score, top-k, all three
-        history = torch.randint(1, items + 1, (batch, self.length), device=device)
-        lengths = torch.full((batch,), self.length, device=device)
-        self._rows = Interaction({"item_id_list": history, "item_length": lengths, "item_id": history[:, -1]})
+        # (encode, score, top-k, all three) of each call.
+        self.seconds: list[tuple[float, float, float, float]] = []
+        self._rows = random_histories(batch, self.length, items, device)
         self._top_k = min(top_k, items)
-        # the clock of measure_latency, which needs no more of a trainer than this
+        # The clock is that of measure_latency, which asks no more of a trainer than its model and device.
         self._clock = clock
         model = model if length else _OneEvent(model, batch)
         self._trainer = cast(Any, SimpleNamespace(model=model, device=device))
@@ -315,7 +310,7 @@ class _Calls:
 
     @torch.inference_mode()
     def once(self) -> None:
-        """One call, noted."""
+        """Make one call, and append the seconds of its parts."""
         self._clock.on_evaluation_batch_start(self._trainer)
         scores = self._trainer.model.full_sort_predict(self._rows).view(self.batch, -1)
         self._clock.on_scores(self._trainer, self.batch)
@@ -325,32 +320,26 @@ class _Calls:
         self.seconds.append((parts.get("encode", math.nan), parts["score"], parts["top_k"], parts["evaluate"]))
 
     def memory_mib(self) -> float:
-        """One call, and by how much it lifts the memory in use; 0 where the system does not tell."""
-        if self.device.type != "cuda":
-            return peak_memory(self.once) or 0.0
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        self.once()
-        return (torch.cuda.max_memory_allocated(self.device) - before) / MIB
+        """Make one call; the MiB by which it lifts the memory in use, 0 where the system does not tell."""
+        return (extra_memory(self.once, self.device) or 0) / MIB
 
 
 class _Processor(Latency):
-    """The same clock in time that the process was given."""
+    """The same clock, of the processor time that this process was given."""
 
     def _now(self) -> float:
         return time.process_time()
 
 
 class _OneEvent(nn.Module):
-    """Serving as by a session: each user's state is carried, and a call reads one more event of each."""
+    """Serving as a session does it: each user's state is carried, and a call reads one more event of each user."""
 
     def __init__(self, model: Any, batch: int) -> None:
         super().__init__()
         self.model, self._step = model, Stepper(model, model.alloc_state(batch))
 
     def forward(self, item_B: Tensor) -> Tensor:
-        """Item ids ``[B]`` -> vectors ``[B, hidden_size]``; the state moves on."""
+        """Item ids ``[B]`` -> vectors ``[B, hidden_size]``; the states advance by one event."""
         return self._step(item_B.tolist())
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
@@ -361,40 +350,25 @@ class _OneEvent(nn.Module):
 def _build(name: str, length: int, items: int, device: torch.device) -> Any:
     """A model of its own default sizes with random weights; where there can be none, the reason as a string."""
     try:
-        config = configure(name, "generated", config_dict={"MAX_ITEM_LIST_LENGTH": length, "state": "ERROR"})
-        config["device"] = device
-        model = get_model(name)(config, DatasetOutline(items + 1)).to(device).eval()
-        for path in (1, 0) if _carries_state(model) else (1,):  # kernels are chosen and tested on their first call
-            _Calls(model, path, 1, items, device, 1, Latency()).once()
+        model = untrained_model(name, items, device, MAX_ITEM_LIST_LENGTH=length).eval()
+        # On their first call kernels are chosen and tested.
+        _Calls(model, 1, 1, items, device, 1, Latency()).once()
+        if getattr(model, "carries_state", False):
+            _Calls(model, 0, 1, items, device, 1, Latency()).once()
         return model
-    except Exception as error:  # a model that wants more than items must not stop the others
-        return f"failed: {_first_line(error)}"
+    except Exception as error:
+        # A model may need more than items; the others are measured all the same.
+        return f"failed: {first_line(error)}"
 
 
 def _too_slow(call_s: float) -> str:
     return f"skipped: a call takes about {call_s:,.1f} s; more --seconds measure it"
 
 
-def _carries_state(model: Any) -> bool:
-    return isinstance(model, SSMRecommender) and all(hasattr(block.mixer, "alloc_state") for block in model.blocks)
-
-
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: '{text}' cannot be used ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).splitlines() or [""])[0]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def _draw(path: Path, rows: list[Row]) -> None:

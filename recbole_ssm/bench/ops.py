@@ -19,25 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.bench.measure import (
-    add_device,
-    backends_on,
-    chosen,
-    device_of,
-    medians,
-    peak_memory,
-    roofs,
-    whole_numbers,
-)
-from recbole_ssm.errors import UserError
+from recbole_ssm.arguments import at_least, sizes, some_of
+from recbole_ssm.bench import Row
+from recbole_ssm.bench.measure import add_device, backends_on, extra_memory, medians, roofs
 
 LENGTHS = (50, 200, 2_000, 16_000)
-REFERENCE_UP_TO = 200  # the plain loop stores every state: beyond this it takes minutes and gigabytes
+# The plain loop stores every state: beyond this length it takes minutes and gigabytes.
+REFERENCE_UP_TO = 200
 D, N, H, P, N_SSD, K = 128, 32, 2, 64, 64, 4
 
 
 class Case(NamedTuple):
-    """One op at one shape, with what it costs at least: float operations and floats moved, forward and backward."""
+    """One op at one shape, with the least that it costs: float operations and floats moved, (forward, backward)."""
 
     call: Callable[..., Tensor]
     tensors: list[Tensor]
@@ -123,7 +116,7 @@ def _conv(op: Callable[..., Any], taps: int) -> Callable[[int, int], Case]:
 
 
 def _moved(tokens: int, read: int, written: int) -> tuple[float, float]:
-    """Floats that a forward, and a backward, cannot but move: its inputs and outputs, each once."""
+    """The floats that a forward and a backward pass must move at least: their inputs and outputs, each once."""
     return float(tokens * (read + written)), float(tokens * (2 * read + written))
 
 
@@ -166,7 +159,7 @@ def _mamba_ssm(*t: Tensor) -> Tensor:
 
 
 def _others(name: str, L: int) -> dict[str, Callable[..., Tensor]]:
-    """What others compute the same op with, as far as it is installed; on short sequences, for it keeps all states."""
+    """Other packages' code for the same op, where it is installed; on short sequences only, as it keeps all states."""
     if name == "causal_conv1d":
         return {"conv1d": _plain_conv1d}
     usable = {}
@@ -176,38 +169,34 @@ def _others(name: str, L: int) -> dict[str, Callable[..., Tensor]]:
                 with torch.no_grad():
                     call(*_scan(1, 2).tensors)
                 usable[package] = call
-            except Exception:  # not installed, or not importable on this machine: without a GPU it fails in many ways
+            except Exception:  # it is not installed, or fails in one of many ways on a machine without a GPU
                 continue
     return usable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--ops", default=",".join(CASES), help="which, separated by commas (default: all)")
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="separated by commas")
-    parser.add_argument("--tokens", type=int, default=12_800, help="of a batch; a longer sequence is taken whole")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements, of which the median counts")
+    names, lengths = ",".join(CASES), ",".join(map(str, LENGTHS))
+    parser.add_argument("--ops", type=some_of(CASES), default=names, help="which, separated by commas; default all")
+    parser.add_argument("--lengths", type=sizes, default=lengths, help="separated by commas")
+    parser.add_argument("--tokens", type=at_least(1), default=12_800, help="of a batch; one sequence may have more")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="measurements, of which the median counts")
     add_device(parser)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[Row]:
     """Measure; one row an op, length, direction and backend."""
-    names = chosen("--ops", options.ops, CASES)
-    lengths = whole_numbers("--lengths", options.lengths)
-    if min(*lengths, options.tokens, options.rounds) < 1:
-        raise UserError("--lengths, --tokens and --rounds: must be at least 1")
-    device = device_of(options)
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads; native kernels: {ops.native.unusable or ops.native.instruction_set}")
-    rows = []
-    for name in names:
-        for L in lengths:
+    rows: list[Row] = []
+    for name in options.ops:
+        for L in options.lengths:
             B = max(1, options.tokens // L)
-            rows += _rows(name, B, L, CASES[name](B, L), options.rounds, device)
+            rows += _rows(name, B, L, CASES[name](B, L), options.rounds, options.device)
     return rows
 
 
-def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: str) -> list[dict[str, Any]]:
+def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: torch.device) -> list[Row]:
     inputs = [t.to(device).requires_grad_() for t in case.tensors]
     backends = backends_on(device)
     calls = {b: case.call for b in backends if b != "reference" or L <= REFERENCE_UP_TO}
@@ -223,14 +212,14 @@ def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: str) -> li
         with ops.use_backend(backend if backend in backends else "auto"):
             torch.autograd.grad(calls[backend](*inputs), inputs, gradient)
 
-    rows = []
+    found: list[Row] = []
     rate, bandwidth = roofs(rounds, device)
     least = [max(o / rate, 4 * f / bandwidth) for o, f in zip(case.operations, case.floats)]
     for direction, function, floor in (("forward", forward, least[0]), ("forward+backward", both, sum(least))):
         seconds = medians({backend: partial(function, backend) for backend in calls}, rounds, device)
         for backend, value in seconds.items():
-            memory = peak_memory(partial(function, backend), device)
-            rows.append(
+            memory = extra_memory(partial(function, backend), device)
+            found.append(
                 {
                     "op": name,
                     "B": B,
@@ -240,10 +229,10 @@ def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: str) -> li
                     "ms": value * 1e3,
                     "x_native": value / seconds["native"] if "native" in seconds else "",
                     "ns_token": value / (B * L) * 1e9,
-                    "MiB": "" if memory is None else memory,
+                    "MiB": "" if memory is None else memory / 2**20,
                     "floor_share": floor / value,
                     "GFLOP_s_roof": rate / 1e9,
                     "GB_s_roof": bandwidth / 1e9,
                 }
             )
-    return rows
+    return found

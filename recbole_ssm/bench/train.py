@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from recbole_ssm import clock
+from recbole_ssm.arguments import at_least, names, positive, some_of
 from recbole_ssm.bench import Row
-from recbole_ssm.errors import UserError
+from recbole_ssm.bench.measure import in_a_process
 
 RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
 OURS = (
@@ -39,42 +39,40 @@ WARM_UP = 2  # steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
+    models = list(dict.fromkeys(model for model, _ in OURS))
     parser.add_argument(
-        "--datasets", default="ml-100k", help="comma-separated; default ml-100k, which needs no download"
+        "--datasets", type=names, default="ml-100k", help="comma-separated; default ml-100k, which needs no download"
     )
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets")
-    parser.add_argument("--max_length", type=int, help="MAX_ITEM_LIST_LENGTH; default 50, on ml-1m 200")
-    parser.add_argument("--batch_size", type=int, default=2048, help="targets of a step; default 2048, RecBole's own")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row's steps; default 20")
-    parser.add_argument("--models", help="comma-separated; default all, with RecBole's SASRec in front")
+    parser.add_argument("--max_length", type=at_least(1), help="MAX_ITEM_LIST_LENGTH; default 50, on ml-1m 200")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=2048, help="targets of a step; default 2048, RecBole's own"
+    )
+    parser.add_argument("--seconds", type=positive, default=20.0, help="time for each row's steps; default 20")
+    parser.add_argument(
+        "--models",
+        type=some_of(models),
+        default=",".join(models),
+        help="comma-separated, beside RecBole's SASRec; default all",
+    )
 
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Rows with name, dataset, train_mode, seconds_per_epoch, positions, peak_memory_bytes, ratio_to_recbole."""
-    wanted = options.models.split(",") if options.models else [model for model, _ in OURS]
-    unknown = [model for model in wanted if model not in dict(OURS)]
-    if unknown:
-        raise UserError(f"bench train: --models knows {', '.join(dict(OURS))}; got {unknown[0]}")
     jobs: list[tuple[str, str]] = [(RECBOLE, "prefix"), (AS_SHIPPED, "prefix")]
-    jobs += [(model, mode) for model, mode in OURS if model in wanted]
+    jobs += [(model, mode) for model, mode in OURS if model in options.models]
     rows: list[Row] = []
-    datasets = options.datasets.split(",")
-    with tqdm(total=len(jobs) * len(datasets), desc="bench train", unit="row") as bar:
-        for dataset in datasets:
+    with tqdm(total=len(jobs) * len(options.datasets), desc="bench train", unit="row") as bar:
+        for dataset in options.datasets:
             first: Row | None = None
             for name, mode in jobs:
                 bar.set_postfix_str(f"{dataset}: {name}, {mode}")
-                row = _in_a_process(name, dataset, mode, options)
+                row = in_a_process(_measure, name, dataset, mode, vars(options))
                 first = first or row
                 row["ratio_to_recbole"] = first["seconds_per_epoch"] / row["seconds_per_epoch"]
                 rows.append(row)
                 bar.update()
     return rows
-
-
-def _in_a_process(name: str, dataset: str, mode: str, options: argparse.Namespace) -> Row:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (name, dataset, mode, vars(options)))
 
 
 def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
@@ -95,7 +93,7 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
     torch.manual_seed(0)
     step, steps, positions = (_recbole_step if theirs else _our_step)(config)
     with torch.autograd.set_detect_anomaly(name == AS_SHIPPED, check_nan=name == AS_SHIPPED):
-        seconds = list(_timed(step, steps, options["seconds"]))
+        seconds = list(_timed(step, steps, options["seconds"], config["device"]))
     return {
         "name": name,
         "dataset": dataset,
@@ -111,13 +109,13 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
     }
 
 
-def _timed(step: Callable[[], Any], steps: int, budget: float) -> Iterator[float]:
-    """Seconds of single steps until they sum to the budget, two at least; the warm-up is not among them."""
+def _timed(step: Callable[[], Any], steps: int, budget: float, device: torch.device) -> Iterator[float]:
+    """Seconds of single steps until they sum to the budget, but of two at least; the warm-up does not count."""
     warm_up, timed = 0.0, 0
     for number in range(WARM_UP + steps):
-        begin = time.perf_counter()
+        begin = clock.now(device)
         step()
-        seconds = time.perf_counter() - begin
+        seconds = clock.now(device) - begin
         if number < WARM_UP and warm_up + seconds < budget:
             warm_up += seconds
             continue
@@ -129,7 +127,7 @@ def _timed(step: Callable[[], Any], steps: int, budget: float) -> Iterator[float
 
 
 def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
-    """A function that takes one step; steps and positions of an epoch."""
+    """A function that takes one step, and the steps and positions of an epoch."""
     from recbole_ssm.data import create_dataset
     from recbole_ssm.data.loader import create_loaders
     from recbole_ssm.model import get_model
@@ -141,17 +139,11 @@ def _our_step(config: Any) -> tuple[Callable[[], Any], int, int]:
     positions = int(loader.plan.work(loader.plan.epoch(np.random.default_rng(0))).sum())
     model.train()
     batches = itertools.chain.from_iterable(loader for _ in itertools.count())
-
-    def step() -> None:
-        trainer._run_step(next(batches))
-        if config["device"].type == "cuda":
-            torch.cuda.synchronize()
-
-    return step, len(loader.steps), positions
+    return lambda: trainer._run_step(next(batches)), len(loader.steps), positions
 
 
 def _recbole_step(config: Any) -> tuple[Callable[[], Any], int, int]:
-    """The same of RecBole's data set, loader, model and trainer."""
+    """The same with RecBole's data set, loader, model and trainer."""
     import recbole.trainer
     from recbole.data import data_preparation
     from recbole.data.dataset import SequentialDataset

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.bench.measure import add_device, chosen, device_of, medians
-from recbole_ssm.errors import UserError
+from recbole_ssm.arguments import at_least, some_of
+from recbole_ssm.bench import Row
+from recbole_ssm.bench.measure import add_device, medians
 from recbole_ssm.llm.base import load_base_model
 from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
 from recbole_ssm.llm.verbalizer import VERBALIZERS, Verbalizer
@@ -27,32 +28,33 @@ WORDS = ("the", "of", "red", "silent", "river", "night", "last", "city", "winter
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
+    count, kinds = at_least(1), ",".join(VERBALIZERS)
     parser.add_argument("--base_model", default="random", help="a folder, a .gguf file or a name; default random")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="of the random one; default 32000, as Llama-2's")
-    parser.add_argument("--width", type=int, default=128, help="of the random one")
-    parser.add_argument("--layers", type=int, default=4, help="of the random one")
-    parser.add_argument("--verbalizers", default=",".join(VERBALIZERS), help="which, separated by commas")
-    parser.add_argument("--users", type=int, default=8, help="whose candidates are scored")
-    parser.add_argument("--batch", type=int, default=4, help="rows in a batch of the plain implementation")
-    parser.add_argument("--candidates", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
+    parser.add_argument("--vocabulary", type=count, default=32000, help="of the random one; default 32000, Llama-2's")
+    parser.add_argument("--width", type=count, default=128, help="of the random one")
+    parser.add_argument("--layers", type=count, default=4, help="of the random one")
+    parser.add_argument("--verbalizers", type=some_of(VERBALIZERS), default=kinds, help="which, separated by commas")
+    parser.add_argument("--users", type=count, default=8, help="whose candidates are scored")
+    parser.add_argument("--batch", type=count, default=4, help="rows in a batch of the plain implementation")
+    parser.add_argument("--candidates", type=count, default=20)
+    parser.add_argument("--rounds", type=count, default=3, help="measurements, of which the median counts")
     add_device(parser)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure; one row a verbalizer and implementation. All of them give the same scores, or this fails."""
-    kinds = chosen("--verbalizers", options.verbalizers, VERBALIZERS)
-    if min(options.users, options.batch, options.rounds, options.width, options.layers) < 1:
-        raise UserError("--users, --batch, --rounds, --width and --layers: must be at least 1")
-    device = device_of(options)
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measure; one row a verbalizer and implementation.
+
+    Raises:
+        AssertionError: an implementation gives other scores than the plain one.
+    """
     rng = random.Random(0)
     titles = ["", *(" ".join(rng.choices(WORDS, k=rng.randint(2, 8))).title() for _ in range(1000))]
-    base = load_base_model(_keys(options, device), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
-    if options.base_model == "random":  # the tokenizer has learned fewer tokens from so few titles
+    base = load_base_model(_keys(options), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
+    if options.base_model == "random":
+        # From so few titles the tokenizer has learned fewer tokens.
         base.model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
-    budget = options.batch * 512  # tokens
-    rows = []
-    for kind in kinds:
+    rows: list[Row] = []
+    for kind in options.verbalizers:
         prompts = Prompts(
             base.tokenizer,
             titles,
@@ -67,35 +69,39 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             items = rng.sample(range(1, len(titles)), options.candidates)
             history = rng.choices(range(1, len(titles)), k=rng.randint(1, 20))
             questions.append(Question(prompts.write(history, items), [prompts.titles[item] for item in items]))
-        ways: dict[str, Any] = {
-            "plain": partial(plain, base.model, prompts, kind, questions, options.batch),
-            "ours": partial(Verbalizer(base.model, prompts, kind, budget).scores, questions),
-            "without prefix": partial(Verbalizer(base.model, prompts, kind, budget, False).scores, questions),
-            "without buckets": partial(
-                _in_turn, Verbalizer(base.model, prompts, kind, 10**9), questions, options.batch
-            ),
-        }
-        expected = ways["plain"]()
-        for name, way in ways.items():
-            if not torch.allclose(way(), expected, rtol=1e-2, atol=1e-2):
-                raise AssertionError(f"{kind}, {name}: other scores than the plain ones")
-        seconds = medians(ways, options.rounds, device)
-        rows += [
-            {
-                "verbalizer": kind,
-                "implementation": name,
-                "candidates_per_second": options.users * options.candidates / value,
-                "s_a_user": value / options.users,
-                "x_plain": seconds["plain"] / value,
-            }
-            for name, value in seconds.items()
-        ]
+        rows += _rows(kind, base.model, prompts, questions, options)
     return rows
+
+
+def _rows(kind: str, model: Any, prompts: Prompts, questions: list[Question], options: argparse.Namespace) -> list[Row]:
+    tokens = options.batch * 512
+    in_turn = Verbalizer(model, prompts, kind, 10**9)
+    ways: dict[str, Any] = {
+        "plain": partial(plain, model, prompts, kind, questions, options.batch),
+        "ours": partial(Verbalizer(model, prompts, kind, tokens).scores, questions),
+        "without prefix": partial(Verbalizer(model, prompts, kind, tokens, False).scores, questions),
+        "without buckets": partial(_in_turn, in_turn, questions, options.batch),
+    }
+    expected = ways["plain"]()
+    for name, way in ways.items():
+        if not torch.allclose(way(), expected, rtol=1e-2, atol=1e-2):
+            raise AssertionError(f"{kind}, {name}: other scores than the plain ones")
+    seconds = medians(ways, options.rounds, options.device)
+    return [
+        {
+            "verbalizer": kind,
+            "implementation": name,
+            "candidates_per_second": options.users * options.candidates / value,
+            "s_a_user": value / options.users,
+            "x_plain": seconds["plain"] / value,
+        }
+        for name, value in seconds.items()
+    ]
 
 
 @torch.no_grad()
 def plain(model: Any, prompts: Prompts, kind: str, questions: list[Question], batch: int) -> Tensor:
-    """Scores ``[users, candidates]`` as they are computed where nothing is thought of."""
+    """Scores ``[users, candidates]``, computed without any of our savings."""
     found = []
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
@@ -131,7 +137,7 @@ def _in_turn(verbalizer: Verbalizer, questions: list[Question], batch: int) -> T
     return torch.cat([verbalizer.scores(questions[start : start + batch]) for start in parts])
 
 
-def _keys(options: argparse.Namespace, device: str) -> dict[str, Any]:
+def _keys(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {
         "hidden_size": options.width,
         "intermediate_size": 3 * options.width,
@@ -140,13 +146,13 @@ def _keys(options: argparse.Namespace, device: str) -> dict[str, Any]:
     }
     return {
         "base_model": options.base_model,
-        "base_model_dtype": "bfloat16" if device == "cuda" else "float32",
+        "base_model_dtype": "bfloat16" if options.device.type == "cuda" else "float32",
         "base_model_download": False,
         "quantize_4bit": False,
         "random_base_args": sizes if options.base_model == "random" else None,
         "lora_r": 0,
         "gradient_checkpointing": False,
-        "device": torch.device(device),
+        "device": options.device,
         "seed": 0,
         "show_progress": False,
     }

@@ -52,7 +52,7 @@ def test_dataset(tmp_path):
         ([], "bench: name one of convex: "),
         (["trian"], "bench: there is no benchmark 'trian'; did you mean 'train'?"),
         (["train", "--modles=x"], "recbole-ssm bench train: unrecognized arguments: --modles=x"),
-        (["train", "--models=SASReck"], "bench train: --models knows SASRec, Mamba4Rec"),
+        (["train", "--models=SASReck"], "bench train: argument --models: 'SASReck' is not one of SASRec, Mamba4Rec"),
         (["train", "--json=nosuch/x.json"], "--json: there is no folder"),
     ],
 )

@@ -40,9 +40,9 @@ def test_every_step_is_measured(tmp_path):
     [
         (["ops", "--ops=sdd"], "--ops: 'sdd' is not one of selective_scan, .*; did you mean 'ssd'"),
         (["ops", "--lengths=x"], "--lengths: must be whole numbers with commas, got x"),
-        (["ops", "--rounds=0"], "must be at least 1"),
+        (["ops", "--rounds=0"], "--rounds: must be at least 1, got 0"),
         (["step", "--models=SASrec"], "--models: 'SASrec' is not one of .*; did you mean 'SASRec'"),
-        (["step", "--items=1"], "--items at least 2"),
+        (["step", "--items=1"], "--items: must be at least 2, got 1"),
     ],
 )
 def test_impossible_options_are_one_line(arguments, message, capsys):

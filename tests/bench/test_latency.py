@@ -132,7 +132,7 @@ def test_a_step_gives_what_the_whole_history_gives():
     [
         (["--models=SASrec"], "--models: 'SASrec' is not one of"),
         (["--lengths=long"], "--lengths: must be whole numbers with commas, got long"),
-        (["--batch_sizes=0"], "--batch_sizes, --items, --top_k from 1"),
+        (["--batch_sizes=0"], "--batch_sizes: must be at least 1, got 0"),
         (["--device=gpu"], "--device: 'gpu' cannot be used"),
         (["--clock=sun"], "--clock: 'sun' is not one of wall, processor"),
         (["--plot=nosuch/x.png"], "--plot: there is no folder"),

@@ -31,9 +31,9 @@ def test_the_order_of_convergence(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["optim", "--chunks=1"], "--chunks from 2"),
+        (["optim", "--chunks=1"], "--chunks: must be at least 2, got 1"),
         (["optim", "--device=gpu"], "--device: 'gpu'"),
-        (["convex", "--gradients=5"], "--gradients from 32"),
+        (["convex", "--gradients=5"], "--gradients: must be at least 32, got 5"),
         (["optm"], "did you mean 'optim'"),
     ],
 )
