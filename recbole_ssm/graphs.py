@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.model.packed import PackedRecommender, split_padding
 
 WARM_UP = 3  # calls before one is recorded: kernels are compiled and tested, and memory is found
 
@@ -108,20 +107,12 @@ def score_by_graphs(model: Any) -> None:
     Raises:
         UserError: it is not a model of ours that reads the last position.
     """
-    if not isinstance(model, PackedRecommender) or getattr(model, "readout", "") != "last":
+    if not hasattr(model, "fixed_shape_scores") or getattr(model, "readout", "") != "last":
         raise UserError(f"cuda_graphs: {type(model).__name__} is no model of ours with readout: last; leave it out")
     if model.item_embedding.weight.is_cuda:
         model.graphed = graphed_scores(model)
 
 
-def graphed_scores(model: PackedRecommender) -> Graphed:
-    """``(item_seq [B, L], item_seq_len [B]) -> scores [B, V]`` of a model that reads the last position.
-
-    Its shapes do not depend on the lengths, as a graph demands: padding is computed too, which pays for few users.
-    """
-
-    def scores(item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        output = model.encode(*split_padding(item_seq, item_seq_len), last_only=True)[::2]
-        return output @ model.item_embedding.weight.T
-
-    return Graphed(scores)
+def graphed_scores(model: Any) -> Graphed:
+    """``(item_seq [B, L], item_seq_len [B]) -> scores [B, V]`` of a model that reads the last position."""
+    return Graphed(model.fixed_shape_scores)

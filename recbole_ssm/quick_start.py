@@ -27,9 +27,7 @@ from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
-from recbole_ssm.trainer.checkpoint import plain  # noqa: E402
-from recbole_ssm.trainer.reranking import Reranking  # noqa: E402
-from recbole_ssm.trainer.trainer import load_weights, settings_of  # noqa: E402
+from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of  # noqa: E402
 
 __all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbole_ssm"]
 
@@ -143,16 +141,17 @@ def _run(
         logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
-    reranking = next((hook for hook in trainer.hooks if isinstance(hook, Reranking)), None)
-    return {
+    result = {
         "model": config["model"],
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
         "checkpoint": trainer.saved_model_file if saved else None,
-        **({} if reranking is None else {"reranking": reranking.report, "ranks": reranking.ranks}),
     }
+    for hook in trainer.hooks:
+        result |= hook.result()
+    return result
 
 
 def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:

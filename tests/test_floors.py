@@ -22,24 +22,12 @@ FLOORS = (
 )  # fmt: skip
 WITHOUT_RECBOLE = ("layers", "optim", "ops")
 
-KNOWN_CLIMBS: set[str] = {
-    "graphs -> model.packed",
-    "trainer.prompts -> llm.prompt",
-    "trainer.reranking -> model.llamarec",
-    "trainer.trainer -> llm",
-    "trainer.trainer -> model",
-}
+KNOWN_CLIMBS: set[str] = set()
 KNOWN_CIRCLES: set[str] = {
     "model",
     "model.llamarec",
     "serving.recommender",
     "serving.session",
-    "trainer.hooks",
-    "trainer.prompts",
-    "trainer.reranking",
-    "trainer.step_sizes",
-    "trainer.timing",
-    "trainer.trainer",
 }
 KNOWN_LONG: set[str] = {
     "ops/native.py",

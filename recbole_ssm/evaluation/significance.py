@@ -1,4 +1,4 @@
-"""Metrics from ranks, and whether two models differ over the same users."""
+"""Whether two models differ over the same users."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from recbole_ssm.evaluation.ranks import Floats, metric
+
 K = 10
 METRICS = (f"Hit@{K}", f"NDCG@{K}", f"MRR@{K}")
-Floats = NDArray[np.float64]
-
-
-def metric(name: str, ranks: Floats) -> Floats:
-    """A metric of every row, as RecBole defines it, from the rank of its one target.
-
-    Args:
-        name: ``Hit@k``, ``NDCG@k`` or ``MRR@k``.
-        ranks: ``[rows]``, 1 the best.
-
-    Returns:
-        ``[rows]``: 1, 1 / log2(rank + 1) or 1 / rank where the rank is within k, else 0.
-    """
-    kind, _, cutoff = name.partition("@")
-    gain = {"Hit": np.ones_like(ranks), "NDCG": 1 / np.log2(ranks + 1), "MRR": 1 / ranks}[kind]
-    return np.where(ranks <= int(cutoff), gain, 0.0)
 
 
 def over_users(name: str, runs: Sequence[tuple[NDArray[np.str_], Floats]]) -> dict[str, float]:

@@ -7,7 +7,6 @@ refused. Nothing is fetched unless ``base_model_download`` says so.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,14 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.utils import InputType
 from torch import Tensor
 
-from recbole_ssm.config import Configurable
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.files import digest
-from recbole_ssm.llm.titles import titles_of
+from recbole_ssm.llm.prompt import LETTERS
 
 RANDOM = "random"
 RANDOM_SIZES = {
@@ -37,7 +33,6 @@ RANDOM_SIZES = {
     "max_position_embeddings": 1024,
 }
 END, PAD = "<|end|>", "<|pad|>"  # 0 and 1 in a random base's vocabulary
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SMALLEST_VOCABULARY = 400  # all bytes, the end, the letters with a space, and what may come before those
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
 
@@ -117,91 +112,12 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     return BaseModel(model.eval(), tokenizer, context, name, identity)
 
 
-class LanguageModelRecommender(Configurable, SequentialRecommender):
-    """What LlamaRec and GPT4Rec share: titles, the base model, and checkpoints without the weights that stay frozen.
-
-    ``state_dict`` leaves out the frozen parameters of ``language_model`` and keeps all else. ``base_digest`` goes with
-    it, and a checkpoint that was trained on another base model is refused.
-
-    A model calls :meth:`load_language_model` in its ``__init__``; then ``language_model``, ``tokenizer`` and
-    ``context`` are there, as ``titles`` is from the start.
-    """
-
-    input_type = InputType.POINTWISE
-    reads_text = True
-    language_model: Any
-    base_digest: Tensor
-
-    def __init__(self, config: Any, dataset: Any) -> None:
-        super().__init__(config, dataset)
-        self.titles = titles_of(dataset, config)
-        if len(self.titles) != self.n_items:
-            raise UserError(f"titles: {len(self.titles)} of them for {self.n_items} items; the data is not the model's")
-
-    @staticmethod
-    def all_positions_refusal(config: Any) -> str | None:
-        """A prompt has one answer."""
-        return f"{config['model']} reads a history as one text"
-
-    def load_language_model(self, config: Any, prompt_texts: Sequence[str] = ()) -> None:
-        """Load the base model; ``prompt_texts`` are words that a random base's tokenizer should know besides titles."""
-        base = load_base_model(config, [*self.titles[1:], *prompt_texts])
-        self.language_model, self.tokenizer, self.context = base.model, base.tokenizer, base.context
-        self.base_name = base.name
-        plain = base.model.get_base_model() if hasattr(base.model, "get_base_model") else base.model
-        self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
-        self.register_buffer("base_digest", torch.tensor(list(bytes.fromhex(base.digest)), dtype=torch.uint8))
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_pre_hook(_check_base)
-        self.register_load_state_dict_post_hook(_expect_no_frozen)
-
-    def histories(self, interaction: Any) -> list[list[int]]:
-        """The item ids of each row's history, oldest first, without padding."""
-        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
-        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
-
-    def tune(self, valid_data: Any) -> None:
-        """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
-
-        What is chosen is kept in buffers, and so in checkpoints. In a run of several processes each sees its share of
-        the rows, and all must come to the same choice. By default there is nothing to choose.
-        """
-
-
 def size_of(parameters: Iterable[Tensor]) -> int:
     """How many numbers they hold; bitsandbytes packs several of 4 bits into one."""
     packed = 2  # in a byte
     return sum(
         p.numel() * p.element_size() * packed if type(p).__name__ == "Params4bit" else p.numel() for p in parameters
     )
-
-
-def _frozen_names(module: Any) -> set[str]:
-    """Names, as in state_dict, of what is frozen in the language model."""
-    return {
-        f"language_model.{name}"
-        for name, tensor in module.language_model.state_dict(keep_vars=True).items()
-        if not getattr(tensor, "requires_grad", False)
-    }
-
-
-def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    for name in _frozen_names(module):
-        state.pop(prefix + name, None)
-
-
-def _check_base(module: Any, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    saved = state.get(f"{prefix}base_digest")
-    if saved is not None and saved.tolist() != module.base_digest.tolist():
-        raise UserError(
-            f"base_model: {module.base_name} is not what this checkpoint was trained on (its weights or its tokenizer "
-            "differ); name the same base model"
-        )
-
-
-def _expect_no_frozen(module: Any, keys: Any) -> None:
-    frozen = _frozen_names(module)
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
 
 def require(package: str) -> Any:

@@ -21,9 +21,9 @@ import torch
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
-from recbole_ssm.llm.base import LETTERS, load_base_model, require
+from recbole_ssm.llm.base import load_base_model, require
 from recbole_ssm.llm.preference import choose_rejected
-from recbole_ssm.llm.prompt import tell_of_shortened
+from recbole_ssm.llm.prompt import LETTERS, tell_of_shortened
 
 FIELDS = ("prompt", "chosen", "rejected")
 

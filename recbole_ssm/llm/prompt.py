@@ -14,8 +14,8 @@ from logging import getLogger
 from typing import Any, NamedTuple
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm.base import LETTERS
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INSTRUCTION = "Given user history in chronological order, recommend an item from the candidate pool with its {answer}."
 OPENING = "### Instruction:\n{instruction}\n\n### Input:\nUser history:"
 POOL = "; \n Candidate pool:"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from recbole.utils.argument_list import dataset_arguments
@@ -19,9 +19,11 @@ from torch import Tensor
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
-from recbole_ssm.llm.base import LETTERS, LanguageModelRecommender
-from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
+from recbole_ssm.llm.prompt import LETTERS, Prompts, Question, prompt_words
+from recbole_ssm.llm.recommender import LanguageModelRecommender
+from recbole_ssm.llm.reranking import Reranked, Reranking, fuse, target_ranks
 from recbole_ssm.llm.verbalizer import Verbalizer
+from recbole_ssm.trainer.hooks import Hook
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
 RERANK = ("all", "retrieved")
@@ -29,17 +31,6 @@ TUNED = "tuned"
 FUSION_WEIGHTS = [step / 20 for step in range(21)]
 # What data there is and how it is split: one for the ranker and its retriever, which else could learn what is tested.
 SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
-
-
-class Reranked(NamedTuple):
-    """What a batch of evaluation looked like within its candidates."""
-
-    target: Tensor
-    """The column of the item that came ``[B]``; -1 where it was not retrieved."""
-    language: Tensor
-    """Log-probabilities of the language model over the candidates ``[B, C]``; NaN where it was not asked."""
-    retriever: Tensor
-    """The same of the retriever ``[B, C]``."""
 
 
 class LlamaRec(LanguageModelRecommender):
@@ -154,6 +145,10 @@ class LlamaRec(LanguageModelRecommender):
         super().train(mode)
         self.retriever.eval()
         return self
+
+    def hooks(self) -> list[Hook]:
+        """Besides those of every language model, the measurement of the orders of the candidates."""
+        return [*super().hooks(), Reranking()]
 
     # --- RecBole's interface -----------------------------------------------------------------------------------------
 
@@ -323,14 +318,3 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def fuse(language: Tensor, retriever: Tensor, weight: float) -> Tensor:
-    """``(1 - weight) language + weight retriever``, of log-probabilities over the same candidates ``[B, C]``."""
-    return (1 - weight) * language + weight * retriever
-
-
-def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of equals the first wins."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return (order == target[:, None]).int().argmax(1) + 1

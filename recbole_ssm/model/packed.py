@@ -82,6 +82,14 @@ class PackedRecommender(Configurable, SequentialRecommender):
         output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return output @ self.item_embedding.weight.T
 
+    def fixed_shape_scores(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Scores ``[B, V]`` of all items for histories ``[B, L]``, in shapes that do not depend on their lengths.
+
+        A CUDA graph demands such shapes. Padding is computed too, which pays for few users.
+        """
+        output = self.encode(*split_padding(item_seq, item_seq_len), last_only=True)[::2]
+        return output @ self.item_embedding.weight.T
+
 
 def pack(item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[B, L]`` and lengths ``[B]`` -> packed ids ``[total]`` and their bounds ``[B + 1]``."""

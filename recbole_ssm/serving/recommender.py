@@ -13,7 +13,7 @@ from recbole_ssm import compat
 from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
 from recbole_ssm.trainer import checkpoint
-from recbole_ssm.trainer.trainer import load_weights
+from recbole_ssm.trainer.checkpoint import load_weights
 
 compat.install()
 

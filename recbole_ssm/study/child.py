@@ -30,8 +30,9 @@ from recbole_ssm.files import alone, whole
 from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
-from recbole_ssm.trainer import Hook, Ranks, Trainer, checkpoint
+from recbole_ssm.trainer import Hook, Ranks, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
+from recbole_ssm.trainer.hooks import Training
 
 SAY_EVERY = 2.0  # seconds
 
@@ -48,17 +49,17 @@ class History(Hook):
         self._fitting = False
         self._steps = 0
 
-    def on_fit_start(self, trainer: Trainer, loader: Any) -> None:
+    def on_fit_start(self, trainer: Training, loader: Any) -> None:
         """Count the parameters and the items."""
         self._fitting, self._steps = True, len(loader.steps)
         self.items = loader._dataset.item_num - 1  # RecBole's counts its padding
         self.parameters = size_of(trainer.model.parameters())
 
-    def on_epoch_start(self, trainer: Trainer, epoch: int) -> None:
+    def on_epoch_start(self, trainer: Training, epoch: int) -> None:
         """Start the clock."""
         self._begin = time.perf_counter()
 
-    def on_step_end(self, trainer: Trainer, step: Step, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
         """Count the step; say now and then how far the run is."""
         self._done["steps"] += 1
         self._done["targets"] += step.targets
@@ -68,19 +69,18 @@ class History(Hook):
             where = {"epoch": len(self.entries) + 1, "epochs": trainer.epochs, "step": step.number + 1}
             say(self._say, **where, steps=self._steps, valid=valid)
 
-    def on_epoch_end(self, trainer: Trainer, epoch: int, loss: float) -> None:
+    def on_epoch_end(self, trainer: Training, epoch: int, loss: float) -> None:
         """Stop the clock, and write the epoch down."""
         self._done["seconds"], self._begin = self._seconds(), None
-        size = trainer.adaptive.sizes.batch_size if trainer.adaptive else trainer.config["train_batch_size"]
         entry = {"epoch": epoch + 1, "loss": loss, "valid": None, **self._done}
-        self.entries.append({**entry, "batch_size": int(size), "step_size": float(trainer._step_size())})
+        self.entries.append({**entry, "batch_size": trainer.batch_size, "step_size": float(trainer.step_size)})
 
-    def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
         """Note the score, if it is that of a validation."""
         if self._fitting:
             self.entries[-1]["valid"] = float(result[trainer.valid_metric])
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Training) -> None:
         """What comes now is the test."""
         self._fitting = False
         self.peak_memory = peak_memory(trainer.device)

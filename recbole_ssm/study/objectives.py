@@ -20,10 +20,10 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.significance import holm, over_users, paired
 from recbole_ssm.files import whole, write_csv
 from recbole_ssm.llm.preference import OBJECTIVES
+from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
-from recbole_ssm.trainer.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 
 BASES = "random:32x1,random:64x2,random:128x4"
 Row = dict[str, Any]

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, metric, over_users, paired
+from recbole_ssm.evaluation.ranks import metric
+from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
 from recbole_ssm.files import whole, write_csv
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run

@@ -36,7 +36,7 @@ from recbole_ssm.files import write_json
 from recbole_ssm.keys import FREE_KEYS
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import checkpoint
-from recbole_ssm.trainer.trainer import settings_of
+from recbole_ssm.trainer.checkpoint import settings_of
 
 # What changes neither a run's result nor what is reported of it.
 NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency", "base_model", "rerank"}

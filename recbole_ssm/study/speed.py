@@ -19,7 +19,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import write_json
-from recbole_ssm.llm.base import LanguageModelRecommender
+from recbole_ssm.llm.recommender import LanguageModelRecommender
 from recbole_ssm.model import get_model
 from recbole_ssm.ops import set_backend
 from recbole_ssm.quick_start import configure

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
+from recbole_ssm.keys import MACHINE_KEYS
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -158,6 +159,49 @@ def set_aside(folder: Path, step: int) -> None:
         if path > step_file(folder, step):
             path.rename(path.with_name(f"abandoned-{path.name}"))
             getLogger().warning(f"{path} is further than where training goes on; kept as abandoned-{path.name}")
+
+
+def settings_of(config: Any, model: Any = None) -> dict[str, Any]:
+    """A configuration in JSON's terms, without what belongs to the machine.
+
+    Args:
+        config: the configuration of a run.
+        model: what was built by it. A model whose settings do not all stand in its configuration has an attribute
+            ``settings``, a mapping, which is added: LlamaRec's says how its retriever was configured.
+    """
+    added = getattr(model, "settings", {})
+    return plain({k: v for k, v in {**config.final_config_dict, **added}.items() if k not in MACHINE_KEYS})
+
+
+def catalogue_of(dataset: Any, model: Any = None) -> dict[str, Any]:
+    """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for.
+
+    A model that reads titles has them by item id as its attribute ``titles``; they are added.
+    """
+    fields = [field for field in dataset.field2type if field in dataset.field2id_token]
+    items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    titles = {"titles": model.titles} if hasattr(model, "titles") else {}
+    return {"items": items, "sizes": {field: dataset.num(field) for field in fields}, **titles}
+
+
+def load_weights(model: torch.nn.Module, saved: Checkpoint, path: Path) -> None:
+    """Copy a checkpoint's weights into a model, on whatever device that is.
+
+    Args:
+        model: the model.
+        saved: the checkpoint.
+        path: where it was read from, for the error.
+
+    Raises:
+        UserError: the names or sizes of the weights do not fit.
+    """
+    weights = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        first = lines[min(1, len(lines) - 1)].strip()
+        raise UserError(f"checkpoint {path}: its weights do not fit this model ({first})") from error
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,7 +11,7 @@ from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv
-from recbole_ssm.trainer.hooks import Hook
+from recbole_ssm.trainer.hooks import Hook, Training
 
 ROWS = 2000  # at most; beyond them every second one goes, and half as many are kept from there on
 
@@ -26,7 +26,7 @@ class StepSizes(Hook):
         self.rows: list[list[float | None]] = []  # the step, then each group's 1 / H; None before the start
         self.every = 1
 
-    def on_step_end(self, trainer: Any, step: Any, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Any, loss: float) -> None:
         """Keep a row."""
         if trainer.global_step % self.every:
             return
@@ -36,7 +36,7 @@ class StepSizes(Hook):
             self.every *= 2
             self.rows = [row for row in self.rows if row[0] % self.every == 0]  # type: ignore[operator]
 
-    def on_epoch_end(self, trainer: Any, epoch: int, loss: float) -> None:
+    def on_epoch_end(self, trainer: Training, epoch: int, loss: float) -> None:
         """Write what is there."""
         if trainer.folder is not None and distributed.rank() == 0 and self.rows:
             self._write(trainer.folder)

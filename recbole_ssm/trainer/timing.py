@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +11,7 @@ from recbole_ssm import clock, distributed
 from recbole_ssm.data.loader import PackedBatch, Step
 from recbole_ssm.files import write_json
 from recbole_ssm.memory import peak_memory
-from recbole_ssm.trainer.hooks import Hook
-
-if TYPE_CHECKING:
-    from recbole_ssm.trainer.trainer import Trainer
+from recbole_ssm.trainer.hooks import Hook, Training
 
 WARM_UP = 3  # steps and batches that are not counted, once a run: kernels are chosen and memory is first touched
 
@@ -36,22 +33,22 @@ class Latency(Hook):
         self._device = torch.device("cpu")
         self._begin = self._scored = self._encoded = 0.0
 
-    def on_fit_start(self, trainer: Trainer, loader: Any) -> None:
+    def on_fit_start(self, trainer: Training, loader: Any) -> None:
         """Take the device, and time the model's forward from now on."""
         self._device = trainer.device
 
-    def on_step_start(self, trainer: Trainer, step: Step) -> None:
+    def on_step_start(self, trainer: Training, step: Step) -> None:
         """Start the clock."""
         self._begin = self._now()
 
-    def on_step_end(self, trainer: Trainer, step: Step, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
         """Note the step, its targets and its positions."""
         batches = [part.batch for part in step.parts]
         lengths = trainer.config["ITEM_LIST_LENGTH_FIELD"]
         positions = sum(b.positions if isinstance(b, PackedBatch) else int(b[lengths].sum()) for b in batches)
         self._note("step", self._now() - self._begin, targets=step.targets, positions=positions)
 
-    def on_evaluation_start(self, trainer: Trainer) -> None:
+    def on_evaluation_start(self, trainer: Training) -> None:
         """Put a clock around the model's forward, which RecBole's models call as a method."""
         self._device = trainer.device
         model: Any = trainer.model
@@ -65,16 +62,16 @@ class Latency(Hook):
 
         model.forward = timed
 
-    def on_evaluation_batch_start(self, trainer: Trainer) -> None:
+    def on_evaluation_batch_start(self, trainer: Training) -> None:
         """Start the clock."""
         self._encoded = 0.0
         self._begin = self._now()
 
-    def on_scores(self, trainer: Trainer, rows: int) -> None:
+    def on_scores(self, trainer: Training, rows: int) -> None:
         """What is not encoding was scoring."""
         self._scored = self._now()
 
-    def on_evaluation_batch_end(self, trainer: Trainer, rows: int) -> None:
+    def on_evaluation_batch_end(self, trainer: Training, rows: int) -> None:
         """Note the batch."""
         end = self._now()
         if self._encoded:
@@ -83,13 +80,13 @@ class Latency(Hook):
         self._note("top_k", end - self._scored)
         self._note("evaluate", end - self._begin, users=rows)
 
-    def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
         """Give the model its own forward back, and write the report."""
         del trainer.model.forward
         if trainer.folder is not None and distributed.rank() == 0:
             write_json(trainer.folder / "latency.json", self.report())
 
-    def on_fit_end(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Training) -> None:
         """Log the report."""
         trainer.logger.info(self.text())
 

@@ -23,15 +23,13 @@ from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import FREE_KEYS, MACHINE_KEYS
+from recbole_ssm.keys import FREE_KEYS
 from recbole_ssm.memory import peak_memory, return_free_memory
 from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.adaptive import AdaptiveBatch
-from recbole_ssm.trainer.checkpoint import plain
+from recbole_ssm.trainer.checkpoint import catalogue_of, load_weights, plain, settings_of
 from recbole_ssm.trainer.hooks import Hook
-from recbole_ssm.trainer.prompts import ShortenedPrompts
-from recbole_ssm.trainer.reranking import Reranking
 from recbole_ssm.trainer.step_sizes import StepSizes
 from recbole_ssm.trainer.timing import Latency
 
@@ -43,8 +41,6 @@ from recbole.utils import EvaluatorType, dict2str, early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
 from recbole_ssm.graphs import score_by_graphs  # noqa: E402
-from recbole_ssm.llm import LanguageModelRecommender  # noqa: E402
-from recbole_ssm.model import LlamaRec  # noqa: E402
 
 TRIM_EVERY = 16  # steps
 
@@ -71,7 +67,8 @@ class Trainer(recbole.trainer.Trainer):
     Args:
         config: the configuration.
         model: the model, on its device.
-        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists.
+        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists, as are those that the model
+            brings by a method ``hooks()``.
     """
 
     def __init__(self, config: Any, model: Any, hooks: Iterable[Hook] = ()) -> None:
@@ -82,9 +79,6 @@ class Trainer(recbole.trainer.Trainer):
         self.item_tensor: Any
         self.tensorboard: Any
         self.hooks = list(hooks)
-        names = [type(hook).__name__ for hook in self.hooks]
-        if len(set(names)) < len(names):
-            raise UserError(f"hooks: two of one class, whose states would be one: {', '.join(names)}; subclass one")
         self.folder: Path | None = None
         self.catalogue: dict[str, Any] = {}
         self.fingerprint = ""
@@ -107,12 +101,17 @@ class Trainer(recbole.trainer.Trainer):
             score_by_graphs(model)
         if config["measure_latency"]:
             self.hooks.append(Latency())
-        if isinstance(model, LanguageModelRecommender):
-            self.hooks.append(ShortenedPrompts())
-        if isinstance(model, LlamaRec):
-            self.hooks.append(Reranking())
+        if hasattr(model, "hooks"):
+            self.hooks += model.hooks()
         if hasattr(self.optimizer, "step_sizes"):
             self.hooks.append(StepSizes())
+        names = [type(hook).__name__ for hook in self.hooks]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(
+                f"hooks: two hooks of class {twice}; their saved states would overwrite each other, so make one of "
+                "them a subclass"
+            )
         if distributed.rank():
             self.tensorboard.close()
             self.tensorboard = _Silence()
@@ -134,9 +133,7 @@ class Trainer(recbole.trainer.Trainer):
             UserError: the loss is not finite, or the checkpoint to go on from is of other data.
             Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment is there.
         """
-        self.catalogue = catalogue_of(train_data._dataset)
-        if isinstance(self.model, LanguageModelRecommender):
-            self.catalogue["titles"] = self.model.titles
+        self.catalogue = catalogue_of(train_data._dataset, self.model)
         fingerprint = train_data.fingerprint()
         if self.fingerprint not in ("", fingerprint):
             raise UserError("resume: the training data is not what it was when the checkpoint was written")
@@ -212,9 +209,7 @@ class Trainer(recbole.trainer.Trainer):
     def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
         begin = time.time()
         with self._output.evaluation_point() if self._output is not None else contextlib.nullcontext():
-            if isinstance(self.model, LanguageModelRecommender):
-                self.model.eval()
-                self.model.tune(valid_data)
+            self._notify("on_validation_start", valid_data)
             score, result = self._valid_epoch(valid_data, show_progress=progress)
         self.best_valid_score, self.cur_step, stop, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
@@ -309,7 +304,7 @@ class Trainer(recbole.trainer.Trainer):
         self.scaler.update()
         self.global_step += 1
         if self.adaptive:
-            figures = self.adaptive.decide(measurement, self.global_step, self._step_size())
+            figures = self.adaptive.decide(measurement, self.global_step, self.step_size)
             for name, value in figures.items():
                 self.tensorboard.add_scalar(f"AdaptiveBatch/{name}", value, self.global_step)
         if self.global_step % TRIM_EVERY == 0 and self.device.type == "cpu":
@@ -432,7 +427,7 @@ class Trainer(recbole.trainer.Trainer):
         }
         info = {
             "model": self.config["model"],
-            "config": settings_of(self.config),
+            "config": settings_of(self.config, self.model),
             "catalogue": self.catalogue,
             "training": training,
         }
@@ -456,7 +451,7 @@ class Trainer(recbole.trainer.Trainer):
         if training is None or saved.info.get("model") != self.config["model"]:
             raise UserError(f"checkpoint {path}: of {saved.info.get('model')}, cannot resume {self.config['model']}")
         if "config" in saved.info:
-            now = settings_of(self.config)
+            now = settings_of(self.config, self.model)
             for key in sorted(set(now) | set(saved.info["config"])):
                 before, here = saved.info["config"].get(key), now.get(key)
                 if before != here and key not in FREE_KEYS:
@@ -565,8 +560,14 @@ class Trainer(recbole.trainer.Trainer):
         for name, weight in weights.items():
             state[name].copy_(weight)
 
-    def _step_size(self) -> float:
-        """The first group's learning rate, or 1 / H."""
+    @property
+    def batch_size(self) -> int:
+        """Targets of the next step."""
+        return int(self.adaptive.sizes.batch_size if self.adaptive else self.config["train_batch_size"])
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
         own = getattr(self.optimizer, "step_sizes", None)
         return own()[0] if own else self.optimizer.param_groups[0]["lr"]
 
@@ -676,11 +677,6 @@ def _start_of(epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "number": 0, "seen": 0, "loss": [], "ended": False}
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """A configuration as JSON, without what belongs to the machine."""
-    return plain({k: v for k, v in config.final_config_dict.items() if k not in MACHINE_KEYS})
-
-
 def random_states() -> dict[str, torch.Tensor]:
     """The global random states of Python, NumPy and PyTorch on all devices, as tensors."""
     _, keys, position, has_gauss, gauss = tuple(np.random.get_state(legacy=True))
@@ -709,26 +705,6 @@ def set_random_states(states: Mapping[str, torch.Tensor]) -> None:
     for index in range(torch.cuda.device_count()):
         if f"cuda{index}" in states:
             torch.cuda.set_rng_state(states[f"cuda{index}"], index)
-
-
-def load_weights(model: torch.nn.Module, saved: checkpoint.Checkpoint, path: Path) -> None:
-    """Copy a checkpoint's weights into a model, wherever that lives.
-
-    Raises:
-        UserError: the names or sizes of the weights do not fit.
-    """
-    weights = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()
-        raise UserError(f"checkpoint {path}: its weights do not fit this model ({first})") from error
-
-
-def catalogue_of(dataset: Any) -> dict[str, Any]:
-    """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for."""
-    sizes = {field: dataset.num(field) for field in dataset.field2type if field in dataset.field2id_token}
-    return {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]], "sizes": sizes}
 
 
 def __getattr__(name: str) -> Any:

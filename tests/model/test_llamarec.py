@@ -19,12 +19,12 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import prompt_words
+from recbole_ssm.llm.reranking import metrics
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
 from recbole_ssm.quick_start import _find_retriever, configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
-from recbole_ssm.trainer.reranking import metrics
-from recbole_ssm.trainer.trainer import load_weights
+from recbole_ssm.trainer.checkpoint import load_weights
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "piano"]
 SMALL = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
 from recbole_ssm.study import main
 from recbole_ssm.study.objectives import _options_of, markdown, table
 from recbole_ssm.study.runs import RANKS, Outcome, Run
-from recbole_ssm.trainer.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
 
 
 def outcome(folder, language, fused):

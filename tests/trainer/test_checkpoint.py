@@ -15,7 +15,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Trainer, checkpoint
-from recbole_ssm.trainer.trainer import load_weights
+from recbole_ssm.trainer.checkpoint import load_weights
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from recbole.data import data_preparation
 
 from recbole_ssm.data import create_dataset
+from recbole_ssm.evaluation.ranks import ranks_of
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Ranks, Trainer
-from recbole_ssm.trainer.ranks import ranks_of
 
 inf, nan = math.inf, math.nan
 

@@ -50,7 +50,8 @@ def test_hooks_are_called_in_this_order(toy):
     step = ["on_step_start", "on_gradients", "on_step_end"]
     batch = ["on_evaluation_batch_start", "on_scores", "on_evaluation_batch_end"]
     evaluation = ["on_evaluation_start", *batch, "on_ranking"]
-    epoch = ["on_epoch_start", *step, *step, "on_epoch_end", *evaluation, "on_evaluation_end"]
+    validation = ["on_validation_start", *evaluation, "on_evaluation_end"]
+    epoch = ["on_epoch_start", *step, *step, "on_epoch_end", *validation]
     assert recorder.calls == ["on_fit_start", *epoch, *epoch, "on_fit_end"]
     saved = checkpoint.newest(trainer.folder)[1]
     assert saved.info["training"]["hooks"] == {"Recorder": {"calls": len(recorder.calls) - 1}}
@@ -304,7 +305,7 @@ def test_splits_without_rows_to_evaluate(toy, split):
 
 
 def test_no_two_hooks_share_a_state(toy):
-    with pytest.raises(UserError, match="hooks: two of one class"):
+    with pytest.raises(UserError, match="hooks: two hooks of class Recorder; their saved states would overwrite"):
         build("2Mamba4Rec", toy, [Recorder(), Recorder()])
 
 

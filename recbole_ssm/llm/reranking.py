@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recbole_ssm import clock, distributed
+from recbole_ssm.evaluation.ranks import metric
 from recbole_ssm.files import write_json
-from recbole_ssm.model.llamarec import Reranked, fuse, target_ranks
-from recbole_ssm.trainer.hooks import Hook
-
-if TYPE_CHECKING:
-    from recbole_ssm.trainer.trainer import Trainer
+from recbole_ssm.trainer.hooks import Hook, Training
 
 RETRIEVER, LANGUAGE_MODEL, FUSED = "retriever", "language model", "fused"
+
+
+class Reranked(NamedTuple):
+    """The candidates of a batch of evaluation, as both models score them."""
+
+    target: Tensor
+    """The column of the item that came ``[B]``; -1 where it was not retrieved."""
+    language: Tensor
+    """Log-probabilities of the language model over the candidates ``[B, C]``; NaN where it was not asked."""
+    retriever: Tensor
+    """The same of the retriever ``[B, C]``."""
+
+
+def fuse(language: Tensor, retriever: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) language + weight retriever``, of log-probabilities over the same candidates ``[B, C]``."""
+    return (1 - weight) * language + weight * retriever
+
+
+def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
+    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of equals the first wins."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return (order == target[:, None]).int().argmax(1) + 1
 
 
 class Reranking(Hook):
     """Measures LlamaRec's candidates in the retriever's order, in the language model's, and in that of both fused.
 
-    ``overall`` counts a user whose target was not retrieved as a miss, ``retrieved`` leaves such users out: there the
+    ``overall`` counts a user whose target was not retrieved as a miss. ``retrieved`` leaves such users out: there the
     language model decides everything. After every evaluation the report is logged, and written to ``reranking.json``
-    in the run's folder, if it has one. Its ``seconds_per_user`` are this process's, for those whom the language model
-    was asked for now: none in a validation whose answers the tuning before it has found.
+    in the run's folder, if it has one.
+
+    The report's ``seconds_per_user`` are this process's, for those users for whom the language model was run now. There
+    are none in a validation whose answers the tuning before it has found.
     """
 
     def __init__(self) -> None:
@@ -33,20 +55,20 @@ class Reranking(Hook):
         """Order -> the rank of each row's target among the candidates; infinite where it was not retrieved."""
         self._begin = self._seconds = 0.0
 
-    def on_evaluation_start(self, trainer: Trainer) -> None:
-        """Ask the model for what it sees."""
+    def on_evaluation_start(self, trainer: Training) -> None:
+        """Ask the model to record what it sees."""
         trainer.model.records, trainer.model.asked = [], 0
         self._seconds = 0.0
 
-    def on_evaluation_batch_start(self, trainer: Trainer) -> None:
+    def on_evaluation_batch_start(self, trainer: Training) -> None:
         """Start the clock."""
         self._begin = clock.now()
 
-    def on_scores(self, trainer: Trainer, rows: int) -> None:
-        """Stop it; the model's records are on the CPU already, so a GPU is done."""
+    def on_scores(self, trainer: Training, rows: int) -> None:
+        """Stop the clock; the model's records are on the CPU already, so a GPU is done."""
         self._seconds += clock.now() - self._begin
 
-    def on_evaluation_end(self, trainer: Trainer, result: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
         """Measure, log and write."""
         model: Any = trainer.model
         records, model.records = model.records, None
@@ -63,12 +85,20 @@ class Reranking(Hook):
         if trainer.folder is not None and distributed.rank() == 0:
             write_json(trainer.folder / "reranking.json", self.report)
 
+    def result(self) -> dict[str, Any]:
+        """``reranking``, the report, and ``ranks`` of the newest evaluation, which after a run is the test."""
+        return {"reranking": self.report, "ranks": self.ranks}
+
 
 def ranks_of(records: Reranked, weight: float) -> dict[str, np.ndarray]:
     """Order -> ranks of the targets ``[rows]``, infinite where they are no candidates."""
     target, language, retriever = records
     found = target >= 0
-    orders = {RETRIEVER: retriever, LANGUAGE_MODEL: language, FUSED: fuse(language, retriever, weight)}
+    orders = {
+        RETRIEVER: retriever,
+        LANGUAGE_MODEL: language,
+        FUSED: fuse(language, retriever, weight),
+    }
     ranks = {}
     for name, scores in orders.items():
         ranks[name] = np.full(len(target), np.inf)
@@ -88,13 +118,9 @@ def report(ranks: dict[str, np.ndarray], cutoffs: list[int]) -> dict[str, Any]:
 
 
 def metrics(ranks: np.ndarray, cutoffs: list[int]) -> dict[str, float]:
-    """Hit, NDCG and MRR at each cut-off, of the targets' ranks ``[n]``, 1 the best; 0 of no ranks."""
-    found: dict[str, float] = {}
-    for k in cutoffs:
-        hit = ranks <= k
-        values = {"hit": hit, "ndcg": hit / np.log2(ranks + 1), "mrr": hit / ranks}
-        found |= {f"{name}@{k}": float(value.mean()) if len(ranks) else 0.0 for name, value in values.items()}
-    return found
+    """Mean Hit, NDCG and MRR at each cut-off, from the targets' ranks ``[n]``, 1 the best; 0 where n is 0."""
+    names = [f"{kind}@{cutoff}" for cutoff in cutoffs for kind in ("Hit", "NDCG", "MRR")]
+    return {name.lower(): float(metric(name, ranks).mean()) if len(ranks) else 0.0 for name in names}
 
 
 def text(found: dict[str, Any]) -> str:
@@ -107,8 +133,6 @@ def text(found: dict[str, Any]) -> str:
         f"{'':26}" + "".join(f"{name:>9}" for name in names),
     ]
     for part in ("overall", "retrieved"):
-        lines += [
-            f"  {part:9} {order:14}" + "".join(f"{values[name]:9.4f}" for name in names)
-            for order, values in found[part].items()
-        ]
+        for order, values in found[part].items():
+            lines.append(f"  {part:9} {order:14}" + "".join(f"{values[name]:9.4f}" for name in names))
     return "\n".join(lines)
