@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 
@@ -22,12 +21,11 @@ from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
-from recbole_ssm.llm.pairs import preference_pairs, write_pairs  # noqa: E402
-from recbole_ssm.model import LlamaRec, get_model  # noqa: E402
+from recbole_ssm.llm import pairs  # noqa: E402
+from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
-from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of  # noqa: E402
 
 __all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbole_ssm"]
 
@@ -115,7 +113,7 @@ def configure(
 def _run(
     config: Config, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
 ) -> dict[str, Any]:
-    """One model, from its data to its test; a ranker's retriever comes before it."""
+    """One model, from its data to its test."""
     logger = getLogger()
     recommender, train_data, valid_data, test_data = _prepare(config, start)
     logger.info(recommender)
@@ -155,11 +153,12 @@ def _run(
 
 
 def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
-    """Model and loaders of a configuration; a ranker's retriever is trained or read."""
+    """Model and loaders of a configuration; the first stage of a model of two, such as LlamaRec, is trained or read."""
     logger = getLogger()
     logger.info(config)
-    ranker = issubclass(config.model_class, LlamaRec)
-    retriever = _find_retriever(config, start) if ranker else None
+    stage = None
+    if hasattr(config.model_class, "first_stage"):
+        stage = config.model_class.first_stage(config, start[1] if start else None, configure, _checkpoint_of)
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
 
@@ -170,60 +169,19 @@ def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -
 
     init_seed(config["seed"], config["reproducibility"])
     with recbole_refusals(config["model"]):
-        recommender = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
-    if ranker and start is None:  # only now, so that whatever is wrong with the ranker is told first
-        path, found = retriever or _train_retriever(config)
-        load_weights(recommender.retriever, found, path)
+        recommender = config.model_class(config, loaders[0]._dataset, *([stage.settings] if stage else ()))
+        recommender = recommender.to(config["device"])
+    if stage:
+        # It comes last, so that whatever is wrong with the model is found before another one is trained for it.
+        stage.load_into(recommender)
         set_backend(config["ssm_backend"])
     return recommender, *loaders
 
 
-def _find_retriever(
-    config: Config, start: tuple[Path, checkpoint.Checkpoint] | None
-) -> tuple[Path, checkpoint.Checkpoint] | None:
-    """Set a ranker's ``retriever_settings``; the retriever's checkpoint, if one is named.
-
-    Raises:
-        UserError: it was trained on something else than this run's training part.
-    """
-    if start is not None:  # which holds the weights too
-        config["retriever_settings"] = start[1].info["config"]["retriever_settings"]
-        return None
-    own = _retriever_config(config)
-    if config["retriever_checkpoint"] is None:
-        config["retriever_settings"] = settings_of(own)
-        return None
-    path = Path(config["retriever_checkpoint"])
-    path = path / checkpoint.BEST if path.is_dir() else path
-    found = checkpoint.read(path)
-    if found.info["model"] != config["retriever"]:
-        raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
-    train_data, _, _ = create_loaders(own, create_dataset(own))
-    # its epoch was chosen on its own validation part, which must not be this run's test either
-    same_split = found.info["config"]["eval_args"]["split"] == plain(config["eval_args"]["split"])
-    if not same_split or train_data.fingerprint() != found.info["training"]["fingerprint"]:
-        raise UserError(
-            f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
-            "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
-        )
-    config["retriever_settings"] = found.info["config"]
-    return path, found
-
-
-def _train_retriever(config: Config) -> tuple[Path, checkpoint.Checkpoint]:
-    """Train and test a ranker's retriever; its best checkpoint."""
-    path = Path(_run(_retriever_config(config), True, None, ())["checkpoint"])
-    config["retriever_checkpoint"] = str(path)
-    return path, checkpoint.read(path)
-
-
-def _retriever_config(config: Config) -> Config:
-    """``retriever_config``, and of the ranker's options those of data, evaluation and machine."""
-    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
-    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
-    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
-    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
-    return configure(config["retriever"], config["dataset"], config_dict=options)
+def _checkpoint_of(config: Config) -> str:
+    """Train and test a model; the path of its best checkpoint."""
+    path: str = _run(config, True, None, ())["checkpoint"]
+    return path
 
 
 def objective_function(
@@ -266,10 +224,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     init_logger(config)
     recommender, train_data, _, _ = _prepare(config, None)
     init_seed(config["seed"], config["reproducibility"])
-    bar = tqdm(train_data, desc="Pairs", unit="step", disable=not config["show_progress"])
-    count = write_pairs(Path(path), preference_pairs(recommender, bar))
-    getLogger().info(f"{path}: {count:,} preference pairs of {train_data.plan.total:,} training rows")
-    return count
+    return pairs.export(Path(path), recommender, train_data, config["show_progress"])
 
 
 def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:

@@ -23,12 +23,7 @@ FLOORS = (
 WITHOUT_RECBOLE = ("layers", "optim", "ops")
 
 KNOWN_CLIMBS: set[str] = set()
-KNOWN_CIRCLES: set[str] = {
-    "model",
-    "model.llamarec",
-    "serving.recommender",
-    "serving.session",
-}
+KNOWN_CIRCLES: set[str] = set()
 KNOWN_LONG: set[str] = {
     "ops/native.py",
     "ops/triton/operators.py",

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
@@ -64,6 +65,21 @@ def _pairs_of(model: Any, batch: Any) -> Iterator[dict[str, str]]:
         answers = [LETTERS[number] if letters else model.titles[item] for number, item in enumerate(items)]
         for column in wrong:
             yield {"prompt": prompt, "chosen": answers[right], "rejected": answers[column]}
+
+
+def export(path: Path, model: Any, loader: Any, show_progress: bool) -> int:
+    """Write the pairs of one epoch as JSON lines; returns how many.
+
+    Args:
+        path: the file to write.
+        model: as of :func:`preference_pairs`.
+        loader: its :class:`~recbole_ssm.data.loader.TrainLoader`.
+        show_progress: show a bar of the steps.
+    """
+    bar = tqdm(loader, desc="Pairs", unit="step", disable=not show_progress)
+    count = write_pairs(path, preference_pairs(model, bar))
+    getLogger().info(f"{path}: {count:,} preference pairs of {loader.plan.total:,} training rows")
+    return count
 
 
 def write_pairs(path: Path, pairs: Iterable[dict[str, str]]) -> int:

@@ -8,12 +8,10 @@ Reference:
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
 from recbole_ssm import distributed
@@ -22,15 +20,15 @@ from recbole_ssm.llm import preference
 from recbole_ssm.llm.prompt import LETTERS, Prompts, Question, prompt_words
 from recbole_ssm.llm.recommender import LanguageModelRecommender
 from recbole_ssm.llm.reranking import Reranked, Reranking, fuse, target_ranks
+from recbole_ssm.llm.retriever import check_retriever, find_retriever
 from recbole_ssm.llm.verbalizer import Verbalizer
+from recbole_ssm.model.registry import build_model
 from recbole_ssm.trainer.hooks import Hook
 
 TRAIN_CANDIDATES = ("random", "insert", "skip")
 RERANK = ("all", "retrieved")
 TUNED = "tuned"
 FUSION_WEIGHTS = [step / 20 for step in range(21)]
-# What data there is and how it is split: one for the ranker and its retriever, which else could learn what is tested.
-SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
 
 
 class LlamaRec(LanguageModelRecommender):
@@ -48,11 +46,14 @@ class LlamaRec(LanguageModelRecommender):
     ranks; in training it is random. LlamaRec's code shows the retriever's order in evaluation.
 
     Args:
-        config: besides its keys, ``retriever_settings``: the configuration that the retriever was trained with.
-        dataset: the training set, or the catalogue of a checkpoint.
+        config: the configuration.
+        dataset: the training set, or as much of it as a checkpoint holds.
+        retriever_settings: the configuration that the retriever is trained with; a checkpoint's ``config`` holds it.
     """
 
     fusion: Tensor
+
+    first_stage = staticmethod(find_retriever)
 
     @staticmethod
     def check_options(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:
@@ -61,23 +62,7 @@ class LlamaRec(LanguageModelRecommender):
         Raises:
             UserError: a value is impossible, or does not go with another.
         """
-        for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
-            if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
-                raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
-        own = {} if options["retriever_config"] is None else options["retriever_config"]
-        if not isinstance(own, Mapping):
-            raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
-        for key in own:
-            if key in SHARED:
-                raise UserError(
-                    f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is "
-                    f"tested; give {key} beside retriever_config"
-                )
-        retriever = find_model(options["retriever"])
-        if issubclass(retriever, LanguageModelRecommender):
-            raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
-        if own and options["retriever_checkpoint"] is not None:
-            raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
+        check_retriever(options, find_model)
         if not 2 <= options["num_candidates"] <= len(LETTERS):
             raise UserError(
                 f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
@@ -101,7 +86,7 @@ class LlamaRec(LanguageModelRecommender):
         if {*mode.values()} != {"full"} if isinstance(mode, Mapping) else mode != "full":
             raise UserError(f"eval_args: a ranker of retrieved items is evaluated with mode: full, got {mode!r}")
 
-    def __init__(self, config: Any, dataset: Any) -> None:
+    def __init__(self, config: Any, dataset: Any, retriever_settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(config, dataset)
 
         # load parameters info
@@ -118,7 +103,9 @@ class LlamaRec(LanguageModelRecommender):
             raise UserError(f"num_candidates: a catalogue of {self.n_items - 1} items leaves nothing to rank")
 
         # define layers
-        self.retriever = build_retriever(config["retriever_settings"], config["device"], dataset)
+        self.settings: dict[str, Any] = {"retriever_settings": retriever_settings or config["retriever_settings"]}
+        retriever = build_model(self.settings["retriever_settings"], dataset, config["device"])
+        self.retriever = retriever.eval().requires_grad_(False)
         # a prompt's titles have a space before them, and so should those that a random base's tokenizer learns from
         self.load_language_model(config, [*prompt_words(), *(f" {title}" for title in self.titles[1:])])
         self.prompts = Prompts(
@@ -287,15 +274,6 @@ class LlamaRec(LanguageModelRecommender):
     @property
     def _needs_all(self) -> bool:
         return self.orpo_rejected != "random" or self.orpo_probabilities == "letters"
-
-
-def build_retriever(settings: Mapping[str, Any], device: Any, dataset: Any) -> Any:
-    """The retriever of a configuration, frozen, its weights still those of the start."""
-    from recbole_ssm.model import get_model
-
-    config: dict[str, Any] = defaultdict(lambda: None, settings, device=device)  # RecBole's absent keys are None
-    retriever = get_model(config["model"])(config, dataset)
-    return retriever.eval().requires_grad_(False)
 
 
 def column_of(candidates: Tensor, items: Tensor) -> Tensor:

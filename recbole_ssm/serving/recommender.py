@@ -20,7 +20,8 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.graphs import score_by_graphs  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model.registry import build_model  # noqa: E402
+from recbole_ssm.serving.catalogue import Catalogue, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
 
@@ -42,15 +43,15 @@ class Recommender:
         if cuda_graphs:
             score_by_graphs(model)
         self.model = model.eval()
-        self.items = list(items)
-        self._ids = {token: index for index, token in enumerate(self.items) if index}
+        self.catalogue = Catalogue(items)
+        self.items = self.catalogue.items
         self._list_field = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
         self._max_length = config["MAX_ITEM_LIST_LENGTH"]
         self._device = config["device"]
         self._name = config["model"]
 
-    def recommend(self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = False) -> list[tuple[str, float]]:
+    def recommend(self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = False) -> Recommendations:
         """The k items most likely to come next.
 
         Args:
@@ -69,10 +70,12 @@ class Recommender:
     @torch.inference_mode()
     def recommend_many(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = False
-    ) -> list[list[tuple[str, float]]]:
+    ) -> list[Recommendations]:
         """:meth:`recommend` for several histories at once, in their order."""
         ids = [self._history(history) for history in histories]
-        return self.best(self.scores(ids), k, ids if exclude_seen else None) if ids else []
+        if not ids:
+            return []
+        return self.catalogue.best(self.scores(ids), k, ids if exclude_seen else None)
 
     def session(self, history: Sequence[str] = ()) -> Session:
         """A user whose events come one by one: ``update(item)`` takes one, ``top(k)`` recommends.
@@ -85,23 +88,7 @@ class Recommender:
         """
         if not getattr(self.model, "carries_state", False):
             raise UserError(f"session: {self._name} carries no state from event to event; use recommend(history)")
-        return Session(self, self.to_ids(history))
-
-    def best(
-        self, scores: Tensor, k: int, excluded: Sequence[Sequence[int]] | None = None
-    ) -> list[list[tuple[str, float]]]:
-        """The k best of scores ``[B, V]``, which are written into, as tokens; without padding and the excluded ids."""
-        if k < 1:
-            raise UserError(f"k: must be at least 1, got {k}")
-        scores = scores[:, : len(self.items)]
-        scores[:, 0] = -torch.inf
-        for row, seen in enumerate(excluded or ()):
-            scores[row, seen] = -torch.inf
-        best = scores.topk(min(k, len(self.items) - 1))
-        return [
-            [(self.items[item], score) for item, score in zip(items, row) if score > -torch.inf]
-            for items, row in zip(best.indices.tolist(), best.values.tolist())
-        ]
+        return Session(self.model, self.catalogue, self.catalogue.ids(history))
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[int]]) -> Tensor:
@@ -124,26 +111,7 @@ class Recommender:
     def _history(self, history: Sequence[str]) -> list[int]:
         if isinstance(history, str) or not len(history):
             raise UserError(f"history: must be a list of one item token or more, got {history!r}")
-        return self.to_ids(history)
-
-    def to_ids(self, history: Sequence[str]) -> list[int]:
-        """Item ids of tokens.
-
-        Raises:
-            UserError: a token is not in the catalogue.
-        """
-        try:
-            return [self._ids[str(token)] for token in history]
-        except KeyError as error:
-            token = str(error.args[0])
-            raise UserError(f"history: item '{token}' is not in the catalogue of {len(self._ids)} items") from None
-
-
-class _SavedConfig(dict[str, Any]):
-    """A configuration as RecBole's models read it: an absent key is None."""
-
-    def __missing__(self, key: str) -> None:
-        return None
+        return self.catalogue.ids(history)
 
 
 def load_recommender(
@@ -163,11 +131,12 @@ def load_recommender(
     saved = checkpoint.read(path)
     try:
         name, catalogue = saved.info["model"], saved.info["catalogue"]
-        config = _SavedConfig(saved.info["config"])
+        config = dict(saved.info["config"], model=name)
         items, sizes = catalogue["items"], catalogue["sizes"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
     config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = get_model(name)(config, DatasetOutline(sizes, name, catalogue.get("titles")))
+    outline = DatasetOutline(sizes, name, catalogue.get("titles"))
+    model = build_model(config, outline, config["device"])
     load_weights(model, saved, path)
-    return Recommender(model.to(config["device"]), config, items, cuda_graphs=cuda_graphs)
+    return Recommender(model, config, items, cuda_graphs=cuda_graphs)

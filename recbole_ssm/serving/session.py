@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.layers import MixerState
 from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
 from recbole_ssm.ops import native
-
-if TYPE_CHECKING:
-    from recbole_ssm.serving.recommender import Recommender
+from recbole_ssm.serving.catalogue import Catalogue, Recommendations
 
 
 class Session:
@@ -25,12 +23,16 @@ class Session:
     part: ``recommend`` reads the newest MAX_ITEM_LIST_LENGTH events, as RecBole does; the state has read all of them.
 
     A session is for one thread at a time, and its model must stay where it is: no ``to``, no further training.
+
+    Args:
+        model: a model that carries state, in evaluation mode.
+        catalogue: its items.
+        history: item ids so far, oldest first.
     """
 
     @torch.inference_mode()
-    def __init__(self, recommender: Recommender, history: Sequence[int]) -> None:
-        model = recommender.model
-        self._recommender = recommender
+    def __init__(self, model: Any, catalogue: Catalogue, history: Sequence[int]) -> None:
+        self._model, self._catalogue = model, catalogue
         self._seen = set(history)
         device = model.item_embedding.weight.device
         if history:
@@ -50,12 +52,12 @@ class Session:
         Raises:
             UserError: the item is not in the catalogue.
         """
-        (index,) = self._recommender.to_ids([item])
+        (index,) = self._catalogue.ids([item])
         self._output = self._step([index])
         self._seen.add(index)
 
     @torch.inference_mode()
-    def top(self, k: int = 10, *, exclude_seen: bool = False) -> list[tuple[str, float]]:
+    def top(self, k: int = 10, *, exclude_seen: bool = False) -> Recommendations:
         """The k items most likely to come next; as :meth:`Recommender.recommend`.
 
         Raises:
@@ -63,8 +65,8 @@ class Session:
         """
         if self._output is None:
             raise UserError("session: there was no event yet; give a history, or update(item) first")
-        scores = self._output @ self._recommender.model.item_embedding.weight.T
-        return self._recommender.best(scores, k, [list(self._seen)] if exclude_seen else None)[0]
+        scores = self._output @ self._model.item_embedding.weight.T
+        return self._catalogue.best(scores, k, [list(self._seen)] if exclude_seen else None)[0]
 
 
 class Stepper:

@@ -20,9 +20,10 @@ from recbole_ssm.llm import preference
 from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import prompt_words
 from recbole_ssm.llm.reranking import metrics
+from recbole_ssm.llm.retriever import find_retriever
 from recbole_ssm.model import LlamaRec
 from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
-from recbole_ssm.quick_start import _find_retriever, configure
+from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
 
@@ -193,10 +194,9 @@ def untrained(options, **more):
         "data_path": options["data_path"], "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"],
         "embedding_size": 16, "hidden_size": 16,
     })  # fmt: skip
-    config["retriever_settings"] = dict(settings.final_config_dict)
     loaders = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
-    return LlamaRec(config, loaders[0]._dataset).eval(), loaders
+    return LlamaRec(config, loaders[0]._dataset, settings.final_config_dict).eval(), loaders
 
 
 def test_sft_is_the_negative_log_likelihood_of_the_right_letter(circle):
@@ -292,7 +292,8 @@ def test_of_a_retrievers_folder_the_best_checkpoint_is_taken(trained):
     path = pathlib.Path(trained["options"]["retriever_checkpoint"])
     assert len(list(path.parent.glob("*.safetensors"))) > 1
     options = {**trained["options"], "retriever_checkpoint": str(path.parent)}
-    assert _find_retriever(configure("LlamaRec", "circle", config_dict=options), None)[0] == path
+    found = find_retriever(configure("LlamaRec", "circle", config_dict=options), None, configure, pytest.fail)
+    assert found.weights()[0] == path
 
 
 def test_scores_are_the_retrievers_but_for_the_candidates_order(trained):
@@ -336,15 +337,13 @@ def test_the_shuffle_depends_on_seed_history_and_items_alone():
 def test_the_metrics_are_recboles(trained):
     """Both measures agree with RecBole's evaluator, and leaving out the hopeless changes no metric."""
     config = configure("LlamaRec", "circle", config_dict=trained["options"])
-    config["retriever_settings"] = checkpoint.read(pathlib.Path(trained["orpo"]["checkpoint"])).info["config"][
-        "retriever_settings"
-    ]
+    path = pathlib.Path(trained["orpo"]["checkpoint"])
+    settings = checkpoint.read(path).info["config"]["retriever_settings"]
     train, _, test = create_loaders(config, create_dataset(config))
     results = []
     for rerank in ("all", "retrieved"):
         config["rerank"] = rerank
-        model = LlamaRec(config, train._dataset)
-        path = pathlib.Path(trained["orpo"]["checkpoint"])
+        model = LlamaRec(config, train._dataset, settings)
         load_weights(model, checkpoint.read(path), path)
         trainer = Trainer(config, model)
         results.append(trainer.evaluate(test, load_best_model=False))

@@ -1,0 +1,122 @@
+"""The first stage of a ranker: how its retriever is configured, and where its trained weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recbole.utils.argument_list import dataset_arguments
+
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.loader import create_loaders
+from recbole_ssm.errors import UserError
+from recbole_ssm.trainer import checkpoint
+from recbole_ssm.trainer.checkpoint import Checkpoint, load_weights, plain, settings_of
+
+SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
+"""What data there is and how it is split is the same for a ranker and its retriever, which else could learn what is
+tested."""
+
+
+class Retriever(NamedTuple):
+    """A ranker's retriever before the ranker is built."""
+
+    settings: dict[str, Any]
+    """The configuration with which it was trained, or will be."""
+    weights: Callable[[], tuple[Path, Checkpoint]] | None
+    """Trains it or reads it; None where the ranker's own checkpoint holds its weights."""
+
+    def load_into(self, ranker: Any) -> None:
+        """Give the ranker's ``retriever`` its weights; it is trained now if it must be."""
+        if self.weights is not None:
+            path, found = self.weights()
+            load_weights(ranker.retriever, found, path)
+            ranker.settings["retriever_checkpoint"] = str(path)
+
+
+def find_retriever(
+    config: Any,
+    saved: Checkpoint | None,
+    configure: Callable[..., Any],
+    train: Callable[[Any], str],
+) -> Retriever:
+    """The retriever of a ranker's configuration.
+
+    Args:
+        config: the ranker's configuration. ``retriever_checkpoint`` names a trained retriever, ``retriever`` and
+            ``retriever_config`` one to train.
+        saved: the ranker's own checkpoint, where its run goes on from one.
+        configure: makes a configuration from a model's name, a data set's and ``config_dict``.
+        train: trains a configuration and returns the path of its best checkpoint.
+
+    Raises:
+        UserError: the named retriever is of another model, or was trained on other rows than this run's training part.
+    """
+    if saved is not None:
+        return Retriever(saved.info["config"]["retriever_settings"], None)
+    own = _config_of(config, configure)
+    if config["retriever_checkpoint"] is None:
+
+        def trained() -> tuple[Path, Checkpoint]:
+            path = Path(train(own))
+            return path, checkpoint.read(path)
+
+        return Retriever(settings_of(own), trained)
+    path = Path(config["retriever_checkpoint"])
+    path = path / checkpoint.BEST if path.is_dir() else path
+    found = checkpoint.read(path)
+    _check_rows(config, own, path, found)
+    return Retriever(found.info["config"], lambda: (path, found))
+
+
+def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:
+    """Refuse options of a retriever that cannot work.
+
+    Args:
+        options: ``retriever``, ``retriever_config`` and ``retriever_checkpoint``.
+        find_model: the class of a model's name.
+
+    Raises:
+        UserError: a value is impossible, or does not go with another.
+    """
+    for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
+        if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
+            raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
+    own = {} if options["retriever_config"] is None else options["retriever_config"]
+    if not isinstance(own, Mapping):
+        raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
+    for key in own:
+        if key in SHARED:
+            raise UserError(
+                f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is "
+                f"tested; give {key} beside retriever_config"
+            )
+    if getattr(find_model(options["retriever"]), "reads_text", False):
+        raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
+    if own and options["retriever_checkpoint"] is not None:
+        raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
+
+
+def _config_of(config: Any, configure: Callable[..., Any]) -> Any:
+    """``retriever_config``, with the ranker's options of data, evaluation and machine."""
+    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
+    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
+    options = {key: value for key, value in config.external_config_dict.items() if key in shared}
+    options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
+    return configure(config["retriever"], config["dataset"], config_dict=options)
+
+
+def _check_rows(config: Any, own: Any, path: Path, found: Checkpoint) -> None:
+    """Refuse a trained retriever that may know what the ranker is tested on."""
+    if found.info["model"] != config["retriever"]:
+        raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
+    train_data, _, _ = create_loaders(own, create_dataset(own))
+    # The split counts too: the best epoch was chosen on the retriever's own validation part, which must not be
+    # what this run tests on.
+    same_split = found.info["config"]["eval_args"]["split"] == plain(config["eval_args"]["split"])
+    if not same_split or train_data.fingerprint() != found.info["training"]["fingerprint"]:
+        raise UserError(
+            f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
+            "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"
+        )
