@@ -29,7 +29,6 @@ KNOWN_LONG: set[str] = {
     "ops/triton/operators.py",
     "optim/usgm.py",
     "study/tune.py",
-    "trainer/trainer.py",
 }
 
 

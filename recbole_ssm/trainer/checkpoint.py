@@ -8,7 +8,10 @@ the disk and renamed.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -140,6 +143,17 @@ def newest(folder: Path) -> tuple[Path, Checkpoint]:
             if path.exists():
                 getLogger().warning(f"{error}; trying an earlier one")
     raise UserError(f"folder {folder}: no checkpoint that could be read; a run's folder holds step-*{SUFFIX}")
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder of a run, ``<parent>/<name>-<time>``; no two runs share one."""
+    stem = f"{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    for attempt in itertools.count(1):
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 def step_file(folder: Path, step: int) -> Path:

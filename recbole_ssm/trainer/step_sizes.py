@@ -37,7 +37,12 @@ class StepSizes(Hook):
             self.rows = [row for row in self.rows if row[0] % self.every == 0]  # type: ignore[operator]
 
     def on_epoch_end(self, trainer: Training, epoch: int, loss: float) -> None:
-        """Write what is there."""
+        """Log the sizes, put them on TensorBoard, and write what is there."""
+        for number, size in enumerate(trainer.optimizer.step_sizes()):
+            H = 1 / size if size else math.inf
+            trainer.logger.info(f"{trainer.config['learner']}: group {number} H {H:.4g}, step size {size:.4g}")
+            trainer.tensorboard.add_scalar(f"StepSize/{number}", size, epoch)
+            trainer.tensorboard.add_scalar(f"H/{number}", H, epoch)
         if trainer.folder is not None and distributed.rank() == 0 and self.rows:
             self._write(trainer.folder)
 

@@ -19,7 +19,7 @@ from recbole_ssm.model import get_model
 from recbole_ssm.optim import USGM, AdaptiveBatchSize
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
-from recbole_ssm.trainer.adaptive import OF_THE_RUN
+from recbole_ssm.trainer.gradients import OF_THE_RUN
 
 
 def options_of(toy, rule, **more):
@@ -38,7 +38,7 @@ class Watch(Hook):
 
     def on_step_end(self, trainer, step, loss):
         self.sizes.append(step.targets)
-        epoch = self.seen.setdefault(trainer._position["epoch"], [])
+        epoch = self.seen.setdefault(trainer.position.epoch, [])
         for part in step.parts:
             batch = part.batch
             epoch += (batch.target if isinstance(batch, PackedBatch) else batch["item_id"]).tolist()
@@ -95,7 +95,7 @@ def fit(toy, scale=None, **options):
     torch.manual_seed(0)
     trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset))
     if scale:  # which RecBole's key brings on GPUs alone
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer.fit(train, saved=False)
     return trainer
 
@@ -103,9 +103,9 @@ def fit(toy, scale=None, **options):
 def test_a_gradient_scaler_changes_no_measurement(toy):
     """Scaled by 2^16 and back, exact in float32: the same measurements, sizes and weights."""
     plain, scaled = (fit(toy, scale, adaptive_batch_args={"theta": 0.2}) for scale in (None, 2.0**16))
-    assert scaled.scaler.is_enabled() and scaled.scaler.get_scale() == 2.0**16
-    assert max(row[1] for row in scaled.adaptive.rows) > 16, "the batch grows in this test"
-    for found, expected in zip(scaled.adaptive.rows, plain.adaptive.rows):
+    assert scaled.learner.scaler.is_enabled() and scaled.learner.scaler.get_scale() == 2.0**16
+    assert max(row[1] for row in scaled.gradients.rows) > 16, "the batch grows in this test"
+    for found, expected in zip(scaled.gradients.rows, plain.gradients.rows):
         assert found == pytest.approx(expected, rel=1e-3, nan_ok=True)
     for a, b in zip(scaled.model.parameters(), plain.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -125,8 +125,8 @@ def test_every_measured_step_is_on_tensorboard(toy):
     trainer = Trainer(config, get_model("2Mamba4Rec")(config, train._dataset), [Record()])
     trainer.fit(train, saved=False)
     for name in ("batch_size", "step_size", "sigma", "nu", "L"):
-        assert [step for step, _ in said[f"AdaptiveBatch/{name}"]] == [int(row[0]) for row in trainer.adaptive.rows]
-    assert said["AdaptiveBatch/sigma"][-1][1] ** 2 == pytest.approx(trainer.adaptive.sizes.variance)
+        assert [step for step, _ in said[f"AdaptiveBatch/{name}"]] == [int(row[0]) for row in trainer.gradients.rows]
+    assert said["AdaptiveBatch/sigma"][-1][1] ** 2 == pytest.approx(trainer.gradients.sizes.variance)
     for number in (0, 1):
         ((_, H),), ((_, size),) = said[f"H/{number}"], said[f"StepSize/{number}"]
         assert H == pytest.approx(1 / size) == pytest.approx(trainer.optimizer.param_groups[number]["H"])

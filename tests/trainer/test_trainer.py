@@ -67,7 +67,8 @@ def test_processes_do_not_race_for_the_folder_of_checkpoints(toy, tmp_path, monk
 
 def test_every_hook_method_is_there_to_override():
     moments = {name for name in vars(Hook) if name.startswith("on_")}
-    source = (pathlib.Path(__file__).parent.parent.parent / "recbole_ssm/trainer/trainer.py").read_text()
+    folder = pathlib.Path(__file__).parent.parent.parent / "recbole_ssm/trainer"
+    source = "".join((folder / name).read_text() for name in ("trainer.py", "evaluate.py"))
     assert moments == {name for name in moments if f'"{name}"' in source}
 
 
@@ -284,7 +285,7 @@ def test_learners_take_their_arguments(toy):
 
 def test_a_plateau_of_a_score_that_should_rise(toy):
     trainer, _, _ = build("2Mamba4Rec", toy, lr_scheduler="ReduceLROnPlateau")
-    assert trainer.scheduler.mode == "max"
+    assert trainer.learner.scheduler.mode == "max"
     with pytest.raises(UserError, match="lr_scheduler_interval: ReduceLROnPlateau looks at validation; take 'epoch'"):
         build("2Mamba4Rec", toy, lr_scheduler="ReduceLROnPlateau", lr_scheduler_interval="step")
 

@@ -1,0 +1,214 @@
+"""The optimiser of a run, with its schedule, its gradient scaler and the average of its iterates."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer, lr_scheduler
+
+from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
+from recbole_ssm.trainer.checkpoint import keyed, plain, unkeyed
+from recbole_ssm.trainer.snapshot import Snapshot
+
+
+class Learner:
+    """Takes the steps of training, from gradients that are complete.
+
+    The model holds the weights that the optimiser goes on from. Where those that are tested and served are others (the
+    average of its iterates, or the output of an accelerated method), they are an ``evaluation_point`` of the optimiser
+    or of the average.
+
+    Args:
+        config: ``learner``, ``learning_rate``, ``weight_decay``, ``learner_args``, ``learner_groups`` and
+            ``learner_average``; ``lr_scheduler``, ``lr_scheduler_args`` and ``lr_scheduler_interval``;
+            ``clip_grad_norm``.
+        model: whose weights are trained.
+        scaled: whether gradients are scaled, for the sake of half precision.
+        bigger: whether the higher of two validation scores is the better one.
+
+    Raises:
+        UserError: an option is impossible, or does not go with another.
+    """
+
+    def __init__(self, config: Any, model: nn.Module, scaled: bool, bigger: bool) -> None:
+        self.model = model
+        self.name: str = config["learner"]
+        self.clip_grad_norm: Mapping[str, Any] | None = config["clip_grad_norm"]
+        self.interval: str = config["lr_scheduler_interval"]
+        self.optimizer = _build_optimizer(config, model)
+        self.scheduler = _build_scheduler(config, self.optimizer, bigger)
+        self.scaler = torch.amp.GradScaler(torch.device(config["device"]).type, enabled=scaled)
+        self._output = _build_output(config, self.optimizer)
+        self._optimizer_weights: Mapping[str, Tensor] = {}
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
+        own = getattr(self.optimizer, "step_sizes", None)
+        return own()[0] if own else self.optimizer.param_groups[0]["lr"]
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def unscale(self) -> None:
+        """Give complete gradients their true size."""
+        self.scaler.unscale_(self.optimizer)
+
+    def step(self) -> None:
+        """Clip the gradients, and move the weights."""
+        if self.clip_grad_norm:
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def schedule(self, interval: str, score: float | None = None) -> None:
+        """Move the schedule on, if it goes by this interval.
+
+        Args:
+            interval: what has ended, ``step`` or ``epoch``.
+            score: that of the epoch's validation, where there was one.
+        """
+        if self.scheduler is None or self.interval != interval:
+            return
+        if not isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+        elif score is not None:
+            self.scheduler.step(score)
+
+    def check_length(self, epochs: int, steps: int) -> None:
+        """Make sure that the schedule is long enough: OneCycleLR would stop a run in the middle of its training.
+
+        Args:
+            epochs: how many epochs are planned.
+            steps: how many steps an epoch has.
+
+        Raises:
+            UserError: it is too short.
+        """
+        planned = epochs * (steps if self.interval == "step" else 1)
+        if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < planned:
+            raise UserError(
+                f"lr_scheduler_args: total_steps is {self.scheduler.total_steps}, but {planned} steps come; "
+                f"give {planned}"
+            )
+
+    # --- what is tested and served -----------------------------------------------------------------------------------
+
+    def evaluation_point(self) -> contextlib.AbstractContextManager[Any]:
+        """While the context lasts, the model holds the weights that are tested and served."""
+        return contextlib.nullcontext() if self._output is None else self._output.evaluation_point()
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's state as it is tested and served, and the weights that training goes on from where they differ.
+
+        The first holds the model's own tensors where they are the same.
+        """
+        here = self.model.state_dict()
+        if self._output is None:
+            return here, {}
+        with self.evaluation_point():
+            outputs = {name: tensor.clone() for name, tensor in here.items()}
+        return outputs, {name: t.clone() for name, t in here.items() if not torch.equal(t, outputs[name])}
+
+    def give_output(self) -> None:
+        """Let the model hold the weights that are tested and served, until :meth:`take_back` is called."""
+        if self._output is not None:
+            outputs, self._optimizer_weights = self.weights()
+            self._set_weights(outputs)
+
+    def take_back(self) -> None:
+        """Let the model hold the weights that training goes on from again."""
+        self._set_weights(self._optimizer_weights)
+        self._optimizer_weights = {}
+
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        state = self.model.state_dict()
+        for name, weight in weights.items():
+            state[name].copy_(weight)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint holds of schedule and scaler, in JSON's terms."""
+        scheduler = keyed(self.scheduler.state_dict()) if self.scheduler else None
+        return {"scheduler": scheduler, "scaler": plain(self.scaler.state_dict())}
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Go on from a moment of training; RecBole's own checkpoints have nothing of schedule and scaler."""
+        self._optimizer_weights = {}
+        self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        if "scaler" in snapshot.progress:
+            if self.scheduler:
+                self.scheduler.load_state_dict(unkeyed(snapshot.progress["scheduler"]))
+            self.scaler.load_state_dict(snapshot.progress["scaler"])
+
+
+def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
+    """RecBole's learners by their names, and ours, with ``learner_args`` and ``learner_groups``."""
+    name, arguments = config["learner"], dict(config["learner_args"] or {})
+    if arguments.get("same_batch"):
+        raise UserError("learner_args: same_batch takes each gradient twice, and training gives one; leave it out")
+    defaults = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
+    if hasattr(LEARNERS[name], "step_sizes"):
+        # Such an optimiser finds its own.
+        del defaults["lr"]
+    if name == "sparse_adam":
+        del defaults["weight_decay"]
+    own: Mapping[str, Any] = config["learner_groups"] or {}
+    try:
+        trained = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
+        groups = parameter_groups(trained, own)
+    except UserError as error:
+        raise UserError(f"learner_groups: {error}") from error
+    try:
+        optimizer = LEARNERS[name](groups, **{**defaults, **arguments})  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
+    # PyTorch would keep other keys of a group, unused.
+    known = set(inspect.signature(LEARNERS[name]).parameters) & set(optimizer.defaults)
+    for options in own.values():
+        for key in options:
+            if key not in known:
+                raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
+    return optimizer
+
+
+def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
+    """Any scheduler of torch.optim by its name, or None."""
+    name, arguments = config["lr_scheduler"], config["lr_scheduler_args"] or {}
+    if name is None:
+        return None
+    if hasattr(optimizer, "step_sizes"):
+        raise UserError(f"lr_scheduler: {config['learner']} finds its own step size; leave lr_scheduler empty")
+    known: dict[str, Any] = {
+        key: value for key, value in vars(lr_scheduler).items() if inspect.isclass(value) and hasattr(value, "step")
+    }
+    if name not in known:
+        raise UserError(f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), known)}")
+    if name == "ReduceLROnPlateau":
+        if config["lr_scheduler_interval"] == "step":
+            raise UserError("lr_scheduler_interval: ReduceLROnPlateau looks at validation; take 'epoch'")
+        arguments = {"mode": "max" if bigger else "min", **arguments}
+    try:
+        return known[name](optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lr_scheduler_args: {name} does not take {arguments} ({error})") from error
+
+
+def _build_output(config: Any, optimizer: Optimizer) -> Any:
+    """What has an ``evaluation_point``, where the weights to test are not those that training goes on from; or None."""
+    own, power = hasattr(optimizer, "evaluation_point"), config["learner_average"]
+    if power is None:
+        return optimizer if own else None
+    if own:
+        raise UserError(f"learner_average: {config['learner']} has an output of its own; leave learner_average empty")
+    try:
+        return IterateAverage(optimizer, power)
+    except UserError as error:
+        raise UserError(f"learner_average: {error}, or leave it empty for no mean") from error
