@@ -2,29 +2,57 @@
 2Mamba4Rec
 ################################################
 Reference:
-    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec with the
-    mixer of Mamba-2 (Dao and Gu, arXiv 2405.21060).
+    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec (Liu et al.,
+    arXiv 2403.03900) with the mixer of Mamba-2 (Dao and Gu, arXiv 2405.21060).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from recbole_ssm.layers import Mamba2
+from torch import Tensor, nn
+
+from recbole_ssm.layers import Block, Dropout, Mamba2
+from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.recommender import SSMRecommender
 
 
 class TwoMamba4Rec(SSMRecommender):
-    """2Mamba4Rec encodes a history with Mamba-2's SSD: a larger state, one decay a head, matrix products throughout."""
+    """2Mamba4Rec encodes a history with Mamba-2's SSD: a larger state, one decay a head, matrix products throughout.
 
-    def build_mixer(self, config: Any) -> Mamba2:
-        """Mamba-2, sized by the config."""
-        return Mamba2(
-            d_model=config["hidden_size"],
-            d_state=config["d_state"],
-            d_conv=config["d_conv"],
-            expand=config["expand"],
-            head_dim=config["head_dim"],
-            n_groups=config["n_groups"],
-            dt_init=config["dt_init"],
+    A head's inputs x become outputs y by ``h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t + D x_t``,
+    where a is a number, and dt, B and C depend on the inputs: :mod:`recbole_ssm.layers.mamba2`. Readout, scores and
+    loss are Mamba4Rec's.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+
+        # load parameters info
+        keys = ("d_state", "d_conv", "expand", "head_dim", "n_groups", "dt_init")
+        sizes = {key: config[key] for key in keys}
+
+        # define layers and loss
+        self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
+        self.dropout = Dropout(self.dropout_prob)
+        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
+        self.blocks = nn.ModuleList(
+            Block(Mamba2(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual)
+            for _ in range(self.num_layers)
         )
+        self.loss = NextItemLoss(config, dataset, self.n_items)
+
+        # parameters initialization
+        self.apply(self._init_weights)
+        self._reset_dt()
+
+    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+        """As :meth:`PackedRecommender.encode`."""
+        # The embedding layer. The scan knows the order of events, so no position is added.
+        u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
+        # The blocks, each of them y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
+        # ``residual`` decides whether u is added.
+        for number, block in enumerate(self.blocks, 1):
+            at_last = last_only and number == self.num_layers
+            u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
+        return u if last_only else u[0]
