@@ -356,7 +356,7 @@ class Config(recbole.config.Config):
         if name not in SPLITS:
             raise UserError(f"eval_args: there is no split {name!r}; known are {', '.join(SPLITS)}")
         if name == temporal.NAME:
-            temporal.check_ratios(value)
+            temporal.check_parts(value)
         elif name == "LS" and value not in SPLITS["LS"]:
             raise UserError(f"eval_args: LS must be one of {', '.join(SPLITS['LS'])}, got {value!r}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import math
+import re
 import warnings
 import zipfile
 from logging import getLogger
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from recbole_ssm import compat
 from recbole_ssm.data import temporal
@@ -19,11 +21,12 @@ from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require
 from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
 from recbole_ssm.data.lines import BadLines
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, did_you_mean
 
 compat.install()
 
 import recbole.data.dataset  # noqa: E402
+from recbole.data.interaction import Interaction  # noqa: E402
 from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
 from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
@@ -52,8 +55,9 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
     """RecBole's SequentialDataset, with these differences:
 
     - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
-    - events are sorted by time in float64, stably: events of one time keep the order of the file. RecBole rounds to
-      float32 first, 64 s and coarser (``legacy_time_order: true`` brings that back);
+    - times are whole numbers (int64) where the file's are, and events are sorted by them, stably: events of one time
+      keep the order of the file. RecBole rounds to float32 first, 64 s and coarser (``legacy_time_order: true`` brings
+      that back). Batches carry seconds, whether the file counts them or milli-, micro- or nanoseconds;
     - a data set that is missing is downloaded whole or not at all;
     - prefixes are gathered batch by batch (:class:`recbole_ssm.data.prefixes.Prefixes`), the same rows in the same
       order; RecBole stores them all, padded;
@@ -117,11 +121,12 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
+        time_field = self.time_field if source == FeatureSource.INTERACTION else None
         side = Path(self.config["checkpoint_dir"]) / f"{path.name}.skipped"
         with BadLines(path, self.config["on_bad_lines"], side) as bad:
             found = read_columns(
                 path,
-                columns,
+                {name: "time" if name == time_field else kind for name, kind in columns.items()},
                 required=required,
                 separator=separator,
                 seq_separator=self.config["seq_separator"],
@@ -188,6 +193,38 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         # RecBole sorts by time here too, but unstably, and all that follows keeps that order.
         self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable").drop_duplicates(fields, keep=keep)
 
+    def _parse_intervals_str(self, intervals_str: Any) -> Any:
+        """``"[3,inf)"`` -> ``[("[", 3, inf, ")")]``; whole numbers stay exact. RecBole skips what it cannot read."""
+        if intervals_str is None:
+            return None
+        found = []
+        for text in str(intervals_str).split(";"):
+            match = re.fullmatch(r"\s*([\[(])([^,]+),([^,]+)([\])])\s*", text)
+            ends = [_number(end) for end in match.groups()[1:3]] if match else []
+            if not match or None in ends or not ends[0] <= ends[1]:
+                raise UserError(f"{text!r} is no interval, in {intervals_str!r}; intervals read [3,inf) or (0,1];[3,4)")
+            found.append((match[1], *ends, match[4]))
+        return found
+
+    def _filter_by_field_value(self) -> None:
+        for field, accepted in (self.config["val_interval"] or {}).items():
+            kind = self.field2type.get(field)
+            if kind is None:
+                hint = did_you_mean(field, self.field2type)
+                raise UserError(f"val_interval: {field} is not loaded; see load_col{hint}")
+            if kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
+                raise UserError(f"val_interval: {field} holds sequences; only a number or a token can be a filter")
+            if kind == FeatureType.TOKEN and not isinstance(accepted, list):
+                raise UserError(f"val_interval: {field} holds tokens, so it takes a list of them, got {accepted!r}")
+        super()._filter_by_field_value()
+
+    def _normalize(self) -> None:
+        """As RecBole's, but times stay times."""
+        times = None if self.config["legacy_time_order"] else self.inter_feat.get(self.time_field)
+        super()._normalize()
+        if times is not None:
+            self.inter_feat[self.time_field] = times
+
     def _filter_by_inter_num(self) -> None:
         """RecBole's filter, after one that leaves the same and takes the bulk away by array operations."""
         least = []
@@ -206,7 +243,7 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
 
     def _change_feat_format(self) -> None:
         if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
-            # Before RecBole rounds to float32: its later sorts are stable, and rounding keeps the order.
+            # Before times become seconds: all later sorts are stable, and rounding keeps the order.
             order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
             # One column after the other, because a second copy of all would double the memory.
             for column in self.inter_feat:
@@ -232,6 +269,18 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
             list_suffix=self.config["LIST_SUFFIX"],
             length_field=self.item_list_length_field,
         )
+
+    def sort(self, by: Any, ascending: Any = True) -> None:
+        """As RecBole's.
+
+        A split of each user's rows takes the users in the order of time of their first rows, in float32 since 0.1.0. It
+        decides nothing but from which order a seed draws its batches, so it stays.
+        """
+        of_each_user = self.config["eval_args"]["group_by"] == "user" or "RS" not in self.config["eval_args"]["split"]
+        if by == self.time_field and of_each_user and isinstance(self.inter_feat, Prefixes):
+            self.inter_feat.reorder(np.argsort(self.inter_feat[by].numpy().astype(np.float32), kind="stable"))
+        else:
+            super().sort(by, ascending)
 
     def leave_one_out(self, group_by: str, leave_one_mode: str) -> list[Any]:
         """As RecBole's, without its lists of Python numbers."""
@@ -317,7 +366,7 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
             # As RecBole will sort them.
             times = times.astype(np.float32)
         if temporal.NAME in split:
-            parts = temporal.split_by_time(times, temporal.check_ratios(split[temporal.NAME]))
+            parts = temporal.split_by_time(times, temporal.check_parts(split[temporal.NAME]))
             self._part_of_row = temporal.parts_of_targets(parts, users, times)
             self.logger.info(f"split by time: {temporal.sentence(temporal.describe(parts, users, items, times))}")
             if temporal.is_position(users, times):
@@ -345,4 +394,16 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         with warnings.catch_warnings():
             # pandas 3 hands out read-only arrays, which RecBole copies into tensors.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return super()._dataframe_to_interaction(data)
+            found = super()._dataframe_to_interaction(data)
+        if data is self.inter_feat and self.time_field in data and not self.config["legacy_time_order"]:
+            times = data[self.time_field].to_numpy()
+            found.update(Interaction({self.time_field: torch.from_numpy(temporal.in_seconds(times))}))
+        return found
+
+
+def _number(text: str) -> Any:
+    """The number that a text spells, exact where it is whole; None if it spells none."""
+    try:
+        return int(text) if re.fullmatch(r"\s*-?[0-9]+\s*", text) else float(text)
+    except ValueError:
+        return None

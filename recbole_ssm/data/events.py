@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow.compute as pc
 
+from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.lines import BadLines
 
@@ -23,7 +24,7 @@ class Events:
     Attributes:
         users: who acted; no cell is empty.
         items: on what; no cell is empty.
-        times: [rows] float64, in whatever unit the file has.
+        times: [rows] int64 or float64, in whatever unit the file has.
         ratings: [rows] float64, or None.
     """
 
@@ -149,15 +150,24 @@ def oddities(
             f"{len(again):,} such lines in all; rm_dup_inter: same_time drops them and keeps other repeats, as convert "
             "--duplicates=same_time does",
         )
+    unit, _ = temporal.unit_of(events.times)
+    row = int(events.times.argmin())
+    first = events.times[row]
+    if unit and 10**8 < first < next(least for least, _, name in temporal.UNITS if name == unit):
+        yield (
+            logging.WARNING,
+            f"{bad.path}, line {bad.line_of(row)}: {time} is {temporal.shown(first)}, but others are counted in {unit} "
+            f"since 1970, up to {temporal.shown(events.times.max())}; write all in one unit",
+        )
     backwards = rows_back_in_time(events)
     if len(backwards):
         row = int(backwards.min())
         who = events.users.names[int(events.users.codes[row])].as_py()
         yield (
             logging.INFO,
-            f"{bad.path}, line {bad.line_of(row)}: {time} goes back to {events.times[row]:.15g} for {user} {who!r}, "
-            f"and {len(backwards):,} such lines in all; events are sorted by time here, and those of one time keep the "
-            "order of the file",
+            f"{bad.path}, line {bad.line_of(row)}: {time} goes back to {temporal.shown(events.times[row])} for {user} "
+            f"{who!r}, and {len(backwards):,} such lines in all; events are sorted by time here, and those of one time "
+            "keep the order of the file",
         )
 
 

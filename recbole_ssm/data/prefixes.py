@@ -106,11 +106,15 @@ class Prefixes:
         for field, up in zip(reversed(fields), reversed(rising)):
             key = self[field].numpy()
             order = np.argsort(key if key.ndim == 1 else key[..., 0], kind="stable")
-            self._reorder(order if up else order[::-1])
+            self.reorder(order if up else order[::-1])
+
+    def reorder(self, order: np.ndarray) -> None:
+        """Put the rows in that order."""
+        self.target, self.length = self.target[order], self.length[order]
 
     def shuffle(self) -> None:
         """Reorder the rows at random, as Interaction.shuffle."""
-        self._reorder(torch.randperm(len(self)).numpy())
+        self.reorder(torch.randperm(len(self)).numpy())
 
     def drop(self, column: str) -> None:
         """Forget a field of the events, and with it its list."""
@@ -128,9 +132,6 @@ class Prefixes:
             length_field=self.length_field,
             max_length=self.max_length,
         )
-
-    def _reorder(self, order: np.ndarray) -> None:
-        self.target, self.length = self.target[order], self.length[order]
 
     def _gather(self, target: np.ndarray, length: np.ndarray) -> Interaction:
         targets = torch.from_numpy(target).long()

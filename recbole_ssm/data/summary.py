@@ -21,7 +21,6 @@ from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_json
 
-UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "milliseconds"), (1e8, 1.0, "seconds"))
 # Characters of the longest bar.
 BAR = 50
 # The share of histories in the order of their item ids beyond which the order is hardly that of time.
@@ -58,12 +57,12 @@ def main(arguments: Sequence[str]) -> None:
         file = getattr(options, key)
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"--{key}: there is no folder {file.absolute().parent}")
-    ratios = _ratios(options.split)
+    parts = _parts(options.split)
     path = find(options.dataset, options.data_path)
     names = (options.user, options.item, options.time)
     with BadLines(path, options.on_bad_lines) as bad:
         events = read(path, names, bad, options.separator.replace("\\t", "\t"), options.encoding)
-    found = inspect(events, k=options.k_core, ratios=ratios)
+    found = inspect(events, k=options.k_core, parts=parts)
     notes = [text for _, text in oddities(events, names, bad)]
     found = {"dataset": path.stem, "file": str(path), **found, "skipped_lines": len(bad)}
     found["warnings"] = ([str(bad)] if len(bad) else []) + notes + found["warnings"]
@@ -105,18 +104,18 @@ def read(path: Path, names: tuple[str, str, str], bad: BadLines, separator: str,
     header = read_header(path, separator, encoding)
     for key, name, kind in zip(("--user", "--item", "--time"), names, ("token", "token", "float")):
         require_column(path, header, key, name, kind)
-    columns = {name: header[name] for name in names}
+    columns = dict(zip(names, ("token", "token", "time")))
     found = read_columns(path, columns, required=names, separator=separator, encoding=encoding, bad=bad)
     return Events(*(found[name] for name in names))
 
 
-def inspect(events: Events, k: int = 0, ratios: Sequence[float] | None = None) -> dict[str, Any]:
+def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) -> dict[str, Any]:
     """The figures of a data set.
 
     Args:
         events: in the order of their file.
         k: look at the k-core; 0 at all events.
-        ratios: of a split by time; None looks at leave-one-out.
+        parts: of a split by time, as of :func:`recbole_ssm.data.temporal.check_parts`; None looks at leave-one-out.
 
     Returns:
         ``users``, ``items``, ``interactions``, ``sparsity``, ``length`` (of histories), ``repeated_pairs`` (events
@@ -149,9 +148,9 @@ def inspect(events: Events, k: int = 0, ratios: Sequence[float] | None = None) -
         "order": _order(events, sorted_events, starts, lengths),
     }
     warnings = _doubts(found)
-    if ratios is not None:
-        parts = temporal.split_by_time(times, ratios)
-        found["split"] = {temporal.NAME: temporal.describe(parts, users, sorted_events.items.codes, times)}
+    if parts is not None:
+        part_of_event = temporal.split_by_time(times, parts)
+        found["split"] = {temporal.NAME: temporal.describe(part_of_event, users, sorted_events.items.codes, times)}
         if positions:
             warnings.append("a split by time compares nothing across users here")
     else:
@@ -164,8 +163,8 @@ def inspect(events: Events, k: int = 0, ratios: Sequence[float] | None = None) -
 def text(found: dict[str, Any]) -> str:
     """The figures for people, with the lengths of histories as bars."""
     length, time, order = found["length"], found["time"], found["order"]
-    when = f"{time['first']:.15g} to {time['last']:.15g}"
-    if time["unit"] in [unit for _, _, unit in UNITS]:
+    when = f"{temporal.shown(time['first'])} to {temporal.shown(time['last'])}"
+    if "from" in time:
         when = f"{time['from']} to {time['to']} ({time['unit']} since 1970)"
     elif time["unit"]:
         when += f" ({time['unit']})"
@@ -210,13 +209,13 @@ def plot(path: Path, found: dict[str, Any]) -> None:
         axes.set_title(f"{found['dataset']}: {found['users']:,} users, {found['interactions']:,} interactions")
 
 
-def _ratios(split: str) -> list[float] | None:
+def _parts(split: str) -> list[float] | list[int] | None:
     if split == "LS":
         return None
     named = literal(split)
     if not isinstance(named, dict) or list(named) != [temporal.NAME]:
         raise UserError(f"--split: must be LS or {temporal.EXAMPLE.split(': ', 1)[1]}, got {split}")
-    return temporal.check_ratios(named[temporal.NAME])
+    return temporal.check_parts(named[temporal.NAME])
 
 
 def _lengths(lengths: np.ndarray) -> dict[str, Any]:
@@ -240,14 +239,13 @@ def _lengths(lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _time(times: np.ndarray, positions: bool) -> dict[str, Any]:
-    first, last = float(times.min()), float(times.max())
-    found: dict[str, Any] = {"first": first, "last": last, "unit": "positions" if positions else ""}
-    for least, scale, unit in UNITS:
-        if least < last < least * 1e3 and first >= 0:
-            dates = (datetime.fromtimestamp(time / scale, timezone.utc) for time in (first, last))
-            start, end = (f"{date:%Y-%m-%d %H:%M:%S}" for date in dates)
-            return {**found, "unit": unit, "from": start, "to": end}
-    return found
+    first, last = times.min().item(), times.max().item()
+    unit, per_second = temporal.unit_of(times)
+    if not unit:
+        return {"first": first, "last": last, "unit": "positions" if positions else ""}
+    start, end = (datetime.fromtimestamp(time / per_second, timezone.utc) for time in (first, last))
+    shown = {key: f"{date:%Y-%m-%d %H:%M:%S}" for key, date in (("from", start), ("to", end))}
+    return {"first": first, "last": last, "unit": unit, **shown}
 
 
 def _order(events: Events, by_time: Events, starts: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:

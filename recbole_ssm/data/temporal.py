@@ -11,57 +11,112 @@ from typing import Any
 
 import numpy as np
 
+from recbole_ssm.data.times import date_of
 from recbole_ssm.errors import UserError
 
 # The name in eval_args.split, beside RecBole's RS, LS and TS.
 NAME = "GTS"
 EXAMPLE = f"split: {{'{NAME}': [0.8, 0.1, 0.1]}}"
+DATES = f"split: {{'{NAME}': ['2020-01-01', '2020-07-01']}}"
+# Units of clock times: above which the newest of them is counted in it, and how many of them make a second.
+UNITS = (
+    (10**17, 10**9, "nanoseconds"),
+    (10**14, 10**6, "microseconds"),
+    (10**11, 10**3, "milliseconds"),
+    (10**8, 1, "seconds"),
+)
 
 
-def check_ratios(ratios: Any) -> list[float]:
-    """Three positive shares for training, validation and test, scaled to a sum of 1.
+def unit_of(times: np.ndarray) -> tuple[str, int]:
+    """The unit since 1970 in which times are counted, by their size, and how many of it make a second.
+
+    It is ``("", 1)`` for what is no clock time between 1973 and 5138: days, or positions of events.
+    """
+    first, last = times.min(), times.max()
+    for least, per_second, unit in UNITS:
+        if first >= 0 and least < last < least * 1000:
+            return unit, per_second
+    return "", 1
+
+
+def in_seconds(times: np.ndarray) -> np.ndarray:
+    """Clock times [events] in whole seconds, int64; others as they are, rounded down."""
+    return np.floor_divide(times, unit_of(times)[1]).astype(np.int64)
+
+
+def shown(time: float) -> str:
+    """A time in a message: whole numbers in all their digits."""
+    return str(time) if isinstance(time, (int, np.integer)) else f"{time:.15g}"
+
+
+def check_parts(parts: Any) -> list[float] | list[int]:
+    """What ``GTS`` may be.
+
+    Args:
+        parts: three positive shares of the events, to train, validate and test; or two dates, from which on events
+            validate and test.
+
+    Returns:
+        The shares, scaled to a sum of 1; or the dates in nanoseconds since 1970.
 
     Raises:
         UserError: they are anything else.
     """
-    numbers = isinstance(ratios, (list, tuple)) and all(
-        isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < float("inf") for ratio in ratios
+    count = len(parts) if isinstance(parts, (list, tuple)) else 0
+    if count == 3 and all(type(share) in (int, float) and 0 < share < float("inf") for share in parts):
+        return [share / sum(parts) for share in parts]
+    if count == 2:
+        # YAML makes dates of unquoted ones, which are spelt alike.
+        dates = [date_of(str(date)) for date in parts]
+        moments = [date[0] * 10**9 + date[1] for date in dates if date]
+        if len(moments) == 2 and moments[0] < moments[1]:
+            return moments
+    raise UserError(
+        f"eval_args: {NAME} takes three positive shares of the events, got {parts!r}; try {EXAMPLE}, or two dates, "
+        f"from which on events validate and test: {DATES}"
     )
-    if not numbers or len(ratios) != 3:
-        raise UserError(f"eval_args: {NAME} takes three positive shares of the events, got {ratios!r}; try {EXAMPLE}")
-    return [ratio / sum(ratios) for ratio in ratios]
 
 
-def split_by_time(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
+def split_by_time(times: np.ndarray, parts: Sequence[float]) -> np.ndarray:
     """The part of each event: 0 trains, 1 validates, 2 tests; every event of a part is later than all of those before.
 
-    The moments are those at which the shares are reached; all events of one time fall to the same side.
+    Of shares, the moments are those at which they are reached; all events of one time fall to the same side.
 
     Args:
         times: [events].
-        ratios: shares of the events, as of :func:`check_ratios`.
+        parts: as of :func:`check_parts`.
 
     Returns:
         [events] int8.
 
     Raises:
-        UserError: too many events share one time, so that a part stays empty.
+        UserError: a part stays empty, or dates are given and the times are no clock times.
     """
-    moments = np.quantile(times, np.cumsum(ratios)[:2], method="inverted_cdf")
-    parts = np.searchsorted(moments, times, side="left").astype(np.int8)
-    if not all(np.any(parts == part) for part in range(3)):
-        raise UserError(
-            f"eval_args: {NAME} leaves a part without events, as too many of them share one time "
-            f"(from {times.min():.15g} to {times.max():.15g}); choose other shares, or split by LS"
-        )
-    return parts
+    span = f"from {shown(times.min())} to {shown(times.max())}"
+    if len(parts) == 2:
+        unit, per_second = unit_of(times)
+        if not unit:
+            raise UserError(f"eval_args: {NAME} by dates needs clock times, and these go {span}; try {EXAMPLE}")
+        # Rounded up to the unit, because an event that is not before the moment comes after it.
+        moments = np.array([-(-moment * per_second // 10**9) for moment in parts])
+        found = np.searchsorted(moments, times, side="right").astype(np.int8)
+        fault = f"as all of them ({span}) lie on one side of a date; choose other dates"
+    else:
+        moments = np.quantile(times, np.cumsum(parts)[:2], method="inverted_cdf")
+        found = np.searchsorted(moments, times, side="left").astype(np.int8)
+        fault = f"as too many of them share one time ({span}); choose other shares"
+    if not all(np.any(found == part) for part in range(3)):
+        raise UserError(f"eval_args: {NAME} leaves a part without events, {fault}, or split by LS")
+    return found
 
 
 def parts_of_targets(parts: np.ndarray, users: np.ndarray, times: np.ndarray) -> np.ndarray:
     """The part of each row that RecBole makes of events: by user and time, without the first event of each user.
 
     Args:
-        parts: [events] as of :func:`split_by_time`. users: [events] codes. times: [events].
+        parts: [events] as of :func:`split_by_time`.
+        users: [events] codes.
+        times: [events].
 
     Returns:
         [events - users].
@@ -76,7 +131,7 @@ def parts_of_targets(parts: np.ndarray, users: np.ndarray, times: np.ndarray) ->
         if not np.any(rows == part):
             raise UserError(
                 f"eval_args: {NAME} leaves {name} with nothing but first events of users, which cannot be predicted; "
-                "choose other shares"
+                "choose other shares or dates"
             )
     return rows
 
@@ -158,7 +213,10 @@ def describe(parts: np.ndarray, users: np.ndarray, items: np.ndarray, times: np.
     """What a split by time holds: events of each part, its moments, and how much of the test is new.
 
     Args:
-        parts: [events] as of :func:`split_by_time`. users, items: [events] codes. times: [events].
+        parts: [events] as of :func:`split_by_time`.
+        users: [events] codes.
+        items: [events] codes.
+        times: [events].
 
     Returns:
         ``events`` of the three parts; ``validation_after`` and ``test_after``, the last times before them;
@@ -167,8 +225,8 @@ def describe(parts: np.ndarray, users: np.ndarray, items: np.ndarray, times: np.
     train, test = parts == 0, parts == 2
     return {
         "events": np.bincount(parts, minlength=3).tolist(),
-        "validation_after": float(times[train].max()),
-        "test_after": float(times[parts < 2].max()),
+        "validation_after": times[train].max().item(),
+        "test_after": times[parts < 2].max().item(),
         "new_users": _share_of_new(users, train, test),
         "new_items": _share_of_new(items, train, test),
     }
@@ -185,7 +243,7 @@ def sentence(split: dict[str, Any]) -> str:
     """A description as words."""
     train, validation, test = split["events"]
     return (
-        f"{train:,} events train, {validation:,} after {split['validation_after']:.15g} validate, {test:,} after "
-        f"{split['test_after']:.15g} test; of those, {split['new_users']:.1%} are of users and "
+        f"{train:,} events train, {validation:,} after {shown(split['validation_after'])} validate, {test:,} after "
+        f"{shown(split['test_after'])} test; of those, {split['new_users']:.1%} are of users and "
         f"{split['new_items']:.1%} of items without a training event"
     )

@@ -42,7 +42,7 @@ class Moments(Values):
                 # A date, a number in another form than Arrow's, or neither.
                 pass
         spelt = [cell.strip() for cell in cells.to_pylist()]
-        read = {"numbers": [_number(cell) for cell in spelt], "dates": [_date(cell) for cell in spelt]}
+        read = {"numbers": [_number(cell) for cell in spelt], "dates": [date_of(cell) for cell in spelt]}
         if not self._kind:
             # What most of the first cells are that are only one of the two.
             only_dates = [date is not None and number is None for number, date in zip(*read.values())]
@@ -79,7 +79,22 @@ class Moments(Values):
 
 def is_time(cell: str) -> bool:
     """Whether a cell spells a number or a date."""
-    return _number(cell.strip()) is not None or _date(cell.strip()) is not None
+    return _number(cell.strip()) is not None or date_of(cell.strip()) is not None
+
+
+def date_of(cell: str) -> tuple[int, int] | None:
+    """Seconds since 1970 of a date of ISO 8601, and the nanoseconds above them; None for anything else."""
+    compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
+    text = "-".join(compact.groups()) if compact else re.sub("Z$", "+00:00", cell)
+    fraction = ""
+    if split := re.fullmatch(r"(.+:\d{2})[.,](\d+)(.*)", text):
+        text, fraction = split[1] + split[3], split[2][:DIGITS]
+    try:
+        date = datetime.fromisoformat(text)
+        since = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - EPOCH
+    except (ValueError, OverflowError):
+        return None
+    return since.days * 86_400 + since.seconds, int(fraction.ljust(DIGITS, "0"))
 
 
 def decimals(ticks: np.ndarray, digits: int) -> pa.StringArray:
@@ -120,17 +135,3 @@ def _number(cell: str) -> tuple[int, int] | None:
         return None
     whole = exact.to_integral_value(ROUND_FLOOR)
     return int(whole), int((exact - whole) * 10**DIGITS)
-
-
-def _date(cell: str) -> tuple[int, int] | None:
-    compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
-    text = "-".join(compact.groups()) if compact else re.sub("Z$", "+00:00", cell)
-    fraction = ""
-    if split := re.fullmatch(r"(.+:\d{2})[.,](\d+)(.*)", text):
-        text, fraction = split[1] + split[3], split[2][:DIGITS]
-    try:
-        date = datetime.fromisoformat(text)
-        since = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - EPOCH
-    except (ValueError, OverflowError):
-        return None
-    return since.days * 86_400 + since.seconds, int(fraction.ljust(DIGITS, "0"))

@@ -8,6 +8,7 @@ import threading
 import zipfile
 
 import pytest
+import torch
 
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.download import download
@@ -155,6 +156,73 @@ def test_ties_keep_the_order_of_the_file(write_dataset):
     _, _, test = create(options).build()
     row = test.inter_feat["item_id_list"][0]
     assert [test.id2token("item_id", item) for item in row[:4].tolist()] == ["i9", "i2", "i7", "i4"]
+
+
+# --- times ---------------------------------------------------------------------------------------------------------
+
+
+def last_items(data):
+    """The item of the test row of each user."""
+    rows = data.build()[2].inter_feat[:]
+    return dict(zip(data.id2token("user_id", rows["user_id"]), data.id2token("item_id", rows["item_id"])))
+
+
+def test_whole_times_beyond_2_to_the_53_keep_their_order(write_dataset):
+    start = 1_700_000_000_000_000_000
+    lines = [f"u{u}\ti{(u + j) % 15}\t{start + u * 10**6 + j}\n" for u in range(40) for j in range(8)]
+    options = write_dataset(HEADER + "".join(reversed(lines)))
+    assert last_items(create(options)) == {f"u{u}": f"i{(u + 7) % 15}" for u in range(40)}
+
+
+@pytest.mark.parametrize("per_second", [1, 10**3, 10**6, 10**9])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_batches_carry_seconds_whatever_the_file_counts(write_dataset, per_second, normalize):
+    lines = [f"u{u}\ti{(u + j) % 15}\t{(1_700_000_000 + j) * per_second + u}\n" for u in range(4) for j in range(8)]
+    options = write_dataset(HEADER + "".join(lines))
+    options["config_dict"] |= {"normalize_all": normalize, "legacy_time_order": False}
+    train, _, test = create(options).build()
+    late = [1_700_000_007 + (user if per_second == 1 else 0) for user in range(4)]
+    assert test.inter_feat["timestamp"].dtype == torch.int64 and sorted(test.inter_feat["timestamp"].tolist()) == late
+    assert train.inter_feat["timestamp_list"].dtype == torch.int64
+
+
+def test_fractions_and_positions_are_times_too(write_dataset):
+    lines = [f"u{u}\ti{(u + j) % 15}\t{j / 4}\n" for u in range(4) for j in range(8)]
+    options = write_dataset(HEADER + "".join(reversed(lines)))
+    data = create(options)
+    assert last_items(data) == {f"u{u}": f"i{(u + 7) % 15}" for u in range(4)}
+
+
+def test_times_in_two_units_are_noted(write_dataset, caplog):
+    lines = [f"u{u}\ti{(u + j) % 15}\t{(1_700_000_000 + j) * (1000 if u else 1)}\n" for u in range(4) for j in range(8)]
+    with caplog.at_level(logging.WARNING):
+        create(write_dataset(HEADER + "".join(lines)))
+    assert (
+        "line 2: timestamp is 1700000000, but others are counted in milliseconds since 1970, up to 1700" in caplog.text
+    )
+
+
+def test_filters_by_value_are_exact_or_refused(write_dataset):
+    start = 1_700_000_000_000_000_000
+    lines = [f"u{u}\ti{(u + j) % 15}\t{start + j}\n" for u in range(4) for j in range(8)]
+    options = write_dataset(HEADER + "".join(lines))
+    options["config_dict"] |= {"topk": 1, "valid_metric": "NDCG@1", "val_interval": {"timestamp": f"({start + 2},inf)"}}
+    assert len(create(options).inter_feat) == 20
+    refused = [
+        ({"timestamp": ">=3"}, "'>=3' is no interval, in '>=3'; intervals read [3,inf) or (0,1];[3,4)"),
+        ({"timestamp": "[3,2]"}, "'[3,2]' is no interval"),
+        ({"timestamp": "[1,2];x"}, "'x' is no interval, in '[1,2];x'"),
+        ({"time": "[1,2]"}, "val_interval: time is not loaded; see load_col; did you mean 'timestamp'?"),
+        ({"item_id": "i1"}, "val_interval: item_id holds tokens, so it takes a list of them, got 'i1'"),
+    ]
+    for interval, message in refused:
+        options["config_dict"]["val_interval"] = interval
+        with pytest.raises(UserError) as caught:
+            create(options)
+        assert message in str(caught.value)
+    options["config_dict"] |= {"val_interval": None, "user_inter_num_interval": "[5,inf"}
+    with pytest.raises(UserError, match=r"'\[5,inf' is no interval"):
+        create(options)
 
 
 # --- download: a server on loopback stands in for RecBole's -------------------------------------------------------

@@ -1,5 +1,6 @@
 """The split by time against its definition, and through the whole configuration."""
 
+import datetime
 import logging
 import tracemalloc
 
@@ -131,6 +132,34 @@ def test_rows_get_the_part_of_their_own_time_in_recboles_order_too(write_dataset
     assert sum(map(len, times)) == len(rows) - len({user for user, _, _ in rows})
 
 
+@pytest.mark.parametrize("per_second", [1, 1000, 10**9])
+def test_dates_split_too(write_dataset, caplog, per_second):
+    """From 2020-01-01 and 2020-01-02T12:00 on, a day of events each: whoever is at the moment comes after it."""
+    start = 1_577_836_800 - 86_400
+    rows = [(f"u{k % 5}", f"i{k % 7}", (start + 3600 * k) * per_second) for k in range(90)]
+    options = write_dataset(text(rows))
+    options["config_dict"] |= {"eval_args": {"split": {"GTS": ["2020-01-01", "2020-01-02T12:00:00"]}}, "topk": 1}
+    options["config_dict"]["valid_metric"] = "NDCG@1"
+    with caplog.at_level(logging.INFO):
+        parts = create_dataset(configure("GRU4Rec", **options)).build()
+    assert [len(part) for part in parts] == [24 - 5, 36, 30]
+    assert parts[1].inter_feat["timestamp"].min() == 1_577_836_800
+    assert parts[2].inter_feat["timestamp"].min() == 1_577_836_800 + 36 * 3600
+    assert "24 events train, 36 after" in caplog.text
+
+
+def test_dates_that_do_not_split(write_dataset):
+    options = write_dataset(text(events()))
+    early, late = datetime.date(1990, 1, 1), datetime.date(1991, 1, 1)
+    options["config_dict"]["eval_args"] = {"split": {"GTS": [early, late]}}
+    with pytest.raises(UserError, match="GTS leaves a part without events, as all of them .from 978300000 to"):
+        create_dataset(configure("GRU4Rec", **options)).build()
+    options = write_dataset(text([(user, item, time - 978_300_000) for user, item, time in events()]))
+    options["config_dict"]["eval_args"] = {"split": {"GTS": [early, late]}}
+    with pytest.raises(UserError, match="GTS by dates needs clock times, and these go from 0 to"):
+        create_dataset(configure("GRU4Rec", **options)).build()
+
+
 def test_leave_one_out_warns_of_what_it_leaks(write_dataset, caplog):
     with caplog.at_level(logging.WARNING):
         create_dataset(configure("GRU4Rec", **write_dataset(text(events())))).build()
@@ -154,6 +183,11 @@ def test_a_run(write_dataset, model):
         ),
         ({"GTS": [0.8, 0.2, 0]}, "eval_args: GTS takes three positive shares of the events, got [0.8, 0.2, 0]"),
         ({"GTS": "late"}, "eval_args: GTS takes three positive shares of the events, got 'late'"),
+        ({"GTS": ["2020-01-02", "2020-01-01"]}, "eval_args: GTS takes three positive shares of the events, got ['2020"),
+        (
+            {"GTS": ["2020-01-02", "soon"]},
+            "eval_args: GTS takes three positive shares of the events, got ['2020-01-02', 's",
+        ),
         ({"XS": 1}, "eval_args: there is no split 'XS'; known are RS, LS, TS, GTS"),
         ({"LS": "all"}, "eval_args: LS must be one of valid_and_test, valid_only, test_only, got 'all'"),
         ("LS", "eval_args: split must be one entry such as {'LS': 'valid_and_test'}, got 'LS'"),
