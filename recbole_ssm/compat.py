@@ -39,7 +39,7 @@ def install() -> None:
     if importlib.util.find_spec("recbole") is None:
         raise UserError(
             f"RecBole is not installed; run: {INSTALL_RECBOLE}   "
-            "(--no-deps, because RecBole pins a release of ray that Python 3.12 and later cannot install)"
+            "(--no-deps, because RecBole pins an old release of ray, which nothing here needs)"
         )
     restore_numpy_aliases()
     import_models_without_anomaly_detection()

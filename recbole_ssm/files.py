@@ -6,10 +6,10 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recbole_ssm.errors import UserError
 
@@ -71,6 +71,24 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+    """Add values to a file of JSON lines, which is there already, and wait for the disk.
+
+    Several processes may do so. What a kill or a full disk left of a line is overwritten.
+    """
+    with open(path, "rb+") as file:
+        lock(file)
+        file.truncate(file.seek(file.read().rfind(b"\n") + 1))
+        file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path, start: int = 0) -> list[Any]:
+    """The values of a file of JSON lines from a number on; a last line without its end is not there yet."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[start:-1]]
+
+
 def digest(*paths: Path) -> str:
     """The SHA-256 of the content of a file, or of several one after the other, in hexadecimal."""
     found = hashlib.sha256()
@@ -98,8 +116,34 @@ def alone(folder: Path, wait: bool = True) -> Iterator[None]:
         BlockingIOError: another process holds it, and we do not wait.
     """
     with open(folder / "lock", "a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, wait)
         file.truncate(0)
         print(os.getpid(), file=file, flush=True)
         yield
+
+
+def lock(file: IO[Any], wait: bool = True) -> None:
+    """Lock an open file until it is closed or the process dies.
+
+    Args:
+        file: open to write.
+        wait: for whoever holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and we do not wait.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def claim(file: IO[Any], number: int) -> bool:
+    """Claim a number in an open file until the file is closed or the process dies; whether no other process has it.
+
+    Within one process a number can be claimed again and again. The file stays empty; the system keeps the claims.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except OSError:
+            return False
+    return True

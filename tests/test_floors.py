@@ -27,7 +27,6 @@ KNOWN_CIRCLES: set[str] = set()
 KNOWN_LONG: set[str] = {
     "ops/native.py",
     "ops/triton/operators.py",
-    "study/tune.py",
 }
 
 

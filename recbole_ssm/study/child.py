@@ -79,6 +79,7 @@ class History(Hook):
         """Note the score, if it is that of a validation."""
         if self._fitting:
             self.entries[-1]["valid"] = float(result[trainer.valid_metric])
+            say(self._say, validations=[entry["valid"] for entry in self.entries if entry["valid"] is not None])
 
     def on_fit_end(self, trainer: Training) -> None:
         """What comes now is the test."""

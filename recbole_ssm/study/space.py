@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,25 @@ from recbole_ssm.config import PROPERTIES
 from recbole_ssm.errors import UserError, did_you_mean
 
 ALGORITHMS = ("exhaustive", "random", "bayes")
+ALIASES = {"grid": "exhaustive", "tpe": "bayes"}
 KINDS = {"choice": "[a, b, ...]", "uniform": "low,high", "quniform": "low,high,step", "loguniform": "low,high"}
-LARGEST_GRID = 1_000_000
-STARTUP = 10  # random trials before the first that hyperopt proposes
+LARGEST_GRID = 100_000
+# Random trials before the first that Optuna's sampler proposes.
+STARTUP = 10
+# `loss_type == 'gBCE'` or `loss_type in ['gBCE', 'CE']` after the values of a line.
+CONDITION = re.compile(r"(.+)\sif\s+(\S+)\s*(==|\bin\b)\s*(.+)")
+# A trial's status in Optuna's words, where one that failed stays open, because it will be tried again.
+STATES = {"done": "COMPLETE", "pruned": "PRUNED", "failed": "RUNNING", "running": "RUNNING"}
+
+
+def optuna() -> Any:
+    """Import Optuna; where it is not installed, a :class:`UserError` says how to get it."""
+    try:
+        module = importlib.import_module("optuna")
+    except ImportError as error:
+        raise UserError("tuning needs Optuna, which the extra 'tune' brings; run: pip install 'optuna>=4'") from error
+    module.logging.set_verbosity(module.logging.WARNING)
+    return module
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,11 @@ class Parameter:
     """The choices; else low, high, and for ``quniform`` the step."""
     where: str
     """File and line, for errors."""
+    condition: tuple[str, list[Any]] | None = None
+    """An earlier parameter and its values with which this one is tuned; with others it keeps its default."""
 
     def grid(self) -> list[Any] | None:
-        """All values in order; None where there is no end of them."""
+        """All values in order, or None where they cannot be counted."""
         if self.kind == "choice":
             return list(self.values)
         if self.kind == "quniform":
@@ -42,7 +62,7 @@ class Parameter:
         return None
 
     def sample(self, rng: np.random.Generator) -> Any:
-        """A random value, distributed as hyperopt's of that kind."""
+        """A random value; the logarithm of a ``loguniform`` one is uniform."""
         if self.kind == "choice":
             return self.values[rng.integers(len(self.values))]
         number = float(rng.uniform(*self.values[:2]))
@@ -50,21 +70,22 @@ class Parameter:
             return self._rounded(round(number / self.values[2]) * self.values[2])
         return math.exp(number) if self.kind == "loguniform" else number
 
-    def expression(self) -> Any:
-        """The parameter in hyperopt's terms."""
-        from hyperopt import hp
-
-        return getattr(hp, self.kind)(self.name, *([list(self.values)] if self.kind == "choice" else self.values))
-
-    def from_hyperopt(self, number: float) -> Any:
-        """The value that hyperopt means by a number: of choices it is the index."""
+    def distribution(self) -> Any:
+        """The parameter in Optuna's terms, where a choice is known by its JSON."""
+        kinds = optuna().distributions
         if self.kind == "choice":
-            return self.values[int(number)]
-        return self._rounded(number) if self.kind == "quniform" else float(number)
+            return kinds.CategoricalDistribution([json.dumps(value) for value in self.values])
+        if grid := self.grid():
+            number = kinds.IntDistribution if isinstance(grid[0], int) else kinds.FloatDistribution
+            return number(grid[0], grid[-1], step=self._rounded(self.values[2]))
+        low, high = map(math.exp, self.values) if self.kind == "loguniform" else self.values
+        return kinds.FloatDistribution(low, high, log=self.kind == "loguniform")
 
-    def to_hyperopt(self, value: Any) -> float:
-        """The number that hyperopt knows a value by."""
-        return next(n for n, v in enumerate(self.values) if cell(v) == cell(value)) if self.kind == "choice" else value
+    def from_optuna(self, value: Any) -> Any:
+        """The value that Optuna means."""
+        if self.kind == "choice":
+            return json.loads(value)
+        return self._rounded(value) if self.kind == "quniform" else value
 
     def from_cell(self, text: str) -> Any:
         """The value that stands in a table as ``text``."""
@@ -72,8 +93,13 @@ class Parameter:
             return next((value for value in self.values if cell(value) == text), literal(text))
         return literal(text)
 
+    def holds(self, params: Mapping[str, Any]) -> bool:
+        """Whether the parameter is tuned beside these values of earlier ones."""
+        name, values = self.condition or (None, [])
+        return name is None or (name in params and cell(params[name]) in map(cell, values))
+
     def _rounded(self, number: float) -> Any:
-        """A multiple of the step without the noise of floats; whole where the bounds and the step are."""
+        """A multiple of the step without the noise of floats, and an int where the bounds and the step are whole."""
         return int(number) if all(float(v).is_integer() for v in self.values) else round(number, 12)
 
 
@@ -85,6 +111,15 @@ def cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def values(space: Space, value: Callable[[Parameter], Any]) -> dict[str, Any]:
+    """The value of each parameter whose condition holds beside those before it."""
+    params: dict[str, Any] = {}
+    for name, parameter in space.items():
+        if parameter.holds(params):
+            params[name] = value(parameter)
+    return params
+
+
 def shipped_space(model: str) -> Path | None:
     """The file of the search space that ships for a model, if one does."""
     path = PROPERTIES / "hyper" / f"{model}.hyper"
@@ -92,14 +127,18 @@ def shipped_space(model: str) -> Path | None:
 
 
 def read_space(path: Path) -> Space:
-    """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a line of comment.
+    """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a comment line.
+
+    A line may end with a condition on an earlier one, which RecBole does not know: ``if loss_type == 'gBCE'`` or
+    ``if num_layers in [1, 2]``.
 
     Raises:
         UserError: there is no such file, or a line is wrong; the message names it.
     """
     shipped = PROPERTIES / "hyper" / path.name
     if not path.is_file() and path.parent.name == "hyper" and shipped.is_file():
-        path = shipped  # properties/hyper/X.hyper, said anywhere
+        # "properties/hyper/X.hyper" works in any folder.
+        path = shipped
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -107,19 +146,9 @@ def read_space(path: Path) -> Space:
         raise UserError(f"params_file {path}: {reason}") from error
     space: Space = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        where = f"{path}, line {number}"
-        words = line.split(None, 2)
-        if len(words) < 3:
-            raise UserError(
-                f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line.strip()}'"
-            )
-        name, kind, text = words
-        if name in space:
-            raise UserError(f"{where}: {name} stands on {space[name].where.rpartition(', ')[2]} already; keep one")
-        values = literal(text) if kind == "choice" else [literal(part) for part in text.split(",")]
-        space[name] = _parameter(name, kind, values, where)
+        if line.strip() and not line.lstrip().startswith("#"):
+            parameter = _parsed(line, f"{path}, line {number}", space)
+            space[parameter.name] = parameter
     if not space:
         raise UserError(f"params_file {path}: there is nothing to tune in it")
     return space
@@ -136,6 +165,32 @@ def space_of(params_dict: Mapping[str, Mapping[str, Any]]) -> Space:
         for kind, parameters in params_dict.items()
         for name, values in parameters.items()
     }
+
+
+def _parsed(line: str, where: str, space: Space) -> Parameter:
+    """The parameter of a line that follows those of ``space``."""
+    words = line.split(None, 2)
+    if len(words) < 3:
+        raise UserError(
+            f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line.strip()}'"
+        )
+    name, kind, text = words
+    if name in space:
+        raise UserError(f"{where}: {name} stands on {space[name].where.rpartition(', ')[2]} already; keep one")
+    condition = None
+    # A choice that holds such words is one literal with them.
+    if isinstance(literal(text), str) and (found := CONDITION.fullmatch(text)):
+        text, parent, sign, wanted = found.groups()
+        if parent not in space:
+            hint = did_you_mean(parent, space)
+            raise UserError(f"{where}: the condition's '{parent}' must be tuned on an earlier line{hint}")
+        wanted = [literal(wanted)] if sign == "==" else literal(wanted)
+        known = [cell(value) for value in space[parent].grid() or ()]
+        if not isinstance(wanted, list) or not _plain(wanted) or (known and not {*map(cell, wanted)} <= {*known}):
+            raise UserError(f"{where}: the condition must name values of {parent}, such as {' and '.join(known[:2])}")
+        condition = parent, wanted
+    given = literal(text) if kind == "choice" else [literal(part) for part in text.split(",")]
+    return replace(_parameter(name, kind, given, where), condition=condition)
 
 
 def _parameter(name: str, kind: str, values: Any, where: str) -> Parameter:
@@ -173,105 +228,102 @@ class Trial:
     number: int
     params: dict[str, Any]
     status: str = "running"
-    """``running``, ``done`` or ``failed``."""
+    """``running``, ``done``, ``pruned`` or ``failed``."""
     score: float | None = None
-    """The best validation score."""
+    """The best validation score; of a pruned trial the best until then."""
     valid: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     """Of training, where the objective tells."""
     error: str = ""
 
+    def result(self) -> dict[str, Any]:
+        """All but the number and the values."""
+        return {key: value for key, value in vars(self).items() if key not in ("number", "params")}
+
     def __str__(self) -> str:
         return ", ".join(f"{name}={cell(value)}" for name, value in self.params.items())
 
 
 class Search:
-    """Proposes values: a function of the seed, the number of the trial and the trials before it, so it can go on.
+    """Proposes values as a function of the seed and the trials so far, so a search that was stopped can go on.
 
     Args:
-        algo: ``exhaustive``, the grid in random order; ``random``; or ``bayes``, hyperopt's tree of Parzen estimators
-            (Bergstra et al., NIPS 2011) after 10 random trials.
+        algo: ``exhaustive`` (or ``grid``), all points in random order; ``random``; or ``bayes`` (or ``tpe``), Optuna's
+            tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials.
         space: the parameters.
         seed: of the random numbers.
 
     Raises:
-        UserError: there is no such algorithm, the grid has no end, or hyperopt is not installed.
+        UserError: there is no such algorithm, the grid is too large or has no end, or Optuna is not installed.
     """
 
     def __init__(self, algo: str, space: Space, seed: int) -> None:
-        self.algo, self.space, self.seed = algo, space, seed
-        self.size: int | None = None
-        """Points of the grid; None where there is no end of them."""
-        grids = {name: parameter.grid() for name, parameter in space.items()}
-        if all(grid is not None for grid in grids.values()):
-            self.size = math.prod(len(grid) for grid in grids.values() if grid is not None)
-        if algo not in ALGORITHMS:
+        self.algo, self.space, self.seed = ALIASES.get(algo, algo), space, seed
+        if self.algo not in ALGORITHMS:
             raise UserError(f"algo: '{algo}' is not one of {', '.join(ALGORITHMS)}{did_you_mean(algo, ALGORITHMS)}")
-        if algo == "exhaustive":
+        grids = {name: parameter.grid() or [] for name, parameter in space.items()}
+        self.size = math.prod(map(len, grids.values())) or None
+        """Points of the grid; None where they cannot be counted. Conditions count in an exhaustive search alone."""
+        if self.algo == "exhaustive":
             for name, grid in grids.items():
-                if grid is None:
-                    parameter = space[name]
+                if not grid:
                     raise UserError(
-                        f"{parameter.where}: there is no end of the values of {parameter.kind}; for an exhaustive "
+                        f"{space[name].where}: there is no end of the values of {space[name].kind}; for an exhaustive "
                         "search take choice or quniform, or search with --algo=random or bayes"
                     )
-            if self.size is None or self.size > LARGEST_GRID:
+            if self.size and self.size > LARGEST_GRID:
                 raise UserError(f"algo: the grid has {self.size:,} points; search with --algo=random or bayes")
-            self._grids: dict[str, list[Any]] = {name: grid or [] for name, grid in grids.items()}
-            self._order = np.random.default_rng(seed).permutation(self.size)
-        if algo == "bayes":
-            try:
-                import hyperopt  # noqa: F401
-            except ImportError as error:
-                raise UserError(
-                    "algo: bayes needs hyperopt, which exhaustive and random do not; run: pip install hyperopt"
-                ) from error
+            points: list[dict[str, Any]] = [{}]
+            for name, parameter in space.items():
+                values = [{name: value} for value in grids[name]]
+                points = [
+                    {**point, **more} for point in points for more in (values if parameter.holds(point) else [{}])
+                ]
+            self.size = len(points)
+            self._points = [points[number] for number in np.random.default_rng(seed).permutation(self.size)]
+        if self.algo == "bayes":
+            optuna()
 
-    def propose(self, trials: list[Trial], bigger: bool) -> dict[str, Any] | None:
-        """The values of the next trial; None where nothing new is left.
+    def propose(self, trials: Sequence[Trial], bigger: bool) -> dict[str, Any] | None:
+        """The values of the trial that follows these; None where nothing new is left.
 
-        Args:
-            trials: all so far.
-            bigger: whether a higher score is better.
+        ``bigger`` tells whether a higher score is better.
         """
         number = len(trials)
         if self.algo == "exhaustive":
-            if number >= len(self._order):
-                return None
-            at = np.unravel_index(self._order[number], [len(grid) for grid in self._grids.values()])
-            return {name: grid[i] for (name, grid), i in zip(self._grids.items(), at)}
+            return self._points[number] if number < len(self._points) else None
         rng = np.random.default_rng([self.seed, number])
         seen = {str(trial) for trial in trials}
-        done = [trial for trial in trials if trial.status == "done"]
+        scored = sum(trial.score is not None for trial in trials)
         tries = 1000 if self.size is None or len(seen) < self.size else 0
         for attempt in range(tries):
-            if self.algo == "bayes" and len(done) >= STARTUP and attempt < 10:
-                params = self._parzen(done, bigger, number, int(rng.integers(2**31)))
+            if self.algo == "bayes" and scored >= STARTUP and attempt < 10:
+                params = self._parzen(trials, bigger, int(rng.integers(2**31)))
             else:
-                params = {name: parameter.sample(rng) for name, parameter in self.space.items()}
+                params = values(self.space, lambda parameter: parameter.sample(rng))
             if str(Trial(number, params)) not in seen:
                 return params
         return None
 
-    def _parzen(self, done: list[Trial], bigger: bool, number: int, seed: int) -> dict[str, Any]:
-        """What hyperopt makes of the trials that are done."""
-        from hyperopt import JOB_STATE_DONE, STATUS_OK, Trials, tpe
-        from hyperopt.base import Domain
+    def frozen(self, trial: Trial) -> Any:
+        """A trial as Optuna's; our own form of what came of it is a user attribute."""
+        space = {name: self.space[name] for name in trial.params}
+        choices = {name: json.dumps(trial.params[name]) for name in space if space[name].kind == "choice"}
+        return optuna().trial.create_trial(
+            state=optuna().trial.TrialState[STATES[trial.status]],
+            value=trial.score,
+            params={**trial.params, **choices},
+            distributions={name: parameter.distribution() for name, parameter in space.items()},
+            # By these Optuna compares trials that were pruned.
+            intermediate_values={1: trial.score} if trial.status == "pruned" else None,
+            user_attrs={"result": trial.result()},
+        )
 
-        domain = Domain(lambda params: 0.0, {name: parameter.expression() for name, parameter in self.space.items()})
-        past = Trials()
-        documents = []
-        for trial in done:
-            assert trial.score is not None
-            values = {name: [self.space[name].to_hyperopt(value)] for name, value in trial.params.items()}
-            misc = {"tid": trial.number, "cmd": domain.cmd, "workdir": None, "vals": values}
-            misc["idxs"] = {name: [trial.number] for name in values}
-            result = {"status": STATUS_OK, "loss": -trial.score if bigger else trial.score}
-            (document,) = past.new_trial_docs([trial.number], [None], [result], [misc])
-            documents.append({**document, "state": JOB_STATE_DONE})
-        past.insert_trial_docs(documents)
-        past.refresh()
-        (proposal,) = tpe.suggest([number], domain, past, seed, n_startup_jobs=STARTUP)
-        found = proposal["misc"]["vals"]
-        return {name: parameter.from_hyperopt(found[name][0]) for name, parameter in self.space.items()}
+    def _parzen(self, trials: Sequence[Trial], bigger: bool, seed: int) -> dict[str, Any]:
+        """What Optuna's sampler makes of these trials, of which it is told no test metrics."""
+        sampler = optuna().samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
+        study = optuna().create_study(sampler=sampler, direction="maximize" if bigger else "minimize")
+        study.add_trials([self.frozen(replace(trial, valid={}, test={})) for trial in trials])
+        found = study.ask({name: parameter.distribution() for name, parameter in self.space.items()}).params
+        return values(self.space, lambda parameter: parameter.from_optuna(found[parameter.name]))

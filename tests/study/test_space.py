@@ -128,18 +128,17 @@ def test_samples_keep_to_their_bounds_and_come_back_from_a_table(seed):
         assert back == value and type(back) is type(value)
 
 
-def test_hyperopt_knows_values_by_the_same_numbers():
-    """What hyperopt draws is what we read from it, and what we tell it back."""
-    hyperopt = pytest.importorskip("hyperopt")
+def test_optuna_knows_values_by_the_same_numbers():
+    """What Optuna draws is what we read from it, and what we tell it back."""
+    optuna = pytest.importorskip("optuna")
     spaces = space_of(MIXED)
+    search, study = Search("random", spaces, 0), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for name, parameter in spaces.items():
-        trials = hyperopt.Trials()
-        hyperopt.fmin(lambda x: 0.0, parameter.expression(), hyperopt.rand.suggest, 20, trials=trials,
-                      rstate=np.random.default_rng(0), show_progressbar=False)  # fmt: skip
-        for trial in trials.trials:
-            drawn = trial["misc"]["vals"][name][0]
-            value = parameter.from_hyperopt(drawn)
-            assert parameter.to_hyperopt(value) == pytest.approx(drawn)
+        for _ in range(20):
+            drawn = study.ask({name: parameter.distribution()}).params[name]
+            value = parameter.from_optuna(drawn)
+            told = search.frozen(Trial(1, {name: value})).params[name]
+            assert told == drawn if parameter.kind == "choice" else told == pytest.approx(drawn)
             if parameter.grid() is not None:
                 assert value in parameter.grid()
 
@@ -172,7 +171,7 @@ def test_nothing_is_tried_twice(algo):
 
 @pytest.mark.parametrize("bigger", [True, False])
 def test_bayes_goes_where_scores_are_better(bigger):
-    pytest.importorskip("hyperopt")
+    pytest.importorskip("optuna")
     spaces, sign = space_of({"uniform": {"x": [0, 10], "y": [0, 10]}}), 1 if bigger else -1
 
     def score(params):
@@ -197,9 +196,9 @@ def test_a_search_that_cannot_be(monkeypatch):
         Search("exhaustive", space_of({"quniform": {"a": [0, 10000, 1], "b": [0, 10000, 1]}}), 0)
 
 
-def test_hyperopt_is_needed_by_bayes_alone(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "hyperopt", None)
+def test_optuna_is_needed_by_bayes_alone(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     spaces = space_of({"choice": {"a": [1, 2]}})
     assert len(proposals("exhaustive", spaces, 9)) == len(proposals("random", spaces, 9)) == 2
-    with pytest.raises(UserError, match="bayes needs hyperopt, which exhaustive and random do not; run: pip install"):
+    with pytest.raises(UserError, match="tuning needs Optuna, which the extra 'tune' brings; run: pip install 'optuna"):
         Search("bayes", spaces, 0)
