@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from recbole_ssm import compat
-from recbole_ssm.data import temporal
+from recbole_ssm.data import readymade, temporal
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
 from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
@@ -30,6 +30,7 @@ from recbole.data.interaction import Interaction  # noqa: E402
 from recbole.utils import FeatureSource, FeatureType  # noqa: E402
 
 from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
+from recbole_ssm.data.splits import SplitDataset  # noqa: E402
 
 
 def create_dataset(config: Any) -> Any:
@@ -51,7 +52,7 @@ def create_dataset(config: Any) -> Any:
         raise UserError(f"dataset {config['dataset']}: {error}") from error
 
 
-class SequentialDataset(recbole.data.dataset.SequentialDataset):
+class SequentialDataset(SplitDataset):
     """RecBole's SequentialDataset, with these differences:
 
     - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
@@ -65,11 +66,10 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
       the log how much of the future it trains on.
     """
 
-    # A DataFrame while it is read and filtered; afterwards an Interaction, or Prefixes.
-    inter_feat: Any
-
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
+        if self.benchmark_filename_list is not None:
+            readymade.check_names(self.benchmark_filename_list)
         needed = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or ()] or [f"{token}.inter"]
         missing = next((name for name in needed if not (folder / name).is_file()), None)
         if missing is not None:
@@ -98,12 +98,19 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
         separator = self.config["field_separator"]
         header = read_header(path, separator, encoding)
-        required = []
-        if source == FeatureSource.INTERACTION and self.benchmark_filename_list is None:
-            for key in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"):
-                name = self.config[key]
-                require_column(path, header, key, name, "float" if key == "TIME_FIELD" else "token")
+        required: list[str] = []
+        if source == FeatureSource.INTERACTION:
+            needed = {"USER_ID_FIELD": (self.uid_field, "token"), "ITEM_ID_FIELD": (self.iid_field, "token")}
+            if self.benchmark_filename_list is None:
+                needed["TIME_FIELD"] = (self.time_field, "float")
+            else:
+                needed["LIST_SUFFIX"] = (self.iid_field + self.config["LIST_SUFFIX"], "token_seq")
+            for key, (name, kind) in needed.items():
+                require_column(path, header, key, name, kind)
                 required.append(name)
+            if load is not None and self.benchmark_filename_list is not None:
+                # The histories are what such files are made for.
+                load = load | set(required)
         if load is not None:
             absent = sorted(load - set(header))
             if absent and source == FeatureSource.INTERACTION:
@@ -135,7 +142,7 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
             )
         if len(bad):
             self.logger.warning(bad)
-        if required:
+        if required and self.benchmark_filename_list is None:
             user, item, time = required
             events = Events(found[user], found[item], found[time])
             for level, oddity in oddities(events, (user, item, time), bad, self.config["rm_dup_inter"]):
@@ -159,6 +166,39 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         if limit is not None:
             frame[name] = frame[name].map(lambda row: row[:limit])
         self.field2seqlen[name] = int(frame[name].map(lambda row: row.size).max())
+
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        super()._load_inter_feat(token, dataset_path)
+        if self.benchmark_filename_list is not None:
+            zeros = readymade.trim_histories(self.inter_feat, self.iid_field, self._lists(), self.max_item_list_len)
+            if zeros:
+                self.logger.info(
+                    f"{zeros:,} zeros pad the histories of {self.benchmark_filename_list}; they are no items"
+                )
+
+    def _lists(self) -> dict[str, str]:
+        """``{field: the column that holds its history}`` of ready-made splits."""
+        found = {field: field + self.config["LIST_SUFFIX"] for field in self.inter_feat}
+        return {field: name for field, name in found.items() if name in self.inter_feat}
+
+    def _init_alias(self) -> None:
+        """A token is one token, in a target and in a history."""
+        super()._init_alias()
+        if self.benchmark_filename_list is None:
+            return
+        for field, name in self._lists().items():
+            known = next((alias for alias, fields in self.alias.items() if field in fields), field)
+            if name in self._rest_fields:
+                self.alias[known] = np.array([*self.alias.get(known, [field]), name])
+                self._rest_fields = np.setdiff1d(self._rest_fields, self.alias[known])
+
+    def _benchmark_presets(self) -> None:
+        for field, name in self._lists().items():
+            setattr(self, f"{field}_list_field", name)
+            self.field2seqlen[name] = self.max_item_list_len
+        self.set_field_property(self.item_list_length_field, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        histories = self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]]
+        self.inter_feat[self.item_list_length_field] = histories.map(len)
 
     def _data_processing(self) -> None:
         super()._data_processing()
@@ -242,7 +282,7 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         super()._filter_by_inter_num()
 
     def _change_feat_format(self) -> None:
-        if not self.config["legacy_time_order"] and self.time_field in self.inter_feat:
+        if self.benchmark_filename_list is None and not self.config["legacy_time_order"]:
             # Before times become seconds: all later sorts are stable, and rounding keeps the order.
             order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
             # One column after the other, because a second copy of all would double the memory.
@@ -269,91 +309,6 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
             list_suffix=self.config["LIST_SUFFIX"],
             length_field=self.item_list_length_field,
         )
-
-    def sort(self, by: Any, ascending: Any = True) -> None:
-        """As RecBole's.
-
-        A split of each user's rows takes the users in the order of time of their first rows, in float32 since 0.1.0. It
-        decides nothing but from which order a seed draws its batches, so it stays.
-        """
-        of_each_user = self.config["eval_args"]["group_by"] == "user" or "RS" not in self.config["eval_args"]["split"]
-        if by == self.time_field and of_each_user and isinstance(self.inter_feat, Prefixes):
-            self.inter_feat.reorder(np.argsort(self.inter_feat[by].numpy().astype(np.float32), kind="stable"))
-        else:
-            super().sort(by, ascending)
-
-    def leave_one_out(self, group_by: str, leave_one_mode: str) -> list[Any]:
-        """As RecBole's, without its lists of Python numbers."""
-        held_out = {"valid_and_test": 2, "valid_only": 1, "test_only": 1}.get(leave_one_mode)
-        if not isinstance(self.inter_feat, Prefixes) or held_out is None:
-            return super().leave_one_out(group_by, leave_one_mode)
-        order, position, count = self._groups(group_by)
-        # The newest row of a group goes to the last part.
-        part = held_out - (count - position) + 1
-        part = np.where(position > 0, part.clip(min=0), 0)
-        if held_out == 1:
-            part *= 1 if leave_one_mode == "valid_only" else 2
-        return self._parts(order, part)
-
-    def split_by_ratio(self, ratios: list[float], group_by: str | None = None) -> list[Any]:
-        """As RecBole's, without its lists of Python numbers."""
-        if not isinstance(self.inter_feat, Prefixes):
-            return super().split_by_ratio(ratios, group_by)
-        shares = [ratio / sum(ratios) for ratio in ratios]
-        if group_by is None:
-            order = position = np.arange(len(self), dtype=np.int32)
-            bounds = np.array([self._calcu_split_ids(len(self), shares)])
-            row_of_bounds = np.zeros(len(self), dtype=np.intp)
-        else:
-            order, position, count = self._groups(group_by)
-            sizes, row_of_bounds = np.unique(count, return_inverse=True)
-            bounds = np.array([self._calcu_split_ids(int(size), shares) for size in sizes])
-        part = sum(position >= bound[row_of_bounds] for bound in bounds.T)
-        return self._parts(order, part, len(shares))
-
-    def time_based_split(self, ratios: list[float], group_by: str) -> list[Any]:
-        """As RecBole's: rows after a moment test, and of each user's earlier rows the last share validates."""
-        if not isinstance(self.inter_feat, Prefixes):
-            return super().time_based_split(ratios, group_by)
-        train, _, test = (ratio / sum(ratios) for ratio in ratios)
-        times = self.inter_feat[self.time_field].numpy()
-        boundary = np.percentile(times, 100 * (1 - test))
-        order, position, count = self._groups(group_by)
-        early = times[order] <= boundary
-        starts = np.flatnonzero(position == 0)
-        early_count = np.repeat(np.add.reduceat(early, starts, dtype=np.int64), count[starts])
-        part = np.where(early, position >= (early_count * (train / (1 - test))).astype(np.int64), 2)
-        return self._parts(order, part)
-
-    def newest(self, count: int) -> Any:
-        """Only each user's newest rows, at most ``count`` of them, in the order in which they stand.
-
-        Raises:
-            UserError: the rows come from files that were split beforehand.
-        """
-        if not isinstance(self.inter_feat, Prefixes):
-            raise UserError("train_last: benchmark_filename names files whose rows are written out; leave one empty")
-        order, position, sizes = self._groups(self.uid_field)
-        return self.copy(self.inter_feat.select(np.sort(order[sizes - position <= count])))
-
-    def _groups(self, field: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows group by group, groups in the order of their first row: (rows, position in the group, its size)."""
-        key = self.inter_feat[field].numpy()
-        rank = np.full(int(key.max(initial=0)) + 1, len(key), dtype=np.int32)
-        # Of repeated keys the one that is written last stays, which is the first row.
-        rank[key[::-1]] = np.arange(len(key), dtype=np.int32)[::-1]
-        group = rank[key]
-        # These arrays are as long as the data, so none is kept for longer than it is needed.
-        del key
-        order = np.argsort(group, kind="stable").astype(np.int32)
-        first = np.flatnonzero(np.diff(group[order], prepend=-1)).astype(np.int32)
-        count = np.diff(first, append=np.int32(len(group)))
-        position = np.arange(len(group), dtype=np.int32) - np.repeat(first, count)
-        return order, position, np.repeat(count, count)
-
-    def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
-        self._drop_unused_col()
-        return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
 
     def _look_at_times(self) -> None:
         """Split by time, or say what leave-one-out leaks, while times are at full precision."""
@@ -398,6 +353,13 @@ class SequentialDataset(recbole.data.dataset.SequentialDataset):
         if data is self.inter_feat and self.time_field in data and not self.config["legacy_time_order"]:
             times = data[self.time_field].to_numpy()
             found.update(Interaction({self.time_field: torch.from_numpy(temporal.in_seconds(times))}))
+        if data is self.inter_feat and self.benchmark_filename_list is not None:
+            for name in self._lists().values():
+                # Models expect histories of that width; RecBole's are as wide as the longest.
+                short = found[name]
+                full = short.new_zeros(len(short), self.max_item_list_len, *short.shape[2:])
+                full[:, : short.shape[1]] = short
+                found.update(Interaction({name: full}))
         return found
 
 

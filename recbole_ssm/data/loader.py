@@ -289,6 +289,8 @@ class TrainLoader(TrainDataLoader):
         """A digest of what the epochs are made of: the targets, their histories, and the catalogue's size."""
         events = self._dataset.inter_feat
         parts = [events[self.iid_field].numpy()]
+        if self._dataset.benchmark_filename_list is not None:
+            parts.append(events[self.iid_field + self.config["LIST_SUFFIX"]].numpy())
         if isinstance(events, Prefixes):
             parts = [events.target, events.length, events.events[self.iid_field].numpy()]
         digest = hashlib.sha256(str(self._dataset.item_num).encode())
