@@ -1,4 +1,6 @@
-// The C interface between the Python side (ops/native.py) and the kernels.
+// The C interface between the Python side (ops/native.py) and the kernels. Python derives the members of a structure
+// from the row of the op in ops/table.py, in this order: sizes, threads, options, offsets, inputs, outputs, gradients of
+// outputs, gradients of inputs, workspace; a test compares the two.
 //
 // No header of PyTorch or Python: one build serves every version of either. All fields are eight bytes wide, so that
 // the structures look the same from ctypes. Python checks every shape; pointers may be null where a comment says so.
@@ -10,23 +12,24 @@
 
 typedef int64_t i64;
 
-enum { ABI = 2 };     // raise with every change here; Python refuses a library of another number
+enum { ABI = 3 };     // raise with every change here; Python refuses a library of another number
 enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
 
 // selective scan: D channels with a state of N each; states are stored [S, N, D]
 struct Scan {
-  i64 S, L, D, N, threads, softplus, last;   // last: only y of each sequence's last position, C and z have S rows
+  i64 S, L, D, N, threads, dt_softplus;
+  i64 last;                                  // only y of each sequence's last position; C and z have S rows
   const i64* offsets;                        // or null
   const float *x; i64 sx; const float *dt; i64 sdt;
   const float* A;                            // [D, N]
   const float *B; i64 sB; const float *C; i64 sC;
   const float *skip, *z; i64 sz;             // or null
-  const float *bias, *state;                 // or null
+  const float *dt_bias, *state;              // or null
   float *y, *final, *kept;                   // kept (or null): state at the start of each chunk but the first
   const float *gy; i64 sgy;                  // or null
   const float* gfinal;                       // or null
   float *gx, *gdt, *gA, *gB, *gC;
-  float *gskip, *gz, *gbias, *gstate;        // or null
+  float *gskip, *gz, *gdt_bias, *gstate;     // or null
   char* workspace;
 };
 
@@ -43,8 +46,10 @@ struct Ssd {
   float *y, *final, *kept;                   // final, kept: or null
   const float *gy; i64 sgy;
   const float* gfinal;                       // or null
-  float *gx, *gdt, *gB, *gC;
-  double *gA, *gskip;                        // gskip or null
+  float *gx, *gdt;
+  double* gA;
+  float *gB, *gC;
+  double* gskip;                             // or null
   float* gstate;                             // or null
   char* workspace;
 };
@@ -60,14 +65,16 @@ struct SsdLast {
   const float* skip;                         // or null
   float* y;                                  // [S, H, P]
   const float* gy;
-  float *gx, *gdt, *gB, *gC;
-  double *gA, *gskip;                        // gskip or null
+  float *gx, *gdt;
+  double* gA;
+  float *gB, *gC;
+  double* gskip;                             // or null
   char* workspace;
 };
 
 // depthwise convolution of K taps, `lead` of them before the present; states are stored [S, K, D]
 struct Conv {
-  i64 S, L, D, K, lead, silu, threads;
+  i64 S, L, D, K, threads, lead, silu;
   const i64* offsets;                        // or null
   const float *x; i64 sx;
   const float* weight;                       // [D, K]
@@ -85,8 +92,8 @@ struct Norm { const float *weight, *bias; double eps; };
 // One event of each of B users through a block: Mamba where H is 0, else Mamba-2 of H heads in G groups; the mixer alone
 // where F is 0. Weights are PyTorch's, [out, in]. States may be written where they were read.
 struct Step {
-  i64 B, M, D, N, K, R, H, G, F, residual, threads;
-  const i64* rows; i64 items;                // or null: u of user b is row rows[b] of that many
+  i64 B, M, threads, D, N, K, R, H, G, F, residual;
+  i64 items; const i64* rows;                // or null: u of user b is row rows[b] of that many
   const float* u;                            // [B, M]
   Norm first;                                // LayerNorm of u, or null
   const float *in_weight, *conv_weight, *conv_bias;
@@ -101,7 +108,7 @@ struct Step {
 };
 
 struct Dropout {
-  i64 size, threads, seed, threshold;        // an element stays where its 32 random bits are not below the threshold
+  i64 threads, size, seed, threshold;        // an element stays where its 32 random bits are not below the threshold
   double scale;
   const float* x;
   float* y;

@@ -109,6 +109,17 @@ EXPORT const char* recbole_ssm_select(const char* name) {
   return nullptr;
 }
 
+// The size of a structure, by which Python sees that its own has as many members.
+#define SIZE(op, Args) \
+  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }
+
+SIZE(scan, Scan)
+SIZE(ssd, Ssd)
+SIZE(ssd_last, SsdLast)
+SIZE(conv, Conv)
+SIZE(step, Step)
+SIZE(dropout, Dropout)
+
 // 0, or 1 where the offsets do not rise from 0 to `rows`.
 #define KERNEL(op, Args)                                                                \
   EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 backward) {                 \

@@ -80,14 +80,14 @@ ScanCall scan_call(const Scan& a, i64 backward) {
 
 INLINE vec step_size(const Scan& a, i64 row, i64 d, i64 lanes) {
   vec dt = load(a.dt + row * a.sdt + d, lanes);
-  if (a.bias) dt += load(a.bias + d, lanes);
-  return a.softplus ? softplus(dt) : dt;
+  if (a.dt_bias) dt += load(a.dt_bias + d, lanes);
+  return a.dt_softplus ? softplus(dt) : dt;
 }
 // Derivative of the step size by what was given.
 INLINE vec step_slope(const Scan& a, i64 row, i64 d, i64 lanes) {
-  if (!a.softplus) return all(1.f);
+  if (!a.dt_softplus) return all(1.f);
   vec dt = load(a.dt + row * a.sdt + d, lanes);
-  if (a.bias) dt += load(a.bias + d, lanes);
+  if (a.dt_bias) dt += load(a.dt_bias + d, lanes);
   return sigmoid(dt);
 }
 INLINE vec skip_of(const Scan& a, i64 d, i64 lanes) { return a.skip ? load(a.skip + d, lanes) : all(0.f); }
@@ -553,7 +553,7 @@ void scan_backward(const Scan& a) {
   for (i64 d = 0; d < D; d++) {
     for (i64 n = 0; n < N; n++) a.gA[d * N + n] = groups ? call.gA[n * width + d] : 0.f;
     if (a.gskip) a.gskip[d] = groups ? call.gskip[d] : 0.f;
-    if (a.gbias) a.gbias[d] = groups ? call.gbias[d] : 0.f;
+    if (a.gdt_bias) a.gdt_bias[d] = groups ? call.gbias[d] : 0.f;
   }
 }
 

@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.table import check
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Drop elements of x, of any shape, with probability p; x itself where nothing is to be dropped.
 
     Raises:
-        ValueError: p is not within [0, 1].
+        ValueError: p is not within [0, 1], or x holds no floating-point numbers.
     """
+    check("dropout", x)
     if not 0 <= p <= 1:
         raise ValueError(f"dropout: the probability must be within [0, 1], got {p}")
     if not training or p == 0:

@@ -10,8 +10,9 @@ outputs. From a row follow
 - the structures that the C++ kernels read (:mod:`recbole_ssm.ops.native`).
 
 A tensor is written ``name:LETTERS``, with ``?`` behind its name where it may be None, and with its type behind a
-second colon where it is not simply a floating-point number (``target:n:int64``). The letters are those of
-:mod:`recbole_ssm.ops`. The first tensor to use a letter decides its size, and all others must agree.
+second colon where it is not simply a floating-point number (``target:n:int64``). Without letters it may have any shape.
+The letters are those of :mod:`recbole_ssm.ops`. The first tensor to use a letter decides its size, and all others must
+agree.
 ``cu_seqlens`` bounds the S sequences of a packed batch (:mod:`recbole_ssm.ops.packing`); without it, S is B.
 
 Adding an op
@@ -67,7 +68,7 @@ class Op(NamedTuple):
             ValueError: a tensor is missing, or its shape or type does not fit.
         """
         sizes: dict[str, int] = {}
-        bounds = tensors[-1] if self.tensors[-1].name == "cu_seqlens" else None
+        bounds = tensors[len(self.tensors) - 1] if self.tensors[-1].name == "cu_seqlens" else None
         for (name, letters, optional, dtype), tensor in zip(self.tensors, tensors):
             if name == "cu_seqlens":
                 continue
@@ -76,7 +77,7 @@ class Op(NamedTuple):
                     raise ValueError(f"{self.name}: {name} must be given")
                 continue
             shape = tensor.shape
-            fits = len(shape) == len(letters)
+            fits = len(shape) == len(letters) or not letters
             for letter, size in zip(letters, shape):
                 fits = fits and sizes.get(letter, size) == size
             if not fits:
@@ -101,53 +102,64 @@ def _arguments(text: str) -> tuple[Argument, ...]:
     return tuple(found)
 
 
-def _row(name: str, tensors: str, outputs: str, options: str = "") -> Op:
+def row(name: str, tensors: str, outputs: str, options: str = "") -> Op:
+    """A row of the table from its text; see the head of this module."""
     named = tuple((option.partition(":")[0], option.partition(":")[2]) for option in options.split())
     return Op(name, _arguments(tensors), named, _arguments(outputs))
 
 
 OPS: dict[str, Op] = {
-    row.name: row
-    for row in (
-        _row(
+    op.name: op
+    for op in (
+        row(
             "selective_scan",
             "x:BLD dt:BLD A:DN B:BLN C:BLN D?:D z?:BLD dt_bias?:D state?:SDN:float32 cu_seqlens?",
             "y:BLD final:SDN:float32",
             "dt_softplus:bool",
         ),
-        _row(
+        row(
             "selective_scan_last",
             "x:BLD dt:BLD A:DN B:BLN C:SN D?:D z?:SD dt_bias?:D cu_seqlens?",
             "y:SD",
             "dt_softplus:bool",
         ),
-        _row(
+        row(
             "ssd",
             "x:BLHP dt:BLH A:H B:BLGN C:BLGN D?:H state?:SHPN:float32 cu_seqlens?",
             "y:BLHP final:SHPN:float32",
             "return_state:bool",
         ),
-        _row("ssd_last", "x:BLHP dt:BLH A:H B:BLGN C:SGN D?:H cu_seqlens?", "y:SHP"),
-        _row(
+        row("ssd_last", "x:BLHP dt:BLH A:H B:BLGN C:SGN D?:H cu_seqlens?", "y:SHP"),
+        row(
             "quasiseparable",
             "x:BLHP dt_fwd:BLH dt_bwd:BLH A:H B_fwd:BLGN C_fwd:BLGN B_bwd:BLGN C_bwd:BLGN cu_seqlens?",
             "y:BLHP",
         ),
-        _row(
+        row(
             "causal_conv1d",
             "x:BLD weight:DK bias?:D state?:SDK cu_seqlens?",
             "y:BLD final:SDK",
             "activation:str?",
         ),
-        _row("centered_conv1d", "x:BLD weight:DK bias?:D cu_seqlens?", "y:BLD", "activation:str?"),
+        row("centered_conv1d", "x:BLD weight:DK bias?:D cu_seqlens?", "y:BLD", "activation:str?"),
         # Without a dimension in common with the scans: n rows, V items of d numbers, K sampled, E seen.
-        _row(
+        row(
             "linear_cross_entropy",
             "output:nd items:Vd target:n:int64 weight:n bias?:V candidates?:K:int64",
             "loss",
             "temperature:float label_smoothing:float",
         ),
-        _row("rank_targets", "output:nd items:Vd target:n:int64 bias?:V seen?:E:int64 offsets?:R:int64", "higher ties"),
+        row("rank_targets", "output:nd items:Vd target:n:int64 bias?:V seen?:E:int64 offsets?:R:int64", "higher ties"),
+        row("dropout", "x", "y", "p:float"),
+        # One event of B users through a mixer, or through a whole block: run by recbole_ssm.layers.step, whose layers
+        # fill in their weights. A norm is a weight, a bias and a number.
+        row(
+            "step",
+            "rows?:B:int64 u:BM first?:norm in_weight conv_weight conv_bias x_weight? dt_weight? dt_bias A_log D "
+            "gate_norm?:norm out_weight norm?:norm w_1? b_1? w_2? b_2? last?:norm conv ssm",
+            "conv_after ssm_after y:BM",
+            "D:int N:int K:int R:int H:int G:int F:int residual:bool items:int",
+        ),
     )
 }
 

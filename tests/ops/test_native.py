@@ -145,12 +145,12 @@ def test_torch_sees_through_the_operators(op):
 def test_operators_keep_the_rules_of_torch_library():
     x, weight, bias = arguments(ops.causal_conv1d, 2, 6, 2, torch.float32)[0]
     torch.library.opcheck(
-        torch.ops.recbole_ssm.conv1d.default,
-        (x.requires_grad_(), weight.requires_grad_(), bias, None, None, 3, True, True),
+        torch.ops.recbole_ssm.causal_conv1d.default,
+        (x.requires_grad_(), weight.requires_grad_(), bias, None, None, "silu"),
     )
     x, dt, A, B, C, skip, z = (t.requires_grad_() for t in arguments(ops.selective_scan, 2, 6, 2, torch.float32)[0])
     scan = torch.ops.recbole_ssm.selective_scan.default
-    torch.library.opcheck(scan, (x, dt, A, B, C, skip, z, None, None, None, True, False, True))
+    torch.library.opcheck(scan, (x, dt, A, B, C, skip, z, None, None, None, True, True))
     x, dt, A, B, C, skip = (t.requires_grad_() for t in arguments(ops.ssd, 2, 6, 2, torch.float32)[0])
     torch.library.opcheck(torch.ops.recbole_ssm.ssd.default, (x, dt.abs(), A, B, C, skip, None, None, True, True))
 
@@ -159,18 +159,21 @@ def test_operators_refuse_what_does_not_fit():
     """Whoever calls them past the public functions gets an error, not a crash."""
     x, weight, bias = arguments(ops.causal_conv1d, 2, 6, 2, torch.float32)[0]
     with pytest.raises(ValueError, match="bias must have shape"):
-        torch.ops.recbole_ssm.conv1d(x, weight, bias[:-1], None, None, 3, True, True)
-    with pytest.raises(ValueError, match="no kernel for 4 taps of which 4 lead"):
-        torch.ops.recbole_ssm.conv1d(x, weight, bias, None, None, 4, True, True)
+        torch.ops.recbole_ssm.causal_conv1d(x, weight, bias[:-1], None, None, "silu")
+    library, wide = torch.ops.recbole_ssm, weight.repeat(1, 5)[:, :17]
+    with pytest.raises(ValueError, match="causal_conv1d: no kernel for 17 taps"):
+        library.causal_conv1d(x, wide, bias, None, None, "silu")
+    with pytest.raises(ValueError, match="centered_conv1d: no kernel for 17 taps"):
+        library.centered_conv1d(x, wide, bias, None, "silu")
     for bounds in ([0, 4, 3, 6], [0, 7], [1, 6], [-1, 6]):
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the total length 6"):
-            torch.ops.recbole_ssm.conv1d(x[:1], weight, bias, None, torch.tensor(bounds), 3, True, True)
+            torch.ops.recbole_ssm.causal_conv1d(x[:1], weight, bias, None, torch.tensor(bounds), "silu")
 
 
 def test_operators_refuse_other_precision():
     x, dt, A, B, C, *_ = (t.double() for t in arguments(ops.selective_scan, 2, 6, 2, torch.float32)[0])
     with pytest.raises(ValueError, match="float32, not torch.float64 as given for x"):
-        torch.ops.recbole_ssm.selective_scan(x, dt, A, B, C, None, None, None, None, None, False, False, False)
+        torch.ops.recbole_ssm.selective_scan(x, dt, A, B, C, None, None, None, None, None, False, False)
 
 
 @pytest.mark.parametrize("groups", [0, 2])

@@ -164,7 +164,7 @@ def test_wrong_bounds_do_not_reach_beyond_the_batch(bounds):
     x, dt, A, B, C, *_ = (t.to(DEVICE) for t in arguments(ops.selective_scan, 1, 6, 1, torch.float32)[0])
     bounds = torch.tensor(bounds, device=DEVICE)
     torch.ops.recbole_ssm_cuda.selective_scan(x, dt, A, B, C, None, None, None, None, bounds, True, False)
-    torch.ops.recbole_ssm_cuda.conv1d(x, torch.ones(6, 4, device=DEVICE), None, None, bounds, 3, True, True)
+    torch.ops.recbole_ssm_cuda.causal_conv1d(x, torch.ones(6, 4, device=DEVICE), None, None, bounds, "silu")
 
 
 def test_a_program_exported_without_gradients_refuses_a_backward():
@@ -177,9 +177,13 @@ def test_a_program_exported_without_gradients_refuses_a_backward():
 def test_operators_refuse_what_does_not_fit():
     x, weight, bias = arguments(ops.causal_conv1d, 2, 6, 2, torch.float32)[0]
     with pytest.raises(ValueError, match="bias must have shape"):
-        torch.ops.recbole_ssm_cuda.conv1d(x, weight, bias[:-1], None, None, 3, True, True)
-    with pytest.raises(ValueError, match="no kernel for 4 taps of which 4 lead"):
-        torch.ops.recbole_ssm_cuda.conv1d(x, weight, bias, None, None, 4, True, True)
+        torch.ops.recbole_ssm_cuda.causal_conv1d(x, weight, bias[:-1], None, None, "silu")
+    for operator, rest in (
+        (torch.ops.recbole_ssm_cuda.causal_conv1d, (None,)),
+        (torch.ops.recbole_ssm_cuda.centered_conv1d, ()),
+    ):
+        with pytest.raises(ValueError, match="conv1d: no kernel for 17 taps"):
+            operator(x, weight.repeat(1, 5)[:, :17], bias, *rest, None, "silu")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="no matter of the kernels")

@@ -39,14 +39,17 @@ NUMBERS = {"rows", "L", "D", "N", "S", "H", "P", "per_group", "groups", "sx", "s
 
 
 @pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("module", "name", "constants", "warps"), KERNELS)
-def test_compiles(module, name, constants, warps, capability):
+def test_compiles(module, name, constants, warps, packed, capability):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
     types = {"offsets": "*i64", "of_row": "*i32", "x": "*bf16", **dict.fromkeys(NUMBERS, "i32")}
+    if not packed:
+        constants = {**constants, **{a: None for a in ("offsets", "of_row") if a in kernel.arg_names}}
     signature = {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in kernel.arg_names}
     options = {"num_warps": warps, "num_stages": 1}
     source = ASTSource(kernel, signature, constexprs=constants)

@@ -8,7 +8,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from recbole_ssm import ops
 from recbole_ssm.ops import backend, triton
@@ -32,16 +31,6 @@ def selective_scan_fn(
     return y.transpose(1, 2), final
 
 
-def mamba_chunk_scan_combined(
-    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
-    dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
-):  # fmt: skip
-    assert chunk_size == 64 and not (return_final_states and seq_idx is not None)
-    with backend.force(backend.implementations("ssd", "torch")[0].function):
-        y, final = ops.ssd(x, dt, A, B, C, D, state_BHPN=initial_states, cu_seqlens=bounds_of(seq_idx))
-    return (y, final) if return_final_states else y
-
-
 def causal_conv1d_fn(
     x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
     activation=None,
@@ -62,9 +51,7 @@ def libraries(monkeypatch):
 
     module("mamba_ssm")
     module("mamba_ssm.ops")
-    module("mamba_ssm.ops.triton")
     module("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=selective_scan_fn)
-    module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)
     module("causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
 
 
@@ -87,8 +74,8 @@ def held_against_torch(op, tensors, keywords, cu_seqlens=None):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_calls_that_they_know(libraries, packed, monkeypatch):
-    for op in ("ssd", "causal_conv1d", "selective_scan"):
-        monkeypatch.setattr(operators, op, lambda *arguments, **options: pytest.fail("went to Triton"))
+    for op in ("causal_conv1d", "selective_scan"):
+        monkeypatch.setitem(operators.OPERATORS, op, lambda *arguments: pytest.fail("went to Triton"))
     lengths = torch.tensor([3, 1, 5])
     batch, L, S, cu_seqlens = (1, 9, 3, cu_seqlens_of(lengths)) if packed else (2, 9, 2, None)
     if not packed:
@@ -96,17 +83,14 @@ def test_calls_that_they_know(libraries, packed, monkeypatch):
         del keywords["state_BDN"]
         held_against_torch(ops.selective_scan, tensors, keywords)
         held_against_torch(ops.selective_scan, tensors[:5], keywords)
-    (x, dt, *tensors), keywords = arguments(ops.ssd, batch, L, S, torch.float32, SIZES)
-    keywords = {"return_state": False} if packed else {"state_BHPN": keywords["state_BHPN"]}
-    held_against_torch(ops.ssd, [x, F.softplus(dt), *tensors], keywords, cu_seqlens)
     tensors, keywords = arguments(ops.causal_conv1d, batch, L, S, torch.float32, SIZES)
     held_against_torch(ops.causal_conv1d, tensors, {"activation": "silu"}, cu_seqlens)
 
 
-@pytest.mark.parametrize("op", [ops.selective_scan, ops.ssd, ops.causal_conv1d], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [ops.selective_scan, ops.causal_conv1d], ids=lambda op: op.__name__)
 def test_other_calls_go_to_ours(libraries, op, monkeypatch):
     asked = []
-    monkeypatch.setattr(operators, op.__name__, lambda *arguments, **options: asked.append(1) or (arguments[0], None))
+    monkeypatch.setitem(operators.OPERATORS, op.__name__, lambda *given: asked.append(1) or (given[0], None))
     tensors, keywords = arguments(op, 1, 9, 2, torch.float32, SIZES)
     with backend.force(getattr(upstream, op.__name__)):
         op(*tensors, **keywords, cu_seqlens=torch.tensor([0, 4, 9]))
@@ -114,7 +98,7 @@ def test_other_calls_go_to_ours(libraries, op, monkeypatch):
 
 
 def test_installed(libraries):
-    names = {op: [name for name, _ in upstream.installed(op)] for op in ("selective_scan", "causal_conv1d", "ssd_last")}
-    assert names == {"selective_scan": ["mamba-ssm"], "causal_conv1d": ["causal-conv1d"], "ssd_last": []}
+    names = {op: [name for name, _ in upstream.installed(op)] for op in ("selective_scan", "causal_conv1d", "ssd")}
+    assert names == {"selective_scan": ["mamba-ssm"], "causal_conv1d": ["causal-conv1d"], "ssd": []}
     assert [i.name for i in backend._implementations["ssd", "cuda"]][-1] == "triton"
     assert triton.unusable is backend._requirements["cuda"]

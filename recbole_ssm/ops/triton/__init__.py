@@ -1,9 +1,9 @@
 """The ``cuda`` backend: float32, bfloat16 and float16 on an NVIDIA GPU, with states and sums in float32.
 
-Of each op the first that passes its self-test there: mamba-ssm's or causal-conv1d's kernels where they are installed
-(:mod:`recbole_ssm.ops.triton.upstream`), then ours in Triton (:mod:`recbole_ssm.ops.triton.operators`), then PyTorch's
-operations, which also take what no kernel does. Triton comes with PyTorch's wheels for CUDA and is imported when the
-first kernel runs, not before.
+Of each op it takes the first implementation that passes its self-test there: the kernels of mamba-ssm and causal-conv1d
+where they are installed (:mod:`recbole_ssm.ops.triton.upstream`), then ours in Triton
+(:mod:`recbole_ssm.ops.triton.operators`), then PyTorch's operations, which also take what no kernel does. Triton comes
+with PyTorch's wheels for CUDA and is imported when the first kernel runs, not before.
 
 With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CPU, slowly: so they are tested anywhere.
 """
@@ -11,21 +11,16 @@ With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CP
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.backend import HALF, INTERPRETED, implements, requires
-from recbole_ssm.ops.causal_conv1d import torch_causal, torch_centered
-from recbole_ssm.ops.library import no_tangents
-from recbole_ssm.ops.quasiseparable import torch_quasiseparable
-from recbole_ssm.ops.selective_scan import torch_scan, torch_scan_last
-from recbole_ssm.ops.ssd import torch_ssd, torch_ssd_last
+from recbole_ssm.ops.backend import HALF, INTERPRETED, requires
+from recbole_ssm.ops.library import MOST_TAPS, implement, no_tangents
+from recbole_ssm.ops.table import OPS
 from recbole_ssm.ops.triton import operators, upstream
-
-Kernel = Callable[..., Any]
 
 
 def unusable() -> str:
@@ -41,74 +36,25 @@ def unusable() -> str:
     return ""
 
 
-def _fit(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take them: all on the GPU, none in float64, none with a tangent."""
-    given = [t for t in tensors if t is not None]
-    fits = all((t.is_cuda or INTERPRETED) and t.dtype in (torch.float32, *HALF) for t in given)
-    return fits and no_tangents(*given)
+def _takes(op: str, *arguments: Any) -> bool:
+    """Whether the kernels take a call: all on the GPU, none in float64 or with a tangent, and not too large."""
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    given = dict(zip([t.name for t in OPS[op].tensors], arguments))
+    if not all(t.is_cuda or INTERPRETED for t in tensors) or not no_tangents(*tensors):
+        return False
+    if not all(t.dtype in (torch.float32, *HALF) for t in tensors if t.is_floating_point()):
+        return False
+    if "weight" in given:
+        return given["weight"].shape[1] <= MOST_TAPS
+    if given["x"].dim() == 3:
+        return given["A"].shape[1] <= operators.MOST_STATE
+    B = given["B_fwd"] if "B_fwd" in given else given["B"]
+    return operators.cells(given["x"].shape[-1], B.shape[-1]) <= operators.MOST_CELLS
 
 
-def _too_large(x: Tensor, B: Tensor) -> bool:
-    return operators.cells(x, B) > operators.MOST_CELLS
-
-
-# --- each op by a kernel, and by PyTorch where that does not take what is given -----------------------------------
-
-
-def _selective_scan(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *rest[:-2])
-    return (kernel if fits else torch_scan)(x, dt, A, *rest)
-
-
-def _selective_scan_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> Tensor:
-    fits = A.shape[1] <= operators.MOST_STATE and _fit(x, dt, A, *rest[:-2])
-    return (kernel if fits else torch_scan_last)(x, dt, A, *rest)
-
-
-def _ssd(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    tensors = rest[:-2]  # C, D, state
-    if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
-        return kernel(x, dt, A, B, *rest)
-    return torch_ssd(x, dt, A, B, *rest)
-
-
-def _ssd_last(kernel: Kernel, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
-    tensors = rest[:-1]  # C, D
-    if _fit(x, dt, A, B, *tensors) and not _too_large(x, B):
-        return kernel(x, dt, A, B, *rest)
-    return torch_ssd_last(x, dt, A, B, *rest)
-
-
-def _quasiseparable(kernel: Kernel, x: Tensor, *given: Any) -> Tensor:
-    tensors = given[:-1]
-    if _fit(x, *tensors) and not _too_large(x, tensors[3]):
-        return kernel(x, *given)
-    return torch_quasiseparable(x, *given)
-
-
-def _causal_conv1d(
-    kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, state_BDK: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias, state_BDK)
-    return (kernel if fits else torch_causal)(x, weight, bias, state_BDK, *options)
-
-
-def _centered_conv1d(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    fits = weight.shape[1] <= operators.MOST_TAPS and _fit(x, weight, bias)
-    return (kernel if fits else torch_centered)(x, weight, bias, *options)
-
-
-def _by(around: Kernel, kernel: Kernel) -> Kernel:
-    def implementation(*arguments: Any) -> Any:
-        return around(kernel, *arguments)
-
-    return implementation
-
-
-for _around in (
-    _selective_scan, _selective_scan_last, _ssd, _ssd_last, _quasiseparable, _causal_conv1d, _centered_conv1d
-):  # fmt: skip
-    _op = _around.__name__[1:]
-    for _name, _kernel in (*([] if INTERPRETED else upstream.installed(_op)), ("triton", getattr(operators, _op))):
-        implements(_op, "cuda", _name)(_by(_around, _kernel))
+for _op, _ours in operators.OPERATORS.items():
+    if not INTERPRETED:
+        for _name, _theirs in upstream.installed(_op):
+            implement(_op, "cuda", _theirs, partial(_takes, _op), _name)
+    implement(_op, "cuda", _ours, partial(_takes, _op), "triton")
 requires("cuda", unusable)

@@ -12,13 +12,19 @@ from recbole_ssm.ops.triton.common import read, rows_of, silu_slope
 
 @triton.jit
 def _bounds_of(offsets, of_row, row, real_T, L, rows):
-    """Sequence [BT] of each row, its begin and its end."""
+    """Sequence [BT] of each row, its begin and its end.
+
+    It returns once, at its end: before 3.7 Triton compiles what follows a return too, and of_row may be None there.
+    """
     if offsets is None:
         s = row // L
-        return s, s * L, s * L + L
-    s = tl.load(of_row + row, mask=real_T, other=0).to(tl.int64)
-    begin, end = tl.load(offsets + s, mask=real_T, other=0), tl.load(offsets + s + 1, mask=real_T, other=0)
-    return s, tl.maximum(begin, 0), tl.minimum(end, rows)
+        begin = s * L
+        end = begin + L
+    else:
+        s = tl.load(of_row + row, mask=real_T, other=0).to(tl.int64)
+        begin = tl.maximum(tl.load(offsets + s, mask=real_T, other=0), 0)
+        end = tl.minimum(tl.load(offsets + s + 1, mask=real_T, other=0), rows)
+    return s, begin, end
 
 
 @triton.jit

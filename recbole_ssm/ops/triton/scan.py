@@ -15,11 +15,11 @@ from recbole_ssm.ops.triton.common import LOG2E, read, rows_of, silu_slope, soft
 
 
 @triton.jit
-def _step_size(dt, bias, d, real_D, SOFTPLUS: tl.constexpr):
+def _step_size(dt, dt_bias, d, real_D, SOFTPLUS: tl.constexpr):
     """dt_t [BD] as the recurrence uses it, and the derivative of that by dt as given."""
     dt_t = read(dt, d, real_D)
-    if bias is not None:
-        dt_t += read(bias, d, real_D)
+    if dt_bias is not None:
+        dt_t += read(dt_bias, d, real_D)
     slope = tl.full(dt_t.shape, 1.0, tl.float32)
     if SOFTPLUS:
         slope = tl.sigmoid(dt_t)
@@ -35,7 +35,7 @@ def _decay_rates(A, cell, real):
 
 @triton.jit
 def scan_forward(
-    x, sx, dt, sdt, A, B, sB, C, sC, skip, z, sz, bias, state, offsets, y, final, kept,
+    x, sx, dt, sdt, A, B, sB, C, sC, skip, z, sz, dt_bias, state, offsets, y, final, kept,
     rows, L, D, N, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, D / BD). Writes y [rows, D], final [S, N, D], and kept [rows // CHUNK, N, D] where it is given."""
@@ -55,7 +55,7 @@ def scan_forward(
             if (t > 0) & (t % CHUNK == 0):  # such rows are CHUNK apart and more, so each has a place of its own
                 tl.store(kept + (row // CHUNK - 1) * N * D + cell, h, mask=real)
         x_t = read(x, row * sx + d, real_D)
-        dt_t, _ = _step_size(dt + row * sdt, bias, d, real_D, SOFTPLUS)
+        dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
         B_t = read(B, row * sB + n, real_N)
         C_t = read(C, row * sC + n, real_N)
         h = tl.exp2(dt_t[None, :] * A_ND) * h + (dt_t * x_t)[None, :] * B_t[:, None]
@@ -71,15 +71,15 @@ def scan_forward(
 
 @triton.jit
 def scan_backward(
-    gy, sgy, gfinal, x, sx, dt, sdt, A, B, sB, C, sC, skip, z, sz, bias, state, offsets, kept,
-    gx, gdt, gA, gB, gC, gskip, gz, gbias, gstate, scratch,
+    gy, sgy, gfinal, x, sx, dt, sdt, A, B, sB, C, sC, skip, z, sz, dt_bias, state, offsets, kept,
+    gx, gdt, gA, gB, gC, gskip, gz, gdt_bias, gstate, scratch,
     rows, L, D, N, S, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, D / BD); a program takes every programs-th sequence, and walks it from its end.
 
     Of each chunk it first computes the states again, from the one that was kept, into ``scratch``
     [programs, D / BD, CHUNK, BN, BD], which is small enough for the cache. It writes gx, gdt, gz [rows, D] and gstate
-    [S, N, D] whole; of gB and gC its channels' share [D / BD, rows, N]; of gA [programs, N, D], gskip and gbias
+    [S, N, D] whole; of gB and gC its channels' share [D / BD, rows, N]; of gA [programs, N, D], gskip and gdt_bias
     [programs, D] its sequences' share. Their sums are taken outside, always in the same order.
     """
     program = tl.program_id(0)
@@ -117,7 +117,7 @@ def scan_backward(
                 tl.store(recomputed + i * BN * BD, h)
                 row = begin + first + i
                 x_t = read(x, row * sx + d, real_D)
-                dt_t, _ = _step_size(dt + row * sdt, bias, d, real_D, SOFTPLUS)
+                dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
                 B_t = read(B, row * sB + n, real_N)
                 h = tl.exp2(dt_t[None, :] * A_ND) * h + (dt_t * x_t)[None, :] * B_t[:, None]
             tl.debug_barrier()
@@ -125,7 +125,7 @@ def scan_backward(
                 i = steps - 1 - j
                 row = begin + first + i
                 x_t = read(x, row * sx + d, real_D)
-                dt_t, slope = _step_size(dt + row * sdt, bias, d, real_D, SOFTPLUS)
+                dt_t, slope = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
                 B_t = read(B, row * sB + n, real_N)
                 C_t = read(C, row * sC + n, real_N)
                 gy_t = read(gy, row * sgy + d, real_D)
@@ -155,13 +155,13 @@ def scan_backward(
     tl.store(gA + program.to(tl.int64) * N * D + cell, gA_ND, mask=real)
     if gskip is not None:
         tl.store(gskip + program * D + d, gskip_D, mask=real_D)
-    if gbias is not None:
-        tl.store(gbias + program * D + d, gbias_D, mask=real_D)
+    if gdt_bias is not None:
+        tl.store(gdt_bias + program * D + d, gbias_D, mask=real_D)
 
 
 @triton.jit
 def scan_last_forward(
-    x, sx, dt, sdt, A, B, sB, C, skip, z, bias, offsets, y, after,
+    x, sx, dt, sdt, A, B, sB, C, skip, z, dt_bias, offsets, y, after,
     rows, L, D, N, SOFTPLUS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """y_last = C sum_t exp(A w_t) dt_t B_t x_t, with w_t the sum of the steps after t. Grid (S, D / BD).
@@ -181,7 +181,7 @@ def scan_last_forward(
     for t in range(0, length):
         row = begin + length - 1 - t
         x_t = read(x, row * sx + d, real_D)
-        dt_t, _ = _step_size(dt + row * sdt, bias, d, real_D, SOFTPLUS)
+        dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
         CB_t = C_N * read(B, row * sB + n, real_N)
         if after is not None:
             tl.store(after + row * D + d, w, mask=real_D)
@@ -199,8 +199,8 @@ def scan_last_forward(
 
 @triton.jit
 def scan_last_backward(
-    gy, after, x, sx, dt, sdt, A, B, sB, C, skip, z, bias, offsets,
-    gx, gdt, gA, gB, gC, gskip, gz, gbias,
+    gy, after, x, sx, dt, sdt, A, B, sB, C, skip, z, dt_bias, offsets,
+    gx, gdt, gA, gB, gC, gskip, gz, gdt_bias,
     rows, L, D, N, S, SOFTPLUS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Grid and shares as in :func:`scan_backward`, but for gC [D / BD, S, N] and gz [S, D].
@@ -237,7 +237,7 @@ def scan_last_backward(
         for t in range(0, length):
             row = begin + t
             x_t = read(x, row * sx + d, real_D)
-            dt_t, slope = _step_size(dt + row * sdt, bias, d, real_D, SOFTPLUS)
+            dt_t, slope = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
             B_t = read(B, row * sB + n, real_N)
             w = read(after, row * D + d, real_D)
             decay = tl.exp2(w[None, :] * A_ND)
@@ -264,5 +264,5 @@ def scan_last_backward(
     tl.store(gA + program.to(tl.int64) * N * D + cell, gA_ND, mask=real)
     if gskip is not None:
         tl.store(gskip + program * D + d, gskip_D, mask=real_D)
-    if gbias is not None:
-        tl.store(gbias + program * D + d, gbias_D, mask=real_D)
+    if gdt_bias is not None:
+        tl.store(gdt_bias + program * D + d, gbias_D, mask=real_D)
