@@ -35,6 +35,7 @@ from recbole_ssm.ops.library import (
 
 ABI = 3  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
+OTHER_SOURCES = "built from other sources; install again (from a clone: python setup.py -q build_ext --inplace)"
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 
 
@@ -99,10 +100,10 @@ def load(path: Path) -> str:
     try:
         library = ctypes.CDLL(str(path))
         if library.recbole_ssm_abi() != ABI:
-            return "built from other sources; install again"
+            return OTHER_SOURCES
         for name, structure in STRUCTURES.items():
             if library[f"recbole_ssm_{name}_size"]() != ctypes.sizeof(structure):
-                return "built from other sources; install again"
+                return OTHER_SOURCES
             run, size = library[f"recbole_ssm_{name}"], library[f"recbole_ssm_{name}_workspace"]
             run.argtypes = [ctypes.POINTER(structure), ctypes.c_int64, ctypes.c_int64]
             size.argtypes = [ctypes.POINTER(structure), ctypes.c_int64]
