@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.packing import map_sequences, positions_of
@@ -155,6 +156,7 @@ class _WindowSum(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gy = grads[0].contiguous()

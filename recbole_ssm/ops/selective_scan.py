@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.numerics import at_least_float32, decay_of, floor_of_exponent, step_size
@@ -207,6 +208,7 @@ class _Scan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, dt, A_ND, B, C = ctx.saved_tensors
         gy, gfinal = grads
@@ -254,6 +256,7 @@ class _ScanLast(torch.autograd.Function):
         return y.mul_(v)  # contribution of each token, [total, D]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         v, w, A_ND, CB = ctx.saved_tensors
         gv, gw, gCB, gA = torch.empty_like(v), torch.empty_like(w), torch.empty_like(CB), torch.zeros_like(A_ND)

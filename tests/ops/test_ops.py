@@ -278,6 +278,23 @@ def test_gradcheck(op):
         assert torch.autograd.gradcheck(call, inputs)
 
 
+@each_op
+def test_torch_compiles_the_torch_form(op):
+    """Also where the gradients are to be differentiated again: gradients are those of eager mode."""
+    tensors, keywords = arguments(op, 2, 6, 2, torch.float32)
+    tensors = [t.requires_grad_() for t in tensors]
+
+    def loss(*tensors):
+        out = op(*tensors, **keywords)
+        return (out[0] if isinstance(out, tuple) else out).square().sum()
+
+    with ops.use_backend("torch"):
+        expected = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for f, e in zip(torch.autograd.grad(compiled(*tensors), tensors), expected):
+            torch.testing.assert_close(f, e)
+
+
 def test_reference_of_mamba_ssm():
     """Ours against upstream's own plain functions, where that package can be imported."""
     if importlib.util.find_spec("mamba_ssm") is None:
