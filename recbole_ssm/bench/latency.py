@@ -50,7 +50,6 @@ SMALLER = 16
 WARM_UP = 3
 # Calls that are counted.
 FEWEST, MOST = 3, 200
-MIB = 2**20
 PATHS = ("one event", "history")
 
 
@@ -146,7 +145,8 @@ def exponents(rows: Iterable[Row]) -> list[Row]:
     for (model, batch, items), points in groups.items():
         if len({length for length, _ in points}) < 2:
             continue
-        logs = np.log(np.array(sorted(points)))  # [points, (length, seconds)]
+        # [points, (length, seconds)]
+        logs = np.log(np.array(sorted(points)))
         fit = linregress(*logs.T)
         change = logs[-1] - logs[-2]
         fits.append(
@@ -171,7 +171,8 @@ class Forecast:
     """
 
     def __init__(self) -> None:
-        self._costs: dict[int, dict[int, float]] = {}  # batch -> length -> cost
+        # {batch: {length: cost}}
+        self._costs: dict[int, dict[int, float]] = {}
 
     def note(self, batch: int, length: int, cost: float) -> None:
         """Take in a measurement; ``cost`` is in seconds, bytes or any other unit."""
@@ -197,10 +198,10 @@ class _Costs(NamedTuple):
     encode_bytes: Forecast
     score_s: Forecast
 
-    def note(self, calls: _Calls, encode_s: float, score_s: float) -> None:
-        """Take in what a call took; ``score_s`` includes the choice of the best."""
-        self.encode_s.note(calls.batch, calls.length, 0.0 if math.isnan(encode_s) else encode_s)
-        self.score_s.note(calls.batch, calls.length if math.isnan(encode_s) else 1, score_s)
+    def note(self, calls: _Calls, encode: float, score: float, top_k: float, _: float) -> None:
+        """Take in the seconds of a call's parts. Scoring includes encoding where that cannot be timed."""
+        self.encode_s.note(calls.batch, calls.length, encode)
+        self.score_s.note(calls.batch, 1 if encode else calls.length, score + top_k)
 
 
 class _Bench:
@@ -238,8 +239,7 @@ class _Bench:
             self._first(part, costs)
             # The first call also touched its memory for the first time, so it is the second that counts.
             part.once()
-            encode, score, top_k, _ = part.seconds[-1]
-            costs.note(part, encode, score + top_k)
+            costs.note(part, *part.seconds[-1])
             refusal = self._forecast(costs, batch, length, items)
         return refusal
 
@@ -253,12 +253,11 @@ class _Bench:
         return _too_slow(call) if call * (1 + FEWEST) > self.seconds else None
 
     def _first(self, calls: _Calls, costs: _Costs) -> float:
-        """Make the first call and take it in for forecasts; the MiB by which it lifts the memory in use."""
-        memory_mib = calls.memory_mib()
-        encode, score, top_k, _ = calls.seconds[-1]
-        costs.note(calls, encode, score + top_k)
-        costs.encode_bytes.note(calls.batch, calls.length, max(memory_mib * MIB - 4 * calls.batch * calls.items, 0.0))
-        return memory_mib
+        """Make the first call, for forecasts; the MiB by which it lifts the memory in use, 0 if nobody knows."""
+        lifted = extra_memory(calls.once, self.device) or 0
+        costs.note(calls, *calls.seconds[-1])
+        costs.encode_bytes.note(calls.batch, calls.length, max(lifted - 4 * calls.batch * calls.items, 0))
+        return lifted / 2**20
 
     def _measured(self, calls: _Calls, costs: _Costs) -> Row:
         """Percentiles of the call and medians of its parts."""
@@ -273,18 +272,17 @@ class _Bench:
         end = begin + self.seconds
         while len(calls.seconds) < FEWEST or (len(calls.seconds) < MOST and time.perf_counter() < end):
             calls.once()
-        parts = np.array(calls.seconds)  # [calls, (encode, score, top-k, all)]
-        encode, score, top_k, _ = np.median(parts, axis=0).tolist()
+        parts = np.array(calls.seconds)
+        encode, score, top_k, whole = np.median(parts, axis=0).tolist()
         p50, p95, p99 = np.percentile(parts[:, 3], (50, 95, 99)).tolist()
-        costs.note(calls, encode, score + top_k)
+        costs.note(calls, encode, score, top_k, whole)
         return {
             "calls": len(parts),
             "p50_s": p50,
             "p95_s": p95,
             "p99_s": p99,
             "users_per_s": calls.batch * len(parts) / float(parts[:, 3].sum()),
-            # Where the scores do not come from forward, encoding is not timed.
-            "encode_s": None if math.isnan(encode) else encode,
+            "encode_s": encode or None,
             "score_s": score,
             "topk_s": top_k,
             "memory_mib": memory_mib or None,
@@ -298,7 +296,7 @@ class _Calls:
         self, model: Any, length: int, batch: int, items: int, device: torch.device, top_k: int, clock: Latency
     ) -> None:
         self.length, self.batch, self.items, self.device = length or 1, batch, items, device
-        # (encode, score, top-k, all three) of each call.
+        # (encode, score, top-k, all three) of each call. Encoding is 0 where the scores do not come from forward.
         self.seconds: list[tuple[float, float, float, float]] = []
         self._rows = random_histories(batch, self.length, items, device)
         self._top_k = min(top_k, items)
@@ -317,11 +315,7 @@ class _Calls:
         scores.topk(self._top_k)
         self._clock.on_evaluation_batch_end(self._trainer, self.batch)
         parts = {name: values.pop() for name, values in self._clock.seconds.items()}
-        self.seconds.append((parts.get("encode", math.nan), parts["score"], parts["top_k"], parts["evaluate"]))
-
-    def memory_mib(self) -> float:
-        """Make one call; the MiB by which it lifts the memory in use, 0 where the system does not tell."""
-        return (extra_memory(self.once, self.device) or 0) / MIB
+        self.seconds.append((parts.get("encode", 0.0), parts["score"], parts["top_k"], parts["evaluate"]))
 
 
 class _Processor(Latency):

@@ -38,67 +38,58 @@ class Case(NamedTuple):
     floats: tuple[float, float]
 
 
-def _scan(B: int, L: int) -> Case:
+def _scan(B: int, L: int, last: bool = False) -> Case:
     tensors = [
         torch.randn(B, L, D), torch.randn(B, L, D), -torch.arange(1.0, N + 1).repeat(D, 1), torch.randn(B, L, N),
         torch.randn(B, L, N), torch.ones(D), torch.randn(B, L, D), torch.full((D,), -3.0),
     ]  # fmt: skip
 
     def call(*t: Tensor) -> Tensor:
-        return ops.selective_scan(*t[:7], dt_bias=t[7], dt_softplus=True)[0]
-
-    tokens = B * L
-    return Case(call, tensors, (20.0 * tokens * D * N, 34.0 * tokens * D * N), _moved(tokens, 3 * D + 2 * N, D))
-
-
-def _scan_last(B: int, L: int) -> Case:
-    tensors = _scan(B, L).tensors
-
-    def call(*t: Tensor) -> Tensor:
         x, dt, A, B_, C, skip, z, bias = t
-        return ops.selective_scan_last(x, dt, A, B_, C[:, -1], skip, z[:, -1], dt_bias=bias, dt_softplus=True)
+        if last:
+            C, z = C[:, -1], z[:, -1]
+            return ops.selective_scan_last(x, dt, A, B_, C, skip, z, dt_bias=bias, dt_softplus=True)
+        return ops.selective_scan(x, dt, A, B_, C, skip, z, dt_bias=bias, dt_softplus=True)[0]
 
-    tokens = B * L
-    return Case(call, tensors, (17.0 * tokens * D * N, 25.0 * tokens * D * N), _moved(tokens, 2 * D + N, 0))
+    tokens, states = B * L, float(B * L * D * N)
+    if last:
+        return Case(call, tensors, (17 * states, 25 * states), _moved(tokens, 2 * D + N, 0))
+    return Case(call, tensors, (20 * states, 34 * states), _moved(tokens, 3 * D + 2 * N, D))
 
 
-def _ssd(B: int, L: int) -> Case:
+def _ssd(B: int, L: int, last: bool = False) -> Case:
     maps = [torch.randn(B, L, 1, N_SSD) for _ in range(2)]
     tensors = [torch.randn(B, L, H, P), torch.randn(B, L, H) - 3, -1 - 15 * torch.rand(H), *maps, torch.ones(H)]
 
     def call(*t: Tensor) -> Tensor:
-        return ops.ssd(*t, dt_softplus=True)[0]
+        x, dt, A, B_, C, skip = t
+        if last:
+            return ops.ssd_last(x, dt, A, B_, C[:, -1], skip, dt_softplus=True)
+        return ops.ssd(x, dt, A, B_, C, skip, dt_softplus=True)[0]
 
     tokens, pairs, states = B * L, min(L, 64) / 2, 2.0 * N_SSD * H * P
+    if last:
+        work = 2.0 * tokens * (N_SSD + H * P)
+        return Case(call, tensors, (work, 3 * work), _moved(tokens, H * P + H + N_SSD, 0))
     forward = 2 * pairs * (N_SSD + H * P) + states * (1 if L <= 64 else 2)
     backward = 2 * pairs * (3 * N_SSD + 2 * H * P) + (0 if L <= 64 else 4 * states)
     return Case(call, tensors, (forward * tokens, backward * tokens), _moved(tokens, H * P + H + 2 * N_SSD, H * P))
-
-
-def _ssd_last(B: int, L: int) -> Case:
-    tensors = _ssd(B, L).tensors
-
-    def call(*t: Tensor) -> Tensor:
-        x, dt, A, B_, C, skip = t
-        return ops.ssd_last(x, dt, A, B_, C[:, -1], skip, dt_softplus=True)
-
-    tokens = B * L
-    work = 2.0 * tokens * (N_SSD + H * P)
-    return Case(call, tensors, (work, 3 * work), _moved(tokens, H * P + H + N_SSD, 0))
 
 
 def _quasiseparable(B: int, L: int) -> Case:
     steps = [F.softplus(torch.randn(B, L, H) - 3) for _ in range(2)]
     maps = [torch.randn(B, L, 1, N_SSD) for _ in range(4)]
 
-    def call(*t: Tensor) -> Tensor:
-        return ops.quasiseparable(*t)
-
     tokens, pairs, states = B * L, min(L, 64) / 2, 0.0 if L <= 64 else 2.0 * N_SSD * H * P
     forward = 2 * (2 * pairs * (N_SSD + H * P) + 2 * states)
     backward = 2 * (2 * pairs * (3 * N_SSD + 2 * H * P) + 4 * states)
     tensors = [torch.randn(B, L, H, P), *steps, -1 - torch.rand(H), *maps]
-    return Case(call, tensors, (forward * tokens, backward * tokens), _moved(tokens, H * P + 2 * H + 4 * N_SSD, H * P))
+    return Case(
+        ops.quasiseparable,
+        tensors,
+        (forward * tokens, backward * tokens),
+        _moved(tokens, H * P + 2 * H + 4 * N_SSD, H * P),
+    )
 
 
 def _conv(op: Callable[..., Any], taps: int) -> Callable[[int, int], Case]:
@@ -122,9 +113,9 @@ def _moved(tokens: int, read: int, written: int) -> tuple[float, float]:
 
 CASES: dict[str, Callable[[int, int], Case]] = {
     "selective_scan": _scan,
-    "selective_scan_last": _scan_last,
+    "selective_scan_last": partial(_scan, last=True),
     "ssd": _ssd,
-    "ssd_last": _ssd_last,
+    "ssd_last": partial(_ssd, last=True),
     "quasiseparable": _quasiseparable,
     "causal_conv1d": _conv(ops.causal_conv1d, K),
     "centered_conv1d": _conv(ops.centered_conv1d, 7),

@@ -1,4 +1,4 @@
-"""The universal gradient method and adaptive batch sizes, for any PyTorch model: no RecBole in here."""
+"""Universal gradient methods, adaptive batch sizes and averaged iterates, for any PyTorch model, without RecBole."""
 
 import torch
 
@@ -18,7 +18,7 @@ LEARNERS: dict[str, type[torch.optim.Optimizer]] = {
     "usgm": USGM,
     "usfgm": USFGM,
 }
-"""Optimisers by the names that RecBole and this package give them."""
+"""Optimisers by the names that users type; all but the last two are RecBole's."""
 
 __all__ = [
     "LEARNERS",

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,31 +17,40 @@ from recbole_ssm.optim.gradient_noise import Change, GradientProbe, Measurement,
 
 RULES = ("hoelder", "norm_test", "inner_product")
 
-_NU_PRIOR, _NU_SPREAD = 1.0, 0.5  # of the exponent where steps of one length say nothing about it: smooth, give or take
+# What is assumed of nu where steps of one length say nothing about it: mean and deviation.
+_NU_PRIOR, _NU_SPREAD = 1.0, 0.5
 _LEAST_CHANGES = 9
 
 
 class HolderFit(NamedTuple):
-    """|grad f(x + s) - grad f(x)| = L |s|^nu, as fitted to steps."""
+    """The Hölder model |grad f(x + s) - grad f(x)| = L |s|^nu, as fitted to steps.
 
-    nu: float  # in [0, 1]
+    ``nu`` is in [0, 1], ``nu_error`` its standard error, ``change_error`` the relative standard error of
+    :meth:`change` at a typical step, and ``points`` the number of steps.
+    """
+
+    nu: float
     L: float
-    nu_error: float  # standard error of nu
-    change_error: float  # relative standard error of change() at a typical step
+    nu_error: float
+    change_error: float
     points: int
 
     def change(self, distance: float) -> float:
-        """The modelled change of the gradient over a step of this length."""
+        """How far the gradient changes over a step of this length, by the model."""
         return self.L * distance**self.nu
 
 
 def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Sequence[float]) -> HolderFit | None:
-    """Weighted least squares of log |change of the gradient| on log |step| (ours; the paper names the method alone).
+    """Fit the Hölder model by weighted least squares of log |change of the gradient| on log |step|.
 
-    A noise-free square y is unbiased but may be negative, and the logarithm of a noisy number is biased. So the line
-    log m = log L^2 + 2 nu log r is fitted to y as a generalised linear model: least squares are iterated on
-    log m + (y - m) / m with the weights (m / (m + noise))^2 at the line before. Where all steps have one length, nu
-    cannot be told; a weak prior then holds it near 1, and the line still passes through the data.
+    arXiv 2408.05606 names the method only; what follows is ours. The square y of a change, its noise subtracted, is
+    unbiased but may be negative, and the logarithm of a noisy number is biased. So the line
+
+        log m = log L^2 + 2 nu log r
+
+    is fitted to y as a generalised linear model: iterated least squares on log m + (y - m) / m, with the weights
+    (m / (m + noise))^2 at the line before. Where all steps have one length, the data cannot tell nu. A weak prior then
+    holds it near 1, and the line still passes through the data.
 
     Args:
         distances: |x_{k+1} - x_k|, positive.
@@ -48,17 +58,19 @@ def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Seq
         noises: by how much noise would have raised them; they set the weights.
 
     Returns:
-        The fit, or None of fewer than 9 steps, or where the noise hides the change of the gradient.
+        The fit; None for fewer than 9 steps, or where the noise hides the change of the gradient.
     """
     n = len(distances)
     if n < _LEAST_CHANGES:
         return None
-    x, y, noise = np.log(np.asarray(distances, dtype=float)), np.asarray(squares, float), np.asarray(noises, float)
+    x = np.log(np.asarray(distances, float))
+    y, noise = np.asarray(squares, float), np.asarray(noises, float)
     slope = 2 * _NU_PRIOR
     start = y.mean() / np.exp(slope * (x - x.max())).mean()
     if start <= 0:
         return None
-    level, x0 = math.log(start), float(x.max())  # the line is level + slope * (x - x0)
+    # The line is level + slope * (x - x0).
+    level, x0 = math.log(start), float(x.max())
     for _ in range(100):
         log_m = level + slope * (x - x0)
         m = np.exp(log_m)
@@ -66,7 +78,8 @@ def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Seq
         z = log_m + (y - m) / m
         x0_next, z0 = w @ x / w.sum(), w @ z / w.sum()
         dispersion = w @ (z - log_m) ** 2 / (n - 2)
-        prior = dispersion / (2 * _NU_SPREAD) ** 2 + 1e-12 * w.sum()  # never quite silent: exact steps of one length
+        # The second term leaves the prior some weight where exact steps of one length have no dispersion.
+        prior = dispersion / (2 * _NU_SPREAD) ** 2 + 1e-12 * w.sum()
         spread = w @ (x - x0_next) ** 2
         bend = (w @ ((x - x0_next) * (z - z0)) + prior * 2 * _NU_PRIOR) / (spread + prior)
         here = level + slope * (x0_next - x0)
@@ -74,13 +87,15 @@ def fit_holder(distances: Sequence[float], squares: Sequence[float], noises: Seq
         level, slope, x0 = here + move, slope + turn, float(x0_next)
         if max(abs(move), abs(turn)) < 1e-10:
             break
+    # The error of the change itself is half that of its square. Beyond this, L^2 is uncertain by a factor.
     level_error = math.sqrt(dispersion / w.sum()) / 2
-    if not level_error < 0.5:  # of the change itself; its square is uncertain by a factor
+    if not level_error < 0.5:
         return None
     nu_error = math.sqrt(dispersion / (spread + prior)) / 2
     return HolderFit(slope / 2, math.exp((level - slope * x0) / 2), nu_error, level_error, n)
 
 
+@dataclass(eq=False)
 class AdaptiveBatchSize:
     """Proposes the batch size from measured gradients (:class:`GradientProbe`), whatever the optimiser.
 
@@ -90,15 +105,15 @@ class AdaptiveBatchSize:
             gives no formula. The formula is ours: USGM's bound after T steps of B samples has the terms
             L D^(1+nu) / T^((1+nu)/2) and sigma D / sqrt(B T); they are equal, with N = B T samples to spend, at
 
-                B* = (sigma^2 N^nu / (L D^nu)^2)^(1 / (1 + nu))
+                B* = (sigma^2 N^nu / (L D^nu)^2)^(1 / (1 + nu))            (1)
 
             B rises toward B* once the smoothed variance sigma^2 has stopped falling, and falls toward the epoch's
-            median B* at its end, where that is below B. nu reaches from the length of a step to D here, so B* is an
-            order of magnitude, and no more.
-        ``norm_test``: B >= variance / (theta^2 |g|^2) (Byrd, Chin, Nocedal, Wu, 2012).
+            median B* at its end, where that is below B. nu is measured over the length of a step and used over D here,
+            so B* tells the order of magnitude only.
+        ``norm_test``: B >= variance / (theta^2 |g|^2) (Byrd, Chin, Nocedal, Wu, 2012).            (2)
         ``inner_product``: the augmented inner-product test, B >= variance along g / (theta^2 |g|^2) and
-            B >= variance across g / (nu^2 |g|^2) (Bollapragada, Byrd, Nocedal, 2018).
-        Both tests only ever raise B, once ``patience`` measurements in a row ask for it, to the least that these asked
+            B >= variance across g / (nu^2 |g|^2) (Bollapragada, Byrd, Nocedal, 2018).            (3)
+        Both tests only raise B: when ``patience`` measurements in a row ask for more, to the least that these asked
         for (AdaBatchGrad, arXiv 2402.05264).
 
     Args:
@@ -116,81 +131,79 @@ class AdaptiveBatchSize:
         patience: measurements without a fall of the variance that make a plateau; measurements in a row that a test
             needs.
         smoothing: weight of the past in the smoothed variance.
-        window: the latest steps that the Hölder fit sees.
+        window: how many of the latest steps the Hölder fit sees.
         theta, nu: of the tests; the defaults are Bollapragada's.
-        processes: that share a batch; sizes are multiples of it, rounded down where ``batch_min`` allows.
+        processes: how many share a batch; sizes are multiples of it, rounded down where ``batch_min`` allows.
 
-    All state is plain numbers. The same measurements give the same sizes: processes that share them agree.
+    The state is plain numbers, and the same measurements give the same sizes: processes that share them agree.
+    ``variance`` is the smoothed variance a sample, ``optimum`` the size that the rule asked for last (both nan at
+    first), and ``fit`` the Hölder model of the latest steps.
 
     Raises:
-        UserError: values that are not possible, or contradict each other.
+        UserError: values are impossible, or contradict each other.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        *,
-        rule: str = "hoelder",
-        D: float | None = None,
-        budget: float | None = None,
-        batch_min: int = 1,
-        batch_max: int = 65536,
-        memory_size: int | None = None,
-        growth: float = 2.0,
-        every: int = 50,
-        chunks: int = 4,
-        patience: int = 3,
-        smoothing: float = 0.8,
-        window: int = 64,
-        theta: float = 0.9,
-        nu: float = 5.84,
-        processes: int = 1,
-    ) -> None:
-        if rule not in RULES:
-            raise UserError(f"adaptive_batch: '{rule}' is not one of {', '.join(RULES)}{did_you_mean(rule, RULES)}")
-        memory = 1 if memory_size is None else memory_size
-        counts = {"batch_size": batch_size, "batch_min": batch_min, "batch_max": batch_max, "memory_size": memory}
-        counts |= {"every": every, "patience": patience, "processes": processes, "chunks": chunks, "window": window}
-        for key, value in counts.items():
-            least = {"chunks": 2, "window": _LEAST_CHANGES}.get(key, 1)  # below these no variance and no fit
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{key}: {value!r} is not a whole number from {least} up")
-        if not growth > 1:
-            raise UserError(f"growth: {growth}; give a factor above 1")
-        if not 0 <= smoothing < 1:
-            raise UserError(f"smoothing: {smoothing}; give a weight from 0 up and below 1")
-        for key, number in (("theta", theta), ("nu", nu)):
-            if not number > 0:
-                raise UserError(f"{key}: {number}; give a positive number")
-        if processes > batch_size:
-            raise UserError(f"batch_size: {batch_size} samples for {processes} processes; give at least one each")
-        if not batch_min <= batch_size <= batch_max:
-            raise UserError(
-                f"batch_min, batch_size, batch_max: {batch_min}, {batch_size}, {batch_max} do not rise; "
-                "give bounds around the size"
-            )
-        if -(-batch_min // processes) > batch_max // processes:
-            raise UserError(
-                f"batch_min, batch_max: no multiple of {processes} processes is from {batch_min} to {batch_max}"
-            )
-        if rule == "hoelder":
-            for key, length in (("D", D), ("budget", budget)):
-                if length is None or not 0 < length < math.inf:
-                    raise UserError(f"{key}: {length}; adaptive_batch 'hoelder' needs a positive number")
-        self.D, self.budget = D or 0.0, budget or 0.0
-        self.rule, self.batch_min, self.batch_max, self.growth = rule, batch_min, batch_max, growth
-        self.every, self.chunks, self.patience, self.smoothing = every, chunks, patience, smoothing
-        self.window, self.theta, self.nu, self.processes = window, theta, nu, processes
-        self.batch_size = self._whole(batch_size)
-        self.memory_size = memory_size
+    batch_size: int
+    _: KW_ONLY
+    rule: str = "hoelder"
+    D: float | None = None
+    budget: float | None = None
+    batch_min: int = 1
+    batch_max: int = 65536
+    memory_size: int | None = None
+    growth: float = 2.0
+    every: int = 50
+    chunks: int = 4
+    patience: int = 3
+    smoothing: float = 0.8
+    window: int = 64
+    theta: float = 0.9
+    nu: float = 5.84
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self._check()
+        self.batch_size = self._whole(self.batch_size)
         self.steps = 0
-        self.variance = math.nan  # smoothed, per sample
-        self.optimum = math.nan  # what the rule asked for last
+        self.variance = self.optimum = math.nan
+        self.fit: HolderFit | None = None
         self._seen, self._lowest, self._stale = 0, math.inf, 0
-        self.fit: HolderFit | None = None  # to the latest steps
         self._changes: list[Change] = []
-        self._asked: list[float] = []  # of this epoch for hoelder, the latest in a row for the tests
+        # What the rule asked for: in this epoch for hoelder, by the latest measurements in a row for the tests.
+        self._asked: list[float] = []
         self._log = logging.getLogger(__name__)
+
+    def _check(self) -> None:
+        def require(key: str, fine: bool, what: str) -> None:
+            if not fine:
+                raise UserError(f"{key}: {getattr(self, key)!r}{what}")
+
+        if self.rule not in RULES:
+            hint = did_you_mean(self.rule, RULES)
+            raise UserError(f"adaptive_batch: '{self.rule}' is not one of {', '.join(RULES)}{hint}")
+        # Fewer chunks give no variance, and a smaller window no fit.
+        least = {"chunks": 2, "window": _LEAST_CHANGES}
+        for key in ("batch_size", "batch_min", "batch_max", "memory_size", "every", "patience", "processes", *least):
+            value, low = getattr(self, key), least.get(key, 1)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            unlimited = key == "memory_size" and value is None
+            require(key, whole or unlimited, f" is not a whole number from {low} up")
+        require("growth", self.growth > 1, "; give a factor above 1")
+        require("smoothing", 0 <= self.smoothing < 1, "; give a weight from 0 up and below 1")
+        for key in ("theta", "nu"):
+            require(key, getattr(self, key) > 0, "; give a positive number")
+        size, low, high, processes = self.batch_size, self.batch_min, self.batch_max, self.processes
+        require("batch_size", processes <= size, f" samples for {processes} processes; give at least one each")
+        if not low <= size <= high:
+            sizes = f"{low}, {size}, {high}"
+            raise UserError(f"batch_min, batch_size, batch_max: {sizes} do not rise; give bounds around the size")
+        if -(-low // processes) > high // processes:
+            raise UserError(f"batch_min, batch_max: no multiple of {processes} processes is from {low} to {high}")
+        if self.rule == "hoelder":
+            for key in ("D", "budget"):
+                value = getattr(self, key)
+                positive = value is not None and 0 < value < math.inf
+                require(key, positive, "; adaptive_batch 'hoelder' needs a positive number")
 
     # ---- a batch
 
@@ -200,7 +213,7 @@ class AdaptiveBatchSize:
         return self.steps % self.every == 0
 
     def parts(self, samples: int, measured: bool = False) -> list[slice]:
-        """How a process takes its ``samples`` through the model: slices of nearly equal length, in order; none of 0."""
+        """Slices of nearly equal length in which a process takes its ``samples`` through the model; none for 0."""
         if not samples:
             return []
         count = -(-samples // (self.memory_size or samples))
@@ -215,7 +228,7 @@ class AdaptiveBatchSize:
         zero_grad: Callable[[], Any],
         probe: GradientProbe | None = None,
     ) -> list[Any]:
-        """Add up the gradients of a batch, part by part; out of memory, again in parts of half the size.
+        """Add up the gradients of a batch, part by part; where memory runs out, again in parts of half the size.
 
         Args:
             samples: of this process's batch.
@@ -246,7 +259,8 @@ class AdaptiveBatchSize:
                     break
             if not failed:
                 return results
-            results.clear()  # out of the handler, whose traceback would hold the tensors of the failed part
+            # Here, and not in the handler, whose traceback would hold the tensors of the failed part.
+            results.clear()
             self.out_of_memory(failed)
 
     def out_of_memory(self, samples: int) -> None:
@@ -268,7 +282,7 @@ class AdaptiveBatchSize:
     # ---- decisions
 
     def observe(self, measurement: Measurement | None = None, change: Change | None = None) -> int:
-        """Take in one step, with its measurement and change if it was :attr:`due`.
+        """Take in one step, with its measurement and the change that it made if it was :attr:`due`.
 
         Returns:
             The batch size from here on.
@@ -299,7 +313,7 @@ class AdaptiveBatchSize:
         return self.batch_size
 
     def end_epoch(self) -> int:
-        """Shrink if the epoch's optimum lies below the batch size (``hoelder`` alone); returns the batch size."""
+        """Shrink to the epoch's median optimum where that is less (only ``hoelder`` does); returns the batch size."""
         if self.rule == "hoelder":
             if self._asked and (median := float(np.median(self._asked))) < self.batch_size:
                 self._set(median, "the epoch's median optimum is lower")
@@ -307,13 +321,13 @@ class AdaptiveBatchSize:
         return self.batch_size
 
     def _ask(self, measurement: Measurement) -> float:
-        """The batch size that the rule wants, unbounded; nan if it cannot tell."""
+        """The batch size that the rule asks for, (1), (2) or (3), without bounds; nan if it cannot tell."""
         if self.rule == "hoelder":
             if self.fit is None:
                 return math.nan
-            return float(
-                (self.variance * self.budget**self.fit.nu / self.fit.change(self.D) ** 2) ** (1 / (1 + self.fit.nu))
-            )
+            assert self.D is not None and self.budget is not None
+            optimum = self.variance * self.budget**self.fit.nu / self.fit.change(self.D) ** 2
+            return float(optimum ** (1 / (1 + self.fit.nu)))
         square = measurement.gradient_square
         if square == 0:
             return math.nan
@@ -338,21 +352,21 @@ class AdaptiveBatchSize:
 
     # ---- state
 
+    # All that decisions depend on beyond the arguments and the changes.
     _STATE = ("batch_size", "memory_size", "steps", "variance", "optimum", "_seen", "_lowest", "_stale", "_asked")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decisions depend on, beyond the arguments, as JSON can hold it (nan and inf as None)."""
+        """The state as JSON can hold it: nan and inf are None."""
         state = {name.lstrip("_"): _plain(getattr(self, name)) for name in self._STATE}
         return {**state, "changes": [list(change) for change in self._changes]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, exactly."""
+        absent = {"variance": math.nan, "optimum": math.nan, "_lowest": math.inf}
         for name in self._STATE:
-            setattr(self, name, state_dict[name.lstrip("_")])
+            value = state_dict[name.lstrip("_")]
+            setattr(self, name, absent.get(name) if value is None else value)
         self._asked = list(self._asked)
-        self.variance = math.nan if self.variance is None else self.variance
-        self.optimum = math.nan if self.optimum is None else self.optimum
-        self._lowest = math.inf if self._lowest is None else self._lowest
         self._changes = [Change(*change) for change in state_dict["changes"]]
         self.fit = fit_holder(*zip(*self._changes)) if self._changes else None
 

@@ -1,4 +1,4 @@
-"""The mean of an optimiser's iterates, for evaluation: less noise than its last iterate has, at no more gradients."""
+"""The mean of an optimiser's iterates, for evaluation: less noisy than the last iterate, without more gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from recbole_ssm.errors import UserError
 
 
 class IterateAverage:
-    """The running mean of an optimiser's iterates, whichever optimiser it is; iterate k weighs about k^power.
+    """The running mean of any optimiser's iterates, in which iterate k has a weight of about k^power.
 
-    After the n-th iterate mean <- mean + (power + 1) / (power + n) (x_n - mean): polynomial-decay averaging (O. Shamir,
-    T. Zhang, ICML 2013, section 4). Power 0 is the uniform mean, whose convergence theorems speak of; the larger it is,
-    the sooner the start is forgotten: power 8 is about a mean over the last fifth of the way, however long that is.
+    After the n-th iterate x_n
 
-    It lives in the optimiser's state, one buffer a parameter (float32 of 16-bit parameters, whose own rounding would
-    stop the mean), so that ``optimizer.state_dict()`` holds it; build it before ``load_state_dict``. A parameter's
-    iterates count from its first gradient on; the tentative step of :class:`~recbole_ssm.optim.USGM` does not count::
+        mean <- mean + (power + 1) / (power + n) (x_n - mean)
+
+    which is polynomial-decay averaging (O. Shamir, T. Zhang, ICML 2013, section 4). Power 0 is the uniform mean, of
+    which the convergence theorems speak. A larger power forgets the start sooner: power 8 is about the mean over the
+    last fifth of the way, however long that is.
+
+    The mean is in the optimiser's state, one buffer a parameter, so that ``optimizer.state_dict()`` holds it. Make this
+    object before ``load_state_dict``. The buffers of 16-bit parameters are float32, because rounding to 16 bits would
+    stop the mean. A parameter's iterates count from its first gradient on. The tentative step of
+    :class:`~recbole_ssm.optim.USGM` does not count::
 
         optimizer = USGM(model.parameters(), D=100)
         average = IterateAverage(optimizer)
@@ -32,11 +37,11 @@ class IterateAverage:
             validate(model)
 
     Args:
-        optimizer: any; its next steps are followed.
+        optimizer: its steps from now on are averaged.
         power: from 0 up.
 
     Raises:
-        UserError: an impossible power.
+        UserError: the power is impossible.
     """
 
     def __init__(self, optimizer: Optimizer, power: float = 0.0) -> None:
@@ -56,7 +61,7 @@ class IterateAverage:
                 continue
             for p in group["params"]:
                 state = optimizer.state[p]
-                # Adam and others take an empty state for a first step: nothing may be put into it before that
+                # Adam and others take an empty state for a first step, so nothing is put into it before that.
                 if p.grad is None and "average" not in state:
                     continue
                 if "average" not in state:
@@ -77,13 +82,13 @@ class IterateAverage:
         self._loading = {}
 
     def evaluation_point(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the parameters are their means; afterwards they are what they were."""
+        """Within this context the parameters are their means; afterwards they are as before."""
         return evaluation_point(self.optimizer, "average")
 
 
 @contextlib.contextmanager
 def evaluation_point(optimizer: Optimizer, buffer: str) -> Iterator[None]:
-    """Within this context the parameters are what ``buffer`` of their state holds, where they have one."""
+    """Within this context parameters have the value of that buffer of their state, where there is one."""
     params = [p for group in optimizer.param_groups for p in group["params"] if buffer in optimizer.state[p]]
     current = [p.detach().clone() for p in params]
     _copy(params, [optimizer.state[p][buffer] for p in params])
@@ -94,7 +99,7 @@ def evaluation_point(optimizer: Optimizer, buffer: str) -> Iterator[None]:
 
 
 def restore_uncast(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Take these tensors as the state dict has them; PyTorch casts a state to its parameter's type."""
+    """Take these tensors as the state dict holds them; PyTorch has cast them to the parameter's type."""
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"]):
         for p, index in zip(group["params"], saved_group["params"]):
             saved = state_dict["state"].get(index, {})

@@ -14,56 +14,65 @@ RandomState = tuple[Tensor, "Tensor | None"]
 
 
 class Measurement(NamedTuple):
-    """A batch's gradient and its noise: g_i is the gradient of sample i, g its expectation, gbar the batch's mean."""
+    """A batch's gradient and its noise.
 
-    samples: int  # B
-    gradient_square: float  # |gbar|^2
-    variance: float  # estimate of E |g_i - g|^2; gbar has this over B
-    along: float  # the part of it in the direction of gbar; the rest is across
+    g_i is the gradient of sample i, g its expectation, and gbar the mean over the batch. ``samples`` is B,
+    ``gradient_square`` |gbar|^2, ``variance`` an estimate of E |g_i - g|^2 (that of gbar is a B-th of it), and
+    ``along`` the part of the variance in the direction of gbar; the rest is across.
+    """
+
+    samples: int
+    gradient_square: float
+    variance: float
+    along: float
 
 
 class Change(NamedTuple):
-    """What one step x -> x + s did to the gradient."""
+    """What one step x -> x + s did to the gradient.
 
-    distance: float  # |s|
-    square: float  # estimate of |grad f(x + s) - grad f(x)|^2 without noise; may be negative
-    noise: float  # what noise would have added to it
+    ``distance`` is |s|, ``square`` an estimate of |grad f(x + s) - grad f(x)|^2 without noise, which may be negative,
+    and ``noise`` what noise would have added to it.
+    """
+
+    distance: float
+    square: float
+    noise: float
 
 
 class GradientProbe:
     """Measures, for the batches that ask for it, the noise of the gradient and its change over the step.
 
-    Noise: of m chunks of the batch, of b_c samples and mean gradients g_c,
+    Noise: the batch is taken in m chunks of b_c samples, with mean gradients g_c. Then
 
         variance = sum_c b_c |g_c - gbar|^2 / (m - 1)
 
-    is unbiased for independent samples. It costs no further gradient, only the batch in parts.
+    is unbiased for independent samples, and costs no further gradient.
 
-    Change: the gradients of two batches, one before and one after a step, will not do. The step follows the noise of
-    the first, so that their difference contains the noise of both and a product of noise and step, which outweighs the
-    change itself once steps are small. So the first two chunks are computed again after the step, with the same random
-    numbers (dropout). With D_1 and D_2 their differences, E <D_1, D_2> is the square of the mean change, up to order
-    1/B. It costs two chunks of a gradient.
+    Change: to compare the gradients of two batches, one before and one after a step, does not serve. The difference
+    contains the noise of both, and a product of noise and step, because the step follows the noise of the first; it
+    outweighs the change itself once steps are small. So the first two chunks are computed again after the step, with
+    the same random numbers (dropout). With D_1 and D_2 their differences, E <D_1, D_2> is the square of the mean
+    change, up to order 1/B. It costs two chunks of a gradient.
 
     Use, with ``backward(part)`` as :meth:`AdaptiveBatchSize.accumulate` describes it::
 
         probe.start(samples)              # gradients are cleared
         for part in parts:
             probe.run(backward, part)
-        measurement = probe.measure()     # None of fewer than two chunks
+        measurement = probe.measure()     # None for fewer than two chunks
         optimizer.step()
         change = probe.change(backward)   # None where nothing was measured
 
     Args:
-        parameters: on one device. Parameters without a gradient count as zero.
-        process_group: the processes that share a batch, each with chunks of its own, or none. Gradients must be local
-            (no DistributedDataParallel, or its ``no_sync``); :meth:`measure` puts their mean over all samples into
-            ``p.grad``, and :meth:`share` does for a batch that is not measured.
-        scale: by what ``backward`` multiplies gradients at the moment: ``scaler.get_scale`` of a
-            ``torch.amp.GradScaler``. What is measured is free of it; a gradient that overflowed is not measured.
+        parameters: on one device. A missing gradient is zero.
+        process_group: the processes that share a batch, each with chunks of its own; None for one process. Gradients
+            must be local (no DistributedDataParallel, or its ``no_sync``). :meth:`measure` puts their mean over all
+            samples into ``p.grad``, and :meth:`share` does so for a batch that is not measured.
+        scale: the factor by which ``backward`` multiplies gradients now: ``scaler.get_scale`` of a
+            ``torch.amp.GradScaler``. It is taken out of the measurement; a gradient that overflowed is not measured.
 
-    From :meth:`start` to :meth:`change` it keeps a copy of the gradient for each chunk, then of two and of the
-    parameters; nothing between batches, so it has no state to save.
+    Until :meth:`measure` there is a copy of each chunk's gradient, and until :meth:`change` of two chunks' gradients
+    and the parameters. Nothing is kept between batches, so there is no state to save.
     """
 
     def __init__(
@@ -77,16 +86,17 @@ class GradientProbe:
         self.start(0)
 
     def start(self, samples: int) -> None:
-        """Begin a batch of ``samples`` (of this process); forget the one before."""
+        """Begin a batch of ``samples`` in this process; forget the one before."""
         self._samples = samples
-        self._chunks: list[Tensor] = []  # flat gradients of the chunks' mean losses
+        # The gradients of the chunks' mean losses, flat.
+        self._chunks: list[Tensor] = []
         self._parts: list[slice] = []
         self._random: list[RandomState] = []
         self._sum: Tensor | None = None
         self._point: Tensor | None = None
 
     def run(self, backward: Callable[[slice], Any], part: slice) -> Any:
-        """Call ``backward(part)``, take what it adds to the gradients, and return what it returns."""
+        """Call ``backward(part)``, note what it adds to the gradients, and return what it returns."""
         random = self._random_state()
         result = backward(part)
         total = self._gradient()
@@ -99,13 +109,13 @@ class GradientProbe:
 
     @torch.no_grad()
     def measure(self) -> Measurement | None:
-        """The statistics of the batch, equal on all processes; None of fewer than two chunks, or after an overflow."""
+        """The statistics of the batch, equal on all processes; None for fewer than two chunks or after an overflow."""
         sizes = torch.tensor([part.stop - part.start for part in self._parts], dtype=torch.float64)
         chunks, samples = self._total(torch.tensor([float(len(sizes)), float(sizes.sum())])).tolist()
         if chunks < 2:
             self.share()
             return None
-        # [m, parameters]; a process without a sample has m = 0
+        # [m, parameters]; m is 0 in a process without a sample.
         gradients = torch.stack(self._chunks) if self._chunks else self._gradient().new_empty(0, self._size())
         mean = self._total((sizes / samples).to(gradients) @ gradients)
         if self.process_group is not None:
@@ -124,16 +134,16 @@ class GradientProbe:
         return Measurement(int(samples), square, variance, along_mean / square if square else 0.0)
 
     def share(self) -> None:
-        """Put the mean gradient over all processes' samples into ``p.grad``, where a batch is not measured."""
+        """Put the mean gradient over all processes' samples into ``p.grad``, for a batch that is not measured."""
         if self.process_group is not None:
             samples = self._total(torch.tensor(float(self._samples))).item()
             self._write(self._total(self._gradient() * (self._samples / samples)))
 
     def change(self, backward: Callable[[slice], Any]) -> Change | None:
-        """What the step since :meth:`measure` changed, equal on all processes; clears the gradients.
+        """How the step since :meth:`measure` changed the gradient, equal on all processes; clears the gradients.
 
-        None where nothing was measured, and where no process could compute its two chunks again: it has fewer, or
-        memory ran out, or a gradient overflowed.
+        None where nothing was measured, and where no process could compute two chunks again: it has fewer, or memory
+        ran out, or a gradient overflowed.
         """
         if self._point is None:
             return None
@@ -150,7 +160,8 @@ class GradientProbe:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    break  # the copies of the first pass were too much: this step is not measured
+                    # The copies of the first pass took too much; this step is not measured.
+                    break
                 differences.append(self._gradient() * self._mean_factor(part) - before)
         self._clear()
         sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -163,7 +174,7 @@ class GradientProbe:
         return Change(distance, square / processes, noise / processes) if processes else None
 
     def _mean_factor(self, part: slice) -> float:
-        """From what ``backward(part)`` adds to the gradients to the gradient of the part's mean loss."""
+        """What turns that which ``backward(part)`` adds to the gradients into the gradient of the part's mean loss."""
         return self._samples / (part.stop - part.start) / self.scale()
 
     def _size(self) -> int:
@@ -182,7 +193,7 @@ class GradientProbe:
             p.grad = part.reshape(p.shape).to(p.dtype).clone() if used else None
 
     def _total(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, where the parameters live; the tensor itself for one process."""
+        """The sum over all processes, on the parameters' device; for one process the tensor as it is."""
         if self.process_group is None:
             return tensor
         tensor = tensor.to(self.parameters[0].device)
@@ -200,7 +211,7 @@ class GradientProbe:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA has a class for it, the CPU's allocator a message."""
+    """Whether memory ran out: CUDA has a class for that, the CPU's allocator only a message."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

@@ -14,15 +14,15 @@ from recbole_ssm.errors import UserError, did_you_mean
 def parameter_groups(
     named_parameters: Iterable[tuple[str, Tensor]], options: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser: one for each pattern, and a last one for what is left, if anything is.
+    """Groups for an optimiser: one for each pattern, and a last one for the parameters that are left.
 
     Args:
-        named_parameters: of a model.
-        options: patterns of names as a shell has them, such as ``"item_embedding*"``, each with the options of its
-            group. A parameter belongs to the first pattern that fits.
+        named_parameters: as a model's ``named_parameters()`` gives them.
+        options: shell patterns of names, such as ``"item_embedding*"``, each with the options of its group. A parameter
+            belongs to the first pattern that fits.
 
     Raises:
-        UserError: no parameter is left for a pattern; the options are no mapping of mappings.
+        UserError: no parameter is left for a pattern, or the options are no mapping of mappings.
     """
     if not isinstance(options, Mapping) or not all(isinstance(own, Mapping) for own in options.values()):
         raise UserError(f"must look like {{'item_embedding*': {{'weight_decay': 0.1}}}}, got {options!r}")
