@@ -1,7 +1,6 @@
 """Imports go down only, no modules import each other in a circle, and no file outgrows one sitting.
 
-Every import counts: those inside functions and those for type checkers too. The ``KNOWN`` tables hold what still breaks
-a rule. They only shrink: whoever mends a line takes it out here, and the tests fail while one stands that is mended.
+Every import counts: those inside functions and those for type checkers too.
 """
 
 import ast
@@ -21,13 +20,6 @@ FLOORS = (
     "data", "layers", "optim", "ops", "compat",
 )  # fmt: skip
 WITHOUT_RECBOLE = ("layers", "optim", "ops")
-
-KNOWN_CLIMBS: set[str] = set()
-KNOWN_CIRCLES: set[str] = set()
-KNOWN_LONG: set[str] = {
-    "ops/native.py",
-    "ops/triton/operators.py",
-}
 
 
 def modules():
@@ -86,11 +78,6 @@ def reachable(module):
     return found
 
 
-def assert_only_known(found, known, table):
-    assert found - known == set(), "against the rules"
-    assert known - found == set(), f"mended: take it out of {table} in tests/test_floors.py"
-
-
 def test_imports_go_down_only():
     climbs = {
         f"{module} -> {imported}"
@@ -98,12 +85,12 @@ def test_imports_go_down_only():
         for imported in names
         if floor_of(imported) < floor_of(module)
     }
-    assert_only_known(climbs, KNOWN_CLIMBS, "KNOWN_CLIMBS")
+    assert climbs == set()
 
 
 def test_no_modules_import_each_other_in_a_circle():
     circles = {module for module in IMPORTS if module in reachable(module)}
-    assert_only_known(circles, KNOWN_CIRCLES, "KNOWN_CIRCLES")
+    assert circles == set()
 
 
 def test_no_file_is_too_long():
@@ -114,7 +101,7 @@ def test_no_file_is_too_long():
         for path in files
         if len(path.read_text(encoding="utf-8").splitlines()) > most[path.suffix]
     }
-    assert_only_known(long, KNOWN_LONG, "KNOWN_LONG")
+    assert long == set()
 
 
 @pytest.mark.parametrize("room", WITHOUT_RECBOLE)
