@@ -18,6 +18,7 @@ from recbole_ssm.files import check_writable, write_csv, write_json
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
     "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
+    "gpu": "everything that matters on a GPU: checks, steps, ops, epochs and goals, within minutes",
     "latency": "percentiles of a recommendation by model, length, batch and catalogue, and the exponent of the length",
     "llm": "candidates a second of LlamaRec, beside a plain implementation",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",

@@ -1,0 +1,432 @@
+"""What this package does on a GPU, checked and measured by one command that ends in time.
+
+    recbole-ssm bench gpu [--minutes=6] [--data_path=FOLDER] --json=FILE
+
+First come checks: every op in every precision against a float64 reference on the CPU, scores replayed as CUDA graphs,
+and training on the GPU against training on the CPU. Then come measurements, the most telling ones first, each beside
+its rival in the same run. The last rows are the goals that we set ourselves for an H200, each met, missed, or not
+measured. What the minutes did not suffice for is a row that says so.
+
+``wall_ms`` is the median time of one call until the GPU has finished it. ``gpu_ms`` is the time in which the GPU was
+at work during one call, as PyTorch's profiler sees it, ``launches`` counts what was sent to it, and ``waits`` how often
+Python waited for it. ``idle`` is the share of the wall time in which the GPU did nothing. ``x_rival`` is our wall time
+over the rival's: below 1 is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from recbole_ssm import ops
+from recbole_ssm.bench.ops import CASES, Case
+from recbole_ssm.errors import UserError
+
+Row = dict[str, Any]
+
+COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
+SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
+MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last", "ssd_last", "quasiseparable")
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
+MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec")
+ITEMS = 12_102  # padding included
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--minutes", type=float, default=6.0, help="no row is begun after so many; default 6")
+    parser.add_argument("--data_path", default="dataset/", help="folder of data sets; epochs are timed on its ml-1m")
+    parser.add_argument("--rounds", type=int, default=9, help="calls of which the median is taken; default 9")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Check, measure, and compare with the goals; one row each.
+
+    Raises:
+        UserError: there is no GPU, or an option is impossible.
+    """
+    if options.minutes <= 0 or options.rounds < 1:
+        raise UserError("--minutes must be above 0, and --rounds at least 1")
+    if not torch.cuda.is_available():
+        raise UserError("bench gpu: PyTorch finds no GPU here; the CPU is measured by bench step, ops and train")
+    end = time.monotonic() + 60 * options.minutes
+    print(f"{torch.cuda.get_device_name(0)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
+    rows: list[Row] = []
+    for name, job in _jobs(options):
+        if time.monotonic() > end:
+            rows.append(_row(name, "", note=f"not measured: the {options.minutes:g} minutes were over"))
+            continue
+        begin = time.monotonic()
+        try:
+            rows += job()
+        except Exception as error:  # one row that fails must not take the others with it
+            line = (str(error).splitlines() or [""])[0]
+            rows.append(_row(name, "", note=f"failed: {type(error).__name__}: {line}"))
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
+    return rows + _goals(rows)
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """What is to be done, the most telling first."""
+    yield "check: numerics", _check_numerics
+    yield "check: CUDA graphs", _check_graphs
+    yield "check: training", partial(_check_training, options)
+    yield "step", partial(_steps, options.rounds)
+    for shape, name in itertools.product(SHAPES[:2], MEASURED_OPS[:3]):
+        yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
+    yield "event", partial(_event, options.rounds)
+    for batch, model in itertools.product((2_048, 16_384), ("2Mamba4Rec", "Mamba4Rec")):
+        yield f"epoch: {model}, {batch} targets", partial(_epoch, model, batch, options)
+    for shape, name in itertools.product(SHAPES[2:], MEASURED_OPS[:3]):
+        yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
+    for shape, name in itertools.product(SHAPES, MEASURED_OPS[3:]):
+        yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
+
+
+def _row(case: str, what: str, **values: Any) -> Row:
+    """A row has all columns; what it does not measure stays empty."""
+    return {**dict.fromkeys(COLUMNS, ""), "case": case, "what": what, **values}
+
+
+class Work(NamedTuple):
+    """What one call of a function takes."""
+
+    wall_ms: float
+    gpu_ms: float
+    launches: int
+    waits: int
+    MiB: float
+
+    def columns(self) -> Row:
+        """As columns of a row."""
+        idle = max(0.0, 1 - self.gpu_ms / self.wall_ms)
+        return {**self._asdict(), "idle": idle}
+
+
+def measure(function: Callable[[], object], rounds: int) -> Work:
+    """Time a function that launches work on the GPU; three calls of it come first and do not count."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+    busy = launches = waits = 0.0
+    for event in profile.events():
+        if event.device_type.name == "CUDA":
+            busy += event.time_range.elapsed_us() / 1e3
+        launches += event.name.startswith(LAUNCHES)
+        waits += event.name in WAITS
+    # The profiler itself waits once at its end.
+    return Work(statistics.median(times) * 1e3, busy, int(launches), max(0, int(waits) - 1), memory)
+
+
+def _compared(case: str, works: dict[str, Work], rival: str, dtype: str = "") -> list[Row]:
+    """A row for each function of a case; ours are compared with the rival, where that was measured."""
+    rows = []
+    for name, work in works.items():
+        row = _row(case, name, dtype=dtype, **work.columns())
+        if rival in works and name != rival:
+            row |= {"rival": rival, "x_rival": work.wall_ms / works[rival].wall_ms}
+        rows.append(row)
+    return rows
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_numerics() -> list[Row]:
+    """Every op on the GPU, in every precision that it reads, against float64 on the CPU."""
+    rows = []
+    for name, make in CASES.items():
+        case = make(3, 70)
+        expected = _value_and_gradients(case, torch.float64, "cpu", "reference")
+        for dtype, tolerance in TOLERANCES.items():
+            begin = time.perf_counter()
+            found = _value_and_gradients(case, dtype, "cuda", "auto")
+            worst = max(_error(f, e) for f, e in zip(found, expected))
+            verdict = "ok" if worst <= tolerance else "FAILED"
+            note = f"{verdict}: largest error {worst:.1e}, {time.perf_counter() - begin:.1f} s with compiling"
+            rows.append(_row("check: numerics", name, dtype=str(dtype).removeprefix("torch."), note=note))
+    return rows
+
+
+def _value_and_gradients(case: Case, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    inputs = [t.to(device, dtype).requires_grad_() for t in _narrowed(case.tensors)]
+    with ops.use_backend(backend):
+        value = case.call(*inputs)
+        weights = torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape)
+        gradients = torch.autograd.grad(value, inputs, weights.to(value.device, value.dtype))
+    return [t.detach().double().cpu() for t in (value, *gradients)]
+
+
+def _narrowed(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers for every precision: such as bfloat16 can hold, so that only the arithmetic differs."""
+    return [t.bfloat16().float() for t in tensors]
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry; infinite where a NaN was found."""
+    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    return float(torch.nan_to_num(difference, nan=torch.inf))
+
+
+def _check_graphs() -> list[Row]:
+    """Scores that are replayed as a graph equal plain ones, and random numbers still come after recording."""
+    from recbole_ssm.graphs import graphed_scores
+
+    rows = []
+    for name in ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"):
+        model, batch = _model_and_batch(name, 8)
+        model.eval()
+        histories, lengths = batch[model.ITEM_SEQ], batch[model.ITEM_SEQ_LEN]
+        with torch.inference_mode():
+            graphed = graphed_scores(model)
+            expected = model.full_sort_predict(batch)
+            error = max(_error(graphed(histories, lengths).double(), expected.double()) for _ in range(3))
+        torch.rand(1, device="cuda")
+        recorded = not graphed._failed
+        verdict = "ok" if recorded and error < 1e-5 else "FAILED"
+        rows.append(_row("check: CUDA graphs", name, note=f"{verdict}: recorded {recorded}, error {error:.1e}"))
+    return rows
+
+
+def _check_training(options: argparse.Namespace) -> list[Row]:
+    """Ten steps without dropout give the same losses on the GPU as on the CPU."""
+    rows = []
+    for name in MODELS:
+        losses = {}
+        for device in ("cpu", "cuda"):
+            step, _ = _training_step(name, "ml-100k", 256, device, {"dropout_prob": 0.0} if name != "SASRec" else {
+                "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0
+            })  # fmt: skip
+            losses[device] = torch.tensor([step() for _ in range(10)], dtype=torch.float64)
+        error = _error(losses["cuda"], losses["cpu"])
+        verdict = "ok" if error < 1e-5 else "FAILED"
+        note = f"{verdict}: losses of ten steps differ by {error:.1e} of the largest"
+        rows.append(_row("check: training", name, note=note))
+    return rows
+
+
+# --- measurements -------------------------------------------------------------------------------------------------
+
+
+def _model_and_batch(name: str, batch: int, length: int = 50) -> tuple[Any, Any]:
+    """A model on the GPU and full histories for it; one layer in ours, two in both SASRecs."""
+    from recbole_ssm.bench.step import _model
+
+    layers = 1
+    if name == "Hydra4Rec" and batch == 8:  # its backward half is at work from two layers on
+        layers = 2
+    chosen = argparse.Namespace(length=length, layers=layers, items=ITEMS, batch=batch, device="cuda")
+    torch.manual_seed(0)
+    return _model(name, chosen)
+
+
+def _steps(rounds: int) -> list[Row]:
+    """A training step and an evaluation step of every model at (2048, 50)."""
+    from recbole_ssm.bench.step import _evaluate, _train
+
+    training: dict[str, Work] = {}
+    evaluation: dict[str, Work] = {}
+    for name in (RECBOLE, *MODELS):
+        model, batch = _model_and_batch(name, 2048)
+        optimizer = torch.optim.Adam(model.parameters(), fused=name != RECBOLE)
+        train = partial(_train, model, batch, optimizer, "")
+        training[name] = measure(train, rounds)
+        if name == RECBOLE:
+            with torch.autograd.set_detect_anomaly(True):
+                training[AS_SHIPPED] = measure(train, rounds)
+        evaluation[name] = measure(partial(_evaluate, model, batch, ""), rounds)
+        del model, batch, optimizer, train
+        torch.cuda.empty_cache()
+    return [
+        *_compared("step: train 2048 x 50", training, RECBOLE),
+        *_compared("step: evaluate 2048 x 50", evaluation, RECBOLE),
+    ]
+
+
+def _op_rows(name: str, shape: tuple[int, int], rounds: int) -> list[Row]:
+    """One op at one shape in float32 and bfloat16, forward and forward + backward, beside who else is installed."""
+    rows = []
+    case = CASES[name](*shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [t.to("cuda", dtype if t.dim() > 2 else None).requires_grad_() for t in case.tensors]
+        calls = {"ours": case.call, **rivals(name)}
+        gradient = torch.randn_like(case.call(*inputs))
+
+        def forward(call: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> None:
+            with torch.no_grad():
+                call(*inputs)
+
+        def both(call: Callable[..., Tensor], inputs: list[Tensor] = inputs, gradient: Tensor = gradient) -> None:
+            torch.autograd.grad(call(*inputs), inputs, gradient)
+
+        for direction, function in (("forward", forward), ("forward+backward", both)):
+            works: dict[str, Work] = {}
+            for who, call in calls.items():
+                works[who] = measure(partial(function, call), rounds)
+            rival = min((w for w in works if w != "ours"), key=lambda w: works[w].gpu_ms, default="")
+            text = str(dtype).removeprefix("torch.")
+            rows += _compared(f"op: {name} {shape[0]} x {shape[1]} {direction}", works, rival, text)
+    return rows
+
+
+def rivals(name: str) -> dict[str, Callable[..., Tensor]]:
+    """The same op by other packages, as far as they are installed: mamba-ssm, causal-conv1d, flash-linear-attention."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    if name == "selective_scan":
+        try:
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        except ImportError:
+            return found
+
+        def scan(
+            x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor, bias: Tensor
+        ) -> Tensor:
+            x, dt, B, C, z = (v.transpose(1, 2).contiguous() for v in (x, dt, B, C, z))
+            y: Tensor = selective_scan_fn(x, dt, A, B, C, skip, z, bias, True)
+            return y.transpose(1, 2)
+
+        found["mamba-ssm"] = scan
+    if name == "ssd":
+        try:
+            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        except ImportError:
+            return found
+
+        def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor) -> Tensor:
+            y: Tensor = mamba_chunk_scan_combined(x, dt, A, B, C, 64, D=skip, dt_softplus=True)
+            return y
+
+        found["mamba-ssm"] = ssd
+    if name == "causal_conv1d":
+        try:
+            from causal_conv1d import causal_conv1d_fn
+        except ImportError:
+            return found
+
+        def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            y: Tensor = causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu")
+            return y.transpose(1, 2)
+
+        found["causal-conv1d"] = conv
+    return found
+
+
+def _training_step(
+    name: str, dataset: str, batch: int, device: str, keys: dict[str, Any] | None = None, data_path: str = "dataset/"
+) -> tuple[Callable[[], float], int]:
+    """A function that takes one step of our trainer and returns its loss, and the steps of an epoch."""
+    from recbole_ssm.config import Config
+    from recbole_ssm.data import create_dataset
+    from recbole_ssm.data.loader import create_loaders
+    from recbole_ssm.model import get_model
+    from recbole_ssm.trainer import Trainer
+
+    options = {
+        "train_batch_size": batch, "use_gpu": device == "cuda", "data_path": data_path, "show_progress": False,
+        "checkpoint_dir": tempfile.gettempdir(), **(keys or {}),
+    }  # fmt: skip
+    config = Config(name, dataset, config_dict=options)
+    torch.manual_seed(0)
+    loader, _, _ = create_loaders(config, create_dataset(config))
+    torch.manual_seed(0)
+    model = get_model(name)(config, loader._dataset).to(config["device"])
+    trainer = Trainer(config, model)
+    model.train()
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+    return lambda: sum(trainer._run_step(next(batches))), len(loader.steps)
+
+
+def _epoch(name: str, batch: int, options: argparse.Namespace) -> list[Row]:
+    """Seconds of a packed epoch of ml-1m: a median step of our trainer, times the steps."""
+    case = f"epoch: ml-1m, {name}, {batch} targets"
+    if not (Path(options.data_path) / "ml-1m" / "ml-1m.inter").is_file():
+        return [_row(case, name, note=f"not measured: ml-1m is not in {options.data_path}")]
+    step, steps = _training_step(name, "ml-1m", batch, "cuda", data_path=options.data_path)
+    work = measure(step, options.rounds)
+    seconds = work.wall_ms * steps / 1e3
+    return [_row(case, name, **work.columns(), note=f"{seconds:.2f} s an epoch of {steps} steps")]
+
+
+def _event(rounds: int) -> list[Row]:
+    """One event of one user to the ten best of 12,101 items, on the GPU and on the CPU."""
+    from recbole_ssm.serving import Recommender
+
+    rows = []
+    for device, name in itertools.product(("cuda", "cpu"), ("Mamba4Rec", "2Mamba4Rec")):
+        model, _ = _model_and_batch(name, 1)
+        config = {
+            "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
+            "MAX_ITEM_LIST_LENGTH": 50, "device": torch.device(device), "model": name,
+        }  # fmt: skip
+        recommender = Recommender(model.to(device), config, ["", *map(str, range(1, ITEMS))])
+        session = recommender.session(["1", "2", "3"])
+
+        def event(session: Any = session) -> None:
+            session.update("4")
+            session.top(10)
+
+        work = measure(event, 10 * rounds)
+        rows.append(_row("event to top 10 of 12,101", f"{name} on {device}", **work.columns()))
+    return rows
+
+
+# --- goals --------------------------------------------------------------------------------------------------------
+
+
+def _goals(rows: list[Row]) -> list[Row]:
+    """What we want to reach on an H200, and what this run says of it."""
+
+    def find(case: str, what: str, column: str) -> list[Any]:
+        return [
+            r[column] for r in rows if r["case"].startswith(case) and r["what"].startswith(what) and r[column] != ""
+        ]
+
+    goals: list[tuple[str, list[Any], float]] = []
+    for name in ("Mamba4Rec", "2Mamba4Rec"):
+        goals.append((f"{name}'s training step over RecBole SASRec's", find("step: train", name, "x_rival"), 1 / 3))
+        goals.append((f"idle share of {name}'s training step", find("step: train", name, "idle"), 0.15))
+    for batch, seconds in ((2_048, 2.0), (16_384, 0.5)):
+        notes = find(f"epoch: ml-1m, 2Mamba4Rec, {batch}", "2Mamba4Rec", "note")
+        found = [float(note.split()[0]) for note in notes if note[0].isdigit()]
+        goals.append((f"seconds of an ml-1m epoch of 2Mamba4Rec, {batch} targets a step", found, seconds))
+    goals.append(("ms from an event to the ten best", find("event", "2Mamba4Rec on cuda", "wall_ms"), 0.1))
+    for name in MEASURED_OPS[:3]:
+        ratios = find(f"op: {name}", "ours", "x_rival")
+        goals.append((f"{name}: worst wall time over the fastest rival's", ratios and [max(ratios)], 1.0))
+    out = []
+    for text, values, goal in goals:
+        if not values:
+            out.append(_row("goal", text, note=f"not measured; the goal is at most {goal:.3g}"))
+            continue
+        verdict = "met" if values[0] <= goal else "missed"
+        out.append(_row("goal", text, note=f"{verdict}: {values[0]:.3g}, the goal is at most {goal:.3g}"))
+    failed = [r for r in rows if "FAILED" in str(r["note"]) or str(r["note"]).startswith("failed")]
+    out.append(_row("goal", "every check passes", note="met" if not failed else f"missed: {len(failed)} failed"))
+    return out

@@ -1,0 +1,60 @@
+"""The benchmark of a GPU, as far as it can be tried without one."""
+
+import pytest
+import torch
+
+from recbole_ssm.bench import gpu
+from recbole_ssm.cli import main
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line(capsys):
+    assert main(["bench", "gpu"]) == 2
+    assert "bench gpu: PyTorch finds no GPU here" in capsys.readouterr().err
+
+
+def made(case, what, **values):
+    return gpu._row(case, what, **values)
+
+
+def verdicts(rows):
+    return {row["what"]: row["note"].split(":")[0].split(";")[0] for row in gpu._goals(rows)}
+
+
+def test_goals_are_met_missed_or_not_measured():
+    rows = [
+        made("step: train 2048 x 50", "Mamba4Rec", x_rival=0.3, idle=0.2),
+        made("epoch: ml-1m, 2Mamba4Rec, 2048 targets", "2Mamba4Rec", note="1.75 s an epoch of 480 steps"),
+        made("op: ssd 2048 x 50 forward", "ours", x_rival=0.5),
+        made("op: ssd 4 x 16000 forward", "ours", x_rival=24.0),
+    ]
+    found = verdicts(rows)
+    assert found["Mamba4Rec's training step over RecBole SASRec's"] == "met"
+    assert found["idle share of Mamba4Rec's training step"] == "missed"
+    assert found["2Mamba4Rec's training step over RecBole SASRec's"] == "not measured"
+    assert found["seconds of an ml-1m epoch of 2Mamba4Rec, 2048 targets a step"] == "met"
+    assert found["ssd: worst wall time over the fastest rival's"] == "missed"
+    assert found["selective_scan: worst wall time over the fastest rival's"] == "not measured"
+    assert found["every check passes"] == "met"
+
+
+@pytest.mark.parametrize("note", ["FAILED: largest error 1.0e+00", "failed: RuntimeError: no kernel"])
+def test_a_failed_check_is_a_missed_goal(note):
+    assert verdicts([made("check: numerics", "ssd", note=note)])["every check passes"] == "missed"
+
+
+def test_every_row_has_the_same_columns():
+    work = gpu.Work(2.0, 1.5, 30, 1, 5.0)
+    rows = gpu._compared("step", {"theirs": work, "ours": work._replace(wall_ms=1.0)}, "theirs")
+    assert [tuple(row) for row in rows] == [(*gpu.COLUMNS,)] * 2
+    assert rows[1]["x_rival"] == 0.5 and rows[0]["x_rival"] == ""
+    assert rows[0]["idle"] == 0.25
+
+
+@pytest.mark.parametrize("name", gpu.MEASURED_OPS)
+def test_the_numbers_of_a_check_fit_every_precision(name):
+    """On the CPU each op passes the check that the GPU has to pass."""
+    case = gpu.CASES[name](2, 9)
+    expected = gpu._value_and_gradients(case, torch.float64, "cpu", "reference")
+    found = gpu._value_and_gradients(case, torch.float32, "cpu", "torch")
+    assert max(gpu._error(f, e) for f, e in zip(found, expected)) < 1e-5
