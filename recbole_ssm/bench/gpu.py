@@ -342,17 +342,17 @@ def _training_step(
     name: str, dataset: str, batch: int, device: str, keys: dict[str, Any] | None = None, data_path: str = "dataset/"
 ) -> tuple[Callable[[], float], int]:
     """A function that takes one step of our trainer and returns its loss, and the steps of an epoch."""
-    from recbole_ssm.config import Config
     from recbole_ssm.data import create_dataset
     from recbole_ssm.data.loader import create_loaders
     from recbole_ssm.model import get_model
+    from recbole_ssm.quick_start import configure
     from recbole_ssm.trainer import Trainer
 
     options = {
         "train_batch_size": batch, "use_gpu": device == "cuda", "data_path": data_path, "show_progress": False,
         "checkpoint_dir": tempfile.gettempdir(), **(keys or {}),
     }  # fmt: skip
-    config = Config(name, dataset, config_dict=options)
+    config = configure(name, dataset, config_dict=options)
     torch.manual_seed(0)
     loader, _, _ = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
