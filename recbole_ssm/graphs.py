@@ -28,18 +28,49 @@ class Recording(NamedTuple):
 
 
 def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) -> Recording:
-    """Record ``function`` on copies of its arguments' tensors."""
+    """Record ``function`` on copies of its arguments' tensors.
+
+    Raises:
+        RuntimeError: a graph cannot hold the function, for example because Python reads a tensor's value in it. The
+            process can go on with random numbers as if nothing had been tried.
+    """
     inputs = [t.clone() for t in inputs]
+    device = inputs[0].device
+
+    def call() -> Any:
+        return function(*pytree.tree_unflatten(inputs, structure))
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
-            function(*pytree.tree_unflatten(inputs, structure))
+            call()
+        _refuse_waits(call)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function(*pytree.tree_unflatten(inputs, structure))
+    before = torch.cuda.get_rng_state(device)
+    try:
+        with torch.cuda.graph(graph):
+            outputs = call()
+    except RuntimeError as error:
+        # The generator still believes that it is recorded, and every later random number would be an error. One in
+        # the same state takes its place.
+        fresh = torch.Generator(device)
+        fresh.set_state(before)
+        torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)
+        # What PyTorch raises last says only that something failed before.
+        raise error.__context__ or error from None
     return Recording(inputs, outputs, graph.replay)
+
+
+def _refuse_waits(call: Callable[[], Any]) -> None:
+    """Call a function; wherever the CPU would wait for the GPU, which no graph can hold, that is an error."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def on_gpu(tensors: list[Tensor]) -> bool:

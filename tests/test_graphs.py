@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_ssm import compat, ops
 from recbole_ssm.graphs import Graphed, Recording, graphed_scores, graphed_step
@@ -143,3 +144,42 @@ def test_on_a_gpu(backend):
                 assert_close(scores(rows, lengths), expected, 1e-5)
             assert not scores._failed
     assert not step._failed
+
+
+class NoMasks(TorchDispatchMode):
+    """Indexing by a mask reads the number of its elements from the GPU, which no graph can hold."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        flat, _ = pytree.tree_flatten((arguments, keywords))
+        masked = "index" in str(function) and any(torch.is_tensor(t) and t.dtype == torch.bool for t in flat)
+        assert not masked and "nonzero" not in str(function), function
+        return function(*arguments, **(keywords or {}))
+
+
+@torch.no_grad()
+@pytest.mark.skipif("native" not in ops.available_backends(), reason="the native kernels are not built")
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"])
+def test_scores_index_by_no_mask(name):
+    model, _ = model_of(name, MAX_ITEM_LIST_LENGTH=9, num_layers=2, readout="last")
+    rows, lengths = torch.randint(1, 30, (3, 9)), torch.tensor([9, 1, 4])
+    with NoMasks():
+        graphed_scores(model)._function(rows, lengths)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_a_failed_recording_leaves_the_process_usable(caplog, monkeypatch):
+    """Whether the fault shows in the warm-up or in the recording itself."""
+    here = torch.rand(3, device="cuda")
+    reads = Graphed(lambda x: x * x.sum().item())
+    assert reads(torch.ones(2, device="cuda")).tolist() == [2, 2]
+    monkeypatch.setattr("recbole_ssm.graphs._refuse_waits", lambda call: None)
+    torch.cuda.manual_seed(4)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(4)
+    late = Graphed(lambda x: x * x.sum().item())
+    assert late(torch.ones(2, device="cuda")).tolist() == [2, 2]
+    assert torch.equal(torch.rand(3, device="cuda"), expected) and here.isfinite().all()
+    good = Graphed(lambda x: 2 * x)
+    assert good(torch.ones(2, device="cuda")).tolist() == [2, 2] and not good._failed
+    assert len([r for r in caplog.records if "CUDA graphs are switched off" in r.message]) == 2

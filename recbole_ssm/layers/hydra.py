@@ -118,10 +118,11 @@ class Hydra(nn.Module):
             cu_seqlens = cu_seqlens_of(torch.full((batch,), L, device=x.device))
             x, dt, B, C = (t.flatten(0, 1)[None] for t in (x, dt, B, C))
         last = (cu_seqlens[1:] - 1).clamp(min=0)
-        earlier = torch.ones(x.shape[1], 1, dtype=dt.dtype, device=x.device)
-        earlier[last[cu_seqlens.diff() > 0]] = 0.0
-        # the last position, silenced by a step of size 0, leaves the state as the one before it left it
-        return ssd_last(x, dt * earlier, A, B, C[0, (last - 1).clamp(min=0)], cu_seqlens=cu_seqlens)
+        # A step of size 0 at the last position leaves the state as the position before it left it. An empty sequence
+        # has no last position; it marks one behind the end, so that no number is read from the GPU.
+        total = x.shape[1]
+        steps = dt.new_ones(total + 1, 1).index_fill(0, torch.where(cu_seqlens.diff() > 0, last, total), 0.0)
+        return ssd_last(x, dt * steps[:total], A, B, C[0, (last - 1).clamp(min=0)], cu_seqlens=cu_seqlens)
 
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """Raises:
