@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import ops
+from recbole_ssm.arguments import at_least
+from recbole_ssm.bench import Row
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.errors import UserError
-
-Row = dict[str, Any]
 
 COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
@@ -40,26 +40,24 @@ MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last",
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
 MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec")
-ITEMS = 12_102  # padding included
+ITEMS = 12_101
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--minutes", type=float, default=6.0, help="no row is begun after so many; default 6")
+    parser.add_argument("--minutes", type=at_least(1), default=6, help="no row is begun after so many; default 6")
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets; epochs are timed on its ml-1m")
-    parser.add_argument("--rounds", type=int, default=9, help="calls of which the median is taken; default 9")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="calls of which the median is taken; default 9")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Check, measure, and compare with the goals; one row each.
 
     Raises:
-        UserError: there is no GPU, or an option is impossible.
+        UserError: there is no GPU.
     """
-    if options.minutes <= 0 or options.rounds < 1:
-        raise UserError("--minutes must be above 0, and --rounds at least 1")
     if not torch.cuda.is_available():
         raise UserError("bench gpu: PyTorch finds no GPU here; the CPU is measured by bench step, ops and train")
     end = time.monotonic() + 60 * options.minutes
@@ -84,7 +82,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[
     """What is to be done, the most telling first."""
     yield "check: numerics", _check_numerics
     yield "check: CUDA graphs", _check_graphs
-    yield "check: training", partial(_check_training, options)
+    yield "check: training", _check_training
     yield "step", partial(_steps, options.rounds)
     for shape, name in itertools.product(SHAPES[:2], MEASURED_OPS[:3]):
         yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
@@ -201,7 +199,7 @@ def _check_graphs() -> list[Row]:
 
     rows = []
     for name in ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"):
-        model, batch = _model_and_batch(name, 8)
+        model, batch = _model_and_batch(name, 8, layers=2)
         model.eval()
         histories, lengths = batch[model.ITEM_SEQ], batch[model.ITEM_SEQ_LEN]
         with torch.inference_mode():
@@ -215,16 +213,16 @@ def _check_graphs() -> list[Row]:
     return rows
 
 
-def _check_training(options: argparse.Namespace) -> list[Row]:
+def _check_training() -> list[Row]:
     """Ten steps without dropout give the same losses on the GPU as on the CPU."""
     rows = []
     for name in MODELS:
+        rates = ("hidden_dropout_prob", "attn_dropout_prob") if name == "SASRec" else ("dropout_prob",)
+        undropped: dict[str, Any] = dict.fromkeys(rates, 0.0)
         losses = {}
         for device in ("cpu", "cuda"):
-            step, _ = _training_step(name, "ml-100k", 256, device, {"dropout_prob": 0.0} if name != "SASRec" else {
-                "hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0
-            })  # fmt: skip
-            losses[device] = torch.tensor([step() for _ in range(10)], dtype=torch.float64)
+            step, _ = _training_step(name, "ml-100k", 256, device, **undropped)
+            losses[device] = torch.tensor([sum(step()) for _ in range(10)], dtype=torch.float64)
         error = _error(losses["cuda"], losses["cpu"])
         verdict = "ok" if error < 1e-5 else "FAILED"
         note = f"{verdict}: losses of ten steps differ by {error:.1e} of the largest"
@@ -235,35 +233,46 @@ def _check_training(options: argparse.Namespace) -> list[Row]:
 # --- measurements -------------------------------------------------------------------------------------------------
 
 
-def _model_and_batch(name: str, batch: int, length: int = 50) -> tuple[Any, Any]:
-    """A model on the GPU and full histories for it; one layer in ours, two in both SASRecs."""
-    from recbole_ssm.bench.step import _model
+def _model_and_batch(name: str, batch: int, layers: int = 1) -> tuple[Any, Any]:
+    """A model on the GPU with full histories of 50 items for it; SASRec has RecBole's two layers."""
+    from recbole.model.sequential_recommender import SASRec
 
-    layers = 1
-    if name == "Hydra4Rec" and batch == 8:  # its backward half is at work from two layers on
-        layers = 2
-    chosen = argparse.Namespace(length=length, layers=layers, items=ITEMS, batch=batch, device="cuda")
+    from recbole_ssm.bench.untrained import random_histories, untrained_model
+
+    device = torch.device("cuda")
+    keys: dict[str, Any] = {"MAX_ITEM_LIST_LENGTH": 50, "train_neg_sample_args": None, "loss_type": "CE"}
+    if "SASRec" not in name:
+        keys["num_layers"] = layers
     torch.manual_seed(0)
-    return _model(name, chosen)
+    theirs = SASRec if name == RECBOLE else None
+    model = untrained_model(name.removeprefix("RecBole "), ITEMS, device, theirs, **keys)
+    return model, random_histories(batch, 50, ITEMS, device)
 
 
 def _steps(rounds: int) -> list[Row]:
     """A training step and an evaluation step of every model at (2048, 50)."""
-    from recbole_ssm.bench.step import _evaluate, _train
-
     training: dict[str, Work] = {}
     evaluation: dict[str, Work] = {}
     for name in (RECBOLE, *MODELS):
         model, batch = _model_and_batch(name, 2048)
-        optimizer = torch.optim.Adam(model.parameters(), fused=name != RECBOLE)
-        train = partial(_train, model, batch, optimizer, "")
+        optimizer = torch.optim.Adam(model.parameters())
+
+        def train(model: Any = model, batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            model.calculate_loss(batch).backward()
+            optimizer.step()
+
+        @torch.inference_mode()
+        def evaluate(model: Any = model, batch: Any = batch) -> None:
+            model.full_sort_predict(batch).topk(10)
+
+        model.train()
         training[name] = measure(train, rounds)
         if name == RECBOLE:
             with torch.autograd.set_detect_anomaly(True):
                 training[AS_SHIPPED] = measure(train, rounds)
-        evaluation[name] = measure(partial(_evaluate, model, batch, ""), rounds)
-        del model, batch, optimizer, train
-        torch.cuda.empty_cache()
+        model.eval()
+        evaluation[name] = measure(evaluate, rounds)
     return [
         *_compared("step: train 2048 x 50", training, RECBOLE),
         *_compared("step: evaluate 2048 x 50", evaluation, RECBOLE),
@@ -339,28 +348,19 @@ def rivals(name: str) -> dict[str, Callable[..., Tensor]]:
 
 
 def _training_step(
-    name: str, dataset: str, batch: int, device: str, keys: dict[str, Any] | None = None, data_path: str = "dataset/"
-) -> tuple[Callable[[], float], int]:
-    """A function that takes one step of our trainer and returns its loss, and the steps of an epoch."""
-    from recbole_ssm.data import create_dataset
-    from recbole_ssm.data.loader import create_loaders
-    from recbole_ssm.model import get_model
+    name: str, dataset: str, batch: int, device: str, data_path: str = "dataset/", **keys: Any
+) -> tuple[Callable[[], Any], int]:
+    """A function that takes one step of our trainer and returns the terms of its loss, and the steps of an epoch."""
+    from recbole_ssm.bench.train import _our_step
     from recbole_ssm.quick_start import configure
-    from recbole_ssm.trainer import Trainer
 
     options = {
         "train_batch_size": batch, "use_gpu": device == "cuda", "data_path": data_path, "show_progress": False,
-        "checkpoint_dir": tempfile.gettempdir(), **(keys or {}),
+        "checkpoint_dir": tempfile.gettempdir(), **keys,
     }  # fmt: skip
-    config = configure(name, dataset, config_dict=options)
     torch.manual_seed(0)
-    loader, _, _ = create_loaders(config, create_dataset(config))
-    torch.manual_seed(0)
-    model = get_model(name)(config, loader._dataset).to(config["device"])
-    trainer = Trainer(config, model)
-    model.train()
-    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
-    return lambda: sum(trainer._run_step(next(batches))), len(loader.steps)
+    step, steps, _ = _our_step(configure(name, dataset, config_dict=options))
+    return step, steps
 
 
 def _epoch(name: str, batch: int, options: argparse.Namespace) -> list[Row]:
@@ -385,7 +385,7 @@ def _event(rounds: int) -> list[Row]:
             "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
             "MAX_ITEM_LIST_LENGTH": 50, "device": torch.device(device), "model": name,
         }  # fmt: skip
-        recommender = Recommender(model.to(device), config, ["", *map(str, range(1, ITEMS))])
+        recommender = Recommender(model.to(device), config, ["", *map(str, range(1, ITEMS + 1))])
         session = recommender.session(["1", "2", "3"])
 
         def event(session: Any = session) -> None:
