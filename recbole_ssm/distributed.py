@@ -26,13 +26,13 @@ def start(use_gpu: bool) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the others, if there are any."""
+    """Leave the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0; 0 where there is one alone."""
+    """The number of this process, from 0; 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that were dealt out one by one to the processes, ``[mine, ...]`` -> ``[all, ...]`` in their first order."""
+    """All rows ``[all, ...]`` in their first order, after they were dealt out one by one to the processes."""
     if world_size() == 1:
         return rows
     everyone = gather(rows.cpu())
@@ -53,7 +53,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(value: Any) -> Any:
-    """What process 0 has, for all."""
+    """The value that process 0 has, for all processes."""
     if world_size() == 1:
         return value
     box = [value]
@@ -62,7 +62,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process has, by rank."""
+    """The values of all processes, by rank."""
     if world_size() == 1:
         return [value]
     everyone: list[Any] = [None] * world_size()

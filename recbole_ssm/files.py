@@ -15,7 +15,8 @@ from recbole_ssm.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows; there two processes must not share a folder
+except ImportError:
+    # Windows has none; there two processes must not share a folder.
     fcntl = None  # type: ignore[assignment]
 
 

@@ -1,4 +1,4 @@
-"""What memory a process holds, and how it gives back what it no longer needs."""
+"""The memory that a process holds, and how it gives back what it no longer needs."""
 
 from __future__ import annotations
 
@@ -29,5 +29,6 @@ def return_free_memory() -> None:
     Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes (glibc bug 14581, mended
     in 2.38), and no two packed batches have the same sizes: the process grew by 29 MB a step on ml-1m, all of it free.
     """
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library has no such function
+    # Other C libraries have no such function.
+    with contextlib.suppress(AttributeError, TypeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -67,7 +67,7 @@ def run_recbole_ssm(
         command_line: options as ``["--key=value", ...]``; they win over all else.
         resume: go on from this checkpoint, or from the newest whole one of this folder. Model, data set and options
             are those of its run; only what does not change the result (``epochs``, ``stopping_step``,
-            ``show_progress`` ...) may be given anew.
+            ``show_progress`` ...) may be another.
         allow_pickle: let ``resume`` name one of RecBole's own ``.pth`` checkpoints, whose loading runs whatever code
             the file holds. Take it only from whom you trust. Model, data set and options must then be given.
         hooks: called during training and evaluation; see :class:`recbole_ssm.trainer.Hook`.
@@ -117,7 +117,8 @@ def _run(
     logger = getLogger()
     recommender, train_data, valid_data, test_data = _prepare(config, start)
     logger.info(recommender)
-    init_seed(config["seed"] + distributed.rank(), config["reproducibility"])  # each process its own dropout
+    # Each process draws dropout of its own.
+    init_seed(config["seed"] + distributed.rank(), config["reproducibility"])
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
     logger.info(
         f"{config['model']}: {parameters:,} trainable parameters on {config['device']}, "

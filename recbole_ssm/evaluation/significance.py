@@ -63,7 +63,8 @@ def paired(name: str, first: tuple[str, Mapping[str, float]], second: tuple[str,
     if not difference.any():
         return Pair(name, first[0], second[0], len(users), 0.0, 0.0, 0.0, 1.0, 1.0)
     half = float(stats.t.ppf(0.975, len(users) - 1)) * error
-    with np.errstate(divide="ignore"):  # all users differ by the same
+    # The error is 0 where all users differ by the same.
+    with np.errstate(divide="ignore"):
         t_p = float(2 * stats.t.sf(abs(np.float64(mean) / error), len(users) - 1))
     wilcoxon_p = float(stats.wilcoxon(difference, zero_method="wilcox").pvalue)
     return Pair(name, first[0], second[0], len(users), mean, mean - half, mean + half, t_p, wilcoxon_p)

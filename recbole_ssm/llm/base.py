@@ -32,8 +32,10 @@ RANDOM_SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
-END, PAD = "<|end|>", "<|pad|>"  # 0 and 1 in a random base's vocabulary
-SMALLEST_VOCABULARY = 400  # all bytes, the end, the letters with a space, and what may come before those
+END, PAD = "<|end|>", "<|pad|>"
+"""Tokens 0 and 1 of a random base model."""
+SMALLEST_VOCABULARY = 400
+"""Room for all bytes, both tokens above, the letters with a space, and the merges that may come before those."""
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
 
 
@@ -92,8 +94,10 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
             frozen = digest(*files) if rank else ""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.use_cache = False  # training reads no cache; generation asks for its own
-    model.generation_config = transformers.GenerationConfig()  # chat models bring penalties and temperatures along
+    # Training reads no cache, and generation asks for its own.
+    model.config.use_cache = False
+    # Chat models bring penalties and temperatures of their own.
+    model.generation_config = transformers.GenerationConfig()
     context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if rank:
         model = _with_lora(model, config, rank)
@@ -113,11 +117,8 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
 
 
 def size_of(parameters: Iterable[Tensor]) -> int:
-    """How many numbers they hold; bitsandbytes packs several of 4 bits into one."""
-    packed = 2  # in a byte
-    return sum(
-        p.numel() * p.element_size() * packed if type(p).__name__ == "Params4bit" else p.numel() for p in parameters
-    )
+    """How many numbers they hold; of those that bitsandbytes keeps in 4 bits there are two in a byte."""
+    return sum(p.numel() * p.element_size() * 2 if type(p).__name__ == "Params4bit" else p.numel() for p in parameters)
 
 
 def require(package: str) -> Any:
@@ -154,7 +155,7 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         special_tokens=[END, PAD],
         show_progress=False,
     )
-    # a merge of a pair that stands n times shortens the texts by n symbols: so at most 100 merges come before these
+    # A merge of a pair that stands n times shortens the texts by n symbols, so at most 100 merges come before these.
     letters = [f" {letter}" for letter in LETTERS] * (sum(len(text.encode()) for text in texts) // 100 + 1)
     tokenizer.train_from_iterator([*texts, *letters], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
@@ -176,12 +177,14 @@ def _random_model(sizes: dict[str, Any], vocab_size: int, seed: int) -> Any:
     ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)  # of its own, so that a frozen one can be made again
+        # A state of its own, so that a base model that stays frozen can be made again from its seed.
+        torch.manual_seed(seed)
         try:
             return transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(**{**sizes, **ends, "vocab_size": vocab_size})
             )
-        except Exception as error:  # its validation has classes of errors of its own
+        except Exception as error:
+            # The validation of LlamaConfig raises errors of several classes.
             raise UserError(f"random_base_args: LlamaConfig refuses {sizes} ({_shortly(error)})") from error
 
 
@@ -235,18 +238,21 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights)
     except UserError:
         raise
-    except Exception as error:  # the errors of transformers, tokenizers and safetensors have no common class
+    except Exception as error:
+        # The errors of transformers, tokenizers and safetensors have no common class.
         raise UserError(f"base_model: transformers cannot load {name} ({_shortly(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"base_model: {name} lacks the weights {missing[0]} ... ({len(missing)} of them)")
-    if not tokenizer.is_fast or not tokenizer("A").input_ids:  # transformers makes an empty one where there is none
+    # Where there is no tokenizer, transformers makes an empty one.
+    if not tokenizer.is_fast or not tokenizer("A").input_ids:
         raise UserError(f"base_model: {name} has no tokenizer.json; save its fast tokenizer beside it")
     if tokenizer.eos_token is None:
         raise UserError(f"base_model: the tokenizer of {name} has no token that ends a text (eos_token); set one in it")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"base_model: the tokenizer of {name} knows more tokens than the model; they are not a pair")
-    if gguf is not None:  # transformers takes it for quantised, though it holds plain weights by now
+    if gguf is not None:
+        # transformers takes the model for quantised, though it holds plain weights by now.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
         model.is_quantized = False
@@ -299,19 +305,22 @@ def _with_lora(model: Any, config: Any, rank: int) -> Any:
         lora_alpha=config["lora_alpha"],
         lora_dropout=config["lora_dropout"],
         target_modules=modules,
-        fan_in_fan_out="Conv1D" in layers.values(),  # GPT-2's layers, whose weights are transposed
+        # The weights of GPT-2's layers are transposed.
+        fan_in_fan_out="Conv1D" in layers.values(),
         task_type="CAUSAL_LM",
     )
     head = model.get_output_embeddings()
     inner = {name.rpartition(".")[2] for name, module in model.named_modules() if module is not head} & set(layers)
     try:
-        adapted = peft.get_peft_model(model, settings)  # which freezes all else, and keeps LoRA in float32
+        # All other weights are frozen by this, and LoRA's are kept in float32.
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(
             f"lora_modules: peft finds no {modules or 'default'} in {type(model).__name__}; its layers are "
             f"{', '.join(sorted(inner))}"
         ) from error
-    if adapted.get_base_model().get_output_embeddings() is not head:  # whose rows are read one by one
+    # A verbalizer reads rows of the output head one by one.
+    if adapted.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"lora_modules: the output head stays as it is; take others of {', '.join(sorted(inner))}")
     return adapted
 
@@ -326,7 +335,7 @@ def _lora_rank(config: Any, name: str) -> int:
 
 
 def _dtype(config: Any, rank: int) -> torch.dtype:
-    """bfloat16 is for frozen weights: of Adam's small steps on weights that are held so, most are rounded away."""
+    """bfloat16 is for frozen weights: most of Adam's small steps would be rounded away in it."""
     if config["base_model_dtype"] == "auto":
         return torch.bfloat16 if torch.device(config["device"]).type == "cuda" and rank else torch.float32
     if config["base_model_dtype"] == "bfloat16" and not rank:
@@ -344,7 +353,7 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _quiet(transformers: Any, show_progress: bool) -> Iterator[None]:
-    """transformers' bars only where bars are wanted, and no threads of the tokenizer's before a loader forks."""
+    """Show the bars of transformers only where bars are wanted; keep tokenizers from threads before a loader forks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging = transformers.utils.logging
     enabled = logging.is_progress_bar_enabled()

@@ -52,7 +52,8 @@ def words(text: str) -> list[str]:
 def found(scores: np.ndarray, most: int) -> list[int]:
     """The best item ids among those that score above 0, best first; of equal scores the lower id comes first."""
     items = np.flatnonzero(scores > 0)
-    if len(items) > most:  # all that are as good as the last one of them
+    if len(items) > most:
+        # Keep all that are as good as the last one that counts.
         items = items[scores[items] >= np.partition(scores[items], -most)[-most]]
     return items[np.argsort(-scores[items], kind="stable")][:most].tolist()
 

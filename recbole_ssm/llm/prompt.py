@@ -32,11 +32,11 @@ def prompt_words() -> list[str]:
 
 @dataclass
 class Counts:
-    """Of prompts."""
+    """How many prompts were written since :func:`tell_of_shortened` was called."""
 
     written: int = 0
     shortened: int = 0
-    """Those of them whose history lost its oldest titles, as it was too long to be read."""
+    """Those among them whose history lost its oldest titles, because it was too long to be read."""
 
 
 class Question(NamedTuple):
@@ -161,13 +161,14 @@ class Prompts(Counts):
         counts = self.written, self.shortened
         items = [number % (len(self.titles) - 1) + 1 for number in range(history + len(self._marks))]
         candidates = items[-len(self._marks) :]
-        answers = [self.titles[item] for item in candidates[:2]]  # more would tell no more
+        # Two candidates tell as much as all of them.
+        answers = [self.titles[item] for item in candidates[:2]]
         found = [Question(self.write(shown, candidates), answers) for shown in (items[:history], items[:1])]
         self.written, self.shortened = counts
         return found
 
     def _that_fit(self, history: list[int], room: int) -> list[int]:
-        """The newest items whose lines have so many tokens at most together."""
+        """The newest items of a history whose lines fit into so many tokens."""
         for number, item in enumerate(reversed(history)):
             room -= len(self._numbers[number]) + len(self.titles[item]) + (len(self._next) if number else 0)
             if room < 0:
@@ -180,7 +181,7 @@ def _opening(answer: str) -> str:
 
 
 def tell_of_shortened(counts: Counts) -> None:
-    """Log how many prompts were shortened since it was told last."""
+    """Log how many prompts were shortened, if any, and start to count at 0."""
     if counts.shortened:
         getLogger().warning(
             f"{counts.shortened} of {counts.written} prompts were longer than the base model or prompt_tokens allow, "
@@ -197,10 +198,10 @@ def start_of_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def piece_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """What gives the tokens of a piece of a text as they are within it.
+    """A function from a piece of a text to the tokens that it has within the text.
 
-    Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they encode. A piece is
-    encoded by them behind a line break, whose tokens are taken off again.
+    Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they encode. So a piece is
+    encoded behind a line break, whose tokens are then taken off.
     """
 
     def encode(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        self._ready: dict[tuple[int, ...], Any] = {}
         self.titles = titles_of(dataset, config)
         if len(self.titles) != self.n_items:
             raise UserError(f"titles: {len(self.titles)} of them for {self.n_items} items; the data is not the model's")
@@ -61,6 +62,29 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
         """The item ids of each row's history, oldest first, without padding."""
         lengths = interaction[self.ITEM_SEQ_LEN].tolist()
         return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
+
+    def train(self, mode: bool = True) -> LanguageModelRecommender:
+        """As of any module; answers that were found before are forgotten."""
+        if mode:
+            self._ready.clear()
+        super().train(mode)
+        return self
+
+    def remembered(
+        self, histories: Sequence[tuple[int, ...]], compute: Callable[[list[int]], Iterable[Any]]
+    ) -> list[Any]:
+        """The answers for histories: those that tuning has kept in ``_ready``, each for one evaluation, or new ones.
+
+        Args:
+            histories: item ids.
+            compute: takes the positions of the histories that have no answer yet, and gives their answers.
+        """
+        found = [self._ready.pop(history, None) for history in histories]
+        missing = [number for number, answer in enumerate(found) if answer is None]
+        if missing:
+            for number, answer in zip(missing, compute(missing)):
+                found[number] = answer
+        return found
 
     def hooks(self) -> list[Hook]:
         """What the trainer calls beside training."""

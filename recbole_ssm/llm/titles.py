@@ -14,7 +14,8 @@ from typing import Any
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header
 from recbole_ssm.errors import UserError, did_you_mean
 
-FIELDS = ("movie_title", "title", "name", "item_name", "item_title")  # looked for in this order
+FIELDS = ("movie_title", "title", "name", "item_name", "item_title")
+"""Names of columns that may hold titles, in the order in which they are looked for."""
 
 
 def titles_of(dataset: Any, config: Any) -> list[str]:

@@ -11,8 +11,8 @@
     their mean logit.
 
 Rows are padded on the right, where a causal model does not look, so padding cannot change an answer. In evaluation the
-keys and values of what all prompts begin with are computed once, and rows of like length go together. The last two
-verbalizers and the tree of titles are our own.
+keys and values of the beginning that all prompts share are computed once, and rows of similar length are batched. The
+last two verbalizers and the way in which titles share a row are our own.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.llm.prompt import Prompts, Question
 
 VERBALIZERS = ("letters", "title_likelihood", "embedding")
-WINDOWS = ("sliding_window", "attention_window", "window_size")  # of attention, as configurations name them
-CLOSE = 1e-2  # to plain scores in float32 ...
-CLOSE_IN_16_BITS = 0.25  # ... and where weights are held in less
-LARGEST_LOGITS = 2**26  # entries of [positions, vocabulary] that are held at once without a gradient
+WINDOWS = ("sliding_window", "attention_window", "window_size")
+"""How configurations of models call a window of attention."""
+CLOSE = 1e-2
+"""How far scores may be from those of plain forward passes, where weights are held in float32."""
+CLOSE_IN_16_BITS = 0.25
+"""The same where weights are held in 16 bits."""
+LARGEST_LOGITS = 2**26
+"""How many entries of ``[positions, vocabulary]`` are held at once where no gradient is wanted."""
+Cache = list[tuple[Tensor, Tensor]]
+"""Keys and values of the prefix, layer by layer ``[1, heads, tokens, head_dim]``."""
 
 
 class Verbalizer:
@@ -43,11 +49,12 @@ class Verbalizer:
         language_model: transformers' causal model, or peft's around it.
         prompts: what writes the prompts; its prefix comes before each of them.
         kind: one of :data:`VERBALIZERS`.
-        batch_tokens: tokens of one forward pass, padding included; a longer row goes alone.
+        batch_tokens: tokens of one forward pass, padding included; a longer row has a pass of its own.
         share_prefix: compute the prefix once where no gradient is wanted.
 
-    Before it is used it is compared with plain forward passes, on questions as long as they may get where the model has
-    windows of attention. Where the prefix alone is to blame (layers without keys and values), it is not shared.
+    Before it is used, its scores are compared with those of plain forward passes; where the model has windows of
+    attention, on questions as long as they can become. Scores that are wrong only because the prefix is shared, as in
+    layers without keys and values, are computed without sharing it.
 
     Raises:
         UserError: the tokenizer splits letters that are to be read; the scores are not those of plain forward passes.
@@ -60,7 +67,8 @@ class Verbalizer:
         self.decoder: nn.Module = causal.base_model
         self.head: Any = causal.get_output_embeddings()
         names = inspect.signature(self.decoder.forward).parameters
-        self._cache_name = "cache" if "cache" in names else "past_key_values"  # the name in older releases
+        # Older releases of transformers call it past_key_values.
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.kind, self.batch_tokens, self.share_prefix = kind, batch_tokens, share_prefix
         self.prefix, self.letters = prompts.prefix, prompts.letters if kind == "letters" else []
         if kind == "embedding" and self.head.bias is not None:
@@ -86,39 +94,40 @@ class Verbalizer:
 
     # --- one forward pass --------------------------------------------------------------------------------------------
 
-    def _forward(
-        self, questions: Sequence[Question], cache: list[tuple[Tensor, Tensor]] | None, probabilities: bool
-    ) -> Tensor:
+    def _forward(self, questions: Sequence[Question], cache: Cache | None, probabilities: bool) -> Tensor:
         prompts = [question.prompt if cache else [*self.prefix, *question.prompt] for question in questions]
         if self.kind == "title_likelihood":
             return self._title_likelihood(prompts, [question.answers for question in questions], cache)
         last = self._last_states(prompts, cache)
         if self.kind == "embedding":
             return self._pooled_logits(last, [question.answers for question in questions])
-        if not probabilities:  # in float32, as bfloat16 would make ties of near logits
+        if not probabilities:
+            # In float32, because in bfloat16 scores that are close would become equal.
             bias = None if self.head.bias is None else self.head.bias[self.letters].float()
             return F.linear(last.float(), self.head.weight[self.letters].float(), bias)
         logits = self.head(last).float()
         return logits[:, self.letters] - logits.logsumexp(-1, keepdim=True)
 
-    def _last_states(self, prompts: list[list[int]], cache: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+    def _last_states(self, prompts: list[list[int]], cache: Cache | None) -> Tensor:
         """The hidden state at the last token of each prompt ``[B, hidden]``."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
         states = self._decode(_padded(prompts, self._device), cache)
         return states[torch.arange(len(prompts), device=self._device), lengths - 1]
 
     def _title_likelihood(
-        self, prompts: list[list[int]], answers: list[list[list[int]]], cache: list[tuple[Tensor, Tensor]] | None
+        self, prompts: list[list[int]], answers: list[list[list[int]]], cache: Cache | None
     ) -> Tensor:
         """Mean log-likelihoods ``[B, C]``; a row is a prompt and, side by side behind it, the titles.
 
-        A title's first token is predicted at the end of the prompt, each other one at the one before it; so the last
-        ones are left out.
+        The first token of a title is predicted at the end of the prompt, each later one at the token before it. So the
+        last token of a title predicts nothing, and is left out of the row.
         """
         rows, branches, positions = [], [], []
-        where: list[tuple[int, int]] = []  # row and column of the state that predicts a token
-        what: list[int] = []  # that token
-        whose: list[int] = []  # its title, counted through the batch
+        # Of each token that is predicted: the row and column of the state that predicts it, the token, and its title,
+        # counted through the batch.
+        where: list[tuple[int, int]] = []
+        what: list[int] = []
+        whose: list[int] = []
         for row, (prompt, titles) in enumerate(zip(prompts, answers)):
             tokens, branch, position = list(prompt), [0] * len(prompt), list(range(len(prompt)))
             for number, title in enumerate(titles):
@@ -160,13 +169,14 @@ class Verbalizer:
     def _decode(
         self,
         tokens_BS: Tensor,
-        cache: list[tuple[Tensor, Tensor]] | None,
+        cache: Cache | None,
         branch_BS: Tensor | None = None,
         position_BS: Tensor | None = None,
     ) -> Tensor:
         """Hidden states ``[B, S, hidden]`` of right-padded tokens, after the cached prefix if there is one.
 
-        ``branch_BS`` lets the tokens of a title (its number from 1) see the prompt (0) and each other alone.
+        ``branch_BS`` is 0 for the tokens of the prompt, and the number of the title, from 1, for those of a title:
+        they see the prompt and their own title only.
         """
         known = len(self.prefix) if cache else 0
         options: dict[str, Any] = {"use_cache": False}
@@ -183,8 +193,7 @@ class Verbalizer:
             options["position_ids"] = position_BS + known
         return self.decoder(input_ids=tokens_BS, **options)[0]
 
-    def _prefix_cache(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the prefix, layer by layer ``[1, heads, tokens, head_dim]``."""
+    def _prefix_cache(self) -> Cache:
         tokens = torch.tensor([self.prefix], device=self._device)
         found = getattr(self.decoder(input_ids=tokens, use_cache=True), self._cache_name)
         return [(layer.keys, layer.values) for layer in found.layers]
@@ -231,7 +240,7 @@ class Verbalizer:
                     f"verbalizer: {self.kind} does not give the scores of plain forward passes of {name} ({reason}), "
                     "as where attention has a window or there is none; take another verbalizer or base_model"
                 )
-            getLogger().info(f"base model {name}: the prompts' beginning is computed for each anew ({reason})")
+            getLogger().info(f"base model {name}: the beginning of the prompts is computed for each of them ({reason})")
             self.share_prefix = False
 
     def _plainly(self, causal: Any, question: Question) -> Tensor:
@@ -254,7 +263,10 @@ class Verbalizer:
 
 
 def buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Row numbers in groups of like length, shortest first: rows times longest is ``batch_tokens`` at most in each."""
+    """Row numbers in groups of similar length, shortest first; rows times longest is at most ``batch_tokens`` in each.
+
+    A row that is longer than that is a group of its own.
+    """
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not groups or (len(groups[-1]) + 1) * lengths[row] > batch_tokens:
@@ -268,7 +280,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) 
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
-def _cache_of(layers: list[tuple[Tensor, Tensor]], rows: int) -> Any:
+def _cache_of(layers: Cache, rows: int) -> Any:
     """A cache of transformers' that holds the same keys and values for each of so many rows."""
     from transformers import DynamicCache
 

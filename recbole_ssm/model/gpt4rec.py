@@ -31,11 +31,12 @@ WANTS = " In the future, the customer wants to buy"
 class GPT4Rec(LanguageModelRecommender):
     """A language model writes search queries from the titles of a history; BM25 over all titles answers them.
 
-    The prompt, the beam search, BM25 and the merge are the paper's; its code is not public. Where it does not say, the
-    choice is ours: the loss is that of the target's title and its end, the prompt carries none; titles are cut to
-    ``title_tokens``; training rows are RecBole's, of each user the newest ``train_last``.
+    The prompt, the beam search, BM25 and the merge are the paper's, whose code is not public. Where it does not say,
+    the choice is ours: the loss is that of the target's title and of the end behind it, and not of the prompt; titles
+    are cut to ``title_tokens``; training rows are RecBole's, the newest ``train_last`` of each user.
 
-    A score is minus an item's place in the order of :func:`recbole_ssm.llm.bm25.full_order`, so no two are equal.
+    The score of an item is minus its place in the order of :func:`recbole_ssm.llm.bm25.full_order`, so that no two
+    scores are equal.
     """
 
     bm25: Tensor
@@ -57,12 +58,13 @@ class GPT4Rec(LanguageModelRecommender):
 
         # define layers and loss
         self.load_language_model(config, [BOUGHT, WANTS])
-        self.register_buffer("bm25", torch.tensor(self.grid[0], dtype=torch.float64))  # k1 and b
+        # BM25's k1 and b.
+        self.register_buffer("bm25", torch.tensor(self.grid[0], dtype=torch.float64))
         self.search = TitleSearch(self.titles)
         encode = piece_encoder(self.tokenizer)
         self._begin, self._end, self._dot = start_of_text(self.tokenizer, BOUGHT), encode(WANTS), encode(".")
         self._title = [encode(f" {title}")[: self.title_tokens] for title in self.titles]
-        # what is left for the history, beside the fixed words and the query with its end
+        # How many tokens are left for the history, beside the fixed words and the query with its end.
         self._room = self.context - len(self._begin) - len(self._end) - self.title_tokens - 1
         if self._room < self.title_tokens + len(self._dot):
             raise UserError(
@@ -70,14 +72,13 @@ class GPT4Rec(LanguageModelRecommender):
                 f"{self.base_name} reads; try title_tokens: {max(1, self.context // 8)}"
             )
         self.prompts = Counts()
-        self._ready: dict[tuple[int, ...], list[str]] = {}  # written while tuning, read by the evaluation that follows
 
     def prompt(self, history: Sequence[int]) -> list[int]:
         """The tokens of a prompt; the oldest items are left out where the base model cannot read them all."""
-        room, items = self._room, list(history)
+        room = self._room
         kept: list[list[int]] = []
         self.prompts.written += 1
-        for item in reversed(items):
+        for item in reversed(list(history)):
             tokens = [*self._title[item], *self._dot]
             room -= len(tokens)
             if room < 0:
@@ -91,7 +92,7 @@ class GPT4Rec(LanguageModelRecommender):
         prompts = [self.prompt(history) for history in self.histories(interaction)]
         answers = [[*self._title[item], self.tokenizer.eos_token_id] for item in interaction[self.POS_ITEM_ID].tolist()]
         length = max(map(len, answers))
-        # padded on the left, so that the answers' tokens are the last ones [B, length]
+        # They are padded on the left, so that the tokens of the answers are the last ones.
         tokens, mask = self._pad(prompt + answer for prompt, answer in zip(prompts, answers))
         options = {"logits_to_keep": length + 1, "attention_mask": mask}
         if self._takes_positions:
@@ -106,15 +107,11 @@ class GPT4Rec(LanguageModelRecommender):
 
     @torch.no_grad()
     def queries(self, interaction: Any) -> list[list[str]]:
-        """What the model would search for, for each row of a batch: ``num_queries`` texts, best beam first."""
+        """The queries for each row of a batch: ``num_queries`` texts, best beam first."""
         histories = [tuple(history) for history in self.histories(interaction)]
-        written = [self._ready.pop(history, None) for history in histories]
-        missing = [number for number, queries in enumerate(written) if queries is None]
-        if missing:
-            fresh = self._generate([self.prompt(histories[number]) for number in missing])
-            for number, queries in zip(missing, fresh):
-                written[number] = queries
-        return [queries for queries in written if queries is not None]
+        return self.remembered(
+            histories, lambda missing: self._generate([self.prompt(histories[number]) for number in missing])
+        )
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
@@ -157,15 +154,8 @@ class GPT4Rec(LanguageModelRecommender):
         )
         self._ready = dict(zip(histories, queries))
 
-    def train(self, mode: bool = True) -> GPT4Rec:
-        """As any module's; queries that were written before are forgotten."""
-        if mode:
-            self._ready.clear()
-        super().train(mode)
-        return self
-
     def _gain(self, queries: Sequence[str], target: int) -> float:
-        """NDCG at the cut-off, of the one right item."""
+        """NDCG at the cut-off of ``valid_metric``, where ``target`` is the one right item."""
         order = self._order(queries, self.valid_cutoff)[: self.valid_cutoff]
         place = np.flatnonzero(order == target)
         return 1 / float(np.log2(place[0] + 2)) if len(place) else 0.0

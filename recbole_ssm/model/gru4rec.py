@@ -48,7 +48,8 @@ class GRU4Rec(PackedRecommender):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             nn.init.xavier_normal_(module.weight)
-        elif isinstance(module, nn.GRU):  # of its first layer alone, as RecBole does
+        elif isinstance(module, nn.GRU):
+            # RecBole does so for the first layer only.
             for name in ("weight_hh_l0", "weight_ih_l0"):
                 nn.init.xavier_uniform_(getattr(module, name))
 

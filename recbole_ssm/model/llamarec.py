@@ -34,21 +34,22 @@ FUSION_WEIGHTS = [step / 20 for step in range(21)]
 class LlamaRec(LanguageModelRecommender):
     """LlamaRec lets a language model order the best items of a retriever, in one forward pass.
 
-    The retriever is any sequential model; it is frozen here, and its weights lie beside the language model's in
-    checkpoints. Scores are the retriever's: the same values are given to the same candidates, in the language model's
-    order, so what is not among them stays where it is.
+    The retriever is any sequential model. It is frozen here, and its weights lie beside the language model's in
+    checkpoints. The scores are the retriever's: the candidates share their values out among themselves, in the order
+    of the language model, so all other items stay where they are.
 
-    Learning takes prefixes of the training part. ``train_candidates`` says what the item that came stands among:
-    ``random`` items that the history does not hold, as LlamaRec's code has it; the retriever's best, the last of which
-    makes room where it is missing (``insert``), or a row without a loss there (``skip``).
+    Training rows are prefixes of the training part. ``train_candidates`` says which candidates surround the item that
+    came. ``random``: items that the history does not hold, as in LlamaRec's code. ``insert``: the retriever's best, of
+    which the last one makes room where the item is missing. ``skip``: the same, but such rows have no loss.
 
-    In evaluation candidates stand in an order that depends on the seed, the history and the items, and not on their
-    ranks; in training it is random. LlamaRec's code shows the retriever's order in evaluation.
+    In training the candidates stand in random order. In evaluation their order depends on the seed, the history and
+    the items, and not on their ranks; LlamaRec's code shows the retriever's order there.
 
     Args:
         config: the configuration.
         dataset: the training set, or as much of it as a checkpoint holds.
-        retriever_settings: the configuration that the retriever is trained with; a checkpoint's ``config`` holds it.
+        retriever_settings: the configuration that the retriever is trained with; None takes it from ``config``, as a
+            checkpoint holds it there.
     """
 
     fusion: Tensor
@@ -106,7 +107,7 @@ class LlamaRec(LanguageModelRecommender):
         self.settings: dict[str, Any] = {"retriever_settings": retriever_settings or config["retriever_settings"]}
         retriever = build_model(self.settings["retriever_settings"], dataset, config["device"])
         self.retriever = retriever.eval().requires_grad_(False)
-        # a prompt's titles have a space before them, and so should those that a random base's tokenizer learns from
+        # Titles have a space before them in a prompt, so a tokenizer that is yet to be trained should see them so.
         self.load_language_model(config, [*prompt_words(), *(f" {title}" for title in self.titles[1:])])
         self.prompts = Prompts(
             self.tokenizer,
@@ -121,14 +122,13 @@ class LlamaRec(LanguageModelRecommender):
         weight = config["fusion_weight"]
         self.fusion_tuned = weight == TUNED
         self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
-        self.records: list[Reranked] | None = None  # where someone asks for them
-        self.asked = 0  # users of whom the language model was asked, since someone set it to 0
-        self._ready: dict[tuple[int, ...], Tensor] = {}  # found while tuning, for the evaluation that follows
+        # The hook Reranking sets these two at the start of an evaluation: what every batch looked like, and for how
+        # many users the language model was run.
+        self.records: list[Reranked] | None = None
+        self.asked = 0
 
     def train(self, mode: bool = True) -> LlamaRec:
-        """As torch's; the retriever stays in evaluation mode."""
-        if mode:
-            self._ready.clear()
+        """As of any module, but the retriever stays in evaluation mode."""
         super().train(mode)
         self.retriever.eval()
         return self
@@ -146,7 +146,8 @@ class LlamaRec(LanguageModelRecommender):
             return sum((p.sum() * 0.0 for p in self.language_model.parameters() if p.requires_grad), self.fusion * 0.0)
         questions = self.questions(histories, candidates)
         orpo = self.train_objective == "orpo"
-        columns = target[:, None]  # whose likelihoods are computed: of a title each costs its tokens
+        # The columns whose likelihoods are computed. Titles cost their tokens, so only those that count are taken.
+        columns = target[:, None]
         if self.verbalizer.kind != "title_likelihood" or (orpo and self._needs_all):
             columns = torch.arange(candidates.shape[1], device=target.device).expand_as(candidates)
         elif orpo:
@@ -183,7 +184,8 @@ class LlamaRec(LanguageModelRecommender):
         asked = torch.ones_like(lengths, dtype=torch.bool)
         if self.ITEM_ID in interaction.interaction:
             target = column_of(candidates, interaction[self.ITEM_ID])
-            if self.rerank == "retrieved":  # the order of the candidates cannot change where the others' targets stand
+            if self.rerank == "retrieved":
+                # Where the target is no candidate, their order cannot change its rank.
                 asked = target >= 0
         language = torch.full_like(retriever, torch.nan)
         if asked.any():
@@ -195,16 +197,14 @@ class LlamaRec(LanguageModelRecommender):
         return scores.scatter(1, candidates.gather(1, order), values.sort(1, descending=True).values)
 
     def _answers(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
-        """As :meth:`forward`, which is asked only for what tuning did not find."""
-        histories = zip(item_seq.tolist(), item_seq_len.tolist())
-        found = [self._ready.pop(tuple(row[:length]), None) for row, length in histories]
-        missing = [number for number, answer in enumerate(found) if answer is None]
-        self.asked += len(missing)
-        if missing:
-            fresh = self.forward(item_seq[missing], item_seq_len[missing], candidates[missing])
-            for number, answer in zip(missing, fresh):
-                found[number] = answer
-        return torch.stack([answer.to(candidates.device) for answer in found if answer is not None])
+        """As :meth:`forward`, which runs only for what tuning did not find."""
+
+        def fresh(missing: list[int]) -> Tensor:
+            self.asked += len(missing)
+            return self.forward(item_seq[missing], item_seq_len[missing], candidates[missing])
+
+        histories = [tuple(row[:length]) for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
+        return torch.stack([answer.to(candidates.device) for answer in self.remembered(histories, fresh)])
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
@@ -226,7 +226,8 @@ class LlamaRec(LanguageModelRecommender):
         came = interaction[self.ITEM_ID]
         if self.train_candidates == "random":
             noise = torch.rand(len(came), self.n_items, device=came.device)
-            noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)  # of the history only where the catalogue ends
+            # Items of the history are taken only where the catalogue holds no others, and padding never is.
+            noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)
             noise[:, 0] = -2.0
             noise.scatter_(1, came[:, None], 2.0)
             candidates = noise.topk(self.num_candidates).indices
@@ -238,12 +239,13 @@ class LlamaRec(LanguageModelRecommender):
         order = torch.rand(candidates.shape, device=came.device).argsort(1)
         candidates = candidates.gather(1, order)
         target = column_of(candidates, came)
-        kept = target >= 0  # of all rows, but for train_candidates: skip
+        # A target that is not among the candidates is -1; under ``train_candidates: skip`` such rows are left out.
+        kept = target >= 0
         lists, lengths = interaction[self.ITEM_SEQ][kept].tolist(), interaction[self.ITEM_SEQ_LEN][kept].tolist()
         return [row[:length] for row, length in zip(lists, lengths)], candidates[kept], target[kept]
 
     def questions(self, histories: list[list[int]], candidates: Tensor) -> list[Question]:
-        """What is asked about histories of candidates ``[B, C]``."""
+        """One prompt for each history and its C candidates ``[B, C]``."""
         titles = self.prompts.titles
         return [
             Question(self.prompts.write(history, items), [titles[item] for item in items])
@@ -252,7 +254,7 @@ class LlamaRec(LanguageModelRecommender):
 
     @torch.no_grad()
     def tune(self, valid_data: Any) -> None:
-        """Choose the fusion weight of the highest NDCG among validation rows, the least of those that are equal."""
+        """Choose the fusion weight with the highest NDCG on the validation rows, the smallest of equal ones."""
         if not self.fusion_tuned:
             return
         self._ready.clear()
@@ -285,7 +287,8 @@ def column_of(candidates: Tensor, items: Tensor) -> Tensor:
 def shuffled(items: Tensor, histories: Tensor, seed: int) -> Tensor:
     """Numbers ``[B, C]`` to sort items ``[B, C]`` by: a hash of the seed, the history ``[B, L]`` and the item."""
     key = torch.full_like(histories[:, 0], seed)
-    for column in histories.T:  # padding leaves the key as it is, so its width does not count
+    # Padding leaves the key as it is, so it does not matter how wide it is.
+    for column in histories.T:
         key = torch.where(column > 0, _mix(key ^ column), key)
     return _mix(_mix(key)[:, None] ^ items)
 

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from recbole_ssm.errors import UserError
 
 LOSS_TYPES = ("CE", "BPR", "sampled_softmax", "gBCE")
-LARGEST_LOGITS = 2**26  # entries of [targets, items] that are held at once; 256 MiB in float32
+LARGEST_LOGITS = 2**26
+"""How many entries of ``[targets, items]`` are held at once: 256 MiB in float32."""
 
 
 class NextItemLoss(nn.Module):
@@ -54,8 +55,9 @@ class NextItemLoss(nn.Module):
                 f"{self.num_negatives}; try num_negatives: {max((n_items - 2) // 2, 1)}"
             )
         self.bpr = BPRLoss()
+        # The padding is never drawn.
         counts = torch.ones(n_items)
-        counts[0] = 0.0  # the padding item is never drawn
+        counts[0] = 0.0
         if self.loss_type == "sampled_softmax" and config["negative_power"]:
             for item, count in dataset.item_counter.items():
                 counts[item] = float(count) ** config["negative_power"]
@@ -78,11 +80,13 @@ class NextItemLoss(nn.Module):
             return self.bpr(positive, (output * items[negative]).sum(-1))
         if self.loss_type == "sampled_softmax":
             sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
-            expected = math.log(self.num_negatives) + self.log_q[sample]  # log of K q_j, the count of item j
+            # The logarithm of K q_j, the expected count of item j in the sample.
+            expected = math.log(self.num_negatives) + self.log_q[sample]
             logits = (output @ items[sample].T - expected).masked_fill(sample == target[:, None], -torch.inf)
             return (torch.logaddexp(positive, logits.logsumexp(-1)) - positive).mean()
         sample = torch.randint(1, self.n_items, (self.num_negatives,), device=output.device)
-        alpha = self.num_negatives / (self.n_items - 2)  # the share of the other items that is sampled
+        # alpha is the share of the other items that is sampled.
+        alpha = self.num_negatives / (self.n_items - 2)
         beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
         against = F.softplus(output @ items[sample].T).masked_fill(sample == target[:, None], 0.0).sum(-1)
         return ((beta * F.softplus(-positive) + against) / (self.num_negatives + 1)).mean()

@@ -47,7 +47,7 @@ class PackedRecommender(Configurable, SequentialRecommender):
         Args:
             items_L: item ids of all histories, end to end ``[total]``.
             cu_seqlens: bounds of the histories ``[S + 1]``.
-            last_only: give the last position of each history alone.
+            last_only: give the last position of each history only.
 
         Returns:
             ``[total, hidden_size]``, or ``[S, hidden_size]`` with ``last_only``.

@@ -24,9 +24,9 @@ from recbole_ssm.ops.packing import buckets, last_of, positions_of
 class SASRec(PackedRecommender):
     """SASRec as RecBole has it, over packed histories: the baseline in the same terms as the state-space models.
 
-    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding); what is ours is
-    that no padding is computed, that the last layer computes the last position alone where only that is read, and that
-    it can be trained on all positions at once, as the paper does and RecBole does not.
+    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding). Ours are three
+    things: no padding is computed; where only the last position is read, the last layer computes no other; and the
+    model can be trained on all positions at once, as in the paper and not in RecBole.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -82,7 +82,8 @@ class SASRec(PackedRecommender):
         for number, layer in enumerate(layers):
             at_last = last_only and number == len(layers) - 1
             attention = layer.multi_head_attention
-            rest = last_of(x[None], cu_seqlens) if at_last else x  # what goes on: [S or total, hidden_size]
+            # The positions that are needed from here on: [S or total, hidden_size].
+            rest = last_of(x[None], cu_seqlens) if at_last else x
             context = self._attend(attention.query(rest), attention.key(x), attention.value(x), cu_seqlens, at_last)
             y = attention.LayerNorm(attention.out_dropout(attention.dense(context)) + rest)
             x = layer.feed_forward(y)
@@ -98,7 +99,8 @@ class SASRec(PackedRecommender):
                 q, mask = self._heads(query[bucket.rows_b, None]), bucket.mask_bl[:, None, None]
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
                 context = context.index_put((bucket.rows_b,), y.flatten(1))
-            else:  # pads stand behind all that is real, where causal attention does not look
+            else:
+                # Padding stands behind all events, where causal attention does not look.
                 q = self._heads(query[bucket.index_bl])
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
                 y = y.transpose(1, 2).flatten(2)[bucket.mask_bl]

@@ -91,7 +91,8 @@ class Stepper:
         self._rows: Any = (ctypes.c_int64 * B)()
         calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(layers, self.state)]
         self._calls = (type(calls[0]) * len(calls))(*calls)
-        first = self._calls[0]  # reads its input from the table, through the norm behind it
+        # The first layer reads its input from the table of embeddings, through the norm behind it.
+        first = self._calls[0]
         first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
         for name, value in norm_fields("first", model.norm).items():
             setattr(first, name, value.data_ptr() if isinstance(value, Tensor) else value)

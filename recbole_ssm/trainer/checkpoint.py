@@ -64,7 +64,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
             save_file(plain, temporary, metadata={"recbole_ssm": text, "sha256": _digest(plain, text)})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-    except SafetensorError as error:  # that is how its writer reports a failing disk
+    except SafetensorError as error:
+        # The writer of safetensors reports a failing disk in this way.
         raise OSError(f"checkpoint {path} was not written: {error}") from error
     except OSError as error:
         text = f"checkpoint {path} was not written: {error.strerror or error}"
@@ -82,7 +83,7 @@ def read(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # cloned, because they lie in the mapped file, which then could not be replaced on Windows
+            # They lie in the mapped file, which could not be replaced on Windows while they do: so they are cloned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         text = metadata.get("recbole_ssm")
         info = json.loads(text) if text is not None else None

@@ -66,16 +66,9 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
     def evaluate(
         self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
     ) -> Any:
-        """The metrics on some rows; the arguments are those of RecBole.
+        """The metrics on some rows, as RecBole's; None where there are no rows.
 
-        Args:
-            eval_data: the loader of the rows; None where the split leaves none, which gives None.
-            load_best_model: take the weights of a checkpoint first.
-            model_file: which checkpoint; by default the best one of the run.
-            show_progress: show a bar of the batches.
-
-        Raises:
-            UserError: the checkpoint cannot be read, or is of another model.
+        ``load_best_model`` takes the weights of ``model_file`` first, by default the run's best checkpoint.
         """
         if not eval_data:
             return None

@@ -61,10 +61,6 @@ class Gradients:
     def add_up(self, step: Step, backward: Backward) -> tuple[list[float], Step]:
         """Leave a step's gradient in the model's parameters.
 
-        Args:
-            step: a step of the loader's, on the device.
-            backward: takes a part of it through :attr:`loss` and back.
-
         Returns:
             The terms of the step's loss, and the step with the parts in which it was taken.
         """
@@ -203,17 +199,14 @@ class AdaptiveGradients(Gradients):
     def end_epoch(self, folder: Path | None) -> None:
         """Let the rule look back on the epoch; log where it stands, and write and draw its figures."""
         self.steps.batch_size = self.sizes.end_epoch()
-        getLogger().info(f"adaptive_batch: {self.text()}")
-        if folder is not None and distributed.rank() == 0 and not self._write(folder):
-            getLogger().info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
-
-    def text(self) -> str:
-        """The state of the rule in words."""
         fit, sizes = self.sizes.fit, self.sizes
         holder = f", nu {fit.nu:.2f}, L {fit.L:.3g}" if fit else ""
-        return (
-            f"batch size {sizes.batch_size}, sigma {math.sqrt(sizes.variance):.3g}, wanted {sizes.optimum:.3g}{holder}"
+        getLogger().info(
+            f"adaptive_batch: batch size {sizes.batch_size}, sigma {math.sqrt(sizes.variance):.3g}, "
+            f"wanted {sizes.optimum:.3g}{holder}"
         )
+        if folder is not None and distributed.rank() == 0 and not self._write(folder):
+            getLogger().info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
 
     def _write(self, folder: Path) -> bool:
         """Write ``batch_size.csv``, and ``batch_size.png`` if Matplotlib is installed; whether it is."""

@@ -21,14 +21,11 @@ from recbole_ssm.trainer.snapshot import Snapshot
 class Learner:
     """Takes the steps of training, from gradients that are complete.
 
-    The model holds the weights that the optimiser goes on from. Where those that are tested and served are others (the
-    average of its iterates, or the output of an accelerated method), they are an ``evaluation_point`` of the optimiser
-    or of the average.
+    While it trains, the model holds the weights that the optimiser goes on from. What is tested and served may be
+    others: the average of the optimiser's iterates, or the output of an accelerated method.
 
     Args:
-        config: ``learner``, ``learning_rate``, ``weight_decay``, ``learner_args``, ``learner_groups`` and
-            ``learner_average``; ``lr_scheduler``, ``lr_scheduler_args`` and ``lr_scheduler_interval``;
-            ``clip_grad_norm``.
+        config: the configuration; ``learner`` and ``lr_scheduler`` with their keys, and ``clip_grad_norm``.
         model: whose weights are trained.
         scaled: whether gradients are scaled, for the sake of half precision.
         bigger: whether the higher of two validation scores is the better one.
@@ -39,7 +36,6 @@ class Learner:
 
     def __init__(self, config: Any, model: nn.Module, scaled: bool, bigger: bool) -> None:
         self.model = model
-        self.name: str = config["learner"]
         self.clip_grad_norm: Mapping[str, Any] | None = config["clip_grad_norm"]
         self.interval: str = config["lr_scheduler_interval"]
         self.optimizer = _build_optimizer(config, model)
@@ -68,12 +64,7 @@ class Learner:
         self.scaler.update()
 
     def schedule(self, interval: str, score: float | None = None) -> None:
-        """Move the schedule on, if it goes by this interval.
-
-        Args:
-            interval: what has ended, ``step`` or ``epoch``.
-            score: that of the epoch's validation, where there was one.
-        """
+        """A ``step`` or an ``epoch`` has ended, the latter with the score of its validation, if there was one."""
         if self.scheduler is None or self.interval != interval:
             return
         if not isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -82,15 +73,7 @@ class Learner:
             self.scheduler.step(score)
 
     def check_length(self, epochs: int, steps: int) -> None:
-        """Make sure that the schedule is long enough: OneCycleLR would stop a run in the middle of its training.
-
-        Args:
-            epochs: how many epochs are planned.
-            steps: how many steps an epoch has.
-
-        Raises:
-            UserError: it is too short.
-        """
+        """Refuse a schedule that is too short for so many epochs of so many steps: it would fail in mid-run."""
         planned = epochs * (steps if self.interval == "step" else 1)
         if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < planned:
             raise UserError(
@@ -105,10 +88,7 @@ class Learner:
         return contextlib.nullcontext() if self._output is None else self._output.evaluation_point()
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The model's state as it is tested and served, and the weights that training goes on from where they differ.
-
-        The first holds the model's own tensors where they are the same.
-        """
+        """The model's state as it is tested and served, and those weights that training goes on from that differ."""
         here = self.model.state_dict()
         if self._output is None:
             return here, {}

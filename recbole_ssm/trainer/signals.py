@@ -34,12 +34,12 @@ class Signals:
         """Hold signals back while the context lasts; a second one of the same kind takes effect at once.
 
         Args:
-            save: called when training stops for a signal; it saves what can be saved, and says so.
+            save: saves what can be saved when a signal stops training, and says what a user can do then.
 
         Raises:
-            Interrupted: a signal came; its text is what ``save`` returned.
+            Interrupted: with what ``save`` said.
         """
-        # Python lets the main thread alone handle signals.
+        # Python handles signals in no other thread.
         if threading.current_thread() is not threading.main_thread():
             yield
             return

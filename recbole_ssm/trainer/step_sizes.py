@@ -13,17 +13,19 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv
 from recbole_ssm.trainer.hooks import Hook, Training
 
-ROWS = 2000  # at most; beyond them every second one goes, and half as many are kept from there on
+ROWS = 2000
+"""The most rows that are kept; beyond them every second one goes, and half as many are kept from there on."""
 
 
 class StepSizes(Hook):
     """Keeps the ``step_sizes()`` of the optimiser, one a parameter group, and writes them beside the checkpoints.
 
-    ``step_size.csv`` and, with Matplotlib, ``step_size.png``, anew after each epoch.
+    After each epoch ``step_size.csv`` and, with Matplotlib, ``step_size.png`` are written.
     """
 
     def __init__(self) -> None:
-        self.rows: list[list[float | None]] = []  # the step, then each group's 1 / H; None before the start
+        self.rows: list[list[float | None]] = []
+        """The step, then 1 / H of each group; None where a group had no gradient yet."""
         self.every = 1
 
     def on_step_end(self, trainer: Training, step: Any, loss: float) -> None:
@@ -58,9 +60,9 @@ class StepSizes(Hook):
             axes.legend()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of checkpoints."""
+        """The rows, and how many steps lie between them."""
         return {"rows": self.rows, "every": self.every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what :meth:`state_dict` returned."""
         self.rows, self.every = state["rows"], state["every"]

@@ -13,7 +13,8 @@ from recbole_ssm.files import write_json
 from recbole_ssm.memory import peak_memory
 from recbole_ssm.trainer.hooks import Hook, Training
 
-WARM_UP = 3  # steps and batches that are not counted, once a run: kernels are chosen and memory is first touched
+WARM_UP = 3
+"""The first steps and batches of a run do not count: kernels are chosen, and memory is touched for the first time."""
 
 
 class Latency(Hook):

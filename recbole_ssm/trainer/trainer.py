@@ -38,7 +38,8 @@ from recbole_ssm.trainer.evaluate import EvaluatingTrainer  # noqa: E402
 
 __all__ = ["Interrupted", "Trainer"]
 
-TRIM_EVERY = 16  # steps
+TRIM_EVERY = 16
+"""After so many steps free memory is given back."""
 
 
 class Trainer(EvaluatingTrainer):
@@ -103,10 +104,7 @@ class Trainer(EvaluatingTrainer):
         show_progress: bool = False,
         callback_fn: Any = None,
     ) -> tuple[float, Any]:
-        """Train for all epochs that are left; the arguments are those of RecBole.
-
-        Returns:
-            The best validation score, and the metrics of that validation.
+        """As RecBole's; returns the best validation score, and the metrics of that validation.
 
         Raises:
             UserError: the loss is not finite, or the checkpoint to go on from is of other data.
