@@ -106,15 +106,15 @@ def digest_of_json(value: Any) -> str:
 
 
 @contextmanager
-def alone(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a folder's ``lock``, which names this process; the system lets go of it when the process dies.
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's ``lock``, a file that names this process; it is released when the process dies, too.
 
     Args:
-        folder: it is there already.
-        wait: for whoever holds it.
+        folder: a folder that is there.
+        wait: wait for the process that holds it.
 
     Raises:
-        BlockingIOError: another process holds it, and we do not wait.
+        BlockingIOError: another process holds it, and ``wait`` is False.
     """
     with open(folder / "lock", "a") as file:
         lock(file, wait)

@@ -26,7 +26,7 @@ import torch
 from recbole_ssm import __version__, run_recbole_ssm
 from recbole_ssm.data.loader import Step
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import alone, whole
+from recbole_ssm.files import locked, whole
 from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
@@ -101,7 +101,7 @@ class History(Hook):
 def main(folder: Path, lines: TextIO) -> int:
     """Train the folder's run, unless another process just did; the exit status."""
     try:
-        with alone(folder):  # wait until no other process trains this run
+        with locked(folder):  # wait until no other process trains this run
             if not (folder / OUTCOME).is_file():
                 _train(folder, lines)
     except KeyboardInterrupt as interrupt:

@@ -16,7 +16,7 @@ from recbole.utils import dict2str
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
-from recbole_ssm.files import alone, append_lines, claim, read_lines, whole, write_csv
+from recbole_ssm.files import append_lines, claim, locked, read_lines, whole, write_csv
 from recbole_ssm.study.space import STATES, Search, Space, Trial, cell, optuna, read_space, space_of, values
 
 # Trials without progress after which a search stops, as in RecBole.
@@ -227,7 +227,7 @@ class HyperTuning:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """While no other thread or process begins or ends a trial."""
-        with self._lock, nullcontext() if self.table is None else alone(self.table.absolute().parent):
+        with self._lock, nullcontext() if self.table is None else locked(self.table.absolute().parent):
             yield
 
     def _note(self) -> None:
