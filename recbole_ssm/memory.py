@@ -26,8 +26,9 @@ def peak_memory(device: torch.device) -> int:
 def return_free_memory() -> None:
     """Let glibc give back what is free.
 
-    Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes (glibc bug 14581, mended
-    in 2.38), and no two packed batches have the same sizes: the process grew by 29 MB a step on ml-1m, all of it free.
+    Its aligned allocations, of which PyTorch's are, seldom reuse freed blocks of other sizes
+    (glibc bug 14581, mended in 2.38), and no two packed batches have the same sizes: the
+    process grew by 29 MB a step on ml-1m, all of it free.
     """
     # Other C libraries have no such function.
     with contextlib.suppress(AttributeError, TypeError, OSError):

@@ -57,29 +57,34 @@ def run_recbole_ssm(
     """Train and test a model on a data set, as recbole.quick_start.run_recbole does.
 
     Args:
-        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's. None takes it from the options,
-            or Hydra4Rec.
-        dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter`` and so on. None takes it
-            from the options, or ml-100k.
+        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's. None
+            takes it from the options, or Hydra4Rec.
+        dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter``
+            and so on. None takes it from the options, or ml-100k.
         config_file_list: YAML files; a later one wins.
         config_dict: options; they win over files.
-        saved: keep the best checkpoint, and test with it. Otherwise what training ended with is tested.
+        saved: keep the best checkpoint, and test with it. Otherwise what training ended with is
+            tested.
         command_line: options as ``["--key=value", ...]``; they win over all else.
-        resume: go on from this checkpoint, or from the newest whole one of this folder. Model, data set and options
-            are those of its run; only what does not change the result (``epochs``, ``stopping_step``,
-            ``show_progress`` ...) may be another.
-        allow_pickle: let ``resume`` name one of RecBole's own ``.pth`` checkpoints, whose loading runs whatever code
-            the file holds. Take it only from whom you trust. Model, data set and options must then be given.
+        resume: go on from this checkpoint, or from the newest whole one of this folder. Model,
+            data set and options are those of its run; only what does not change the result
+            (``epochs``, ``stopping_step``, ``show_progress`` ...) may be another.
+        allow_pickle: let ``resume`` name one of RecBole's own ``.pth`` checkpoints, whose
+            loading runs whatever code the file holds. Take it only from whom you trust. Model,
+            data set and options must then be given.
         hooks: called during training and evaluation; see :class:`recbole_ssm.trainer.Hook`.
 
     Returns:
-        RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``; and
-        ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its name. For LlamaRec also
-        ``reranking``, the metrics of the test in the retriever's, the language model's and the fused order, overall and
-        among the users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's target.
+        RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
+        ``test_result``; and ``checkpoint``, the path of the best checkpoint (None if not
+        saved), and ``model``, its name. For LlamaRec also ``reranking``, the metrics of the
+        test in the retriever's, the language model's and the fused order, overall and among the
+        users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's
+        target.
 
     Raises:
-        UserError: something given is wrong; the message is one line that says what and how to mend it.
+        UserError: something given is wrong; the message is one line that says what and how to
+            mend it.
     """
     start = None if resume is None else _read_resume(Path(resume), allow_pickle)
     base = {}
@@ -173,7 +178,8 @@ def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -
         recommender = config.model_class(config, loaders[0]._dataset, *([stage.settings] if stage else ()))
         recommender = recommender.to(config["device"])
     if stage:
-        # It comes last, so that whatever is wrong with the model is found before another one is trained for it.
+        # It comes last, so that whatever is wrong with the model is found before another one is
+        # trained for it.
         stage.load_into(recommender)
         set_backend(config["ssm_backend"])
     return recommender, *loaders
@@ -204,8 +210,8 @@ def objective_function(
 def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     """Write LlamaRec's training rows as preference pairs, JSON lines of ``prompt``, ``chosen`` and ``rejected``.
 
-    The retriever is trained first, or read from ``retriever_checkpoint``; the base model is not trained. See
-    :mod:`recbole_ssm.llm.pairs` for what TRL makes of them.
+    The retriever is trained first, or read from ``retriever_checkpoint``; the base model is not
+    trained. See :mod:`recbole_ssm.llm.pairs` for what TRL makes of them.
 
     Args:
         path: the file to write.

@@ -13,8 +13,9 @@ Floats = NDArray[np.float64]
 def ranks_of(scores_RV: Tensor, row_T: Tensor, item_T: Tensor) -> Tensor:
     """Ranks of target items among all items, 1 the best.
 
-    Items of one score share the mean of their ranks, so a model that scores all alike is not taken for a good one
-    (:func:`torch.topk` orders ties as it likes). What cannot be compared with the target (NaN) stands before it.
+    Items of one score share the mean of their ranks, so a model that scores all alike is not
+    taken for a good one (:func:`torch.topk` orders ties as it likes). What cannot be compared
+    with the target (NaN) stands before it.
 
     Args:
         scores_RV: scores of all items ``[rows, items]``.

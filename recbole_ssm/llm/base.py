@@ -1,7 +1,7 @@
 """Base models: any causal language model of transformers, from a folder, a GGUF file, the hub's cache, or at random.
 
-Nothing that is loaded executes code: weights are safetensors or GGUF, never pickles, and a model's own Python is
-refused. Nothing is fetched unless ``base_model_download`` says so.
+Nothing that is loaded executes code: weights are safetensors or GGUF, never pickles, and a
+model's own Python is refused. Nothing is fetched unless ``base_model_download`` says so.
 """
 
 from __future__ import annotations
@@ -58,18 +58,20 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     """The base model of a configuration, with LoRA where it asks for that.
 
     Args:
-        config: ``base_model`` is ``random``, a folder of transformers', a GGUF file, or a name on the Hugging Face hub
-            (from the local cache; fetched only with ``base_model_download``). ``base_model_dtype``, ``quantize_4bit``,
-            ``lora_r``, ``lora_alpha``, ``lora_dropout`` and ``lora_modules`` say how it is held and what is trained;
-            ``random_base_args`` the sizes of a random one, as LlamaConfig names them.
-        texts: what the tokenizer of a random base is trained on: the titles, and the prompt's own words.
+        config: ``base_model`` is ``random``, a folder of transformers', a GGUF file, or a name
+            on the Hugging Face hub (from the local cache; fetched only with
+            ``base_model_download``). ``base_model_dtype``, ``quantize_4bit``, ``lora_r``,
+            ``lora_alpha``, ``lora_dropout`` and ``lora_modules`` say how it is held and what is
+            trained; ``random_base_args`` the sizes of a random one, as LlamaConfig names them.
+        texts: what the tokenizer of a random base is trained on: the titles, and the prompt's
+            own words.
 
     Returns:
         The model on ``config["device"]``, its tokenizer, and what identifies them.
 
     Raises:
-        UserError: no such model, no causal language model, weights missing or pickled, a package missing, or a value
-            that does not fit; one line with the mend.
+        UserError: no such model, no causal language model, weights missing or pickled, a
+            package missing, or a value that does not fit; one line with the mend.
     """
     transformers = require("transformers")
     name = config["base_model"]
@@ -155,7 +157,8 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         special_tokens=[END, PAD],
         show_progress=False,
     )
-    # A merge of a pair that stands n times shortens the texts by n symbols, so at most 100 merges come before these.
+    # A merge of a pair that stands n times shortens the texts by n symbols, so at most 100
+    # merges come before these.
     letters = [f" {letter}" for letter in LETTERS] * (sum(len(text.encode()) for text in texts) // 100 + 1)
     tokenizer.train_from_iterator([*texts, *letters], trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
@@ -177,7 +180,8 @@ def _random_model(sizes: dict[str, Any], vocab_size: int, seed: int) -> Any:
     ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
-        # A state of its own, so that a base model that stays frozen can be made again from its seed.
+        # A state of its own, so that a base model that stays frozen can be made again from its
+        # seed.
         torch.manual_seed(seed)
         try:
             return transformers.LlamaForCausalLM(

@@ -17,9 +17,9 @@ class TitleSearch:
     """BM25 over the titles of a catalogue, in the form of Lucene: a title scores above 0 if it shares a word.
 
     The score of a title d is the sum, over the words w of the query, of
-    ``ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + k1 (1 - b + b |d| / average |d|))``, where n of the N titles hold w,
-    and d does f times (Kamphuis et al., ECIR 2020; computed by bm25s). Words are runs of letters and digits in lower
-    case; none is left out, as titles are short.
+    ``ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + k1 (1 - b + b |d| / average |d|))``, where n
+    of the N titles hold w, and d does f times (Kamphuis et al., ECIR 2020; computed by bm25s).
+    Words are runs of letters and digits in lower case; none is left out, as titles are short.
 
     Args:
         titles: by item id; id 0 is padding, which is never found.
@@ -61,9 +61,9 @@ def found(scores: np.ndarray, most: int) -> list[int]:
 def merge(lists: Sequence[Sequence[int]], cutoffs: Sequence[int]) -> list[int]:
     """GPT4Rec's merge: of the K items shown, each of m queries gives K / m, best query first, none of them twice.
 
-    Where K / m is not whole, the first queries give one more. For several cut-offs the list goes on from the smaller to
-    the larger one, so that at each of them every query has given its share. A query that finds less leaves the list
-    shorter.
+    Where K / m is not whole, the first queries give one more. For several cut-offs the list
+    goes on from the smaller to the larger one, so that at each of them every query has given
+    its share. A query that finds less leaves the list shorter.
 
     Args:
         lists: what each query found, best first; the queries in the order of their beam scores.
@@ -90,8 +90,8 @@ def merge(lists: Sequence[Sequence[int]], cutoffs: Sequence[int]) -> list[int]:
 def full_order(merged: Sequence[int], scores: np.ndarray) -> np.ndarray:
     """All items in the order in which they are recommended.
 
-    The merged ones come first; then what else was found, by the best score that any query gives it; then the rest.
-    Equal ones are in the order of their ids.
+    The merged ones come first; then what else was found, by the best score that any query gives
+    it; then the rest. Equal ones are in the order of their ids.
 
     Args:
         merged: item ids.

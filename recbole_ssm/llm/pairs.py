@@ -1,10 +1,10 @@
 """LlamaRec's training rows as preference pairs, for tools that train on such: prompt, chosen and rejected answer.
 
-:func:`preference_pairs` makes them, :func:`write_pairs` and :func:`read_pairs` keep them as JSON lines, and
-:func:`train_with_trl` trains a base model on them by TRL's ORPOTrainer. What that differs in from
-``train_objective: orpo`` of LlamaRec: its likelihood term is averaged over the prompt and the answer, of which LlamaRec
-takes the answer alone; its odds are of the answer with the end of the text behind it; and it writes each prompt out
-twice, once for each answer, where LlamaRec reads all letters in one pass.
+:func:`export` writes them as JSON lines, and :func:`train_with_trl` trains a base model on them
+by TRL's ORPOTrainer. That is not quite LlamaRec's own ``train_objective: orpo``. TRL averages
+the likelihood over prompt and answer, LlamaRec over the answer only; TRL's odds include the end
+of the text behind the answer; and TRL reads each prompt twice, once with each answer, where
+LlamaRec reads all letters in one pass.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FIELDS = ("prompt", "chosen", "rejected")
 def preference_pairs(model: Any, loader: Iterable[Any]) -> Iterator[dict[str, str]]:
     """The pairs of one epoch, in the order in which the loader gives its rows.
 
-    Candidates and rejected answers are drawn as in training, by the global random state; ``orpo_rejected: all`` gives a
-    pair for each wrong candidate.
+    Candidates and rejected answers are drawn as in training, by the global random state;
+    ``orpo_rejected: all`` gives a pair for each wrong candidate.
 
     Args:
         model: a :class:`~recbole_ssm.model.LlamaRec`, its retriever trained.
@@ -127,19 +127,22 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
 
     Args:
         pairs: a file of :func:`write_pairs`.
-        output: a folder for the result, which must not exist: weights with LoRA merged into them, and the tokenizer, as
-            ``base_model`` takes them.
-        config: ``base_model`` and its other keys, as :func:`~recbole_ssm.llm.base.load_base_model` reads them.
-        **arguments: of TRL's ORPOConfig, such as ``beta`` (ORPO's lambda), ``learning_rate``, ``num_train_epochs`` and
-            ``per_device_train_batch_size``. ``max_length`` is that of the longest pair: TRL would cut a longer one's
-            answer off without a word. 16-bit training and gradient checkpointing, TRL's defaults, are off unless asked
-            for; nothing is reported anywhere.
+        output: a folder for the result, which must not exist: weights with LoRA merged into
+            them, and the tokenizer, as ``base_model`` takes them.
+        config: ``base_model`` and its other keys, as
+            :func:`~recbole_ssm.llm.base.load_base_model` reads them.
+        **arguments: of TRL's ORPOConfig, such as ``beta`` (ORPO's lambda), ``learning_rate``,
+            ``num_train_epochs`` and ``per_device_train_batch_size``. ``max_length`` is that of
+            the longest pair: TRL would cut a longer one's answer off silently. 16-bit training
+            and gradient checkpointing, TRL's defaults, are off unless asked for; nothing is
+            reported anywhere.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: TRL is missing, a pair is longer than the base model's context, or TRL refuses an argument.
+        UserError: TRL is missing, a pair is longer than the base model's context, or TRL
+            refuses an argument.
     """
     orpo, datasets = require("trl.experimental.orpo"), require("datasets")
     output = Path(output)
@@ -161,23 +164,9 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
             f"max_length: {arguments['max_length']} would cut off the answer of a pair of {longest} tokens; leave it "
             "out"
         )
-    on_gpu = torch.device(config["device"]).type == "cuda"
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".trl-") as scratch:
-        defaults = {
-            "output_dir": scratch,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": not on_gpu,
-            "seed": config["seed"],
-            "disable_tqdm": not config["show_progress"],
-        }
-        try:
-            settings = orpo.ORPOConfig(**{**defaults, **arguments})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"TRL's ORPOConfig does not take {arguments} ({error})") from error
+        settings = _orpo_config(orpo, scratch, config, arguments)
         data = datasets.Dataset.from_list(rows)
         orpo.ORPOTrainer(base.model, settings, train_dataset=data, processing_class=base.tokenizer).train()
         model = base.model.merge_and_unload() if hasattr(base.model, "merge_and_unload") else base.model
@@ -186,6 +175,23 @@ def train_with_trl(pairs: Path, output: Path, config: Any, **arguments: Any) -> 
         os.replace(Path(scratch) / "model", output)
     getLogger().info(f"{output}: {base.name}, trained on {len(rows)} pairs; use it as base_model")
     return output
+
+
+def _orpo_config(orpo: Any, folder: str, config: Any, arguments: dict[str, Any]) -> Any:
+    defaults = {
+        "output_dir": folder,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": torch.device(config["device"]).type != "cuda",
+        "seed": config["seed"],
+        "disable_tqdm": not config["show_progress"],
+    }
+    try:
+        return orpo.ORPOConfig(**{**defaults, **arguments})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"TRL's ORPOConfig does not take {arguments} ({error})") from error
 
 
 def _lengths(rows: list[dict[str, str]], tokenizer: Any) -> list[int]:

@@ -1,9 +1,10 @@
 """LlamaRec's prompt as tokens: an instruction, the titles of a history, and lettered candidates.
 
 Reference:
-    Yue et al. "LlamaRec: Two-Stage Recommendation using Large Language Models for Ranking." arXiv 2311.02089, 2023, and
-    its published code. The words are theirs. They tokenise each prompt as one text; here each title is tokenised once
-    and prompts are put together from tokens, so that a token never reaches across the edge of a title.
+    Yue et al. "LlamaRec: Two-Stage Recommendation using Large Language Models for Ranking."
+    arXiv 2311.02089, 2023, and its published code. The words are theirs. They tokenise each
+    prompt as one text; here each title is tokenised once and prompts are put together from
+    tokens, so that a token never reaches across the edge of a title.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class Prompts(Counts):
         history: how many items of a history are shown at most, the newest.
         candidates: how many candidates a prompt has at most.
         title_tokens: where a longer title is cut.
-        max_tokens: how many tokens a prompt and its answer may have together. A history that does not fit loses its
-            oldest items.
+        max_tokens: how many tokens a prompt and its answer may have together. A history that
+            does not fit loses its oldest items.
         answer: ``letter`` or ``title``, what the model is asked for.
 
     Raises:
-        UserError: more candidates than letters, a tokenizer that splits a letter, or no room for a single title of
-            the history.
+        UserError: more candidates than letters, a tokenizer that splits a letter, or no room
+            for a single title of the history.
     """
 
     def __init__(
@@ -200,8 +201,8 @@ def start_of_text(tokenizer: Any, text: str) -> list[int]:
 def piece_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     """A function from a piece of a text to the tokens that it has within the text.
 
-    Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they encode. So a piece is
-    encoded behind a line break, whose tokens are then taken off.
+    Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they
+    encode. So a piece is encoded behind a line break, whose tokens are then taken off.
     """
 
     def encode(text: str) -> list[int]:

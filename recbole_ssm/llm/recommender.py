@@ -22,11 +22,12 @@ from recbole_ssm.trainer.hooks import Hook
 class LanguageModelRecommender(Configurable, SequentialRecommender):
     """What LlamaRec and GPT4Rec share: titles, the base model, and checkpoints without the weights that stay frozen.
 
-    ``state_dict`` leaves out the frozen parameters of ``language_model`` and keeps all else. ``base_digest`` goes with
-    it, and a checkpoint that was trained on another base model is refused.
+    ``state_dict`` leaves out the frozen parameters of ``language_model`` and keeps all else.
+    ``base_digest`` goes with it, and a checkpoint that was trained on another base model is
+    refused.
 
-    A model calls :meth:`load_language_model` in its ``__init__``; then ``language_model``, ``tokenizer`` and
-    ``context`` are there, as ``titles`` is from the start.
+    A model calls :meth:`load_language_model` in its ``__init__``; then ``language_model``,
+    ``tokenizer`` and ``context`` are there, as ``titles`` is from the start.
     """
 
     input_type = InputType.POINTWISE
@@ -77,7 +78,8 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
 
         Args:
             histories: item ids.
-            compute: takes the positions of the histories that have no answer yet, and gives their answers.
+            compute: takes the positions of the histories that have no answer yet, and gives
+                their answers.
         """
         found = [self._ready.pop(history, None) for history in histories]
         missing = [number for number, answer in enumerate(found) if answer is None]
@@ -93,8 +95,9 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
     def tune(self, valid_data: Any) -> None:
         """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
 
-        What is chosen is kept in buffers, and so in checkpoints. In a run of several processes each sees its share of
-        the rows, and all must come to the same choice. By default there is nothing to choose.
+        What is chosen is kept in buffers, and so in checkpoints. In a run of several processes
+        each sees its share of the rows, and all must come to the same choice. By default there
+        is nothing to choose.
         """
 
 

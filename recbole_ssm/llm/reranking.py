@@ -41,12 +41,13 @@ def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
 class Reranking(Hook):
     """Measures LlamaRec's candidates in the retriever's order, in the language model's, and in that of both fused.
 
-    ``overall`` counts a user whose target was not retrieved as a miss. ``retrieved`` leaves such users out: there the
-    language model decides everything. After every evaluation the report is logged, and written to ``reranking.json``
-    in the run's folder, if it has one.
+    ``overall`` counts a user whose target was not retrieved as a miss. ``retrieved`` leaves
+    such users out: there the language model decides everything. After every evaluation the
+    report is logged, and written to ``reranking.json`` in the run's folder, if it has one.
 
-    The report's ``seconds_per_user`` are this process's, for those users for whom the language model was run now. There
-    are none in a validation whose answers the tuning before it has found.
+    The report's ``seconds_per_user`` are this process's, for those users for whom the language
+    model was run now. There are none in a validation whose answers the tuning before it has
+    found.
     """
 
     def __init__(self) -> None:

@@ -44,14 +44,15 @@ def find_retriever(
     """The retriever of a ranker's configuration.
 
     Args:
-        config: the ranker's configuration. ``retriever_checkpoint`` names a trained retriever, ``retriever`` and
-            ``retriever_config`` one to train.
+        config: the ranker's configuration. ``retriever_checkpoint`` names a trained retriever,
+            ``retriever`` and ``retriever_config`` one to train.
         saved: the ranker's own checkpoint, where its run goes on from one.
         configure: makes a configuration from a model's name, a data set's and ``config_dict``.
         train: trains a configuration and returns the path of its best checkpoint.
 
     Raises:
-        UserError: the named retriever is of another model, or was trained on other rows than this run's training part.
+        UserError: the named retriever is of another model, or was trained on other rows than
+            this run's training part.
     """
     if saved is not None:
         return Retriever(saved.info["config"]["retriever_settings"], None)
@@ -112,8 +113,8 @@ def _check_rows(config: Any, own: Any, path: Path, found: Checkpoint) -> None:
     if found.info["model"] != config["retriever"]:
         raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
     train_data, _, _ = create_loaders(own, create_dataset(own))
-    # The split counts too: the best epoch was chosen on the retriever's own validation part, which must not be
-    # what this run tests on.
+    # The split counts too: the best epoch was chosen on the retriever's own validation part,
+    # which must not be what this run tests on.
     same_split = found.info["config"]["eval_args"]["split"] == plain(config["eval_args"]["split"])
     if not same_split or train_data.fingerprint() != found.info["training"]["fingerprint"]:
         raise UserError(

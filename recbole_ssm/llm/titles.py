@@ -1,7 +1,8 @@
 """The titles of a catalogue, by item id.
 
-They are read straight from the .item file. Through RecBole's load_col that file would add items without a single event
-to the catalogue (177 of them in ml-1m), and another ranking would be measured.
+They are read straight from the .item file. Through RecBole's load_col that file would add items
+without a single event to the catalogue (177 of them in ml-1m), and another ranking would be
+measured.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ FIELDS = ("movie_title", "title", "name", "item_name", "item_title")
 def titles_of(dataset: Any, config: Any) -> list[str]:
     """The title of each item of a data set.
 
-    White space is made single and HTML entities become characters (Amazon's titles are full of both). An item without
-    a title, or without a line in the file, gets its token for one; how many is logged.
+    White space is made single and HTML entities become characters (Amazon's titles are full of
+    both). An item without a title, or without a line in the file, gets its token for one; how
+    many is logged.
 
     Args:
-        dataset: a data set whose ids are assigned, or the catalogue of a checkpoint, which holds its titles.
-        config: ``title_field`` names the column; empty takes the first of :data:`FIELDS` that is there.
+        dataset: a data set whose ids are assigned, or the catalogue of a checkpoint, which
+            holds its titles.
+        config: ``title_field`` names the column; empty takes the first of :data:`FIELDS` that
+            is there.
 
     Returns:
         Titles by internal item id; id 0, the padding, has the empty one.

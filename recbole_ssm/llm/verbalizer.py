@@ -1,18 +1,20 @@
 """From a language model to scores of candidates, in one forward pass.
 
 ``letters``
-    The logits of the candidates' letters at the prompt's last position (LlamaRec, arXiv 2311.02089, section 3.3). Of
-    the vocabulary only those rows are computed.
+    The logits of the candidates' letters at the prompt's last position (LlamaRec, arXiv
+    2311.02089, section 3.3). Of the vocabulary only those rows are computed.
 ``title_likelihood``
-    The mean log-likelihood of each candidate's title as the answer. All titles follow their prompt in one row; each
-    sees the prompt and itself, so the prompt's keys and values are computed once.
+    The mean log-likelihood of each candidate's title as the answer. All titles follow their
+    prompt in one row; each sees the prompt and itself, so the prompt's keys and values are
+    computed once.
 ``embedding``
-    The dot product of the last hidden state with a title's embedding, the mean of its tokens' rows of the output head:
-    their mean logit.
+    The dot product of the last hidden state with a title's embedding, the mean of its tokens'
+    rows of the output head: their mean logit.
 
-Rows are padded on the right, where a causal model does not look, so padding cannot change an answer. In evaluation the
-keys and values of the beginning that all prompts share are computed once, and rows of similar length are batched. The
-last two verbalizers and the way in which titles share a row are our own.
+Rows are padded on the right, where a causal model does not look, so padding cannot change an
+answer. In evaluation the keys and values of the beginning that all prompts share are computed
+once, and rows of similar length are batched. The last two verbalizers and the way in which
+titles share a row are our own.
 """
 
 from __future__ import annotations
@@ -49,15 +51,18 @@ class Verbalizer:
         language_model: transformers' causal model, or peft's around it.
         prompts: what writes the prompts; its prefix comes before each of them.
         kind: one of :data:`VERBALIZERS`.
-        batch_tokens: tokens of one forward pass, padding included; a longer row has a pass of its own.
+        batch_tokens: tokens of one forward pass, padding included; a longer row has a pass of
+            its own.
         share_prefix: compute the prefix once where no gradient is wanted.
 
-    Before it is used, its scores are compared with those of plain forward passes; where the model has windows of
-    attention, on questions as long as they can become. Scores that are wrong only because the prefix is shared, as in
-    layers without keys and values, are computed without sharing it.
+    Before it is used, its scores are compared with those of plain forward passes; where the
+    model has windows of attention, on questions as long as they can become. Scores that are
+    wrong only because the prefix is shared, as in layers without keys and values, are computed
+    without sharing it.
 
     Raises:
-        UserError: the tokenizer splits letters that are to be read; the scores are not those of plain forward passes.
+        UserError: the tokenizer splits letters that are to be read; the scores are not those of
+            plain forward passes.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Verbalizer:
         found = self._forward(questions, None, probabilities=True)
         return found.log_softmax(-1) if self.kind == "embedding" else found
 
-    # --- one forward pass --------------------------------------------------------------------------------------------
+    # --- one forward pass ---
 
     def _forward(self, questions: Sequence[Question], cache: Cache | None, probabilities: bool) -> Tensor:
         prompts = [question.prompt if cache else [*self.prefix, *question.prompt] for question in questions]
@@ -119,12 +124,13 @@ class Verbalizer:
     ) -> Tensor:
         """Mean log-likelihoods ``[B, C]``; a row is a prompt and, side by side behind it, the titles.
 
-        The first token of a title is predicted at the end of the prompt, each later one at the token before it. So the
-        last token of a title predicts nothing, and is left out of the row.
+        The first token of a title is predicted at the end of the prompt, each later one at the
+        token before it. So the last token of a title predicts nothing, and is left out of the
+        row.
         """
         rows, branches, positions = [], [], []
-        # Of each token that is predicted: the row and column of the state that predicts it, the token, and its title,
-        # counted through the batch.
+        # Of each token that is predicted: the row and column of the state that predicts it, the
+        # token, and its title, counted through the batch.
         where: list[tuple[int, int]] = []
         what: list[int] = []
         whose: list[int] = []
@@ -175,8 +181,8 @@ class Verbalizer:
     ) -> Tensor:
         """Hidden states ``[B, S, hidden]`` of right-padded tokens, after the cached prefix if there is one.
 
-        ``branch_BS`` is 0 for the tokens of the prompt, and the number of the title, from 1, for those of a title:
-        they see the prompt and their own title only.
+        ``branch_BS`` is 0 for the tokens of the prompt, and the number of the title, from 1,
+        for those of a title: they see the prompt and their own title only.
         """
         known = len(self.prefix) if cache else 0
         options: dict[str, Any] = {"use_cache": False}
@@ -198,7 +204,7 @@ class Verbalizer:
         found = getattr(self.decoder(input_ids=tokens, use_cache=True), self._cache_name)
         return [(layer.keys, layer.values) for layer in found.layers]
 
-    # --- small things ------------------------------------------------------------------------------------------------
+    # --- small things ---
 
     @property
     def _device(self) -> torch.device:
@@ -209,7 +215,7 @@ class Verbalizer:
             return len(question.prompt)
         return len(question.prompt) + sum(map(len, question.answers)) - len(question.answers)
 
-    # --- the comparison with plain forward passes --------------------------------------------------------------------
+    # --- the comparison with plain forward passes ---
 
     @torch.no_grad()
     def _check(self, causal: Any, prompts: Prompts) -> None:

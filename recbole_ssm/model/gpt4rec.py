@@ -2,8 +2,8 @@
 GPT4Rec
 ################################################
 Reference:
-    Jinming Li et al. "GPT4Rec: A Generative Framework for Personalized Recommendation and User Interests
-    Interpretation." arXiv 2304.03879, 2023.
+    Jinming Li et al. "GPT4Rec: A Generative Framework for Personalized Recommendation and User
+    Interests Interpretation." arXiv 2304.03879, 2023.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ WANTS = " In the future, the customer wants to buy"
 class GPT4Rec(LanguageModelRecommender):
     """A language model writes search queries from the titles of a history; BM25 over all titles answers them.
 
-    The prompt, the beam search, BM25 and the merge are the paper's, whose code is not public. Where it does not say,
-    the choice is ours: the loss is that of the target's title and of the end behind it, and not of the prompt; titles
-    are cut to ``title_tokens``; training rows are RecBole's, the newest ``train_last`` of each user.
+    The prompt, the beam search, BM25 and the merge are the paper's, whose code is not public.
+    Where it does not say, the choice is ours: the loss is that of the target's title and of the
+    end behind it, and not of the prompt; titles are cut to ``title_tokens``; training rows are
+    RecBole's, the newest ``train_last`` of each user.
 
-    The score of an item is minus its place in the order of :func:`recbole_ssm.llm.bm25.full_order`, so that no two
-    scores are equal.
+    The score of an item is minus its place in the order of
+    :func:`recbole_ssm.llm.bm25.full_order`, so that no two scores are equal.
     """
 
     bm25: Tensor
@@ -64,7 +65,8 @@ class GPT4Rec(LanguageModelRecommender):
         encode = piece_encoder(self.tokenizer)
         self._begin, self._end, self._dot = start_of_text(self.tokenizer, BOUGHT), encode(WANTS), encode(".")
         self._title = [encode(f" {title}")[: self.title_tokens] for title in self.titles]
-        # How many tokens are left for the history, beside the fixed words and the query with its end.
+        # How many tokens are left for the history, beside the fixed words and the query with
+        # its end.
         self._room = self.context - len(self._begin) - len(self._end) - self.title_tokens - 1
         if self._room < self.title_tokens + len(self._dot):
             raise UserError(

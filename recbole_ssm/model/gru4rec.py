@@ -2,8 +2,8 @@
 GRU4Rec
 ################################################
 Reference:
-    Yong Kiam Tan et al. "Improved Recurrent Neural Networks for Session-based Recommendations." DLRS 2016, arXiv
-    1606.08117; in RecBole's form (a GRU without biases, then a linear layer).
+    Yong Kiam Tan et al. "Improved Recurrent Neural Networks for Session-based Recommendations."
+    DLRS 2016, arXiv 1606.08117; in RecBole's form (a GRU without biases, then a linear layer).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from recbole_ssm.model.packed import PackedRecommender
 class GRU4Rec(PackedRecommender):
     """GRU4Rec as RecBole has it, over packed histories: the recurrent baseline in the same terms as the others.
 
-    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding); what is ours is
-    that no padding is computed, and that it can be trained on all positions at once.
+    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to
+    rounding); what is ours is that no padding is computed, and that it can be trained on all
+    positions at once.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:

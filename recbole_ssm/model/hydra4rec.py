@@ -2,8 +2,9 @@
 Hydra4Rec
 ################################################
 Reference:
-    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec (Liu et al.,
-    arXiv 2403.03900) with the mixer of Hydra (Hwang et al., arXiv 2407.09941).
+    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours
+    is Mamba4Rec (Liu et al., arXiv 2403.03900) with the mixer of Hydra (Hwang et al., arXiv
+    2407.09941).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from recbole_ssm.model.recommender import SSMRecommender
 class Hydra4Rec(SSMRecommender):
     """Hydra4Rec encodes a history with Hydra's quasiseparable mixer: every event sees those before and after it.
 
-    The outputs of a head are ``y = M x``. Below the diagonal the matrix M is that of Mamba-2's scan over the history,
-    above it that of such a scan from the end, and on it a number for each event: :mod:`recbole_ssm.layers.hydra`.
-    Readout, scores and loss are Mamba4Rec's.
+    The outputs of a head are ``y = M x``. Below the diagonal the matrix M is that of Mamba-2's
+    scan over the history, above it that of such a scan from the end, and on it a number for
+    each event: :mod:`recbole_ssm.layers.hydra`. Readout, scores and loss are Mamba4Rec's.
 
-    The last position has no future. So a single layer that is read there never uses its backward half; two layers,
-    or the readout ``mean``, make the model bidirectional, and two layers are the default.
+    The last position has no future. So a single layer that is read there never uses its
+    backward half; two layers, or the readout ``mean``, make the model bidirectional, and two
+    layers are the default.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -64,7 +66,7 @@ class Hydra4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The mixer knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
-        # The blocks, each of them y = LayerNorm(u + Dropout(Hydra(u))), then LayerNorm(y + FFN(y)). The key
+        # The blocks: y = LayerNorm(u + Dropout(Hydra(u))), then LayerNorm(y + FFN(y)). The key
         # ``residual`` decides whether u is added.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers

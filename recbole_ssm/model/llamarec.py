@@ -2,8 +2,8 @@
 LlamaRec
 ################################################
 Reference:
-    Zhenrui Yue et al. "LlamaRec: Two-Stage Recommendation using Large Language Models for Ranking." arXiv 2311.02089,
-    2023. ORPO in place of its fine-tuning: arXiv 2408.05606, 2024.
+    Zhenrui Yue et al. "LlamaRec: Two-Stage Recommendation using Large Language Models for
+    Ranking." arXiv 2311.02089, 2023. ORPO in place of its fine-tuning: arXiv 2408.05606, 2024.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ FUSION_WEIGHTS = [step / 20 for step in range(21)]
 class LlamaRec(LanguageModelRecommender):
     """LlamaRec lets a language model order the best items of a retriever, in one forward pass.
 
-    The retriever is any sequential model. It is frozen here, and its weights lie beside the language model's in
-    checkpoints. The scores are the retriever's: the candidates share their values out among themselves, in the order
-    of the language model, so all other items stay where they are.
+    The retriever is any sequential model. It is frozen here, and its weights lie beside the
+    language model's in checkpoints. The scores are the retriever's: the candidates share their
+    values out among themselves, in the order of the language model, so all other items stay
+    where they are.
 
-    Training rows are prefixes of the training part. ``train_candidates`` says which candidates surround the item that
-    came. ``random``: items that the history does not hold, as in LlamaRec's code. ``insert``: the retriever's best, of
-    which the last one makes room where the item is missing. ``skip``: the same, but such rows have no loss.
+    Training rows are prefixes of the training part. ``train_candidates`` says which candidates
+    surround the item that came. ``random``: items that the history does not hold, as in
+    LlamaRec's code. ``insert``: the retriever's best, of which the last one makes room where
+    the item is missing. ``skip``: the same, but such rows have no loss.
 
-    In training the candidates stand in random order. In evaluation their order depends on the seed, the history and
-    the items, and not on their ranks; LlamaRec's code shows the retriever's order there.
+    In training the candidates stand in random order. In evaluation their order depends on the
+    seed, the history and the items, and not on their ranks; LlamaRec's code shows the
+    retriever's order there.
 
     Args:
         config: the configuration.
         dataset: the training set, or as much of it as a checkpoint holds.
-        retriever_settings: the configuration that the retriever is trained with; None takes it from ``config``, as a
-            checkpoint holds it there.
+        retriever_settings: the configuration that the retriever is trained with; None takes it
+            from ``config``, as a checkpoint holds it there.
     """
 
     fusion: Tensor
@@ -107,7 +110,8 @@ class LlamaRec(LanguageModelRecommender):
         self.settings: dict[str, Any] = {"retriever_settings": retriever_settings or config["retriever_settings"]}
         retriever = build_model(self.settings["retriever_settings"], dataset, config["device"])
         self.retriever = retriever.eval().requires_grad_(False)
-        # Titles have a space before them in a prompt, so a tokenizer that is yet to be trained should see them so.
+        # Titles have a space before them in a prompt, so a tokenizer that is yet to be trained
+        # should see them so.
         self.load_language_model(config, [*prompt_words(), *(f" {title}" for title in self.titles[1:])])
         self.prompts = Prompts(
             self.tokenizer,
@@ -122,8 +126,8 @@ class LlamaRec(LanguageModelRecommender):
         weight = config["fusion_weight"]
         self.fusion_tuned = weight == TUNED
         self.register_buffer("fusion", torch.tensor(0.0 if self.fusion_tuned else float(weight or 0.0)))
-        # The hook Reranking sets these two at the start of an evaluation: what every batch looked like, and for how
-        # many users the language model was run.
+        # The hook Reranking sets these two at the start of an evaluation: what every batch
+        # looked like, and for how many users the language model was run.
         self.records: list[Reranked] | None = None
         self.asked = 0
 
@@ -137,7 +141,7 @@ class LlamaRec(LanguageModelRecommender):
         """Besides those of every language model, the measurement of the orders of the candidates."""
         return [*super().hooks(), Reranking()]
 
-    # --- RecBole's interface -----------------------------------------------------------------------------------------
+    # --- RecBole's interface ---
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean loss over the rows of a batch; a row that is skipped counts as one without loss."""
@@ -146,7 +150,8 @@ class LlamaRec(LanguageModelRecommender):
             return sum((p.sum() * 0.0 for p in self.language_model.parameters() if p.requires_grad), self.fusion * 0.0)
         questions = self.questions(histories, candidates)
         orpo = self.train_objective == "orpo"
-        # The columns whose likelihoods are computed. Titles cost their tokens, so only those that count are taken.
+        # The columns whose likelihoods are computed. Titles cost their tokens, so only those
+        # that count are taken.
         columns = target[:, None]
         if self.verbalizer.kind != "title_likelihood" or (orpo and self._needs_all):
             columns = torch.arange(candidates.shape[1], device=target.device).expand_as(candidates)
@@ -211,7 +216,7 @@ class LlamaRec(LanguageModelRecommender):
         scores = self.full_sort_predict(interaction)
         return scores.gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
 
-    # --- candidates --------------------------------------------------------------------------------------------------
+    # --- candidates ---
 
     def _retrieve(self, interaction: Any) -> Tensor:
         """The retriever's scores ``[B, V]``, minus infinity for the padding."""
@@ -226,7 +231,8 @@ class LlamaRec(LanguageModelRecommender):
         came = interaction[self.ITEM_ID]
         if self.train_candidates == "random":
             noise = torch.rand(len(came), self.n_items, device=came.device)
-            # Items of the history are taken only where the catalogue holds no others, and padding never is.
+            # Items of the history are taken only where the catalogue holds no others, and
+            # padding never is.
             noise.scatter_(1, interaction[self.ITEM_SEQ], -1.0)
             noise[:, 0] = -2.0
             noise.scatter_(1, came[:, None], 2.0)
@@ -239,7 +245,8 @@ class LlamaRec(LanguageModelRecommender):
         order = torch.rand(candidates.shape, device=came.device).argsort(1)
         candidates = candidates.gather(1, order)
         target = column_of(candidates, came)
-        # A target that is not among the candidates is -1; under ``train_candidates: skip`` such rows are left out.
+        # A target that is not among the candidates is -1; under ``train_candidates: skip`` such
+        # rows are left out.
         kept = target >= 0
         lists, lengths = interaction[self.ITEM_SEQ][kept].tolist(), interaction[self.ITEM_SEQ_LEN][kept].tolist()
         return [row[:length] for row, length in zip(lists, lengths)], candidates[kept], target[kept]

@@ -24,15 +24,17 @@ class NextItemLoss(nn.Module):
     - ``CE``: cross-entropy over all items.
     - ``BPR``: RecBole's BPRLoss against one sampled item for each target.
     - ``sampled_softmax``: cross-entropy over the target and ``num_negatives`` sampled items, which all targets of a
-      batch share. An item's logit is lowered by the logarithm of how often it is expected in the sample (logQ
-      correction; Bengio and Senecal 2008, Yi et al. 2019), so that the sum over samples estimates the sum over all
-      other items without bias. The target's own logit stays: it is in the sum for certain.
+      batch share. An item's logit is lowered by the logarithm of how often it is expected in
+      the sample (logQ correction; Bengio and Senecal 2008, Yi et al. 2019), so that the sum
+      over samples estimates the sum over all other items without bias. The target's own logit
+      stays: it is in the sum for certain.
     - ``gBCE``: generalised binary cross-entropy of gSASRec (Petrov and Macdonald, RecSys 2023, equations 11 to 13),
-      with calibration ``gbce_t``. The paper draws negatives for each target; that all targets of a batch share them
-      is our choice.
+      with calibration ``gbce_t``. The paper draws negatives for each target; that all targets
+      of a batch share them is our choice.
 
-    Samples are drawn with replacement: uniformly for ``gBCE``; for ``sampled_softmax`` in proportion to (occurrences in
-    training, 1 at least) ** ``negative_power``. A sample that is the target itself does not count.
+    Samples are drawn with replacement: uniformly for ``gBCE``; for ``sampled_softmax`` in
+    proportion to (occurrences in training, 1 at least) ** ``negative_power``. A sample that is
+    the target itself does not count.
 
     Args:
         config: ``loss_type``, ``num_negatives``, ``negative_power``, ``gbce_t``.
@@ -95,8 +97,8 @@ class NextItemLoss(nn.Module):
 def cross_entropy(output: Tensor, items: Tensor, target: Tensor, largest: int = LARGEST_LOGITS) -> Tensor:
     """Mean cross-entropy of ``output [n, d] @ items [V, d].T`` against ``target [n]``.
 
-    The logits are never held whole where they have more than ``largest`` entries: then they are made and dropped chunk
-    by chunk, and made again for the gradient.
+    The logits are never held whole where they have more than ``largest`` entries: then they are
+    made and dropped chunk by chunk, and made again for the gradient.
     """
     if len(output) * len(items) <= largest:
         return F.cross_entropy(output @ items.T, target)

@@ -2,8 +2,8 @@
 Mamba4Rec
 ################################################
 Reference:
-    Chengkai Liu et al. "Mamba4Rec: Towards Efficient Sequential Recommendation with Selective State Space Models."
-    arXiv 2403.03900, 2024. Section 3, figure 2, and the published code.
+    Chengkai Liu et al. "Mamba4Rec: Towards Efficient Sequential Recommendation with Selective
+    State Space Models." arXiv 2403.03900, 2024. Section 3, figure 2, and the published code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from recbole_ssm.model.recommender import SSMRecommender
 class Mamba4Rec(SSMRecommender):
     """Mamba4Rec encodes a history with Mamba's selective scan: one state of N numbers for each channel.
 
-    A channel's inputs x become outputs y by ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t + D x_t``,
-    where dt, B and C depend on the inputs (Gu and Dao, arXiv 2312.00752, algorithm 2): :mod:`recbole_ssm.layers.mamba`.
+    A channel's inputs x become outputs y by ``h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`` and
+    ``y_t = C_t h_t + D x_t``, where dt, B and C depend on the inputs (Gu and Dao, arXiv
+    2312.00752, algorithm 2): :mod:`recbole_ssm.layers.mamba`.
 
-    The vector of a history is read out where it ends (``forward``), and an item's score is the dot product of that
-    vector with the item's embedding (``full_sort_predict``); the loss is a softmax over these scores.
+    The vector of a history is read out where it ends (``forward``), and an item's score is the
+    dot product of that vector with the item's embedding (``full_sort_predict``); the loss is a
+    softmax over these scores.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -51,8 +53,8 @@ class Mamba4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
-        # The Mamba layers, each of them y = LayerNorm(u + Dropout(Mamba(u))), then LayerNorm(y + FFN(y)). In the
-        # published code u is not added where there is one layer; the key ``residual`` decides.
+        # The Mamba layers: y = LayerNorm(u + Dropout(Mamba(u))), then LayerNorm(y + FFN(y)).
+        # The published code does not add u where there is one layer; here ``residual`` decides.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)

@@ -18,8 +18,8 @@ from recbole_ssm.ops.packing import cu_seqlens_of
 class PackedRecommender(Configurable, SequentialRecommender):
     """A model that encodes histories laid end to end; scores are dot products with the item embeddings.
 
-    A subclass defines ``item_embedding``, :meth:`encode` and ``loss``. RecBole's rows are packed before anything is
-    computed, so padding costs nothing and cannot influence a score.
+    A subclass defines ``item_embedding``, :meth:`encode` and ``loss``. RecBole's rows are
+    packed before anything is computed, so padding costs nothing and cannot influence a score.
     """
 
     loss_types = LOSS_TYPES
@@ -37,7 +37,8 @@ class PackedRecommender(Configurable, SequentialRecommender):
     def window_and_context(max_length: int, window: int | None) -> tuple[int, int]:
         """Targets and context of a training window, where a history is too long to be one.
 
-        For a recurrent model: the context is as long as RecBole's, and so is the window by default.
+        For a recurrent model: the context is as long as RecBole's, and so is the window by
+        default.
         """
         return window or max_length, max_length
 

@@ -1,8 +1,4 @@
-"""
-SSMRecommender
-################################################
-What Mamba4Rec, 2Mamba4Rec and Hydra4Rec share beside their files: the readout, and events that come one by one.
-"""
+"""What Mamba4Rec, 2Mamba4Rec and Hydra4Rec share: the readout, and events that come one by one."""
 
 from __future__ import annotations
 
@@ -18,8 +14,8 @@ from recbole_ssm.model.packed import PackedRecommender, pack
 class SSMRecommender(PackedRecommender):
     """A recommender of blocks around state-space mixers.
 
-    A subclass defines the layers that are declared here, the ``loss``, and ``encode``. Where the readout is the last
-    position, the last block computes nothing else; this is exact.
+    A subclass defines the layers that are declared here, the ``loss``, and ``encode``. Where
+    the readout is the last position, the last block computes nothing else; this is exact.
     """
 
     dropout: Dropout
@@ -66,7 +62,7 @@ class SSMRecommender(PackedRecommender):
         sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
         return sums / item_seq_len.clamp(min=1)[:, None]
 
-    # --- events one by one -------------------------------------------------------------------------------------------
+    # --- events one by one ---
 
     @property
     def carries_state(self) -> bool:
@@ -80,7 +76,8 @@ class SSMRecommender(PackedRecommender):
     def step(self, item_B: Tensor, state: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
         """One more event of each user: item ids ``[B]`` -> vectors ``[B, hidden_size]`` and the next state.
 
-        Equal to :meth:`forward` over the whole history, for causal mixers and the readout ``last``.
+        Equal to :meth:`forward` over the whole history, for causal mixers and the readout
+        ``last``.
         """
         u = self.norm(self.dropout(self.item_embedding(item_B)))
         after = []

@@ -2,8 +2,8 @@
 SASRec
 ################################################
 Reference:
-    Wang-Cheng Kang and Julian McAuley. "Self-Attentive Sequential Recommendation." ICDM 2018, arXiv 1808.09781;
-    in RecBole's form (Transformer layers of BERT, post-norm, GELU).
+    Wang-Cheng Kang and Julian McAuley. "Self-Attentive Sequential Recommendation." ICDM 2018,
+    arXiv 1808.09781; in RecBole's form (Transformer layers of BERT, post-norm, GELU).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from recbole_ssm.ops.packing import buckets, last_of, positions_of
 class SASRec(PackedRecommender):
     """SASRec as RecBole has it, over packed histories: the baseline in the same terms as the state-space models.
 
-    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to rounding). Ours are three
-    things: no padding is computed; where only the last position is read, the last layer computes no other; and the
-    model can be trained on all positions at once, as in the paper and not in RecBole.
+    Names, sizes and starting values of the weights are RecBole's, and so are the scores (to
+    rounding). Ours are three things: no padding is computed; where only the last position is
+    read, the last layer computes no other; and the model can be trained on all positions at
+    once, as in the paper and not in RecBole.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:

@@ -2,8 +2,9 @@
 2Mamba4Rec
 ################################################
 Reference:
-    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours is Mamba4Rec (Liu et al.,
-    arXiv 2403.03900) with the mixer of Mamba-2 (Dao and Gu, arXiv 2405.21060).
+    arXiv 2408.05606, 2024, names the model, and no definition beyond the name is public. Ours
+    is Mamba4Rec (Liu et al., arXiv 2403.03900) with the mixer of Mamba-2 (Dao and Gu, arXiv
+    2405.21060).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from recbole_ssm.model.recommender import SSMRecommender
 class TwoMamba4Rec(SSMRecommender):
     """2Mamba4Rec encodes a history with Mamba-2's SSD: a larger state, one decay a head, matrix products throughout.
 
-    A head's inputs x become outputs y by ``h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t`` and ``y_t = C_t h_t + D x_t``,
-    where a is a number, and dt, B and C depend on the inputs: :mod:`recbole_ssm.layers.mamba2`. Readout, scores and
-    loss are Mamba4Rec's.
+    A head's inputs x become outputs y by ``h_t = exp(dt_t a) h_{t-1} + dt_t B_t x_t`` and
+    ``y_t = C_t h_t + D x_t``, where a is a number, and dt, B and C depend on the inputs:
+    :mod:`recbole_ssm.layers.mamba2`. Readout, scores and loss are Mamba4Rec's.
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -50,7 +51,7 @@ class TwoMamba4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
-        # The blocks, each of them y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
+        # The blocks: y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
         # ``residual`` decides whether u is added.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers

@@ -32,8 +32,8 @@ class Recommender:
         model: a trained sequential model; it is put in evaluation mode.
         config: the configuration it was built with.
         items: the token of each item id; id 0 is padding.
-        cuda_graphs: on a GPU, score as a CUDA graph for each number of histories (:mod:`recbole_ssm.graphs`); a model
-            of ours that reads the last position.
+        cuda_graphs: on a GPU, score as a CUDA graph for each number of histories
+            (:mod:`recbole_ssm.graphs`); a model of ours that reads the last position.
 
     Raises:
         UserError: CUDA graphs for another model.
@@ -55,7 +55,8 @@ class Recommender:
         """The k items most likely to come next.
 
         Args:
-            history: item tokens, oldest first; the newest MAX_ITEM_LIST_LENGTH of them are used.
+            history: item tokens, oldest first; the newest MAX_ITEM_LIST_LENGTH of them are
+                used.
             k: how many items; fewer come back where the catalogue is smaller.
             exclude_seen: leave out the items of the history; RecBole's evaluation does not.
 
@@ -63,7 +64,8 @@ class Recommender:
             ``[(item token, score), ...]``, best first.
 
         Raises:
-            UserError: the history is empty or holds an unknown token, k is below 1, or the model needs more than items.
+            UserError: the history is empty or holds an unknown token, k is below 1, or the
+                model needs more than items.
         """
         return self.recommend_many([history], k, exclude_seen=exclude_seen)[0]
 
@@ -125,7 +127,8 @@ def load_recommender(
         cuda_graphs: as of :class:`Recommender`.
 
     Raises:
-        UserError: the file is missing, damaged or of another kind, or the model needs more than items.
+        UserError: the file is missing, damaged or of another kind, or the model needs more than
+            items.
     """
     path = Path(path)
     saved = checkpoint.read(path)

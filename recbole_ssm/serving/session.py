@@ -19,10 +19,12 @@ from recbole_ssm.serving.catalogue import Catalogue, Recommendations
 class Session:
     """What :meth:`Recommender.session` returns. Of a user it keeps the state of the model and the set of items seen.
 
-    Up to MAX_ITEM_LIST_LENGTH events :meth:`top` gives what ``recommend`` gives for the same history. Beyond, the two
-    part: ``recommend`` reads the newest MAX_ITEM_LIST_LENGTH events, as RecBole does; the state has read all of them.
+    Up to MAX_ITEM_LIST_LENGTH events :meth:`top` gives what ``recommend`` gives for the same
+    history. Beyond, the two part: ``recommend`` reads the newest MAX_ITEM_LIST_LENGTH events,
+    as RecBole does; the state has read all of them.
 
-    A session is for one thread at a time, and its model must stay where it is: no ``to``, no further training.
+    A session is for one thread at a time, and its model must stay where it is: no ``to``, no
+    further training.
 
     Args:
         model: a model that carries state, in evaluation mode.
@@ -73,7 +75,8 @@ class Stepper:
     """Advances the states of B users in place, an event of each at a time; in C++, without new memory, where it can.
 
     Args:
-        model: a causal state-space model in evaluation mode; its weights are read where they lie now.
+        model: a causal state-space model in evaluation mode; its weights are read where they
+            lie now.
         state: what came before, one entry a block; it is copied.
     """
 
@@ -91,7 +94,8 @@ class Stepper:
         self._rows: Any = (ctypes.c_int64 * B)()
         calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(layers, self.state)]
         self._calls = (type(calls[0]) * len(calls))(*calls)
-        # The first layer reads its input from the table of embeddings, through the norm behind it.
+        # The first layer reads its input from the table of embeddings, through the norm behind
+        # it.
         first = self._calls[0]
         first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
         for name, value in norm_fields("first", model.norm).items():

@@ -16,7 +16,8 @@ _HOMES = {"Hook": "hooks", "Ranks": "ranks", "Latency": "timing"}
 
 
 def __getattr__(name: str) -> Any:
-    # Checkpoints and hooks are read without the training loop, so that is imported when it is first needed.
+    # Checkpoints and hooks are read without the training loop, so that is imported when it is
+    # first needed.
     if name in __all__:
         from importlib import import_module
 

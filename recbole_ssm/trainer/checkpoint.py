@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file, tensors and a JSON header; loading one never runs code.
 
-The header's metadata holds two entries. ``recbole_ssm`` is JSON with the format's version, the model's name, its plain
-configuration, the item catalogue and the state of training; ``sha256`` is the digest of that text and of all tensors,
-so that a damaged file is known as such. A file is whole or absent: it is written under a temporary name, flushed to
-the disk and renamed.
+The header's metadata holds two entries. ``recbole_ssm`` is JSON with the format's version, the
+model's name, its plain configuration, the item catalogue and the state of training; ``sha256``
+is the digest of that text and of all tensors, so that a damaged file is known as such. A file
+is whole or absent: it is written under a temporary name, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
         info: whatever JSON can hold.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; a former file of that name is left whole.
+        OSError: the disk is full or the folder cannot be written; a former file of that name is
+            left whole.
     """
     plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **info})
@@ -76,14 +77,16 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        UserError: the file is missing, cut short, damaged, of another kind, or of another version of this package.
+        UserError: the file is missing, cut short, damaged, of another kind, or of another
+            version of this package.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path}: there is no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # They lie in the mapped file, which could not be replaced on Windows while they do: so they are cloned.
+            # They lie in the mapped file, which could not be replaced on Windows while they do:
+            # so they are cloned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         text = metadata.get("recbole_ssm")
         info = json.loads(text) if text is not None else None
@@ -181,8 +184,9 @@ def settings_of(config: Any, model: Any = None) -> dict[str, Any]:
 
     Args:
         config: the configuration of a run.
-        model: what was built by it. A model whose settings do not all stand in its configuration has an attribute
-            ``settings``, a mapping, which is added: LlamaRec's says how its retriever was configured.
+        model: what was built by it. A model whose settings do not all stand in its
+            configuration has an attribute ``settings``, a mapping, which is added: LlamaRec's
+            says how its retriever was configured.
     """
     added = getattr(model, "settings", {})
     return plain({k: v for k, v in {**config.final_config_dict, **added}.items() if k not in MACHINE_KEYS})

@@ -68,7 +68,8 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
     ) -> Any:
         """The metrics on some rows, as RecBole's; None where there are no rows.
 
-        ``load_best_model`` takes the weights of ``model_file`` first, by default the run's best checkpoint.
+        ``load_best_model`` takes the weights of ``model_file`` first, by default the run's best
+        checkpoint.
         """
         if not eval_data:
             return None
@@ -93,7 +94,8 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
             if full:
                 self._notify("on_ranking", eval_data._dataset, interaction, scores, positive_u, positive_i)
             if distributed.world_size() == 1:
-                # Several processes need not have the same number of batches, and all must agree to stop.
+                # Several processes need not have the same number of batches, and all must agree
+                # to stop.
                 self._signals.stop_if_asked()
         self.eval_collector.model_collect(self.model)
         collected = self.eval_collector.get_data_struct()

@@ -1,7 +1,8 @@
 """The gradient of a step, added up over the parts in which the model sees the step's targets.
 
-:class:`Gradients` takes the parts as the loader cuts them. :class:`AdaptiveGradients` cuts them itself, and chooses the
-batch size of the run while it trains, from the gradients that training computes anyway.
+:class:`Gradients` takes the parts as the loader cuts them. :class:`AdaptiveGradients` cuts them
+itself, and chooses the batch size of the run while it trains, from the gradients that training
+computes anyway.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Gradients:
     """Takes the parts of a step one after the other; several processes average their gradients in the last part.
 
     Args:
-        config: ``train_batch_size``; with ``adaptive_batch`` the processes are left to :class:`AdaptiveGradients`.
+        config: ``train_batch_size``; with ``adaptive_batch`` the processes are left to
+            :class:`AdaptiveGradients`.
         model: whose gradients are added up.
         learner: holds them, and takes the steps.
     """
@@ -90,21 +92,26 @@ class Gradients:
 class AdaptiveGradients(Gradients):
     """:class:`~recbole_ssm.optim.AdaptiveBatchSize` at work on a loader and a model.
 
-    A step's batch goes through the model in parts, and where the rule says so it is measured on the way; the loader's
-    next step has the size that follows. A row of figures is kept for every step that was measured.
+    A step's batch goes through the model in parts, and where the rule says so it is measured on
+    the way; the loader's next step has the size that follows. A row of figures is kept for
+    every step that was measured.
 
-    Several processes each take an equal share of a step's targets, in parts of their own; then their gradients meet,
-    measured or not. They measure the same, and so decide the same. DistributedDataParallel has no part in this.
+    Several processes each take an equal share of a step's targets, in parts of their own; then
+    their gradients meet, measured or not. They measure the same, and so decide the same.
+    DistributedDataParallel has no part in this.
 
     Args:
-        config: ``adaptive_batch``, ``adaptive_batch_args``, and the options that it cannot go with.
+        config: ``adaptive_batch``, ``adaptive_batch_args``, and the options that it cannot go
+            with.
         model: whose gradients are measured.
         learner: holds them, and takes the steps.
         loader: the training loader, whose batch size is the first.
-        epochs: how many epochs training takes; with the targets of one they are the rule's budget.
+        epochs: how many epochs training takes; with the targets of one they are the rule's
+            budget.
 
     Raises:
-        UserError: an option is impossible, or goes with something that fixes the size of a step in advance.
+        UserError: an option is impossible, or goes with something that fixes the size of a step
+            in advance.
     """
 
     def __init__(self, config: Any, model: Any, learner: Learner, loader: TrainLoader, epochs: int) -> None:
@@ -176,7 +183,8 @@ class AdaptiveGradients(Gradients):
     def _agree(self, terms: list[float]) -> list[float]:
         """The terms of the loss over all processes, which are left in one state."""
         everyone = distributed.gather((terms, self.sizes.memory_size))
-        # Memory that ran out on one process counts for all, so that all cut alike, and a resumed run does too.
+        # Memory that ran out on one process counts for all, so that all cut alike, and a
+        # resumed run does too.
         self.sizes.memory_size = min((memory for _, memory in everyone if memory), default=None)
         # Buffers such as a normalisation's running means are those of the first process.
         for buffer in self.model.buffers():

@@ -1,7 +1,8 @@
 """What may happen beside training: the moments at which a trainer calls, and what is called.
 
-Hooks come from three sides: whoever starts a run gives some, the configuration asks for some (``measure_latency``), and
-a model may bring its own by a method ``hooks()`` that returns a list of them.
+Hooks come from three sides: whoever starts a run gives some, the configuration asks for some
+(``measure_latency``), and a model may bring its own by a method ``hooks()`` that returns a list
+of them.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Training(Protocol):
 class Hook:
     """Override what you need; pass instances to :class:`~recbole_ssm.trainer.Trainer` as ``hooks``.
 
-    A hook's state is saved in checkpoints and restored from them, by the name of its class; a hook that a checkpoint
-    does not know starts fresh. Hooks are called in the order in which they were given, on every process.
+    A hook's state is saved in checkpoints and restored from them, by the name of its class; a
+    hook that a checkpoint does not know starts fresh. Hooks are called in the order in which
+    they were given, on every process.
     """
 
     def on_fit_start(self, trainer: Training, loader: Any) -> None:

@@ -21,11 +21,13 @@ from recbole_ssm.trainer.snapshot import Snapshot
 class Learner:
     """Takes the steps of training, from gradients that are complete.
 
-    While it trains, the model holds the weights that the optimiser goes on from. What is tested and served may be
-    others: the average of the optimiser's iterates, or the output of an accelerated method.
+    While it trains, the model holds the weights that the optimiser goes on from. What is tested
+    and served may be others: the average of the optimiser's iterates, or the output of an
+    accelerated method.
 
     Args:
-        config: the configuration; ``learner`` and ``lr_scheduler`` with their keys, and ``clip_grad_norm``.
+        config: the configuration; ``learner`` and ``lr_scheduler`` with their keys, and
+            ``clip_grad_norm``.
         model: whose weights are trained.
         scaled: whether gradients are scaled, for the sake of half precision.
         bigger: whether the higher of two validation scores is the better one.
@@ -50,7 +52,7 @@ class Learner:
         own = getattr(self.optimizer, "step_sizes", None)
         return own()[0] if own else self.optimizer.param_groups[0]["lr"]
 
-    # --- steps -------------------------------------------------------------------------------------------------------
+    # --- steps ---
 
     def unscale(self) -> None:
         """Give complete gradients their true size."""
@@ -81,7 +83,7 @@ class Learner:
                 f"give {planned}"
             )
 
-    # --- what is tested and served -----------------------------------------------------------------------------------
+    # --- what is tested and served ---
 
     def evaluation_point(self) -> contextlib.AbstractContextManager[Any]:
         """While the context lasts, the model holds the weights that are tested and served."""
@@ -112,7 +114,7 @@ class Learner:
         for name, weight in weights.items():
             state[name].copy_(weight)
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint holds of schedule and scaler, in JSON's terms."""

@@ -16,7 +16,8 @@ from recbole_ssm.trainer.hooks import Hook, Training
 class Ranks(Hook):
     """Keeps the rank of the target of every row of the newest evaluation with full ranking.
 
-    After a run these are the ranks of the test, of all processes. The scores themselves are gone with their batch.
+    After a run these are the ranks of the test, of all processes. The scores themselves are
+    gone with their batch.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,8 @@ class Signals:
         """Hold signals back while the context lasts; a second one of the same kind takes effect at once.
 
         Args:
-            save: saves what can be saved when a signal stops training, and says what a user can do then.
+            save: saves what can be saved when a signal stops training, and says what a user can
+                do then.
 
         Raises:
             Interrupted: with what ``save`` said.

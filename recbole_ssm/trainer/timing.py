@@ -20,12 +20,13 @@ WARM_UP = 3
 class Latency(Hook):
     """Times steps and evaluation batches, with the device synchronised around every part that is timed.
 
-    Parts: ``step``, a whole step of training without the reading of its batch; ``encode``, the model's forward over the
-    histories of an evaluation batch; ``score``, the products with all items; ``top_k``, the choice of the best;
-    ``evaluate``, the three together. A model whose scores do not come from ``forward`` has no ``encode`` of its own.
+    Parts: ``step``, a whole step of training without the reading of its batch; ``encode``, the
+    model's forward over the histories of an evaluation batch; ``score``, the products with all
+    items; ``top_k``, the choice of the best; ``evaluate``, the three together. A model whose
+    scores do not come from ``forward`` has no ``encode`` of its own.
 
-    Targets are those of all processes; positions, users and times are this one's. After every evaluation the report is
-    written to ``latency.json`` in the run's folder, if it has one.
+    Targets are those of all processes; positions, users and times are this one's. After every
+    evaluation the report is written to ``latency.json`` in the run's folder, if it has one.
     """
 
     def __init__(self) -> None:

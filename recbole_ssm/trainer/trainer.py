@@ -45,19 +45,20 @@ TRIM_EVERY = 16
 class Trainer(EvaluatingTrainer):
     """recbole.trainer.Trainer for every sequential model, whose runs can be killed at any batch and go on.
 
-    What differs from RecBole's: batches come from :class:`recbole_ssm.data.loader.TrainLoader`; gradients may be
-    accumulated over the parts of a step; the gradient scaler lives as long as the run, and gradients are unscaled
-    before they are clipped; several processes divide each step and each evaluation, and give one process's metrics;
-    checkpoints hold all that the next step depends on. A checkpoint also holds what recommending needs.
+    What differs from RecBole's: batches come from :class:`recbole_ssm.data.loader.TrainLoader`;
+    gradients may be accumulated over the parts of a step; the gradient scaler lives as long as
+    the run, and gradients are unscaled before they are clipped; several processes divide each
+    step and each evaluation, and give one process's metrics; checkpoints hold all that the next
+    step depends on. A checkpoint also holds what recommending needs.
 
-    A run has a folder ``<checkpoint_dir>/<model>-<dataset>-<time>/`` with ``best.safetensors`` and the newest
-    ``step-<n>.safetensors``.
+    A run has a folder ``<checkpoint_dir>/<model>-<dataset>-<time>/`` with ``best.safetensors``
+    and the newest ``step-<n>.safetensors``.
 
     Args:
         config: the configuration.
         model: the model, on its device.
-        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists, as are those that the model
-            brings by a method ``hooks()``.
+        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists, as are
+            those that the model brings by a method ``hooks()``.
 
     Raises:
         UserError: an option is impossible, or two hooks are of one class.
@@ -93,7 +94,7 @@ class Trainer(EvaluatingTrainer):
         """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
         return self.learner.step_size
 
-    # --- training ----------------------------------------------------------------------------------------------------
+    # --- training ---
 
     def fit(
         self,
@@ -108,7 +109,8 @@ class Trainer(EvaluatingTrainer):
 
         Raises:
             UserError: the loss is not finite, or the checkpoint to go on from is of other data.
-            Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment is there.
+            Interrupted: SIGTERM or Ctrl-C came; where checkpoints are saved, one of that moment
+                is there.
         """
         self._prepare(train_data, saved)
         self._notify("on_fit_start", train_data)
@@ -274,7 +276,7 @@ class Trainer(EvaluatingTrainer):
             f"try {smaller} or clip_grad_norm: {{'max_norm': 5}}{kept}"
         )
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def open_folder(self) -> Path:
         """The folder of this run, made on the first call; no two runs share one."""
@@ -340,8 +342,9 @@ class Trainer(EvaluatingTrainer):
         """Take over everything from a checkpoint of this model, so that :meth:`fit` goes on as if never stopped.
 
         Args:
-            resume_file: a checkpoint, or a run's folder: its newest checkpoint that is whole. RecBole's own ``.pth``
-                is refused; see :func:`recbole_ssm.trainer.checkpoint.read_pickle`.
+            resume_file: a checkpoint, or a run's folder: its newest checkpoint that is whole.
+                RecBole's own ``.pth`` is refused; see
+                :func:`recbole_ssm.trainer.checkpoint.read_pickle`.
 
         Raises:
             UserError: it cannot be read, or is of another model or of other settings.

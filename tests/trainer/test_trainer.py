@@ -305,6 +305,21 @@ def test_splits_without_rows_to_evaluate(toy, split):
     assert pathlib.Path(result["checkpoint"]).exists()
 
 
+def test_a_model_brings_its_hooks_and_a_hook_its_part_of_the_result(toy, monkeypatch):
+    class Validations(Hook):
+        seen = 0
+
+        def on_validation_start(self, trainer, loader):
+            self.seen += len(loader._dataset)
+
+        def result(self):
+            return {"validated": self.seen}
+
+    monkeypatch.setattr(get_model("2Mamba4Rec"), "hooks", lambda model: [Validations()], raising=False)
+    result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict={**toy["config_dict"], "epochs": 2})
+    assert result["validated"] == 2 * 60
+
+
 def test_no_two_hooks_share_a_state(toy):
     with pytest.raises(UserError, match="hooks: two hooks of class Recorder; their saved states would overwrite"):
         build("2Mamba4Rec", toy, [Recorder(), Recorder()])
