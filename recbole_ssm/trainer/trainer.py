@@ -201,9 +201,7 @@ class Trainer(EvaluatingTrainer):
         self.wandblogger.log_metrics({**result, "valid_step": epoch // self.eval_step}, head="valid")
         return improved, score
 
-    def _train_epoch(
-        self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False
-    ) -> float | tuple[float, ...]:
+    def _train_epoch(self, train_data: Any, epoch_idx: int, show_progress: bool = False) -> float | tuple[float, ...]:
         """Take the steps that are left of an epoch; the sum of their losses, of each term where there are several."""
         self.model.train()
         self._notify("on_epoch_start", epoch_idx)
