@@ -12,7 +12,7 @@
 
 typedef int64_t i64;
 
-enum { ABI = 3 };     // raise with every change here; Python refuses a library of another number
+enum { ABI = 4 };     // raise with every change here; Python refuses a library of another number
 enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
 
 // selective scan: D channels with a state of N each; states are stored [S, N, D]
@@ -115,6 +115,35 @@ struct Dropout {
   char* workspace;                           // of no size
 };
 
+// Weighted sum of the cross-entropies of n rows of output against V items, and its gradients where they have a place to
+// go to. Logits are scale output items^T + bias; a bias of minus infinity leaves an item out. With candidates a row's sum
+// goes over its target, whose logit has no bias, and those of the K that are not its target.
+struct Loss {
+  i64 n, d, V, K, threads;
+  double scale, smoothing;                   // no smoothing with candidates
+  const float *output, *items;               // [n, d], [V, d]
+  const i64* target;                         // [n]
+  const float* weight;                       // [n], or null for 1 / n each
+  const float* bias;                         // [V] or null
+  const i64* candidates;                     // [K] or null
+  float* loss;                               // of one number
+  float *goutput, *gitems;                   // or null
+  char* workspace;
+};
+
+// Of each row of output: how many items score higher than its target and how many others alike, first among all V items,
+// then without those seen. What cannot be compared (NaN) counts as higher.
+struct Ranks {
+  i64 n, d, V, E, R, threads;
+  const float *output, *items;               // [n, d], [V, d]
+  const i64* target;                         // [n]
+  const float* bias;                         // [V] or null, added to the scores; minus infinity leaves an item out
+  const i64 *seen, *offsets;                 // [E], [R] or null: row r has seen [offsets[r], offsets[r + 1]) of them,
+                                             // which rise and hold no target
+  i64 *higher, *ties;                        // [n, 2]
+  char* workspace;
+};
+
 // What one instruction set offers. workspace_*: bytes that a call needs.
 struct Kernels {
   void (*scan_forward)(const Scan&);
@@ -127,11 +156,15 @@ struct Kernels {
   void (*conv_backward)(const Conv&);
   void (*step)(const Step&);
   void (*dropout)(const Dropout&);
+  void (*loss)(const Loss&);
+  void (*ranks)(const Ranks&);
   i64 (*scan_workspace)(const Scan&, i64 backward);
   i64 (*ssd_workspace)(const Ssd&, i64 backward);
   i64 (*ssd_last_workspace)(const SsdLast&, i64 backward);
   i64 (*conv_workspace)(const Conv&, i64 backward);
   i64 (*step_workspace)(const Step&);
+  i64 (*loss_workspace)(const Loss&);
+  i64 (*ranks_workspace)(const Ranks&);
 };
 
 // Run task(0) ... task(tasks - 1) on several threads, each task once, in any order. `run(context, task, thread)`.

@@ -81,6 +81,12 @@ bool offsets_fit(const i64* offsets, i64 S, i64 rows) {
   return true;
 }
 
+bool within(const i64* ids, i64 count, i64 items) {
+  for (i64 i = 0; i < count; i++)
+    if (ids[i] < 0 || ids[i] >= items) return false;
+  return true;
+}
+
 }  // namespace
 
 // Threads live as long as a call: nothing is left behind that a fork could break, and they cost some ten microseconds.
@@ -119,6 +125,8 @@ SIZE(ssd_last, SsdLast)
 SIZE(conv, Conv)
 SIZE(step, Step)
 SIZE(dropout, Dropout)
+SIZE(loss, Loss)
+SIZE(ranks, Ranks)
 
 // 0, or 1 where the offsets do not rise from 0 to `rows`.
 #define KERNEL(op, Args)                                                                \
@@ -150,5 +158,20 @@ EXPORT i64 recbole_ssm_step(const Step* a, i64 count, i64) {
 EXPORT i64 recbole_ssm_dropout_workspace(const Dropout*, i64) { return 0; }
 EXPORT i64 recbole_ssm_dropout(const Dropout* a, i64, i64) {
   chosen->kernels->dropout(*a);
+  return 0;
+}
+
+// 1 where a target or a candidate is none of the items.
+EXPORT i64 recbole_ssm_loss_workspace(const Loss* a, i64) { return chosen->kernels->loss_workspace(*a); }
+EXPORT i64 recbole_ssm_loss(const Loss* a, i64, i64) {
+  if (!within(a->target, a->n, a->V) || (a->candidates && !within(a->candidates, a->K, a->V))) return 1;
+  chosen->kernels->loss(*a);
+  return 0;
+}
+
+EXPORT i64 recbole_ssm_ranks_workspace(const Ranks* a, i64) { return chosen->kernels->ranks_workspace(*a); }
+EXPORT i64 recbole_ssm_ranks(const Ranks* a, i64, i64) {
+  if (!within(a->target, a->n, a->V) || (a->seen && !within(a->seen, a->E, a->V))) return 1;
+  chosen->kernels->ranks(*a);
   return 0;
 }

@@ -170,6 +170,28 @@ INLINE vec sum_each(vec* a) {
 #endif
 }
 
+// [rows, columns] -> [columns, rows]; both are multiples of VL.
+INLINE void transpose(i64 rows, i64 columns, const float* from, i64 ld_from, float* to, i64 ld_to) {
+  for (i64 i = 0; i < rows; i += VL)
+    for (i64 j = 0; j < columns; j += VL) {
+#if HAS_SHUFFLE
+      vec a[VL], b[VL];
+      for (int r = 0; r < VL; r++) a[r] = load(from + (i + r) * ld_from + j);
+      for (int width = 1; width < VL; width *= 2) {  // interleave row r with row r + VL / 2, as often as it takes
+        for (int r = 0; r < VL / 2; r++) {
+          b[2 * r] = low_lanes(a[r], a[r + VL / 2]);
+          b[2 * r + 1] = high_lanes(a[r], a[r + VL / 2]);
+        }
+        for (int r = 0; r < VL; r++) a[r] = b[r];
+      }
+      for (int r = 0; r < VL; r++) store(to + (j + r) * ld_to + i, a[r]);
+#else
+      for (i64 r = 0; r < VL; r++)
+        for (i64 c = 0; c < VL; c++) to[(j + c) * ld_to + i + r] = from[(i + r) * ld_from + j + c];
+#endif
+    }
+}
+
 INLINE i64 begin_of(const i64* offsets, i64 L, i64 s) { return offsets ? offsets[s] : s * L; }
 
 // Sums over sequences are taken group by group and the groups in their order: the number of threads changes no bit.

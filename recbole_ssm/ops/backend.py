@@ -143,6 +143,11 @@ def force(function: Callable[..., Any]) -> Iterator[None]:
         _forced.function = None
 
 
+def automatic() -> bool:
+    """Whether neither a user nor a self-test has chosen a backend."""
+    return _selected == "auto" and getattr(_forced, "function", None) is None
+
+
 def _order(x: torch.Tensor) -> tuple[list[str], str]:
     """The backends that may compute a tensor like ``x``, the first choice first, and why."""
     kind = f"{x.dtype} on {x.device.type}"

@@ -9,12 +9,14 @@ twice, and the backward has only to scale what the forward has found.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.backend import automatic, dispatch, implements
 from recbole_ssm.ops.table import check
 
 
@@ -35,7 +37,7 @@ def linear_cross_entropy(
     Args:
         output_nd: vectors that predict ``[n, d]``.
         items_Vd: item embeddings ``[V, d]``.
-        target_n: rows of the items that came ``[n]``, int64. It is not checked on a GPU that they exist.
+        target_n: rows of the items that came ``[n]``, int64.
         weight_n: weight of each row ``[n]``, without a gradient; by default 1 / n.
         bias_V: what is added to the logit of each item ``[V]``, without a gradient.
         mask_V: items that take part ``[V]``; by default all do. A target must be among them, or its loss is infinite.
@@ -52,6 +54,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape does not fit, the temperature is not positive, label smoothing is not within [0, 1) or is
             combined with candidates, or the weight or the bias requires a gradient.
+        IndexError: a target or a candidate is none of the items; on a GPU nothing checks it.
     """
     if not temperature > 0:
         raise ValueError(f"linear_cross_entropy: temperature must be positive, got {temperature}")
@@ -61,17 +64,23 @@ def linear_cross_entropy(
         raise ValueError("linear_cross_entropy: label smoothing needs all items, so it takes no candidates")
     if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
         raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
+    dtype = wide(output_nd, items_Vd)
     if mask_V is not None:
-        if bias_V is None:
-            bias_V = output_nd.new_zeros(len(items_Vd), dtype=wide(output_nd, items_Vd))
+        bias_V = output_nd.new_zeros(len(items_Vd), dtype=dtype) if bias_V is None else bias_V
         bias_V = bias_V.masked_fill(~mask_V, -torch.inf)
-    if weight_n is None:
-        n = len(output_nd)
-        weight_n = output_nd.new_full((n,), 1 / max(n, 1), dtype=wide(output_nd, items_Vd))
+    weight_n, bias_V = (None if t is None else t.to(dtype) for t in (weight_n, bias_V))
     tensors = (output_nd, items_Vd, target_n, weight_n, bias_V, candidates_K)
     check("linear_cross_entropy", *tensors)
-    loss: Tensor = dispatch("linear_cross_entropy", output_nd)(*tensors, float(temperature), float(label_smoothing))
+    logits = len(output_nd) * len(items_Vd if candidates_K is None else candidates_K)
+    small = logits < SMALL.get(output_nd.device.type, 0) and automatic()
+    function = _reference if small else dispatch("linear_cross_entropy", output_nd)
+    with torch.autocast(output_nd.device.type, enabled=False):
+        loss: Tensor = function(*tensors, float(temperature), float(label_smoothing))
     return loss
+
+
+SMALL = {"cpu": 2**17}
+"""Fewer logits than this are not worth tiles: they fit the cache whole, and PyTorch is as fast on them."""
 
 
 def wide(output: Tensor, items: Tensor) -> torch.dtype:
@@ -87,28 +96,28 @@ def _reference(
     output: Tensor,
     items: Tensor,
     target: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     candidates: Tensor | None,
     temperature: float,
     label_smoothing: float,
 ) -> Tensor:
     dtype = wide(output, items)
-    output, items, weight = output.to(dtype), items.to(dtype), weight.to(dtype)
-    logits = output @ items.T / temperature  # [n, V]
-    own = logits.gather(1, target[:, None])
-    if candidates is not None:
-        logits = logits[:, candidates] if bias is None else (logits + bias.to(dtype))[:, candidates]
-        logits = logits.masked_fill(candidates == target[:, None], -torch.inf)
-        return (weight * (torch.cat([own, logits], 1).logsumexp(1) - own[:, 0])).sum()
+    output, items = output.to(dtype) / temperature, items.to(dtype)
+    logits = output @ (items if candidates is None else items[candidates]).T  # [n, V]
     if bias is not None:
-        logits = logits + bias.to(dtype)
-    log_p = logits.log_softmax(1)
-    losses = -(1 - label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
-    if label_smoothing:
-        present = log_p if bias is None else log_p[:, bias > -torch.inf]
-        losses = losses - label_smoothing * present.mean(1)
-    return (weight * losses).sum()
+        logits = logits + (bias if candidates is None else bias[candidates])
+    if candidates is not None:
+        own = (output * items[target]).sum(1, keepdim=True)
+        others = logits.masked_fill(candidates == target[:, None], -torch.inf)
+        losses = torch.cat([own, others], 1).logsumexp(1) - own[:, 0]
+    elif bias is None:
+        losses = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+    else:
+        log_p = logits.log_softmax(1)
+        losses = -(1 - label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
+        losses = losses - label_smoothing * log_p[:, bias > -torch.inf].mean(1)
+    return losses.sum() / max(len(losses), 1) if weight is None else (weight * losses).sum()
 
 
 # --- torch: tiles of rows -----------------------------------------------------------------------------------------
@@ -117,47 +126,62 @@ TILE = {"cpu": 2**20, "cuda": 2**26}  # logits that are worked on at once: on a 
 LEAST_ROWS = 16  # of a tile: the product with fewer is bound by reading the items
 
 
-class _TiledLoss(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     """The loss, whose forward has found the gradients already."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, items: Tensor, wanted: tuple[bool, bool], *rest: Any) -> Tensor:
-        with torch.autocast(output.device.type, enabled=False):
-            loss, *gradients = tiled_loss(output, items, wanted, *rest)
+    def forward(ctx: Any, compute: Any, wanted: tuple[bool, bool], output: Tensor, items: Tensor, *rest: Any) -> Tensor:
+        loss, *gradients = compute(wanted, output, items, *rest)
         ctx.save_for_backward(output, items, *gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        return *_Gradients.apply(gradient, *ctx.saved_tensors), *[None] * 7  # type: ignore[no-untyped-call]
+        output, items, *found = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _Gradients.apply(gradient, output, items, *found)  # type: ignore[no-untyped-call]
+        elif type(gradient) is not Tensor or gradient != 1:  # the most common one needs no pass over all items
+            found = _scaled(gradient, output, items, *found)
+        return None, None, *found, *[None] * 6
+
+
+def _scaled(gradient: Tensor, output: Tensor, items: Tensor, *found: Tensor | None) -> Any:
+    """What was found, times the incoming gradient; float16 would have lost it before that."""
+    return tuple(None if g is None else (gradient * g).to(t.dtype) for g, t in zip(found, (output, items)))
 
 
 class _Gradients(torch.autograd.Function):
-    """What was found, times the incoming gradient; float16 would have lost it before that."""
+    """The same where a second derivative may follow, which it refuses."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, output: Tensor, items: Tensor, *found: Tensor | None) -> Any:
-        return tuple(None if g is None else (gradient * g).to(t.dtype) for g, t in zip(found, (output, items)))
+        return _scaled(gradient, output, items, *found)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise NotImplementedError("linear_cross_entropy has no second derivative; use ssm_backend: reference")
 
 
-@implements("linear_cross_entropy", "torch")
-def torch_loss(output: Tensor, items: Tensor, *rest: Any) -> Tensor:
-    """:func:`linear_cross_entropy` on any device and in any precision, from checked arguments."""
-    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (output, items))
-    loss: Tensor = _TiledLoss.apply(output, items, wanted, *rest)  # type: ignore[no-untyped-call]
-    return loss
+def differentiable(compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]) -> Callable[..., Tensor]:
+    """An implementation of the op from a function that returns the loss and its gradients by output and items.
+
+    Before the arguments of the op, ``compute`` is told which of the two gradients are wanted.
+    """
+
+    def implementation(output: Tensor, items: Tensor, *rest: Any) -> Tensor:
+        wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (output, items))
+        loss: Tensor = _Loss.apply(compute, wanted, output, items, *rest)  # type: ignore[no-untyped-call]
+        return loss
+
+    return implementation
 
 
 def tiled_loss(
+    wanted: tuple[bool, bool],
     output: Tensor,
     items: Tensor,
-    wanted: tuple[bool, bool],
     target: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     candidates: Tensor | None,
     temperature: float,
@@ -165,16 +189,19 @@ def tiled_loss(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradients by output and items where they are wanted; all of them float32 at least."""
     dtype = wide(output, items)
-    o, w = output.to(dtype) / temperature, weight.to(dtype)
-    b = None if bias is None else bias.to(dtype)
+    o = output.to(dtype) / temperature
+    w = o.new_full((len(o),), 1 / max(len(o), 1)) if weight is None else weight
     if candidates is None:
-        loss, g_output, g_items, _ = _tiles(o, items.to(dtype), target, w, b, label_smoothing, wanted)
+        loss, g_output, g_items, _ = _tiles(o, items.to(dtype), target, w, bias, label_smoothing, wanted)
     else:
         rows, own = items[candidates].to(dtype), items[target].to(dtype)
-        b = None if b is None else b[candidates]
         sampled = (candidates, (o * own).sum(1))
-        loss, g_output, g_rows, g_own = _tiles(o, rows, target, w, b, 0.0, wanted, sampled)
-        g_items = None if g_rows is None else scatter(items, candidates, g_rows, target, g_own[:, None] * o)
+        bias = None if bias is None else bias[candidates]
+        loss, g_output, g_rows, g_own = _tiles(o, rows, target, w, bias, 0.0, wanted, sampled)
+        g_items = None
+        if g_rows is not None:
+            g_items = torch.zeros_like(items, dtype=dtype).index_add_(0, candidates, g_rows)
+            g_items.index_add_(0, target, g_own[:, None] * o)
         if g_output is not None:
             g_output.addcmul_(g_own[:, None], own)
     return loss, None if g_output is None else g_output.div_(temperature), g_items
@@ -234,6 +261,4 @@ def _tiles(
     return loss, g_output, g_items, g_own
 
 
-def scatter(items: Tensor, candidates: Tensor, gradient: Tensor, target: Tensor, own: Tensor) -> Tensor:
-    """The gradient of all items from those of the candidates ``[K, d]`` and of the targets ``[n, d]``."""
-    return torch.zeros_like(items, dtype=own.dtype).index_add_(0, candidates, gradient).index_add_(0, target, own)
+implements("linear_cross_entropy", "torch")(differentiable(tiled_loss))

@@ -32,8 +32,10 @@ from recbole_ssm.ops.library import (
     taps_before,
     whole,
 )
+from recbole_ssm.ops.linear_cross_entropy import differentiable
+from recbole_ssm.ops.table import OPS
 
-ABI = 3  # of csrc/kernels.h
+ABI = 4  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
 OTHER_SOURCES = "built from other sources; install again (from a clone: python setup.py -q build_ext --inplace)"
 LIBRARY = Path(__file__).parent.parent / "_native.so"
@@ -84,6 +86,8 @@ STRUCTURES = {
     "ssd": _structure("ssd", "reverse shift accumulate", "kept"),
     "ssd_last": _structure("ssd_last"),
     "conv": _structure("causal_conv1d", "lead silu"),
+    "loss": _structure("linear_cross_entropy", "~scale ~smoothing", "goutput gitems", backward=False),
+    "ranks": _structure("rank_targets", backward=False),
     "dropout": _structure("dropout", "size seed threshold ~scale", backward=False),
     "step": _structure("step", " ".join(name for name, _ in stored("step").options), backward=False),
 }
@@ -133,19 +137,20 @@ def select(name: str) -> str:
 # --- calls into the library ---------------------------------------------------------------------------------------
 
 
-def _run(name: str, rows: int, backward: bool, fields: dict[str, Any]) -> None:
-    """Call a kernel; ``fields`` holds the tensors until it returns."""
+def _run(name: str, rows: int, backward: bool, fields: dict[str, Any], refusal: Exception | None = None) -> None:
+    """Call a kernel; ``fields`` holds the tensors until it returns, ``refusal`` says what it may find wrong in them."""
     if name not in _kernels:  # an exported program on a machine that has not built them
         raise RuntimeError(f"{name}: the native kernels are not usable here: {unusable}")
     for field, value in fields.items():  # the sums gA and gskip are this module's own, and in double for SSD
-        if isinstance(value, Tensor) and value.dtype != torch.float32 and field not in ("offsets", "gA", "gskip"):
+        numbers = isinstance(value, Tensor) and value.is_floating_point()
+        if numbers and value.dtype != torch.float32 and field not in ("gA", "gskip"):
             raise ValueError(f"{name}: the native kernels compute float32, not {value.dtype} as given for {field}")
     call = structure(name, **fields)
     run, size = _kernels[name]
     workspace = torch.empty(size(call, backward), dtype=torch.uint8)
     call.workspace = workspace.data_ptr()
     if run(call, rows, backward):
-        raise ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
+        raise refusal or ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
 
 
 def structure(name: str, **fields: Any) -> Any:
@@ -313,6 +318,51 @@ def _takes_dropout(x: Tensor, p: float) -> bool:
     return not torch.compiler.is_compiling() and _takes(x) and round(p * 2**32) < 2**32
 
 
+# --- loss and ranks -----------------------------------------------------------------------------------------------
+
+
+def _fields(op: str, *tensors: Tensor | None) -> dict[str, Any]:
+    """The sizes and tensors of a call of an op without sequences."""
+    fields: dict[str, Any] = OPS[op].check(tensors)
+    for argument, t in zip(OPS[op].tensors, tensors):
+        fields[argument.name] = whole(t.to(torch.int64) if t is not None and argument.dtype else t)
+    return fields
+
+
+def _loss(
+    wanted: tuple[bool, bool],
+    output: Tensor,
+    items: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    candidates: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients where they are wanted: the backward of this op only scales them."""
+    loss = output.new_empty(())
+    gradients = [contiguous_like(t) if needed else None for t, needed in zip((output, items), wanted)]
+    fields = _fields("linear_cross_entropy", output, items, target, weight, bias, candidates)
+    fields |= {"scale": 1 / temperature, "smoothing": label_smoothing}
+    fields |= {"loss": loss, "goutput": gradients[0], "gitems": gradients[1]}
+    refusal = IndexError(f"linear_cross_entropy: a target or a candidate is none of the {len(items)} items")
+    _run("loss", 0, False, fields, refusal)
+    return loss, gradients[0], gradients[1]
+
+
+def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    higher, ties = (torch.empty(len(output), 2, dtype=torch.int64) for _ in range(2))
+    fields = {**_fields("rank_targets", output, items, target, *rest), "higher": higher, "ties": ties}
+    _run("ranks", 0, False, fields, IndexError(f"rank_targets: an item is none of the {len(items)}"))
+    return higher, ties
+
+
+def _takes_call(*arguments: Any) -> bool:
+    """These are no operators that a compiler could see through."""
+    return not torch.compiler.is_compiling() and _takes(*arguments)
+
+
 # --- availability -------------------------------------------------------------------------------------------------
 
 unusable = load(LIBRARY)  # why there is no native backend; "" where there is one
@@ -320,5 +370,7 @@ if not unusable:
     for _op, _function in OPERATORS.items():
         implement(_op, "native", _function, _takes_taps if "conv" in _op else _takes)
     implement("dropout", "native", _dropout, _takes_dropout)
+    implement("linear_cross_entropy", "native", differentiable(_loss), _takes_call)
+    implement("rank_targets", "native", _ranks, _takes_call)
 elif unusable != "not built":
     logging.getLogger().warning(f"native kernels: {unusable}; PyTorch's operations take their place")

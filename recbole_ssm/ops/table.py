@@ -145,7 +145,7 @@ OPS: dict[str, Op] = {
         # Without a dimension in common with the scans: n rows, V items of d numbers, K sampled, E seen.
         row(
             "linear_cross_entropy",
-            "output:nd items:Vd target:n:int64 weight:n bias?:V candidates?:K:int64",
+            "output:nd items:Vd target:n:int64 weight?:n bias?:V candidates?:K:int64",
             "loss",
             "temperature:float label_smoothing:float",
         ),

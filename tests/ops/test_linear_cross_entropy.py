@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm import ops
+from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import available_backends
+from tests.ops.test_native import MEMORY
 
 loss_backends = pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
+needs_kernels = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
 rank_backends = pytest.mark.parametrize("backend", available_backends("rank_targets"))
 
 
@@ -189,11 +192,9 @@ def test_wrong_calls_are_told():
         ops.linear_cross_entropy(output, items[:, :3], target)
 
 
-@loss_backends
+@pytest.mark.parametrize("backend", [b for b in available_backends("linear_cross_entropy") if b != "reference"])
 def test_no_matrix_of_rows_and_items_is_held(backend, monkeypatch):
-    if backend == "reference":
-        pytest.skip("the reference holds it")
-    monkeypatch.setitem(sys.modules["recbole_ssm.ops.linear_cross_entropy"].TILE, "cpu", 8000)
+    monkeypatch.setitem(sys.modules["recbole_ssm.ops.linear_cross_entropy"].TILE, "cpu", 2**16)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -201,13 +202,36 @@ def test_no_matrix_of_rows_and_items_is_held(backend, monkeypatch):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
+                largest = max(largest, result.nbytes)
             return result
 
-    output, items, target = tensors(640, 6, 500)
+    output, items, target = tensors(4000, 6, 500)
     with Watch():
         value_and_gradients(backend, output, items, target, {}, torch.float32)
-    assert largest <= 8000 < 640 * 500
+    assert largest < 4000 * 500 * 4 / 4
+
+
+def test_few_logits_are_left_to_pytorch():
+    """Where no backend is asked for; the result is the same."""
+    output, items, target = (t.float() if t.is_floating_point() else t for t in tensors(100, 8, 200))
+    output.requires_grad_()
+    small = ops.linear_cross_entropy(output, items, target)
+    assert "_Loss" not in str(small.grad_fn)
+    with ops.use_backend("torch"):
+        tiled = ops.linear_cross_entropy(output, items, target)
+    assert "_Loss" in str(tiled.grad_fn)
+    torch.testing.assert_close(small, tiled)
+    many = output.repeat(100, 1)
+    assert "_Loss" in str(ops.linear_cross_entropy(many, items, target.repeat(100)).grad_fn)
+
+
+@pytest.mark.parametrize("backend", [b for b in available_backends("linear_cross_entropy") if b != "torch"])
+def test_items_that_do_not_exist(backend):
+    output, items, _ = (t.float() for t in tensors(5, 4, 9))
+    for target, candidates in ((9, None), (-1, None), (0, 9)):
+        wrong = None if candidates is None else torch.tensor([candidates])
+        with ops.use_backend(backend), pytest.raises(IndexError):
+            ops.linear_cross_entropy(output, items, torch.full((5,), target), candidates_K=wrong)
 
 
 def a_list(data):
@@ -262,3 +286,61 @@ def test_ranks_of_many_rows_are_those_of_each(backend):
             one = ops.rank_targets(output[r : r + 1], items, target[r : r + 1], seen=(torch.zeros_like(own), own))
             assert torch.equal(one.higher[0], whole.higher[r]) and torch.equal(one.ties[0], whole.ties[r])
     assert (whole.higher[:, 1] <= whole.higher[:, 0]).all() and (whole.higher[:, 1] < whole.higher[:, 0]).any()
+
+
+# --- the C++ kernels ----------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@given(data=st.data())
+def test_every_instruction_set_equals_the_reference(instruction_set, data):
+    output, items, target, keywords = a_call(data)
+    expected = value_and_gradients("reference", output, items, target, keywords, torch.float64)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: whatever a kernel leaves unwritten shows
+    try:
+        found = value_and_gradients("native", output, items, target, keywords, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(found, expected, 3e-5)
+
+
+@needs_kernels
+@given(data=st.data())
+def test_ranks_of_every_instruction_set(instruction_set, data):
+    output, items, target, keywords = a_list(data)
+    with ops.use_backend("reference"):
+        expected = ops.rank_targets(output, items, target, **keywords)
+    with ops.use_backend("native"):
+        found = ops.rank_targets(output.float(), items.float(), target, **keywords)
+    assert torch.equal(found.higher, expected.higher) and torch.equal(found.ties, expected.ties)
+
+
+@needs_kernels
+@pytest.mark.parametrize("n,d,V", [(3000, 20, 300), (700, 30, 4000), (40, 33, 20_000)])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_threads_do_not_change_a_byte_of_the_loss(n, d, V, sampled):
+    output, items, target = tensors(n, d, V)
+    keywords = {"candidates_K": torch.randint(0, V, (V // 2,))} if sampled else {"label_smoothing": 0.1}
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found = value_and_gradients("native", output, items, target, keywords, torch.float32)
+        with ops.use_backend("native"):
+            found += ops.rank_targets(output.float(), items.float(), target, seen=(torch.arange(n), target.flip(0)))
+        results.append(found)
+    torch.set_num_threads(1)
+    for one, *others in zip(*results):
+        assert all(torch.equal(one, other) for other in others)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", MEMORY, ids=lambda form: form.replace(" ", "_"))
+def test_memory_of_the_loss_may_lie_anyhow(form):
+    output, items, target = (t.float() if t.is_floating_point() else t.int() for t in tensors(50, 12, 400))
+    lay = MEMORY[form]
+    bias = torch.linspace(-1, 1, 400)
+    with ops.use_backend("native"):
+        expected = ops.linear_cross_entropy(output, items, target.long(), bias_V=bias)
+        assert torch.equal(ops.linear_cross_entropy(lay(output), lay(items), target, bias_V=bias), expected)
+        ranks = ops.rank_targets(output, items, target.long())
+        assert torch.equal(ops.rank_targets(lay(output), lay(items), target).higher, ranks.higher)

@@ -22,17 +22,6 @@ from tests.ops.test_ops import OPS, arguments, assert_close, each_op, values_and
 
 pytestmark = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
 
-SETS = [] if native.unusable else [name for name in ("baseline", "avx2", "avx512") if not native.select(name)]
-if SETS:
-    native.select("")
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    native.select(request.param)
-    yield request.param
-    native.select("")
-
 
 def a_call(data, op):
     """Arguments of random sizes, with a vector's whole and broken widths, and bounds or None."""
@@ -91,21 +80,23 @@ def crooked(t):
     return torch.frombuffer(raw, dtype=torch.float32, offset=1).view(t.shape)
 
 
+MEMORY = {
+    "one float off": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    "no whole float": crooked,
+    "a slice of wider rows": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second row": lambda t: t.repeat_interleave(2, 0)[::2],
+}
+
+
 @each_op
 def test_memory_may_lie_anyhow(op, instruction_set):
     torch.manual_seed(0)
     tensors, keywords = arguments(op, 3, 20, 3, torch.float32)
-    forms = {
-        "one float off": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
-        "no whole float": crooked,
-        "a slice of wider rows": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
-        "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-        "every second row": lambda t: t.repeat_interleave(2, 0)[::2],
-    }
     with ops.use_backend("native"):
         expected = op(*tensors, **keywords)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        for form in forms.values():
+        for form in MEMORY.values():
             found = op(*map(form, tensors), **{k: form(v) if torch.is_tensor(v) else v for k, v in keywords.items()})
             for f, e in zip(found if isinstance(found, tuple) else (found,), expected):
                 assert_close(f, e, 1e-6)  # softplus before ssd is PyTorch's, and differs with the layout
