@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recbole_ssm import ops
+from recbole_ssm import compat, ops
 from recbole_ssm.arguments import at_least
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.errors import UserError
+
+# RecBole's models switch autograd's anomaly detection on when they are imported, which would slow every step.
+compat.install()
 
 COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
@@ -60,6 +63,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     """
     if not torch.cuda.is_available():
         raise UserError("bench gpu: PyTorch finds no GPU here; the CPU is measured by bench step, ops and train")
+    if torch.is_anomaly_enabled():
+        raise UserError("bench gpu: autograd's anomaly detection is on, which slows all steps; switch it off")
     end = time.monotonic() + 60 * options.minutes
     print(f"{torch.cuda.get_device_name(0)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     rows: list[Row] = []
