@@ -11,8 +11,11 @@ from typing import Any
 from recbole_ssm.errors import UserError, did_you_mean
 
 
-def join_values(arguments: list[str]) -> list[str]:
-    """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``."""
+def join_values(arguments: list[str], flags: Collection[str] = ()) -> list[str]:
+    """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``.
+
+    The ``flags`` take no value, or take it after ``=`` alone.
+    """
     short = {"-m": "--model", "-d": "--dataset"}
     joined: list[str] = []
     waiting = False
@@ -23,7 +26,7 @@ def join_values(arguments: list[str]) -> list[str]:
             continue
         argument = short.get(argument, argument)
         joined.append(argument)
-        waiting = argument.startswith("--") and "=" not in argument
+        waiting = argument.startswith("--") and "=" not in argument and argument not in flags
     if waiting:
         raise UserError(f"{joined[-1]} has no value; options look like {joined[-1]}=VALUE")
     return joined

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from recbole_ssm.arguments import at_least, names, one_of, positive, sizes, some_of
+from recbole_ssm.arguments import at_least, join_values, names, one_of, positive, sizes, some_of
 from recbole_ssm.errors import ArgumentParser, UserError
 
 
@@ -53,3 +53,10 @@ def test_impossible_options_are_told_with_their_name(kind, text, message):
     parser.add_argument("--option", type=kind)
     with pytest.raises(UserError, match=f"^program: argument --option: {re.escape(message)}"):
         parser.parse_args([f"--option={text}"])
+
+
+def test_flags_take_no_value():
+    assert join_values(["--prune", "--seeds", "3", "-m", "A"], {"--prune"}) == ["--prune", "--seeds=3", "--model=A"]
+    assert join_values(["--prune=5", "--prune"], {"--prune"}) == ["--prune=5", "--prune"]
+    with pytest.raises(UserError, match="--prune has no value"):
+        join_values(["--prune"])

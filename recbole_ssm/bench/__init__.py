@@ -7,13 +7,13 @@ are noise, so a row carries ratios within its own run, of medians.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
+from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import check_writable, write_csv, write_json
+from recbole_ssm.subcommands import choose
 
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
@@ -26,7 +26,8 @@ BENCHES = {
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
 }
-MODULES = {"llm": "verbalizers"}  # a benchmark whose module has another name
+# A benchmark whose module has another name.
+MODULES = {"llm": "verbalizers"}
 
 Row = dict[str, Any]
 
@@ -37,22 +38,16 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: no such benchmark, no such option, or an impossible value.
     """
-    names = "; ".join(f"{name}: {what}" for name, what in BENCHES.items())
-    if list(arguments) in (["--help"], ["-h"]):
-        lines = "".join(f"\n  {name}: {what}" for name, what in BENCHES.items())
-        print(f"recbole-ssm bench NAME [--json=FILE] [--csv=FILE] [--help]\n{lines}")
+
+    def add_files(parser: ArgumentParser, name: str) -> None:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
+        parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")
+
+    usage = "[--json=FILE] [--csv=FILE]"
+    chosen = choose("bench", "benchmark", usage, BENCHES, MODULES, arguments, add_files, with_keys=False)
+    if chosen is None:
         return
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"bench: name one of {names}")
-    name = arguments[0]
-    if name not in BENCHES:
-        raise UserError(f"bench: there is no benchmark '{name}'{did_you_mean(name, BENCHES)}; {names}")
-    module = importlib.import_module(f"recbole_ssm.bench.{MODULES.get(name, name)}")
-    parser = ArgumentParser(f"recbole-ssm bench {name}", module.__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")
-    module.add_arguments(parser)
-    options = parser.parse_args(list(arguments[1:]))
+    module, options, _ = chosen
     for option in ("json", "csv"):
         if file := getattr(options, option, None):
             try:

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
-    """Train what is missing, print the table, and write it to the folder.
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
+    """Train what is missing, and write the table to the folder.
 
     Raises:
         UserError: an unknown name or key, or an impossible value.
@@ -65,8 +65,9 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
         return report.write(options.folder, "compare", entries, seeds, tuning)
 
     carry_out(runs, entries, seeds, write)
-    print(write())
-    print(f"written to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, compare.png")
+    return (
+        f"{write()}\nwritten to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, compare.png"
+    )
 
 
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:

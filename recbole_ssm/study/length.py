@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each; seeds from --seed=2020 on; default 1")
 
 
-def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
-    """Train what is missing, print the table, and write it to the folder.
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
+    """Train what is missing, and write the table to the folder.
 
     Raises:
         UserError: an unknown name or key, or an impossible value.
@@ -55,8 +55,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
         return report.write(options.folder, "length", entries, seeds, UNTUNED, _one_thing_apart, _draw, height=9)
 
     carry_out(runs, entries, seeds, write)
-    print(write())
-    print(f"written to {options.folder}/: length.md, length.csv, length-tests.csv, length.tex, length.png")
+    return f"{write()}\nwritten to {options.folder}/: length.md, length.csv, length-tests.csv, length.tex, length.png"
 
 
 def _one_thing_apart(one: Entry, other: Entry) -> bool:

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed=2020 on; default 1")
 
 
-def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
-    """Train what is missing, print the table, and write it to the folder.
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
+    """Train what is missing, and write the table to the folder.
 
     Raises:
         UserError: an unknown name or key, or an impossible value.
@@ -73,8 +73,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
     with whole(options.folder / "llm.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_csv(options.folder / "llm.csv", rows)
-    print(text)
-    print(f"written to {options.folder}/: llm.md, llm.csv")
+    return f"{text}\nwritten to {options.folder}/: llm.md, llm.csv"
 
 
 def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:

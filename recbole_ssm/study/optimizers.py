@@ -151,8 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--values", type=int, default=5, help="values that each tries, of its first ones; default 5")
 
 
-def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
-    """Train what is missing, print the table, and write it to the folder.
+def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
+    """Train what is missing, and write the tables to the folder.
 
     Raises:
         UserError: an unknown name or key, or an impossible value.
@@ -163,8 +163,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> None:
         return write_tables(options.folder, cells, seeds, options.values)
 
     study(runs, cells, seeds, options.values, write)
-    print(write())
-    print(f"written to {options.folder}/: optimizers.md, optimizers.csv, tuning.csv, history.csv and plots")
+    return f"{write()}\nwritten to {options.folder}/: optimizers.md, optimizers.csv, tuning.csv, history.csv and plots"
 
 
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Cell], list[int]]:

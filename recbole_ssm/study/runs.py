@@ -45,6 +45,10 @@ RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz",
 Progress = Callable[[dict[str, Any]], None]
 
 
+def ignore(state: Mapping[str, Any]) -> None:
+    """Tell nobody how far a run is."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What decides a result. All of it is plain JSON."""
@@ -213,7 +217,7 @@ class Runs:
                     return file.parent
         return exact
 
-    def get(self, run: Run, progress: Progress | None = None) -> Outcome:
+    def get(self, run: Run, progress: Progress = ignore) -> Outcome:
         """A run's outcome: read, or trained now.
 
         Args:
@@ -236,7 +240,7 @@ class Runs:
             except UserError as error:
                 getLogger().warning(f"{error}; it is trained again")
                 shutil.rmtree(folder)
-        failure = self._train(run, folder, progress or (lambda state: None))
+        failure = self._train(run, folder, progress)
         if failure is not None:
             return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)

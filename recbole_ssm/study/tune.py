@@ -34,7 +34,7 @@ from recbole_ssm.figure import check_drawable
 from recbole_ssm.files import digest_of_json, whole
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
-from recbole_ssm.study.runs import Progress, Run, Runs
+from recbole_ssm.study.runs import Progress, Run, Runs, ignore
 from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, shipped_space
 
 # RecBole calls the tool of one machine Hyperopt.
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--display_file", type=Path, metavar="FILE", help="draw the plot there; default trials.png")
 
 
-def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
+def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
     """Tune one model on one data set; ``trials.csv``, ``best.yaml`` and ``trials.png`` come into a folder of its own.
 
     Raises:
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> None:
         tuning.run()
         # Also where the last process was killed before it came to this.
         write_best()
-    _report(tuning, options, folder, metric)
+    return _report(tuning, options, folder, metric)
 
 
 def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
@@ -137,7 +137,7 @@ def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
         metric: whose best value on validation is the score.
     """
 
-    def objective(params: dict[str, Any], files: Any, trial: Any = None, progress: Progress = print) -> dict[str, Any]:
+    def objective(params: dict[str, Any], files: Any, trial: Any = None, progress: Progress = ignore) -> dict[str, Any]:
         # A run that was interrupted tells its earlier validations again.
         reported = trial and len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
@@ -216,28 +216,28 @@ def _write_best(path: Path, config: Config, options: dict[str, Any], trial: Tria
         yaml.safe_dump(named, file, sort_keys=False, allow_unicode=True)
 
 
-def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metric: str) -> None:
-    """Draw the plot, write what else was asked for, and print the best trial and what each key decides."""
+def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metric: str) -> str:
+    """Draw the plot and write what else was asked for; the best trial and what each key decides, as text."""
     if options.output_file:
         tuning.export_result(options.output_file)
     best = tuning.best
     if best is None:
-        print("no trial is done yet; other processes are at this search")
-        return
+        return "no trial is done yet; other processes are at this search"
+    lines = []
     try:
         tuning.plot(options.display_file or folder / "trials.png", f"validation {metric}")
     except UserError as error:
         if options.display_file:
             raise
-        print(f"no plot: {error}")
-    print(f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}")
+        lines.append(f"no plot: {error}")
+    lines.append(f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}")
     if len(set(tuning.score_list)) > 3:
         # By functional analysis of variance (Hutter et al., ICML 2014).
         method = optuna().importance.FanovaImportanceEvaluator(seed=tuning.search.seed)
         shares = optuna().importance.get_param_importances(tuning.study, evaluator=method)
         told = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
-        print(f"importance (share of the variance of {metric} over the trials): {told}")
-    print(f"train it: run_recbole_ssm.py --config_files {folder / 'best.yaml'}")
+        lines.append(f"importance (share of the variance of {metric} over the trials): {told}")
+    return "\n".join([*lines, f"train it: run_recbole_ssm.py --config_files {folder / 'best.yaml'}"])
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study.hyper_tuning import HyperTuning, read_trials, write_trials
+from recbole_ssm.study.runs import Outcome, Run
 from recbole_ssm.study.space import Trial, space_of
+from recbole_ssm.study.tune import kept_objective
 from tests.conftest import REPOSITORY
 
 GRID = {"choice": {"a": [1, 2, 3], "b": ["x", "y"]}}
@@ -279,3 +281,34 @@ def test_tune_is_an_option_of_the_main_job_alone(monkeypatch):
     )
     assert main(["--model=SASRec", "--tune"]) == main(["compare", "--tune", "8"]) == 0
     assert seen == [("tune", ["--model=SASRec"]), ("compare", ["--tune", "8"])]
+
+
+def test_runs_tell_optuna_of_their_validations_and_stop_where_it_says(tmp_path):
+    """What an interrupted run had told already is not told again, and the test metrics are not told at all."""
+    optuna = pytest.importorskip("optuna")
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=0.2))
+
+    class Stub:
+        def get(self, run, progress):
+            assert run.options == {"epochs": 3, "a": 1}
+            for count in range(1, 5):
+                progress({"epoch": 1, "epochs": 4})
+                progress({"validations": scores[:count]})
+            return Outcome(run, None, tmp_path, valid={"hit@1": max(scores)}, test={"hit@1": 0.0}, seconds=1.0)
+
+    objective = kept_objective(Stub(), Run("SASRec", "toy", {"epochs": 3}), "hit@1")
+    trial, scores = study.ask(), [0.3, 0.4, 0.5, 0.4]
+    trial.report(0.3, 1)
+    assert objective({"a": 1}, None, trial)["best_valid_score"] == objective({"a": 1}, None)["best_valid_score"] == 0.5
+    assert study.trials[0].intermediate_values == {1: 0.3, 2: 0.4, 3: 0.5, 4: 0.4}
+    trial, scores = study.ask(), [0.3, 0.1, 0.5, 0.4]
+    with pytest.raises(optuna.TrialPruned):
+        objective({"a": 1}, None, trial)
+    assert study.trials[1].intermediate_values == {1: 0.3, 2: 0.1}
+
+
+def test_prune_needs_no_value(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("recbole_ssm.study.tune.run", lambda options, keys: seen.append((options.prune, keys)))
+    assert main(["tune", *TOY, "--prune"]) == main(["tune", "--prune", "--prune=5", *TOY]) == main(["tune", *TOY]) == 0
+    assert [prune for prune, _ in seen] == [3, 5, None] and all(keys["epochs"] == 1 for _, keys in seen)
