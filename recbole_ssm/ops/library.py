@@ -1,4 +1,4 @@
-"""What the compiled backends share: a row of the table as an operator of ``torch.library``, with autograd and fakes.
+"""What the compiled backends share: rows of the table as operators of ``torch.library``, with autograd and fakes.
 
 So ``torch.compile`` and ``torch.export`` see through the kernels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from recbole_ssm.ops.backend import implementations, implements
 from recbole_ssm.ops.table import OPS, Argument, Op
 
 MOST_TAPS = 16  # of a convolution; wider ones are PyTorch's
-KERNEL_NAMES = {"D": "skip", "cu_seqlens": "offsets"}
-"""Arguments that the kernels call otherwise: to them D is a size."""
+Values = dict[str, Any]
+Shape = Callable[[Mapping[str, int]], Sequence[int]]
 
 
 class Namespace:
@@ -56,60 +56,41 @@ class Namespace:
             torch.library.register_autograd(backward_operator, refuse, lib=self._library)
 
 
-class Call(NamedTuple):
-    """One call of an operator."""
-
-    op: Op
-    sizes: Mapping[str, int]
-    """The size of each letter."""
-    given: Mapping[str, Any]
-    """The arguments by their names in the row."""
-
-    @property
-    def rows(self) -> int:
-        """Positions of all sequences together."""
-        return self.sizes["B"] * self.sizes["L"]
-
-    def fields(self, gy: Tensor | None = None) -> dict[str, Any]:
-        """What kernels are given: sizes, options, and each tensor.
-
-        A tensor ``[B, L, ...]`` lies as it may, with contiguous rows; ``sx`` is the stride of the rows of ``x``. All
-        others are contiguous.
-        """
-        # to kernels B is a tensor, and of the batch they know its rows
-        found: dict[str, Any] = {letter: size for letter, size in self.sizes.items() if letter != "B"}
-        if "L" in found:
-            found["rows"] = self.rows
-        for option, _ in self.op.options:
-            found[option] = self.given[option]
-        for argument in self.op.tensors:
-            name, t = KERNEL_NAMES.get(argument.name, argument.name), self.given[argument.name]
-            if argument.name == "cu_seqlens":
-                found[name] = None if t is None else t.to(torch.int64).contiguous()
-            else:
-                wide = t is not None and argument.dtype == "float32"
-                found |= _laid_out(name, argument.letters, t.float() if wide else t)
-        return found | _laid_out("gy", self.op.outputs[0].letters, gy)
-
-    def directions(self) -> list[Call]:
-        """The two scans of a quasiseparable product, as calls of ``ssd``."""
-        return [
-            Call(
-                stored("ssd"),
-                self.sizes,
-                {
-                    **dict.fromkeys(("D", "state")),
-                    "return_state": False,
-                    **{name: self.given[name] for name in ("x", "A", "cu_seqlens")},
-                    **{name: self.given[f"{name}_{direction}"] for name in ("dt", "B", "C")},
-                },
-            )
-            for direction in ("fwd", "bwd")
-        ]
+# --- what kernels are given ---------------------------------------------------------------------------------------
 
 
-def _laid_out(name: str, letters: str, t: Tensor | None) -> dict[str, Any]:
-    """A tensor as kernels read it, and the stride of its rows (b, t) where it has any; a copy where it must be."""
+def kernel_name(name: str) -> str:
+    """What kernels call an argument: to them D is a size, and bounds are offsets."""
+    return {"D": "skip", "cu_seqlens": "offsets"}.get(name, name)
+
+
+def _stored(argument: Argument) -> Argument:
+    """States lie in memory with their last two dimensions swapped, so that channels are neighbours."""
+    if argument.name not in ("state", "final"):
+        return argument
+    return argument._replace(letters=argument.letters[:-2] + argument.letters[:-3:-1])
+
+
+@functools.cache
+def stored(op: str) -> Op:
+    """The row of an op as kernels see it."""
+    tensors, outputs = (tuple(map(_stored, side)) for side in (OPS[op].tensors, OPS[op].outputs))
+    return OPS[op]._replace(tensors=tensors, outputs=outputs)
+
+
+def whole(t: Tensor | None) -> Tensor | None:
+    """A contiguous tensor that begins at a whole number."""
+    if t is None:
+        return None
+    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % t.element_size() else t.contiguous()
+
+
+def laid_out(name: str, letters: str, t: Tensor | None) -> Values:
+    """A tensor as kernels read it.
+
+    A tensor ``[B, L, ...]`` lies as it may as long as its rows (b, t) are contiguous and evenly spaced; ``s<name>`` is
+    the stride between them. All others are contiguous.
+    """
     if not letters.startswith("BL"):
         return {name: whole(t)}
     if t is None:
@@ -128,25 +109,56 @@ def _laid_out(name: str, letters: str, t: Tensor | None) -> dict[str, Any]:
     return {name: t, f"s{name}": stride}
 
 
-def whole(t: Tensor | None) -> Tensor | None:
-    """A contiguous tensor that begins at a whole number."""
-    if t is None:
-        return None
-    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % t.element_size() else t.contiguous()
+def sizes_of(op: Op, arguments: Sequence[Any]) -> dict[str, int]:
+    """The sizes of a call by their letters, and ``rows``, B times L, once its shapes and types are checked."""
+    sizes = op.check(arguments, read_bounds=False)
+    if "L" in sizes:
+        sizes["rows"] = sizes["B"] * sizes["L"]
+    return sizes
 
 
-def _stored(argument: Argument) -> Argument:
-    """States lie in memory with their last two dimensions swapped, so that channels are neighbours."""
-    if argument.name not in ("state", "final"):
-        return argument
-    return argument._replace(letters=argument.letters[:-2] + argument.letters[:-3:-1])
+def values_of(op: str, *arguments: Any) -> Values:
+    """What kernels are given of a call: its sizes, its options, and its tensors laid out."""
+    names = [*[t.name for t in stored(op).tensors], *[name for name, _ in stored(op).options]]
+    return _values(stored(op), sizes_of(stored(op), arguments), dict(zip(names, arguments)))
 
 
-@functools.cache
-def stored(op: str) -> Op:
-    """The row of an op as kernels see it."""
-    tensors, outputs = ([_stored(argument) for argument in side] for side in (OPS[op].tensors, OPS[op].outputs))
-    return OPS[op]._replace(tensors=tuple(tensors), outputs=tuple(outputs))
+def _values(op: Op, sizes: Mapping[str, int], given: Values) -> Values:
+    # to kernels B is a tensor
+    values: Values = {name: size for name, size in sizes.items() if name != "B"}
+    values |= {name: given[name] for name, _ in op.options}
+    for name, letters, _, dtype in op.tensors:
+        t = given[name]
+        if t is not None and (name == "cu_seqlens" or dtype):
+            t = t.to(torch.int64 if name == "cu_seqlens" else getattr(torch, dtype))
+        values |= laid_out(kernel_name(name), letters, t)
+    return values
+
+
+def one_direction(values: Values, direction: str) -> Values:
+    """What one scan of a quasiseparable product is given: ``dt_fwd`` becomes ``dt``, and so on."""
+    return {name.removesuffix(f"_{direction}"): value for name, value in values.items()}
+
+
+def taps_before(values: Values) -> int:
+    """How many taps of a convolution meet what was before the present.
+
+    Raises:
+        ValueError: no kernel has so many taps.
+    """
+    taps, causal = values["K"], "state" in values
+    if taps > MOST_TAPS:
+        op = "causal_conv1d" if causal else "centered_conv1d"
+        raise ValueError(f"{op}: no kernel for {taps} taps; they have up to {MOST_TAPS}")
+    return taps - 1 if causal else taps // 2
+
+
+def contiguous_like(t: Tensor) -> Tensor:
+    """New contiguous memory of its shape."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+# --- operators ----------------------------------------------------------------------------------------------------
 
 
 class Operator:
@@ -157,12 +169,15 @@ class Operator:
     was kept and the arguments, and returns the gradients of all tensors of floating-point numbers. An operator returns
     tensors alone: an empty one stands for None.
 
+    Both functions take one dictionary, ``values``: the sizes by their letters (but not B, which is a tensor to kernels)
+    and ``rows``, B times L; the options; and the tensors as :func:`laid_out` gives them, by :func:`kernel_name`.
+
     Args:
         namespace: of the backend.
         op: name of the row.
-        forward: takes a :class:`Call` and the outputs by name, with None for what is not wanted, and writes them.
-        backward: takes a :class:`Call` and a dictionary of ``gy``, ``gfinal`` (or None) and what was kept; returns the
-            gradients by the names of the tensors.
+        forward: writes the outputs and what is kept, which ``values`` holds too; None for what is not wanted.
+        backward: reads ``gy``, ``gfinal`` and what was kept from ``values`` too, and returns a dictionary in which
+            ``gx`` is the gradient of ``x``.
         kept: names of what the forward keeps, and their shapes as functions of the sizes.
     """
 
@@ -170,26 +185,26 @@ class Operator:
         self,
         namespace: Namespace,
         op: str,
-        forward: Callable[[Call, dict[str, Any]], None],
-        backward: Callable[[Call, dict[str, Any]], Mapping[str, Tensor | None]],
-        kept: Mapping[str, Callable[[Mapping[str, int]], Sequence[int]]] | None = None,
+        forward: Callable[[Values], None],
+        backward: Callable[[Values], Values],
+        kept: Mapping[str, Shape],
     ) -> None:
-        self._op, self._run_forward, self._run_backward, self._kept = stored(op), forward, backward, kept or {}
         self._namespace = namespace  # it holds the operators
+        self._op, self._run_forward, self._run_backward, self._kept = stored(op), forward, backward, kept
         tensors, options, outputs = self._op.tensors, self._op.options, self._op.outputs
         self._names = [*[t.name for t in tensors], *[name for name, _ in options]]
         self._differentiable = [t.name for t in tensors if t.name != "cu_seqlens" and t.dtype != "int64"]
-        self._returned = [*[output.name for output in outputs], *self._kept]
+        self._returned = [*[output.name for output in outputs], *kept]
         arguments = [f"Tensor{'?' * t.optional} {t.name}" for t in tensors]
         arguments += [f"{kind} {name}" for name, kind in options]
-        incoming = [f"Tensor{'?' * (output.name != 'y')} g{output.name}" for output in outputs]
-        incoming += [f"Tensor {name}" for name in self._kept]
+        incoming = [f"Tensor{'?' * (output.name == 'final')} g{output.name}" for output in outputs]
+        incoming += [f"Tensor {name}" for name in kept]
         self._backward_operator = namespace.define(
             f"{op}_backward({', '.join(incoming + arguments)}) -> {_tensors(len(self._differentiable))}",
             self._backward,
             self._backward_fake,
         )
-        keep = ["bool keep"] if self._kept else []
+        keep = ["bool keep"] if kept else []
         self._operator = namespace.define(
             f"{op}({', '.join(arguments + keep)}) -> {_tensors(len(self._returned))}", self._forward, self._fake
         )
@@ -201,52 +216,51 @@ class Operator:
         if given.get("state") is not None:
             given["state"] = given["state"].transpose(-1, -2)
         if self._kept:
-            given["keep"] = torch.is_grad_enabled() and any(
-                isinstance(t, Tensor) and t.requires_grad for t in arguments
-            )
+            wanted = [isinstance(t, Tensor) and t.requires_grad for t in arguments]
+            given["keep"] = torch.is_grad_enabled() and any(wanted)
         outputs = self._operator(*given.values())
-        if len(self._returned) > 1 and len(self._op.outputs) == 1:
-            return outputs[0]
-        if len(self._op.outputs) == 1:
+        if len(self._returned) == 1:
             return outputs
+        if len(self._op.outputs) == 1:
+            return outputs[0]
         y, final = outputs[:2]
         return y, final.transpose(-1, -2) if given.get("return_state", True) else None
 
-    def _call(self, arguments: Sequence[Any]) -> Call:
-        sizes = self._op.check(arguments, read_bounds=False)
-        return Call(self._op, sizes, dict(zip(self._names, arguments)))
+    def _check(self, arguments: Sequence[Any]) -> tuple[dict[str, int], Values]:
+        """Sizes, and the arguments by their names."""
+        return sizes_of(self._op, arguments), dict(zip(self._names, arguments))
 
-    def _shapes(self, call: Call, keep: bool) -> dict[str, tuple[int, ...]]:
-        """The shapes of all that the operator returns; nothing is in a state that is not wanted."""
-        shapes = {output.name: tuple(call.sizes[letter] for letter in output.letters) for output in self._op.outputs}
-        if not call.given.get("return_state", True):
+    def _shapes(self, sizes: Mapping[str, int], given: Values, keep: bool) -> dict[str, tuple[int, ...]]:
+        """The shapes of all that the operator returns; a state that is not wanted has no rows."""
+        shapes = {output.name: tuple(sizes[letter] for letter in output.letters) for output in self._op.outputs}
+        if not given.get("return_state", True):
             shapes["final"] = (0, *shapes["final"][1:])
         for name, shape in self._kept.items():
-            first, *rest = shape(call.sizes)
+            first, *rest = shape(sizes)
             shapes[name] = (first if keep else 0, *rest)
         return shapes
 
-    def _empty(self, call: Call, keep: bool) -> tuple[Tensor, ...]:
+    def _empty(self, x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, ...]:
         """Memory for all that the operator returns."""
-        x = call.given[self._names[0]]
         like_x = [output.name for output in self._op.outputs if not output.dtype]
-        shapes = self._shapes(call, keep)
         return tuple(x.new_empty(shapes[n], dtype=x.dtype if n in like_x else torch.float32) for n in shapes)
 
     def _fake(self, *arguments: Any) -> Any:
-        outputs = self._empty(self._call(arguments), bool(self._kept) and arguments[-1])
-        return outputs if self._returned[1:] else outputs[0]
+        sizes, given = self._check(arguments)
+        outputs = self._empty(arguments[0], self._shapes(sizes, given, bool(self._kept) and arguments[-1]))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _forward(self, *arguments: Any) -> Any:
-        call, keep = self._call(arguments), bool(self._kept) and arguments[-1]
-        outputs = self._empty(call, keep)
-        written: dict[str, Any] = dict(zip(self._returned, outputs))
-        if not call.given.get("return_state", True):
-            written["final"] = None
+        sizes, given = self._check(arguments)
+        keep = bool(self._kept) and arguments[-1]
+        outputs = self._empty(arguments[0], self._shapes(sizes, given, keep))
+        values = _values(self._op, sizes, given) | dict(zip(self._returned, outputs))
+        if not given.get("return_state", True):
+            values["final"] = None
         if not keep:
-            written |= dict.fromkeys(self._kept)
-        self._run_forward(call, written)
-        return outputs if self._returned[1:] else outputs[0]
+            values |= dict.fromkeys(self._kept)
+        self._run_forward(values)
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _backward_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
         given = dict(zip(self._names, arguments[len(self._returned) :]))
@@ -255,21 +269,25 @@ class Operator:
         )
 
     def _backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call = self._call(arguments[len(self._returned) :])
-        incoming = {}
-        for (name, shape), t in zip(self._shapes(call, True).items(), arguments):
-            if name in self._kept and tuple(t.shape) != shape:
+        sizes, given = self._check(arguments[len(self._returned) :])
+        values = _values(self._op, sizes, given)
+        for (name, shape), t in zip(self._shapes(sizes, given, True).items(), arguments):
+            if name in self._kept:
                 # an exported program may run backward although its forward was traced without gradients
-                message = "the forward kept no states for a backward; run or export it with gradients enabled"
-                raise ValueError(f"{self._op.name}: {message}")
-            if name not in self._kept and t is not None and tuple(t.shape) != shape:
-                raise ValueError(f"{self._op.name}: g{name} must have shape {list(shape)}, got {list(t.shape)}")
-            incoming[name if name in self._kept else f"g{name}"] = t
-        if not call.given.get("return_state", True):
-            incoming["gfinal"] = None
-        found = self._run_backward(call, incoming)
+                if tuple(t.shape) != shape:
+                    message = "the forward kept no states for a backward; run or export it with gradients enabled"
+                    raise ValueError(f"{self._op.name}: {message}")
+                values[name] = t
+            else:
+                if t is not None and tuple(t.shape) != shape:
+                    raise ValueError(f"{self._op.name}: g{name} must have shape {list(shape)}, got {list(t.shape)}")
+                letters = next(output.letters for output in self._op.outputs if output.name == name)
+                values |= laid_out(f"g{name}", letters, t)
+        if not given.get("return_state", True):
+            values["gfinal"] = None
+        found = self._run_backward(values)
         return tuple(
-            torch.empty(0) if call.given[name] is None else found[name].to(call.given[name].dtype)  # type: ignore[union-attr]
+            torch.empty(0) if given[name] is None else found[f"g{kernel_name(name)}"].to(given[name].dtype)
             for name in self._differentiable
         )
 
@@ -278,7 +296,7 @@ class Operator:
         kept = output[len(self._op.outputs) :] if self._kept else ()
         ctx.save_for_backward(*inputs[:tensors], *kept)
         ctx.options = inputs[tensors : len(self._names)]
-        ctx.shape = output[0].shape if self._returned[1:] else output.shape
+        ctx.shape = output.shape if len(self._returned) == 1 else output[0].shape
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
 
@@ -299,26 +317,9 @@ def _tensors(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 
-def taps_before(call: Call) -> int:
-    """How many taps of a convolution meet what was before the present.
-
-    Raises:
-        ValueError: no kernel has so many taps.
-    """
-    taps = call.sizes["K"]
-    if taps > MOST_TAPS:
-        raise ValueError(f"{call.op.name}: no kernel for {taps} taps; they have up to {MOST_TAPS}")
-    return taps - 1 if call.op.name == "causal_conv1d" else taps // 2
-
-
 def no_tangents(*tensors: Tensor | None) -> bool:
     """Whether none carries a tangent of forward differentiation: an operator would drop it without a word."""
     return torch.compiler.is_compiling() or all(t is None or unpack_dual(t).tangent is None for t in tensors)
-
-
-def contiguous_like(t: Tensor) -> Tensor:
-    """New contiguous memory of its shape."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def implement(op: str, backend: str, function: Callable[..., Any], takes: Callable[..., bool], name: str = "") -> None:

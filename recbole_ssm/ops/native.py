@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,22 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.library import (
-    KERNEL_NAMES,
     MOST_TAPS,
-    Call,
     Namespace,
     Operator,
+    Shape,
+    Values,
     contiguous_like,
     implement,
+    kernel_name,
     no_tangents,
+    one_direction,
     stored,
     taps_before,
+    values_of,
     whole,
 )
 from recbole_ssm.ops.linear_cross_entropy import differentiable
-from recbole_ssm.ops.table import OPS
 
 ABI = 4  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
@@ -63,12 +65,12 @@ def _structure(op: str, options: str = "", kept: str = "", backward: bool = True
     members += [letter for letter in dict.fromkeys(letters) if not packed or letter not in "BSL"]
     members += ["threads", *options.split(), *["*offsets"] * packed]
     for t in tensors:
-        members += _pointers(KERNEL_NAMES.get(t.name, t.name), t.letters)
+        members += _pointers(kernel_name(t.name), t.letters)
     members += [f"*{name}" for name in [*[output.name for output in row.outputs], *kept.split()]]
     if backward:
         members += _pointers("gy", row.outputs[0].letters)
         members += [f"*g{output.name}" for output in row.outputs[1:]]
-        members += [f"*g{KERNEL_NAMES.get(t.name, t.name)}" for t in tensors]
+        members += [f"*g{kernel_name(t.name)}" for t in tensors]
     kinds = {"*": ctypes.c_void_p, "~": ctypes.c_double}
     fields = [(name.lstrip("*~"), kinds.get(name[0], ctypes.c_int64)) for name in [*members, "*workspace"]]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
@@ -137,15 +139,23 @@ def select(name: str) -> str:
 # --- calls into the library ---------------------------------------------------------------------------------------
 
 
-def _run(name: str, rows: int, backward: bool, fields: dict[str, Any], refusal: Exception | None = None) -> None:
-    """Call a kernel; ``fields`` holds the tensors until it returns, ``refusal`` says what it may find wrong in them."""
+def _run(name: str, backward: bool, values: Values, refusal: Exception | None = None) -> None:
+    """Call a kernel.
+
+    Args:
+        name: of the kernel.
+        backward: whether its backward is run.
+        values: members of its structure, and perhaps more; they hold the tensors until it returns.
+        refusal: the error that stands for wrong values in them, where those are not wrong bounds.
+    """
     if name not in _kernels:  # an exported program on a machine that has not built them
         raise RuntimeError(f"{name}: the native kernels are not usable here: {unusable}")
-    for field, value in fields.items():  # the sums gA and gskip are this module's own, and in double for SSD
-        numbers = isinstance(value, Tensor) and value.is_floating_point()
-        if numbers and value.dtype != torch.float32 and field not in ("gA", "gskip"):
-            raise ValueError(f"{name}: the native kernels compute float32, not {value.dtype} as given for {field}")
-    call = structure(name, **fields)
+    call, rows = structure(name, **values), values.get("rows", 0)
+    for member, *_ in call._fields_:
+        t = values.get(member)
+        # the sums gA and gskip are this module's own, and in double for SSD
+        if isinstance(t, Tensor) and t.dtype not in (torch.float32, torch.int64) and member not in ("gA", "gskip"):
+            raise ValueError(f"{name}: the native kernels compute float32, not {t.dtype} as given for {member}")
     run, size = _kernels[name]
     workspace = torch.empty(size(call, backward), dtype=torch.uint8)
     call.workspace = workspace.data_ptr()
@@ -182,90 +192,76 @@ def run_steps(calls: Any, count: int) -> None:
 _operators = Namespace("recbole_ssm", ["CPU"])
 
 
-def _gradients(call: Call, doubles: str = "") -> dict[str, Tensor | None]:
-    """Memory for the gradients of all tensors, float64 for those that a kernel sums in double."""
-
-    def memory(name: str, t: Tensor) -> Tensor:
-        return t.new_empty(t.shape, dtype=torch.float64) if name in doubles.split() else contiguous_like(t)
-
-    given = {t.name: call.given[t.name] for t in call.op.tensors if t.name != "cu_seqlens"}
-    return {name: None if t is None else memory(name, t) for name, t in given.items()}
-
-
-def _named(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Gradients by the names that they have in a kernel's structure."""
-    return {f"g{KERNEL_NAMES.get(name, name)}": t for name, t in gradients.items()}
-
-
-def _chunks(letters: str) -> Callable[[Mapping[str, int]], Sequence[int]]:
+def _states(letters: str) -> Shape:
     """The shape of the states at the start of every chunk but each sequence's first: at most one a CHUNK of rows."""
-    return lambda sizes: (sizes["B"] * sizes["L"] // CHUNK, *[sizes[letter] for letter in letters])
+    return lambda sizes: [sizes["rows"] // CHUNK, *[sizes[letter] for letter in letters]]
+
+
+def _with_gradients(op: str, values: Values, doubles: str) -> Values:
+    """Values with memory for the gradients of all tensors, in float64 for those that the kernel sums in double."""
+    for t in stored(op).tensors:
+        given = values[kernel_name(t.name)]
+        dtype = torch.float64 if t.name in doubles.split() else torch.float32
+        values[f"g{kernel_name(t.name)}"] = None if given is None else given.new_empty(given.shape, dtype=dtype)
+    return values
 
 
 def _operator(
-    op: str, kernel: str, options: Callable[[Call], dict[str, Any]], states: str = "", doubles: str = ""
+    op: str, kernel: str, options: Callable[[Values], Values] = lambda values: {}, states: str = "", doubles: str = ""
 ) -> Operator:
     """The operator of an op that is one run of a kernel.
 
     Args:
         op: name of its row.
         kernel: what it runs.
-        options: fields of the kernel's structure that the row does not have.
+        options: members of the kernel's structure that the row does not have.
         states: letters of the states that the forward keeps for the backward, if it keeps any.
         doubles: tensors whose gradients the kernel sums in double.
     """
 
-    def forward(call: Call, outputs: dict[str, Any]) -> None:
-        _run(kernel, call.rows, False, {**call.fields(), **options(call), **outputs})
+    def forward(values: Values) -> None:
+        _run(kernel, False, values | options(values))
 
-    def backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-        gradients = _gradients(call, doubles)
-        incoming["gfinal"] = whole(incoming.get("gfinal"))
-        fields = {**incoming, **call.fields(incoming["gy"]), **options(call), **_named(gradients)}
-        _run(kernel, call.rows, True, fields)
-        return gradients
+    def backward(values: Values) -> Values:
+        values = _with_gradients(op, values, doubles) | options(values)
+        _run(kernel, True, values)
+        return values
 
-    return Operator(_operators, op, forward, backward, {"kept": _chunks(states)} if states else None)
+    return Operator(_operators, op, forward, backward, {"kept": _states(states)} if states else {})
 
 
-def _scan_options(call: Call) -> dict[str, Any]:
+def _last_options(values: Values) -> Values:
     """At the last position of each sequence C, z and gy have one row for a sequence."""
-    last = "final" not in [output.name for output in call.op.outputs]
-    strides = {"sC": call.sizes["N"], "sz": call.sizes["D"], "sgy": call.sizes["D"]} if last else {}
-    return {"last": last, **strides}
+    return {"last": True, "sC": values["N"], "sz": values["D"], "sgy": values["D"]}
 
 
-def _conv_options(call: Call) -> dict[str, Any]:
-    return {"lead": taps_before(call), "silu": call.given["activation"] == "silu"}
+def _conv_options(values: Values) -> Values:
+    return {"lead": taps_before(values), "silu": values["activation"] == "silu"}
 
 
-def _quasi_forward(call: Call, outputs: dict[str, Any]) -> None:
-    """The two scans, each shifted by one position; the second adds to what the first has written."""
-    for second, (scan, kept) in enumerate(zip(call.directions(), ("kept_fwd", "kept_bwd"))):
+def _both_directions(values: Values, backward: bool) -> None:
+    """The two scans of a quasiseparable product, each shifted by one position; the second adds to the first."""
+    for second, direction in enumerate(("fwd", "bwd")):
         options = {"shift": 1, "reverse": second, "accumulate": second}
-        _run("ssd", call.rows, False, {**scan.fields(), **options, "y": outputs["y"], "kept": outputs[kept]})
+        _run("ssd", backward, one_direction(values, direction) | options)
 
 
-def _quasi_backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-    gradients = _gradients(call, "A")
-    for second, (scan, direction) in enumerate(zip(call.directions(), ("fwd", "bwd"))):
-        options = {"shift": 1, "reverse": second, "accumulate": second, "kept": incoming[f"kept_{direction}"]}
-        own = {name: gradients[f"{name}_{direction}"] for name in ("dt", "B", "C")}
-        fields = {**scan.fields(incoming["gy"]), **options, **_named({**gradients, **own})}
-        _run("ssd", call.rows, True, fields)
-    return gradients
+def _quasi_forward(values: Values) -> None:
+    _both_directions(values, False)
 
 
-def _nothing(call: Call) -> dict[str, Any]:
-    return {}
+def _quasi_backward(values: Values) -> Values:
+    values = _with_gradients("quasiseparable", values, "A")
+    _both_directions(values, True)
+    return values
 
 
-_kept_twice = {"kept_fwd": _chunks("HNP"), "kept_bwd": _chunks("HNP")}
-OPERATORS: dict[str, Operator] = {
-    "selective_scan": _operator("selective_scan", "scan", _scan_options, states="ND"),
-    "selective_scan_last": _operator("selective_scan_last", "scan", _scan_options),
-    "ssd": _operator("ssd", "ssd", _nothing, states="HNP", doubles="A D"),
-    "ssd_last": _operator("ssd_last", "ssd_last", _nothing, doubles="A D"),
+_kept_twice = {"kept_fwd": _states("HNP"), "kept_bwd": _states("HNP")}
+OPERATORS = {
+    "selective_scan": _operator("selective_scan", "scan", states="ND"),
+    "selective_scan_last": _operator("selective_scan_last", "scan", _last_options),
+    "ssd": _operator("ssd", "ssd", states="HNP", doubles="A D"),
+    "ssd_last": _operator("ssd_last", "ssd_last", doubles="A D"),
     "quasiseparable": Operator(_operators, "quasiseparable", _quasi_forward, _quasi_backward, _kept_twice),
     "causal_conv1d": _operator("causal_conv1d", "conv", _conv_options),
     "centered_conv1d": _operator("centered_conv1d", "conv", _conv_options),
@@ -289,7 +285,7 @@ def _dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
     threshold = round(p * 2**32)
     y = _dropout_fake(x, p, seed)
     fields = {"size": x.numel(), "seed": seed, "threshold": threshold, "scale": 1 / (1 - threshold / 2**32)}
-    _run("dropout", 0, False, {**fields, "x": whole(x), "y": y})
+    _run("dropout", False, {**fields, "x": whole(x), "y": y})
     return y
 
 
@@ -321,14 +317,6 @@ def _takes_dropout(x: Tensor, p: float) -> bool:
 # --- loss and ranks -----------------------------------------------------------------------------------------------
 
 
-def _fields(op: str, *tensors: Tensor | None) -> dict[str, Any]:
-    """The sizes and tensors of a call of an op without sequences."""
-    fields: dict[str, Any] = OPS[op].check(tensors)
-    for argument, t in zip(OPS[op].tensors, tensors):
-        fields[argument.name] = whole(t.to(torch.int64) if t is not None and argument.dtype else t)
-    return fields
-
-
 def _loss(
     wanted: tuple[bool, bool],
     output: Tensor,
@@ -343,18 +331,19 @@ def _loss(
     """The loss, and its gradients where they are wanted: the backward of this op only scales them."""
     loss = output.new_empty(())
     gradients = [contiguous_like(t) if needed else None for t, needed in zip((output, items), wanted)]
-    fields = _fields("linear_cross_entropy", output, items, target, weight, bias, candidates)
-    fields |= {"scale": 1 / temperature, "smoothing": label_smoothing}
-    fields |= {"loss": loss, "goutput": gradients[0], "gitems": gradients[1]}
+    tensors = (output, items, target, weight, bias, candidates)
+    values = values_of("linear_cross_entropy", *tensors, temperature, label_smoothing)
+    values |= {"scale": 1 / temperature, "smoothing": label_smoothing}
+    values |= {"loss": loss, "goutput": gradients[0], "gitems": gradients[1]}
     refusal = IndexError(f"linear_cross_entropy: a target or a candidate is none of the {len(items)} items")
-    _run("loss", 0, False, fields, refusal)
+    _run("loss", False, values, refusal)
     return loss, gradients[0], gradients[1]
 
 
 def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
     higher, ties = (torch.empty(len(output), 2, dtype=torch.int64) for _ in range(2))
-    fields = {**_fields("rank_targets", output, items, target, *rest), "higher": higher, "ties": ties}
-    _run("ranks", 0, False, fields, IndexError(f"rank_targets: an item is none of the {len(items)}"))
+    values = values_of("rank_targets", output, items, target, *rest) | {"higher": higher, "ties": ties}
+    _run("ranks", False, values, IndexError(f"rank_targets: an item is none of the {len(items)}"))
     return higher, ties
 
 

@@ -46,11 +46,12 @@ def machine(tmp_path_factory):
 def test_arm(op, machine, monkeypatch):
     calls = []
 
-    def run(name, rows, backward, fields):
+    def run(name, backward, fields):
         calls.append(name)
         structure = native.structure(name, **fields)
         members = [member for member, _ in structure._fields_]
         words, memory = struct.unpack(f"<{len(members)}q", bytes(structure)), []
+        rows = fields.get("rows", 0)
         kernel = ["scan", "ssd", "ssd_last", "conv", "dropout"].index(name)
         machine.stdin.write(struct.pack("<4q", kernel, rows, backward, len(members)))
         for member, word in zip(members, words):

@@ -120,19 +120,19 @@ def test_a_new_op_is_a_row_and_its_kernels(monkeypatch):
     """y = sum_n x_n w_n, picked by an index; nothing but the two functions is written for the compiled form."""
     monkeypatch.setitem(OPS, "picked", row("picked", "x:BLN weight:VN target:BL:int64 bias?:V", "y:BL", "scale:float"))
 
-    def forward(call, outputs):
-        x, weight, target, bias = (call.given[name] for name in ("x", "weight", "target", "bias"))
+    def forward(values):
+        x, weight, target, bias = (values[name] for name in ("x", "weight", "target", "bias"))
         picked = weight[target]
-        outputs["y"].copy_((x * picked).sum(-1) * call.given["scale"] + (0 if bias is None else bias[target]))
-        if outputs["kept"] is not None:
-            outputs["kept"].copy_(picked)
+        values["y"].copy_((x * picked).sum(-1) * values["scale"] + (0 if bias is None else bias[target]))
+        if values["kept"] is not None:
+            values["kept"].copy_(picked)
 
-    def backward(call, incoming):
-        target, scale = call.given["target"], call.given["scale"]
-        gy = incoming["gy"][..., None] * scale
-        weight = torch.zeros_like(call.given["weight"]).index_put((target,), gy * call.given["x"], accumulate=True)
-        bias = torch.zeros(call.sizes["V"]).index_put((target,), incoming["gy"], accumulate=True)
-        return {"x": gy * incoming["kept"], "weight": weight, "bias": bias}
+    def backward(values):
+        target, gy = values["target"], values["gy"]
+        gx = gy[..., None] * values["scale"]
+        weight = torch.zeros_like(values["weight"]).index_put((target,), gx * values["x"], accumulate=True)
+        bias = torch.zeros(values["V"]).index_put((target,), gy, accumulate=True)
+        return {"gx": gx * values["kept"], "gweight": weight, "gbias": bias}
 
     def shape_kept(sizes):
         return [sizes[letter] for letter in "BLN"]

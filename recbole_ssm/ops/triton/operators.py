@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.library import Call, Namespace, Operator, contiguous_like, taps_before, whole
+from recbole_ssm.ops.library import Namespace, Operator, Shape, Values, contiguous_like, one_direction, taps_before
 
 MOST_STATE = 256  # N of a selective scan
 MOST_CELLS = 128 * 64  # N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs
@@ -53,50 +53,56 @@ def _like(t: Tensor | None) -> Tensor | None:
     return None if t is None else contiguous_like(t)
 
 
-def _total(shares: Tensor) -> Tensor:
-    """The sum of all shares of a small gradient."""
-    return shares.sum(0, dtype=torch.float64)
+def _shares(x: Tensor, given: Tensor | None, *shape: int) -> Tensor | None:
+    """Room for the shares of a small gradient, one for each program, where the tensor is given."""
+    return None if given is None else _float(x, *shape)
+
+
+def _total(shares: Tensor | None) -> Any:
+    """The sum of the shares of a small gradient, or None."""
+    return None if shares is None else shares.sum(0, dtype=torch.float64)
+
+
+def _tiles(size: int, block: int) -> int:
+    """How many blocks cover so many elements."""
+    return -(-size // block)
 
 
 # --- selective scan -----------------------------------------------------------------------------------------------
 
 
-def _scan_values(call: Call, gy: Tensor | None = None) -> dict[str, Any]:
-    """What both scans read. A lane holds one channel and at most 32 states; of more, several lanes share a channel."""
-    BN = _width(call.sizes["N"])
-    blocks = {"BN": BN, "BD": min(_width(call.sizes["D"], 8), 32 if BN <= 32 else 16), "CHUNK": _SCAN_CHUNK}
-    fields = call.fields(gy)
-    return {**fields, **blocks, "A": whole(call.given["A"].t()), "SOFTPLUS": fields["dt_softplus"]}
+def _scan_blocks(values: Values) -> Values:
+    """A lane holds one channel and at most 32 states: where N is larger, several lanes share a channel."""
+    BN = _width(values["N"])
+    BD = min(_width(values["D"], 8), 32 if BN <= 32 else 16)
+    # the kernels keep A as they keep a state, [N, D]
+    A_ND = values["A"].t().contiguous()
+    return {"BN": BN, "BD": BD, "CHUNK": _SCAN_CHUNK, "SOFTPLUS": values["dt_softplus"], "A": A_ND}
 
 
-def _scan_forward(call: Call, outputs: dict[str, Any]) -> None:
-    values = _scan_values(call)
-    kernel = "scan.scan_forward" if "final" in outputs else "scan.scan_last_forward"
-    _launch(kernel, (call.sizes["S"], -(-call.sizes["D"] // values["BD"])), {**values, **outputs}, warps=1)
+def _scan_forward(values: Values) -> None:
+    values |= _scan_blocks(values)
+    kernel = "scan.scan_forward" if "final" in values else "scan.scan_last_forward"
+    _launch(kernel, (values["S"], _tiles(values["D"], values["BD"])), values, warps=1)
 
 
-def _scan_backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-    given, last = call.given, "gfinal" not in incoming
-    (x, B, C), (S, D, N) = (given[name] for name in "xBC"), (call.sizes[letter] for letter in "SDN")
-    values = _scan_values(call, incoming["gy"])
-    shares = -(-D // values["BD"])
+def _scan_backward(values: Values) -> Values:
+    values |= _scan_blocks(values)
+    x, S, D, N = (values[name] for name in ("x", "S", "D", "N"))
+    shares = _tiles(D, values["BD"])
     programs = _programs(x, S, shares)
-    state = given.get("state")
-    gx, gdt, gz = (_like(given[name]) for name in ("x", "dt", "z"))
-    gstate = None if state is None else _float(x, *state.shape)
-    gB, gC = (_float(x, shares, *t.shape) for t in (B, C))
-    gA, gskip, gbias = _float(x, programs, N, D), _float(x, programs, D), _float(x, programs, D)
-    values |= {"gx": gx, "gdt": gdt, "gA": gA, "gB": gB, "gC": gC, "gz": gz, "gstate": gstate}
-    values["gskip"] = None if given["D"] is None else gskip
-    values["gdt_bias"] = None if given["dt_bias"] is None else gbias
-    if last:
-        _launch("scan.scan_last_backward", (programs, shares), {**values, "after": incoming["after"]}, warps=1)
-    else:
-        values |= {"gfinal": whole(incoming["gfinal"]), "kept": incoming["kept"]}
+    gA = _float(x, programs, N, D)
+    gB, gC = (_float(x, shares, *values[name].shape) for name in ("B", "C"))
+    values |= {f"g{name}": _like(values[name]) for name in ("x", "dt", "z")}
+    values |= {"gA": gA, "gB": gB, "gC": gC, "gstate": _like(values.get("state"))}
+    values |= {f"g{name}": _shares(x, values[name], programs, D) for name in ("skip", "dt_bias")}
+    if "gfinal" in values:
         values["scratch"] = _float(x, programs, shares, _SCAN_CHUNK, values["BN"], values["BD"])
         _launch("scan.scan_backward", (programs, shares), values, warps=1)
-    small = {"A": _total(gA).t().contiguous(), "D": _total(gskip), "dt_bias": _total(gbias)}
-    return {"x": gx, "dt": gdt, "B": gB.sum(0), "C": gC.sum(0), "z": gz, "state": gstate, **small}
+    else:
+        _launch("scan.scan_last_backward", (programs, shares), values, warps=1)
+    values |= {"gA": _total(gA).t().contiguous(), "gB": gB.sum(0), "gC": gC.sum(0)}
+    return values | {name: _total(values[name]) for name in ("gskip", "gdt_bias")}
 
 
 def _programs(x: Tensor, S: int, others: int) -> int:
@@ -107,23 +113,28 @@ def _programs(x: Tensor, S: int, others: int) -> int:
     return min(S, max(1, _PROGRAMS * processors // others))
 
 
+def _scan_kept(sizes: Mapping[str, int]) -> Sequence[int]:
+    """The shape of the states at the start of every chunk but each sequence's first: at most one a chunk of rows."""
+    return sizes["rows"] // _SCAN_CHUNK, sizes["N"], sizes["D"]
+
+
 # --- SSD ----------------------------------------------------------------------------------------------------------
 
 
 def cells(P: int, N: int) -> int:
-    """Numbers in a state of SSD, as the kernels round them up."""
+    """Numbers in a state of SSD, as the kernels round them up: tensor cores multiply no less than 16 by 16."""
     return _width(N, 16) * _width(P, 16)
 
 
 def _ssd_chunk(sizes: Mapping[str, int]) -> int:
     """Q fits the mean length, and the registers."""
-    mean = -(-sizes["B"] * sizes["L"] // max(sizes["S"], 1))
+    mean = _tiles(sizes["rows"], max(sizes["S"], 1))
     return 16 if mean <= 16 or cells(sizes["P"], sizes["N"]) > 64 * 64 else 32
 
 
 def _ssd_kept(sizes: Mapping[str, int]) -> Sequence[int]:
-    """The shape of the states at the start of every chunk but each sequence's first."""
-    return sizes["B"] * sizes["L"] // _ssd_chunk(sizes), sizes["H"], sizes["N"], sizes["P"]
+    """As :func:`_scan_kept`."""
+    return sizes["rows"] // _ssd_chunk(sizes), sizes["H"], sizes["N"], sizes["P"]
 
 
 def _precision(*tensors: Tensor) -> str:
@@ -134,134 +145,143 @@ def _precision(*tensors: Tensor) -> str:
 
 
 _AHEAD = {"REVERSE": False, "SHIFT": False, "ADD": False}
-_SHIFTED = {**_AHEAD, "SHIFT": True}
-_REVERSED = {"REVERSE": True, "SHIFT": True, "ADD": True}  # it adds to what the other direction has written
+_DIRECTIONS = {
+    "fwd": {**_AHEAD, "SHIFT": True},
+    "bwd": {"REVERSE": True, "SHIFT": True, "ADD": True},  # it adds to what the other direction has written
+}
 
 
-def _ssd_values(call: Call, gy: Tensor | None = None, direction: dict[str, bool] = _AHEAD) -> dict[str, Any]:
-    """What the kernels of SSD read; tensor cores multiply no less than 16 by 16."""
-    sizes = call.sizes
-    precision = _precision(*[call.given[name] for name in "xBC"])
-    blocks = {"BN": _width(sizes["N"], 16), "BP": _width(sizes["P"], 16), "PRECISION": precision, **direction}
-    return {**call.fields(gy), **blocks, "per_group": sizes["H"] // sizes["G"], "groups": sizes["G"]}
+def _run_ssd(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -> None:
+    last = "last" in kernel
+    constants = {
+        "BN": _width(values["N"], 16),
+        "BP": _width(values["P"], 16),
+        "Q": 32 if last else _ssd_chunk(values),
+        "PRECISION": _precision(values["x"], values["B"], values["C"]),
+        "per_group": values["H"] // values["G"],
+        "groups": values["G"],
+    }
+    _launch(kernel, (values["S"], values["H"]), values | constants | direction, warps=4 if last else 8)
 
 
-def _run_ssd(call: Call, outputs: dict[str, Any], direction: dict[str, bool] = _AHEAD) -> None:
-    """Write y, final and kept."""
-    values = {**_ssd_values(call, None, direction), "Q": _ssd_chunk(call.sizes), **outputs}
-    _launch("ssd.ssd_forward", (call.sizes["S"], call.sizes["H"]), values, warps=8)
-
-
-def _run_ssd_backward(
-    call: Call, incoming: dict[str, Any], gx: Tensor | None, direction: dict[str, bool] = _AHEAD
-) -> dict[str, Any]:
+def _run_ssd_backward(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -> Values:
     """Write gx, or add to it, and return all gradients."""
-    given, state = call.given, call.given.get("state")
-    (x, B, C), (S, H, N) = (given[name] for name in "xBC"), (call.sizes[letter] for letter in "SHN")
-    gdt, gA, gskip = _float(x, *given["dt"].shape), _float(x, S, H), _float(x, S, H)
-    gB, gC = (_float(x, *t.shape[:-2], H, N) for t in (B, C))  # each head's share
-    values = {**_ssd_values(call, incoming["gy"], direction), "gx": gx, "gdt": gdt, "gA": gA, "gB": gB, "gC": gC}
-    values["gskip"] = None if given["D"] is None else gskip
-    gstate = None if state is None else _float(x, *state.shape)
-    if "after" in incoming:
-        _launch("ssd.ssd_last_backward", (S, H), {**values, "after": incoming["after"], "Q": 32})
-    else:
-        values |= {"gfinal": whole(incoming["gfinal"]), "gstate": gstate, "kept": incoming["kept"]}
-        _launch("ssd.ssd_backward", (S, H), {**values, "Q": _ssd_chunk(call.sizes)}, warps=8)
-    gB, gC = (g.unflatten(-2, (t.shape[-2], -1)).sum(-2) for g, t in ((gB, B), (gC, C)))
-    small = {"A": _total(gA), "D": _total(gskip)}
-    return {"x": gx, "dt": gdt, "B": gB, "C": gC, "state": gstate, **small}
+    x, S, H, N = (values[name] for name in ("x", "S", "H", "N"))
+    gA = _float(x, S, H)
+    # each head's share
+    gB, gC = (_float(x, *values[name].shape[:-2], H, N) for name in ("B", "C"))
+    values |= {"gdt": _float(x, *values["dt"].shape), "gA": gA, "gB": gB, "gC": gC}
+    values |= {"gstate": _like(values.get("state")), "gskip": _shares(x, values["skip"], S, H)}
+    _run_ssd(kernel, values, direction)
+    gB, gC = (gB.unflatten(-2, (values["G"], -1)).sum(-2), gC.unflatten(-2, (values["G"], -1)).sum(-2))
+    return values | {"gA": _total(gA), "gB": gB, "gC": gC, "gskip": _total(values["gskip"])}
 
 
-def _ssd_backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-    return _run_ssd_backward(call, incoming, _like(call.given["x"]))
+def _ssd_forward(values: Values) -> None:
+    _run_ssd("ssd.ssd_forward", values)
 
 
-def _ssd_last_forward(call: Call, outputs: dict[str, Any]) -> None:
-    values = {**_ssd_values(call), "Q": 32, **outputs}
-    _launch("ssd.ssd_last_forward", (call.sizes["S"], call.sizes["H"]), values)
+def _ssd_backward(values: Values) -> Values:
+    return _run_ssd_backward("ssd.ssd_backward", values | {"gx": _like(values["x"])})
 
 
-def _quasi_forward(call: Call, outputs: dict[str, Any]) -> None:
-    y = outputs["y"]
-    # a shifted direction leaves one row of each sequence out
+def _ssd_last_forward(values: Values) -> None:
+    _run_ssd("ssd.ssd_last_forward", values)
+
+
+def _ssd_last_backward(values: Values) -> Values:
+    return _run_ssd_backward("ssd.ssd_last_backward", values | {"gx": _like(values["x"])})
+
+
+def _quasi_forward(values: Values) -> None:
+    y = values["y"]
+    # a shifted direction leaves one row of each sequence out, which stays zero
     sums = y.zero_() if y.dtype == torch.float32 else y.new_zeros(y.shape, dtype=torch.float32)
-    forward, backward = call.directions()
-    _run_ssd(forward, {"y": sums, "final": None, "kept": outputs["kept_fwd"]}, _SHIFTED)
-    _run_ssd(backward, {"y": sums, "final": None, "kept": outputs["kept_bwd"]}, _REVERSED)
+    values |= {"y": sums, "final": None, "skip": None, "state": None}
+    for name, direction in _DIRECTIONS.items():
+        _run_ssd("ssd.ssd_forward", one_direction(values, name), direction)
     if sums is not y:
         y.copy_(sums)
 
 
-def _quasi_backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-    x, gy = call.given["x"], incoming["gy"]
-    gx = _float(x, *x.shape)
-    forward, backward = call.directions()
-    fwd = _run_ssd_backward(forward, {"gy": gy, "gfinal": None, "kept": incoming["kept_fwd"]}, gx, _SHIFTED)
-    bwd = _run_ssd_backward(backward, {"gy": gy, "gfinal": None, "kept": incoming["kept_bwd"]}, gx, _REVERSED)
-    gradients: dict[str, Tensor | None] = {"x": gx, "A": fwd["A"].float() + bwd["A"].float()}
-    for direction, found in (("fwd", fwd), ("bwd", bwd)):
-        gradients |= {f"{name}_{direction}": found[name] for name in ("dt", "B", "C")}
-    return gradients
+def _quasi_backward(values: Values) -> Values:
+    x = values["x"]
+    values |= {"gx": _float(x, *x.shape), "gfinal": None, "skip": None, "state": None}
+    gA = 0.0
+    for name, direction in _DIRECTIONS.items():
+        found = _run_ssd_backward("ssd.ssd_backward", one_direction(values, name), direction)
+        values |= {f"{gradient}_{name}": found[gradient] for gradient in ("gdt", "gB", "gC")}
+        gA = gA + found["gA"].float()
+    return values | {"gA": gA}
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------
 
-
-def _conv_values(call: Call, gy: Tensor | None = None) -> tuple[dict[str, Any], tuple[int, int], tuple[int, int]]:
-    """What the kernels of the convolutions read, the grid over rows, and the grid over sequences."""
-    values = {**call.fields(gy), "LEAD": taps_before(call), "SILU": call.given["activation"] == "silu"}
-    values |= {"BT": 32, "BD": 32, "BK": _width(call.sizes["K"]), "of_row": None}
-    values.setdefault("state", None)
-    if values["offsets"] is not None:
-        rows = torch.arange(call.sizes["L"], device=values["x"].device)
-        values["of_row"] = torch.bucketize(rows, values["offsets"][1:-1], right=True, out_int32=True)
-    tiles = -(-call.sizes["D"] // 32)
-    return values, (-(-call.rows // 32), tiles), (call.sizes["S"], tiles)
+_CONV_BLOCK = 32  # positions, and channels, of a program
 
 
-def _conv_forward(call: Call, outputs: dict[str, Any]) -> None:
-    values, by_rows, by_sequences = _conv_values(call)
-    _launch("conv.conv_forward", by_rows, {**values, **outputs})
-    if "final" in outputs:
-        _launch("conv.conv_state", by_sequences, {**values, **outputs})
+def _conv_grids(values: Values) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The grid over rows, and that over sequences."""
+    tiles = _tiles(values["D"], _CONV_BLOCK)
+    return (_tiles(values["rows"], _CONV_BLOCK), tiles), (values["S"], tiles)
 
 
-def _conv_backward(call: Call, incoming: dict[str, Any]) -> dict[str, Tensor | None]:
-    values, by_rows, by_sequences = _conv_values(call, incoming["gy"])
-    (D, K), x, state = (call.sizes[letter] for letter in "DK"), call.given["x"], call.given.get("state")
-    gx, gsum, gweight, gbias = _like(x), _float(x, *x.shape), _float(x, by_rows[0], D, K), _float(x, by_rows[0], D)
-    values |= {"gsum": gsum, "gweight": gweight, "gbias": None if call.given["bias"] is None else gbias}
+def _conv_constants(values: Values) -> Values:
+    offsets, of_row = values["offsets"], None
+    if offsets is not None:
+        rows = torch.arange(values["rows"], device=offsets.device)
+        of_row = torch.bucketize(rows, offsets[1:-1], right=True, out_int32=True)
+    return {
+        "LEAD": taps_before(values),
+        "SILU": values["activation"] == "silu",
+        "BT": _CONV_BLOCK,
+        "BD": _CONV_BLOCK,
+        "BK": _width(values["K"]),
+        "of_row": of_row,
+        "state": values.get("state"),
+    }
+
+
+def _conv_forward(values: Values) -> None:
+    by_rows, by_sequences = _conv_grids(values)
+    values |= _conv_constants(values)
+    _launch("conv.conv_forward", by_rows, values)
+    if "final" in values:
+        _launch("conv.conv_state", by_sequences, values)
+
+
+def _conv_backward(values: Values) -> Values:
+    by_rows, by_sequences = _conv_grids(values)
+    values |= _conv_constants(values)
+    x, D, K = (values[name] for name in ("x", "D", "K"))
+    gsum, gweight = _float(x, *x.shape), _float(x, by_rows[0], D, K)
+    values |= {"gx": _like(x), "gsum": gsum, "gweight": gweight, "gstate": _like(values["state"])}
+    values["gbias"] = _shares(x, values["bias"], by_rows[0], D)
     _launch("conv.conv_gradient", by_rows, values)
     # x_t meets output t + lead - k with tap k: a convolution with the taps turned round
     turned = {"x": gsum, "sx": D, "weight": values["weight"].flip(1), "LEAD": K - 1 - values["LEAD"], "SILU": False}
-    _launch("conv.conv_forward", by_rows, {**values, **turned, "bias": None, "state": None, "y": gx})
-    gfinal, gstate = whole(incoming.get("gfinal")), _like(state)
-    if gstate is not None or gfinal is not None:
-        values |= {"gfinal": gfinal, "gx": gx, "gstate": gstate}
-        _launch("conv.conv_state_gradient", by_sequences, values)
-    return {"x": gx, "weight": _total(gweight), "bias": _total(gbias), "state": gstate}
+    _launch("conv.conv_forward", by_rows, values | turned | {"bias": None, "state": None, "y": values["gx"]})
+    gfinal = values.get("gfinal")
+    if values["gstate"] is not None or gfinal is not None:
+        _launch("conv.conv_state_gradient", by_sequences, values | {"gfinal": gfinal})
+    return values | {"gweight": _total(gweight), "gbias": _total(values["gbias"])}
 
 
 # --- the operators ------------------------------------------------------------------------------------------------
 
 
-def _states_of_scan(sizes: Mapping[str, int]) -> Sequence[int]:
-    """The shape of the states at the start of every chunk but each sequence's first: at most one a chunk of rows."""
-    return sizes["B"] * sizes["L"] // _SCAN_CHUNK, sizes["N"], sizes["D"]
-
-
-def _of(letters: str) -> Callable[[Mapping[str, int]], Sequence[int]]:
+def _after(letters: str) -> Shape:
+    """The shape of the sums of the steps after each position, which the last position's forward keeps."""
     return lambda sizes: [sizes[letter] for letter in letters]
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     op: Operator(_operators, op, forward, backward, kept)
     for op, forward, backward, kept in (
-        ("selective_scan", _scan_forward, _scan_backward, {"kept": _states_of_scan}),
-        ("selective_scan_last", _scan_forward, _scan_backward, {"after": _of("BLD")}),
-        ("ssd", _run_ssd, _ssd_backward, {"kept": _ssd_kept}),
-        ("ssd_last", _ssd_last_forward, _ssd_backward, {"after": _of("BLH")}),
+        ("selective_scan", _scan_forward, _scan_backward, {"kept": _scan_kept}),
+        ("selective_scan_last", _scan_forward, _scan_backward, {"after": _after("BLD")}),
+        ("ssd", _ssd_forward, _ssd_backward, {"kept": _ssd_kept}),
+        ("ssd_last", _ssd_last_forward, _ssd_last_backward, {"after": _after("BLH")}),
         ("quasiseparable", _quasi_forward, _quasi_backward, {"kept_fwd": _ssd_kept, "kept_bwd": _ssd_kept}),
         ("causal_conv1d", _conv_forward, _conv_backward, {}),
         ("centered_conv1d", _conv_forward, _conv_backward, {}),
