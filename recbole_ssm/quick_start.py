@@ -32,7 +32,9 @@ __all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbol
 
 @contextlib.contextmanager
 def recbole_refusals(what: str) -> Iterator[None]:
-    """Turn the errors by which RecBole, its models and PyTorch's optimisers refuse a setting into one line."""
+    """Turn the errors by which RecBole, its models and PyTorch's optimisers refuse a setting
+    into one line.
+    """
     try:
         yield
     except UserError:
@@ -111,12 +113,17 @@ def configure(
     command_line: Iterable[str] = (),
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration of a run of one of our models or RecBole's; the arguments are those of :class:`Config`."""
+    """The configuration of a run of one of our models or RecBole's; the arguments are those of
+    :class:`Config`.
+    """
     return Config(get_model, model, dataset, config_file_list, config_dict, command_line, base)
 
 
 def _run(
-    config: Config, saved: bool, start: tuple[Path, checkpoint.Checkpoint] | None, hooks: Iterable[Hook]
+    config: Config,
+    saved: bool,
+    start: tuple[Path, checkpoint.Checkpoint] | None,
+    hooks: Iterable[Hook],
 ) -> dict[str, Any]:
     """One model, from its data to its test."""
     logger = getLogger()
@@ -159,7 +166,9 @@ def _run(
 
 
 def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
-    """Model and loaders of a configuration; the first stage of a model of two, such as LlamaRec, is trained or read."""
+    """Model and loaders of a configuration; the first stage of a model of two, such as
+    LlamaRec, is trained or read.
+    """
     logger = getLogger()
     logger.info(config)
     stage = None
@@ -192,7 +201,9 @@ def _checkpoint_of(config: Config) -> str:
 
 
 def objective_function(
-    config_dict: Mapping[str, Any] | None = None, config_file_list: Iterable[str] | None = None, saved: bool = True
+    config_dict: Mapping[str, Any] | None = None,
+    config_file_list: Iterable[str] | None = None,
+    saved: bool = True,
 ) -> dict[str, Any]:
     """What HyperTuning calls, RecBole's or :class:`recbole_ssm.study.tune.HyperTuning`: one trial.
 

@@ -1,1 +1,1 @@
-"""Judging a model: ranks of targets, metrics from ranks, and tests of significance. No trainer is needed here."""
+"""Judging a model, without a trainer: ranks of targets, metrics from ranks, tests of significance."""

@@ -17,7 +17,9 @@ METRICS = (f"Hit@{K}", f"NDCG@{K}", f"MRR@{K}")
 
 
 def over_users(name: str, runs: Sequence[tuple[NDArray[np.str_], Floats]]) -> dict[str, float]:
-    """User -> the metric's mean over that user's rows and over the runs (the seeds) given as (users, ranks)."""
+    """User -> the metric's mean over that user's rows and over the runs (the seeds) given as
+    (users, ranks).
+    """
     total: dict[str, list[float]] = {}
     for users, ranks in runs:
         for user, value in zip(users.tolist(), metric(name, ranks).tolist()):
@@ -42,7 +44,9 @@ class Pair:
     t_p: float
     """Two-sided p of the paired t-test."""
     wilcoxon_p: float
-    """Two-sided p of Wilcoxon's signed-rank test; users without a difference are left out, as Wilcoxon did."""
+    """Two-sided p of Wilcoxon's signed-rank test; users without a difference are left out, as
+    Wilcoxon did.
+    """
     holm_p: float = math.nan
     """``t_p`` after Holm's correction over all pairs of one metric and data set."""
 
@@ -78,7 +82,9 @@ def corrected(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): the smallest p times n, the next times n - 1, and so on, never falling."""
+    """Holm's step-down correction (1979): the smallest p times n, the next times n - 1, and so
+    on, never falling.
+    """
     corrected, highest = [0.0] * len(p), 0.0
     for place, index in enumerate(np.argsort(p, kind="stable").tolist()):
         highest = max(highest, min(1.0, (len(p) - place) * p[index]))

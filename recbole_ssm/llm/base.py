@@ -35,7 +35,9 @@ RANDOM_SIZES = {
 END, PAD = "<|end|>", "<|pad|>"
 """Tokens 0 and 1 of a random base model."""
 SMALLEST_VOCABULARY = 400
-"""Room for all bytes, both tokens above, the letters with a space, and the merges that may come before those."""
+"""Room for all bytes, both tokens above, the letters with a space, and the merges that may come
+before those.
+"""
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
 
 
@@ -43,7 +45,9 @@ class BaseModel(NamedTuple):
     """A causal language model with its tokenizer."""
 
     model: Any
-    """transformers' PreTrainedModel, or peft's PeftModel around it; in evaluation mode, on the config's device."""
+    """transformers' PreTrainedModel, or peft's PeftModel around it; in evaluation mode, on the
+    config's device.
+    """
     tokenizer: Any
     """A fast tokenizer; its padding token is set."""
     context: int
@@ -51,7 +55,9 @@ class BaseModel(NamedTuple):
     name: str
     """How the user named it."""
     digest: str
-    """SHA-256 of what a checkpoint of trained weights lacks: the tokenizer and, where frozen, the base's weights."""
+    """SHA-256 of what a checkpoint of trained weights lacks: the tokenizer and, where frozen,
+    the base's weights.
+    """
 
 
 def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
@@ -119,7 +125,9 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
 
 
 def size_of(parameters: Iterable[Tensor]) -> int:
-    """How many numbers they hold; of those that bitsandbytes keeps in 4 bits there are two in a byte."""
+    """How many numbers they hold; of those that bitsandbytes keeps in 4 bits there are two in a
+    byte.
+    """
     return sum(p.numel() * p.element_size() * 2 if type(p).__name__ == "Params4bit" else p.numel() for p in parameters)
 
 
@@ -357,7 +365,9 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _quiet(transformers: Any, show_progress: bool) -> Iterator[None]:
-    """Show the bars of transformers only where bars are wanted; keep tokenizers from threads before a loader forks."""
+    """Show the bars of transformers only where bars are wanted; keep tokenizers from threads
+    before a loader forks.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging = transformers.utils.logging
     enabled = logging.is_progress_bar_enabled()

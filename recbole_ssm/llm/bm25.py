@@ -38,7 +38,9 @@ class TitleSearch:
             self._built = (k1, b)
 
     def scores(self, query: str) -> np.ndarray:
-        """BM25 of each item id for a query, float64 ``[V]``; 0 where no word is shared, and for the padding."""
+        """BM25 of each item id for a query, float64 ``[V]``; 0 where no word is shared, and for
+        the padding.
+        """
         assert self._built, "build first"
         known = self._index.get_tokens_ids(words(query))
         return np.concatenate([[0.0], self._index.get_scores_from_ids(known)])
@@ -50,7 +52,9 @@ def words(text: str) -> list[str]:
 
 
 def found(scores: np.ndarray, most: int) -> list[int]:
-    """The best item ids among those that score above 0, best first; of equal scores the lower id comes first."""
+    """The best item ids among those that score above 0, best first; of equal scores the lower
+    id comes first.
+    """
     items = np.flatnonzero(scores > 0)
     if len(items) > most:
         # Keep all that are as good as the last one that counts.

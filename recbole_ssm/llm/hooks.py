@@ -9,7 +9,9 @@ from recbole_ssm.trainer.hooks import Hook, Training
 
 
 class TuneOnValidation(Hook):
-    """Lets the model choose on the validation rows what training does not learn, before they are scored."""
+    """Lets the model choose on the validation rows what training does not learn, before they
+    are scored.
+    """
 
     def on_validation_start(self, trainer: Training, loader: Any) -> None:
         """Call the model's ``tune`` in evaluation mode."""
@@ -18,7 +20,9 @@ class TuneOnValidation(Hook):
 
 
 class ShortenedPrompts(Hook):
-    """Logs how many prompts lost titles: of an epoch's training, and of an evaluation with the tuning before it."""
+    """Logs how many prompts lost titles: of an epoch's training, and of an evaluation with the
+    tuning before it.
+    """
 
     def on_epoch_end(self, trainer: Training, epoch: int, loss: float) -> None:
         """Log those of the training."""

@@ -41,7 +41,9 @@ def log_odds(log_p: Tensor) -> Tensor:
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """L_OR of equation 7, elementwise: ``-log sigmoid`` of the log odds ratio of two (mean) log-probabilities."""
+    """L_OR of equation 7, elementwise: ``-log sigmoid`` of the log odds ratio of two (mean)
+    log-probabilities.
+    """
     return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 

@@ -192,7 +192,9 @@ def tell_of_shortened(counts: Counts) -> None:
 
 
 def start_of_text(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that begins a prompt, after the token that begins a text where the tokenizer has one."""
+    """The tokens of a text that begins a prompt, after the token that begins a text where the
+    tokenizer has one.
+    """
     begin = tokenizer("a")["input_ids"][:1]
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [*begin, *ids] if begin == [tokenizer.bos_token_id] else ids

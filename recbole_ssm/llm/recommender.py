@@ -48,7 +48,9 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
         return f"{config['model']} reads a history as one text"
 
     def load_language_model(self, config: Any, prompt_texts: Sequence[str] = ()) -> None:
-        """Load the base model; ``prompt_texts`` are words that a random base's tokenizer should know besides titles."""
+        """Load the base model; ``prompt_texts`` are words that a random base's tokenizer should
+        know besides titles.
+        """
         base = load_base_model(config, [*self.titles[1:], *prompt_texts])
         self.language_model, self.tokenizer, self.context = base.model, base.tokenizer, base.context
         self.base_name = base.name
@@ -72,7 +74,9 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
         return self
 
     def remembered(
-        self, histories: Sequence[tuple[int, ...]], compute: Callable[[list[int]], Iterable[Any]]
+        self,
+        histories: Sequence[tuple[int, ...]],
+        compute: Callable[[list[int]], Iterable[Any]],
     ) -> list[Any]:
         """The answers for histories: those that tuning has kept in ``_ready``, each for one evaluation, or new ones.
 

@@ -1,4 +1,6 @@
-"""What a ranker makes of its retriever's candidates: both orders measured, for everybody and for those it can help."""
+"""What a ranker makes of its retriever's candidates: both orders measured, for everybody and
+for those it can help.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,24 @@ class Reranked(NamedTuple):
     target: Tensor
     """The column of the item that came ``[B]``; -1 where it was not retrieved."""
     language: Tensor
-    """Log-probabilities of the language model over the candidates ``[B, C]``; NaN where it was not asked."""
+    """Log-probabilities of the language model over the candidates ``[B, C]``; NaN where it was
+    not asked.
+    """
     retriever: Tensor
     """The same of the retriever ``[B, C]``."""
 
 
 def fuse(language: Tensor, retriever: Tensor, weight: float) -> Tensor:
-    """``(1 - weight) language + weight retriever``, of log-probabilities over the same candidates ``[B, C]``."""
+    """``(1 - weight) language + weight retriever``, of log-probabilities over the same
+    candidates ``[B, C]``.
+    """
     return (1 - weight) * language + weight * retriever
 
 
 def target_ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of equals the first wins."""
+    """Ranks ``[B]``, 1 the best, of the target's column ``[B]`` among scores ``[B, C]``; of
+    equals the first wins.
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
     return (order == target[:, None]).int().argmax(1) + 1
 
@@ -53,7 +61,9 @@ class Reranking(Hook):
     def __init__(self) -> None:
         self.report: dict[str, Any] = {}
         self.ranks: dict[str, np.ndarray] = {}
-        """Order -> the rank of each row's target among the candidates; infinite where it was not retrieved."""
+        """Order -> the rank of each row's target among the candidates; infinite where it was
+        not retrieved.
+        """
         self._begin = self._seconds = 0.0
 
     def on_evaluation_start(self, trainer: Training) -> None:
@@ -87,7 +97,9 @@ class Reranking(Hook):
             write_json(trainer.folder / "reranking.json", self.report)
 
     def result(self) -> dict[str, Any]:
-        """``reranking``, the report, and ``ranks`` of the newest evaluation, which after a run is the test."""
+        """``reranking``, the report, and ``ranks`` of the newest evaluation, which after a run
+        is the test.
+        """
         return {"reranking": self.report, "ranks": self.ranks}
 
 
@@ -108,7 +120,9 @@ def ranks_of(records: Reranked, weight: float) -> dict[str, np.ndarray]:
 
 
 def report(ranks: dict[str, np.ndarray], cutoffs: list[int]) -> dict[str, Any]:
-    """Users, how many of them were retrieved, and each order's metrics ``overall`` and among the ``retrieved``."""
+    """Users, how many of them were retrieved, and each order's metrics ``overall`` and among
+    the ``retrieved``.
+    """
     found = np.isfinite(ranks[RETRIEVER])
     return {
         "users": len(found),
@@ -119,7 +133,9 @@ def report(ranks: dict[str, np.ndarray], cutoffs: list[int]) -> dict[str, Any]:
 
 
 def metrics(ranks: np.ndarray, cutoffs: list[int]) -> dict[str, float]:
-    """Mean Hit, NDCG and MRR at each cut-off, from the targets' ranks ``[n]``, 1 the best; 0 where n is 0."""
+    """Mean Hit, NDCG and MRR at each cut-off, from the targets' ranks ``[n]``, 1 the best; 0
+    where n is 0.
+    """
     names = [f"{kind}@{cutoff}" for cutoff in cutoffs for kind in ("Hit", "NDCG", "MRR")]
     return {name.lower(): float(metric(name, ranks).mean()) if len(ranks) else 0.0 for name in names}
 

@@ -1,4 +1,6 @@
-"""The first stage of a ranker: how its retriever is configured, and where its trained weights come from."""
+"""The first stage of a ranker: how its retriever is configured, and where its trained weights
+come from.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,12 @@ class Verbalizer:
     """
 
     def __init__(
-        self, language_model: Any, prompts: Prompts, kind: str, batch_tokens: int = 16384, share_prefix: bool = True
+        self,
+        language_model: Any,
+        prompts: Prompts,
+        kind: str,
+        batch_tokens: int = 16384,
+        share_prefix: bool = True,
     ) -> None:
         causal = language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
         self.decoder: nn.Module = causal.base_model
@@ -81,7 +86,9 @@ class Verbalizer:
         self._check(causal, prompts)
 
     def scores(self, questions: Sequence[Question]) -> Tensor:
-        """Scores ``[B, C]`` without a gradient, float32 and higher for the better; the answers number C in each row."""
+        """Scores ``[B, C]`` without a gradient, float32 and higher for the better; the answers
+        number C in each row.
+        """
         found = torch.empty(len(questions), len(questions[0].answers), device=self._device)
         with torch.no_grad():
             cache = self._prefix_cache() if self.share_prefix else None
@@ -120,7 +127,10 @@ class Verbalizer:
         return states[torch.arange(len(prompts), device=self._device), lengths - 1]
 
     def _title_likelihood(
-        self, prompts: list[list[int]], answers: list[list[list[int]]], cache: Cache | None
+        self,
+        prompts: list[list[int]],
+        answers: list[list[list[int]]],
+        cache: Cache | None,
     ) -> Tensor:
         """Mean log-likelihoods ``[B, C]``; a row is a prompt and, side by side behind it, the titles.
 
@@ -157,7 +167,9 @@ class Verbalizer:
         return (sums / title_of.bincount(minlength=count)).view(len(prompts), -1)
 
     def _token_log_likelihood(self, states: Tensor, token: Tensor) -> Tensor:
-        """Log-likelihoods ``[n]`` of tokens ``[n]`` from the states ``[n, hidden]`` that predict them."""
+        """Log-likelihoods ``[n]`` of tokens ``[n]`` from the states ``[n, hidden]`` that
+        predict them.
+        """
         if torch.is_grad_enabled():
             return -F.cross_entropy(self.head(states).float(), token, reduction="none")
         chunk = max(1, LARGEST_LOGITS // len(self.head.weight))

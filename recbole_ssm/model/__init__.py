@@ -1,4 +1,6 @@
-"""The models, by the names that users type. A new one is a module here and a row of the table below."""
+"""The models, by the names that users type. A new one is a module here and a row of the table
+below.
+"""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class GPT4Rec(LanguageModelRecommender):
         self.prompts = Counts()
 
     def prompt(self, history: Sequence[int]) -> list[int]:
-        """The tokens of a prompt; the oldest items are left out where the base model cannot read them all."""
+        """The tokens of a prompt; the oldest items are left out where the base model cannot
+        read them all.
+        """
         room = self._room
         kept: list[list[int]] = []
         self.prompts.written += 1
@@ -130,7 +132,9 @@ class GPT4Rec(LanguageModelRecommender):
 
     @torch.no_grad()
     def tune(self, valid_data: Any) -> None:
-        """Choose BM25's k1 and b from the grid by NDCG at the cut-off of ``valid_metric`` on the validation rows."""
+        """Choose BM25's k1 and b from the grid by NDCG at the cut-off of ``valid_metric`` on
+        the validation rows.
+        """
         self._ready.clear()
         if len(self.grid) == 1:
             return
@@ -163,7 +167,9 @@ class GPT4Rec(LanguageModelRecommender):
         return 1 / float(np.log2(place[0] + 2)) if len(place) else 0.0
 
     def _order(self, queries: Sequence[str], enough: int | None = None) -> np.ndarray:
-        """Item ids in the order in which they are recommended ``[V - 1]``; or the first of them, ``enough`` or more."""
+        """Item ids in the order in which they are recommended ``[V - 1]``; or the first of
+        them, ``enough`` or more.
+        """
         bm25 = np.stack([self.search.scores(query) for query in queries])
         merged = merge([found(scores, max(self.cutoffs)) for scores in bm25], self.cutoffs)
         return np.array(merged) if enough and len(merged) >= enough else full_order(merged, bm25)

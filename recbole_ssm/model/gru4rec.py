@@ -55,7 +55,9 @@ class GRU4Rec(PackedRecommender):
                 nn.init.xavier_uniform_(getattr(module, name))
 
     def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
-        """As :meth:`PackedRecommender.encode`; no history is empty. Vectors have ``embedding_size`` numbers."""
+        """As :meth:`PackedRecommender.encode`; no history is empty. Vectors have
+        ``embedding_size`` numbers.
+        """
         x = self.emb_dropout(self.item_embedding(items_L))  # [total, embedding_size]
         histories = pack_sequence(x.split(cu_seqlens.diff().tolist()), enforce_sorted=False)
         outputs, last = self.gru_layers(histories)  # last: [num_layers, S, hidden_size]

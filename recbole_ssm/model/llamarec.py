@@ -138,7 +138,9 @@ class LlamaRec(LanguageModelRecommender):
         return self
 
     def hooks(self) -> list[Hook]:
-        """Besides those of every language model, the measurement of the orders of the candidates."""
+        """Besides those of every language model, the measurement of the orders of the
+        candidates.
+        """
         return [*super().hooks(), Reranking()]
 
     # --- RecBole's interface ---
@@ -172,7 +174,9 @@ class LlamaRec(LanguageModelRecommender):
         return loss.sum() / len(interaction)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
-        """Log-probabilities ``[B, C]`` of the language model over candidates ``[B, C]`` of histories ``[B, L]``."""
+        """Log-probabilities ``[B, C]`` of the language model over candidates ``[B, C]`` of
+        histories ``[B, L]``.
+        """
         histories = [row[:length] for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
         return self.verbalizer.scores(self.questions(histories, candidates)).log_softmax(-1)
 
@@ -227,7 +231,9 @@ class LlamaRec(LanguageModelRecommender):
         return scores
 
     def candidates_to_learn_from(self, interaction: Any) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Histories, candidates ``[B, C]`` in random order, the column of what came ``[B]``; skipped rows left out."""
+        """Histories, candidates ``[B, C]`` in random order, the column of what came ``[B]``;
+        skipped rows left out.
+        """
         came = interaction[self.ITEM_ID]
         if self.train_candidates == "random":
             noise = torch.rand(len(came), self.n_items, device=came.device)
@@ -261,7 +267,9 @@ class LlamaRec(LanguageModelRecommender):
 
     @torch.no_grad()
     def tune(self, valid_data: Any) -> None:
-        """Choose the fusion weight with the highest NDCG on the validation rows, the smallest of equal ones."""
+        """Choose the fusion weight with the highest NDCG on the validation rows, the smallest
+        of equal ones.
+        """
         if not self.fusion_tuned:
             return
         self._ready.clear()
@@ -292,7 +300,9 @@ def column_of(candidates: Tensor, items: Tensor) -> Tensor:
 
 
 def shuffled(items: Tensor, histories: Tensor, seed: int) -> Tensor:
-    """Numbers ``[B, C]`` to sort items ``[B, C]`` by: a hash of the seed, the history ``[B, L]`` and the item."""
+    """Numbers ``[B, C]`` to sort items ``[B, C]`` by: a hash of the seed, the history
+    ``[B, L]`` and the item.
+    """
     key = torch.full_like(histories[:, 0], seed)
     # Padding leaves the key as it is, so it does not matter how wide it is.
     for column in histories.T:
@@ -301,7 +311,9 @@ def shuffled(items: Tensor, histories: Tensor, seed: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014), with an added constant, on int64 that wraps around."""
+    """The finaliser of SplitMix64 (Steele et al. 2014), with an added constant, on int64 that
+    wraps around.
+    """
     x = x + -0x61C8864680B583EB
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

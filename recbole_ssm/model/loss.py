@@ -1,4 +1,6 @@
-"""The loss of next-item prediction, over the whole catalogue or against samples; ``loss_type`` names it."""
+"""The loss of next-item prediction, over the whole catalogue or against samples; ``loss_type``
+names it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""RecBole's SequentialRecommender over packed histories: what a model inherits that can encode them."""
+"""RecBole's SequentialRecommender over packed histories: what a model inherits that can encode
+them.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +58,15 @@ class PackedRecommender(Configurable, SequentialRecommender):
         raise NotImplementedError
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each ``[B, hidden_size]``."""
+        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each
+        ``[B, hidden_size]``.
+        """
         return self.encode(*pack(item_seq, item_seq_len), last_only=True)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Mean loss over the targets of a batch: RecBole's rows, or a :class:`~recbole_ssm.data.loader.PackedBatch`."""
+        """Mean loss over the targets of a batch: RecBole's rows, or a
+        :class:`~recbole_ssm.data.loader.PackedBatch`.
+        """
         if isinstance(interaction, PackedBatch):
             output = self.encode(interaction.items, interaction.cu_seqlens)[interaction.at]  # [n, hidden_size]
             target, negative = interaction.target, interaction.negative
@@ -93,7 +99,9 @@ class PackedRecommender(Configurable, SequentialRecommender):
 
 
 def pack(item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded ids ``[B, L]`` and lengths ``[B]`` -> packed ids ``[total]`` and their bounds ``[B + 1]``."""
+    """Right-padded ids ``[B, L]`` and lengths ``[B]`` -> packed ids ``[total]`` and their
+    bounds ``[B + 1]``.
+    """
     real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
     return item_seq[real], cu_seqlens_of(item_seq_len)
 

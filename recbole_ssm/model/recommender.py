@@ -54,7 +54,9 @@ class SSMRecommender(PackedRecommender):
         return "readout: mean takes a history as one" if config["readout"] == "mean" else None
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each ``[B, hidden_size]``."""
+        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each
+        ``[B, hidden_size]``.
+        """
         if self.readout == "last":
             return super().forward(item_seq, item_seq_len)
         outputs = self.encode(*pack(item_seq, item_seq_len))
@@ -66,7 +68,9 @@ class SSMRecommender(PackedRecommender):
 
     @property
     def carries_state(self) -> bool:
-        """Whether events can be taken one by one: :meth:`step`, :meth:`read` and :meth:`alloc_state` work."""
+        """Whether events can be taken one by one: :meth:`step`, :meth:`read` and
+        :meth:`alloc_state` work.
+        """
         return self.readout == "last" and all(hasattr(block.mixer, "alloc_state") for block in self.blocks)
 
     def alloc_state(self, batch: int) -> list[MixerState]:
@@ -87,7 +91,9 @@ class SSMRecommender(PackedRecommender):
         return u, after
 
     def read(self, items_L: Tensor) -> tuple[Tensor, list[MixerState]]:
-        """One history of any length at once: item ids ``[L]`` -> a vector ``[1, hidden_size]`` and what steps leave."""
+        """One history of any length at once: item ids ``[L]`` -> a vector ``[1, hidden_size]``
+        and what steps leave.
+        """
         u = self.norm(self.dropout(self.item_embedding(items_L)))[None]
         states = []
         for block in self.blocks:

@@ -71,12 +71,16 @@ class SASRec(PackedRecommender):
 
     @staticmethod
     def window_and_context(max_length: int, window: int | None) -> tuple[int, int]:
-        """Positions are learned up to ``max_length``, which window and context share; half each by default."""
+        """Positions are learned up to ``max_length``, which window and context share; half each
+        by default.
+        """
         window = min(window or (max_length + 1) // 2, max_length)
         return window, max_length - window + 1
 
     def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
-        """As :meth:`PackedRecommender.encode`; no history is longer than ``MAX_ITEM_LIST_LENGTH``."""
+        """As :meth:`PackedRecommender.encode`; no history is longer than
+        ``MAX_ITEM_LIST_LENGTH``.
+        """
         x = self.item_embedding(items_L) + self.position_embedding(positions_of(cu_seqlens))
         x = self.dropout(self.LayerNorm(x))  # [total, hidden_size]
         layers = self.trm_encoder.layer
@@ -91,7 +95,9 @@ class SASRec(PackedRecommender):
         return x
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, at_last: bool) -> Tensor:
-        """Causal attention within each history, ``[total, hidden_size]`` each; with ``at_last`` one query a history."""
+        """Causal attention within each history, ``[total, hidden_size]`` each; with ``at_last``
+        one query a history.
+        """
         dropout = self.attn_dropout_prob if self.training else 0.0
         context = torch.zeros_like(query)
         for bucket in buckets(cu_seqlens):

@@ -1,4 +1,6 @@
-"""The items that a recommender knows: tokens to ids on the way in, scores to tokens on the way out."""
+"""The items that a recommender knows: tokens to ids on the way in, scores to tokens on the way
+out.
+"""
 
 from __future__ import annotations
 

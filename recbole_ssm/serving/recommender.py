@@ -71,7 +71,11 @@ class Recommender:
 
     @torch.inference_mode()
     def recommend_many(
-        self, histories: Sequence[Sequence[str]], k: int = 10, *, exclude_seen: bool = False
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
     ) -> list[Recommendations]:
         """:meth:`recommend` for several histories at once, in their order."""
         ids = [self._history(history) for history in histories]
@@ -94,7 +98,9 @@ class Recommender:
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[int]]) -> Tensor:
-        """Scores ``[B, V]`` of all items for histories of item ids; padding scores minus infinity."""
+        """Scores ``[B, V]`` of all items for histories of item ids; padding scores minus
+        infinity.
+        """
         recent = [list(history)[-self._max_length :] for history in histories]
         # padded to the full length, as RecBole's loaders do: some models count on it
         padded = torch.tensor([ids + [0] * (self._max_length - len(ids)) for ids in recent])
@@ -117,7 +123,10 @@ class Recommender:
 
 
 def load_recommender(
-    path: str | Path, device: str | torch.device | None = None, *, cuda_graphs: bool = False
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    cuda_graphs: bool = False,
 ) -> Recommender:
     """A recommender from a checkpoint file alone: no data set, and whatever machine it was trained on.
 

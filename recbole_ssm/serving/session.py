@@ -1,4 +1,6 @@
-"""A user whose events come one by one: the model's state is carried, so an event costs the same after any history."""
+"""A user whose events come one by one: the model's state is carried, so an event costs the same
+after any history.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class Checkpoint(NamedTuple):
     """What a checkpoint file holds."""
 
     tensors: dict[str, Tensor]
-    """``model.<parameter>``; to train on, ``optimizer.<index>.<name>`` and ``rng.<process>.<name>``; on the CPU."""
+    """``model.<parameter>``; to train on, ``optimizer.<index>.<name>`` and
+    ``rng.<process>.<name>``; on the CPU.
+    """
     info: dict[str, Any]
     """Everything else; JSON."""
 
@@ -107,7 +109,9 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_pickle(path: Path) -> Checkpoint:
-    """Read weights, optimiser and epoch from RecBole's own ``.pth``. This runs whatever code the file holds."""
+    """Read weights, optimiser and epoch from RecBole's own ``.pth``. This runs whatever code
+    the file holds.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=False)
         weights, optimizer = saved["state_dict"], saved["optimizer"]
@@ -166,13 +170,17 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` of a run's numbered checkpoints, and what killed writers left half done."""
+    """Delete all but the newest ``count`` of a run's numbered checkpoints, and what killed
+    writers left half done.
+    """
     for path in [*sorted(folder.glob(f"step-*{SUFFIX}"))[:-count], *folder.glob(f".*{SUFFIX}")]:
         path.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename a run's checkpoints beyond a step: a run that goes on from there comes to those numbers again."""
+    """Rename a run's checkpoints beyond a step: a run that goes on from there comes to those
+    numbers again.
+    """
     for path in folder.glob(f"step-*{SUFFIX}"):
         if path > step_file(folder, step):
             path.rename(path.with_name(f"abandoned-{path.name}"))
@@ -224,7 +232,9 @@ def load_weights(model: torch.nn.Module, saved: Checkpoint, path: Path) -> None:
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors, named ``optimizer.<index>.<name>``, and JSON for all else."""
+    """An optimiser's state as tensors, named ``optimizer.<index>.<name>``, and JSON for all
+    else.
+    """
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
     for index, entries in state_dict["state"].items():
@@ -248,7 +258,9 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) 
 
 
 def keyed(value: Any) -> Any:
-    """:func:`plain`, but for dicts whose keys are whole numbers; :func:`unkeyed` gives those back."""
+    """:func:`plain`, but for dicts whose keys are whole numbers; :func:`unkeyed` gives those
+    back.
+    """
     if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
         return {"keys": list(value), "values": [keyed(entry) for entry in value.values()]}
     if isinstance(value, dict):
@@ -257,7 +269,9 @@ def keyed(value: Any) -> Any:
 
 
 def unkeyed(value: Any) -> Any:
-    """The inverse of :func:`keyed`. Schedulers keep milestones in a Counter, and so it becomes one."""
+    """The inverse of :func:`keyed`. Schedulers keep milestones in a Counter, and so it becomes
+    one.
+    """
     if isinstance(value, dict) and set(value) == {"keys", "values"}:
         return Counter(dict(zip(value["keys"], map(unkeyed, value["values"]))))
     if isinstance(value, dict):

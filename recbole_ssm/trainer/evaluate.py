@@ -1,4 +1,6 @@
-"""Evaluating any sequential model: RecBole's Trainer as far as it scores, with hooks and in several processes."""
+"""Evaluating any sequential model: RecBole's Trainer as far as it scores, with hooks and in
+several processes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from recbole.utils import EvaluatorType  # noqa: E402
 
 
 class EvaluatingTrainer(recbole.trainer.Trainer):
-    """recbole.trainer.Trainer without its training; see :class:`recbole_ssm.trainer.Trainer` for the arguments."""
+    """recbole.trainer.Trainer without its training; see :class:`recbole_ssm.trainer.Trainer`
+    for the arguments.
+    """
 
     def __init__(self, config: Any, model: Any, hooks: Iterable[Hook]) -> None:
         # RecBole makes this folder in a way in which several processes race.
@@ -64,7 +68,11 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_data: Any, load_best_model: bool = True, model_file: str | None = None, show_progress: bool = False
+        self,
+        eval_data: Any,
+        load_best_model: bool = True,
+        model_file: str | None = None,
+        show_progress: bool = False,
     ) -> Any:
         """The metrics on some rows, as RecBole's; None where there are no rows.
 

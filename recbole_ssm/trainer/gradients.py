@@ -75,11 +75,15 @@ class Gradients:
         return [sum(values) for values in zip(*found)], step
 
     def end_step(self, global_step: int) -> dict[str, float]:
-        """See what the optimiser's step has changed, and choose the next one; figures of the step by name."""
+        """See what the optimiser's step has changed, and choose the next one; figures of the
+        step by name.
+        """
         return {}
 
     def end_epoch(self, folder: Path | None) -> None:
-        """Look back on the epoch, and write what there is to tell into the run's folder, if it has one."""
+        """Look back on the epoch, and write what there is to tell into the run's folder, if it
+        has one.
+        """
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint must hold, in JSON's terms."""
@@ -205,7 +209,9 @@ class AdaptiveGradients(Gradients):
         return dict(zip(COLUMNS[1:], self.rows[-1][1:]))
 
     def end_epoch(self, folder: Path | None) -> None:
-        """Let the rule look back on the epoch; log where it stands, and write and draw its figures."""
+        """Let the rule look back on the epoch; log where it stands, and write and draw its
+        figures.
+        """
         self.steps.batch_size = self.sizes.end_epoch()
         fit, sizes = self.sizes.fit, self.sizes
         holder = f", nu {fit.nu:.2f}, L {fit.L:.3g}" if fit else ""
@@ -217,7 +223,9 @@ class AdaptiveGradients(Gradients):
             getLogger().info("batch_size.csv has no plot beside it; Matplotlib draws it: pip install matplotlib")
 
     def _write(self, folder: Path) -> bool:
-        """Write ``batch_size.csv``, and ``batch_size.png`` if Matplotlib is installed; whether it is."""
+        """Write ``batch_size.csv``, and ``batch_size.png`` if Matplotlib is installed; whether
+        it is.
+        """
         with whole(folder / "batch_size.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)

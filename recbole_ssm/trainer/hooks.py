@@ -44,7 +44,9 @@ class Training(Protocol):
 
     @property
     def step_size(self) -> float:
-        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
+        """The learning rate of the first parameter group, or the step size that the optimiser
+        found for it.
+        """
 
 
 class Hook:
@@ -59,7 +61,9 @@ class Hook:
         """Before the first epoch, after a checkpoint was restored."""
 
     def on_fit_end(self, trainer: Training) -> None:
-        """After the last epoch, also when training stops early; not when it fails or is interrupted."""
+        """After the last epoch, also when training stops early; not when it fails or is
+        interrupted.
+        """
 
     def on_epoch_start(self, trainer: Training, epoch: int) -> None:
         """Before an epoch's first step, or the first that is left of it."""
@@ -100,7 +104,9 @@ class Hook:
         row: Tensor,
         item: Tensor,
     ) -> None:
-        """After a batch of full ranking: ``scores`` [rows, items], and the ``item`` of each target and its ``row``."""
+        """After a batch of full ranking: ``scores`` [rows, items], and the ``item`` of each
+        target and its ``row``.
+        """
 
     def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
         """With the metrics."""

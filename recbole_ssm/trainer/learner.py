@@ -1,4 +1,6 @@
-"""The optimiser of a run, with its schedule, its gradient scaler and the average of its iterates."""
+"""The optimiser of a run, with its schedule, its gradient scaler and the average of its
+iterates.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Learner:
 
     @property
     def step_size(self) -> float:
-        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
+        """The learning rate of the first parameter group, or the step size that the optimiser
+        found for it.
+        """
         own = getattr(self.optimizer, "step_sizes", None)
         return own()[0] if own else self.optimizer.param_groups[0]["lr"]
 
@@ -66,7 +70,9 @@ class Learner:
         self.scaler.update()
 
     def schedule(self, interval: str, score: float | None = None) -> None:
-        """A ``step`` or an ``epoch`` has ended, the latter with the score of its validation, if there was one."""
+        """A ``step`` or an ``epoch`` has ended, the latter with the score of its validation, if
+        there was one.
+        """
         if self.scheduler is None or self.interval != interval:
             return
         if not isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -75,7 +81,9 @@ class Learner:
             self.scheduler.step(score)
 
     def check_length(self, epochs: int, steps: int) -> None:
-        """Refuse a schedule that is too short for so many epochs of so many steps: it would fail in mid-run."""
+        """Refuse a schedule that is too short for so many epochs of so many steps: it would
+        fail in mid-run.
+        """
         planned = epochs * (steps if self.interval == "step" else 1)
         if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < planned:
             raise UserError(
@@ -90,7 +98,9 @@ class Learner:
         return contextlib.nullcontext() if self._output is None else self._output.evaluation_point()
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The model's state as it is tested and served, and those weights that training goes on from that differ."""
+        """The model's state as it is tested and served, and those weights that training goes on
+        from that differ.
+        """
         here = self.model.state_dict()
         if self._output is None:
             return here, {}
@@ -99,7 +109,9 @@ class Learner:
         return outputs, {name: t.clone() for name, t in here.items() if not torch.equal(t, outputs[name])}
 
     def give_output(self) -> None:
-        """Let the model hold the weights that are tested and served, until :meth:`take_back` is called."""
+        """Let the model hold the weights that are tested and served, until :meth:`take_back` is
+        called.
+        """
         if self._output is not None:
             outputs, self._optimizer_weights = self.weights()
             self._set_weights(outputs)
@@ -122,7 +134,9 @@ class Learner:
         return {"scheduler": scheduler, "scaler": plain(self.scaler.state_dict())}
 
     def load(self, snapshot: Snapshot) -> None:
-        """Go on from a moment of training; RecBole's own checkpoints have nothing of schedule and scaler."""
+        """Go on from a moment of training; RecBole's own checkpoints have nothing of schedule
+        and scaler.
+        """
         self._optimizer_weights = {}
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
         if "scaler" in snapshot.progress:
@@ -184,7 +198,9 @@ def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
 
 
 def _build_output(config: Any, optimizer: Optimizer) -> Any:
-    """What has an ``evaluation_point``, where the weights to test are not those that training goes on from; or None."""
+    """What has an ``evaluation_point``, where the weights to test are not those that training
+    goes on from; or None.
+    """
     own, power = hasattr(optimizer, "evaluation_point"), config["learner_average"]
     if power is None:
         return optimizer if own else None

@@ -1,4 +1,6 @@
-"""A hook that keeps the rank of every user's target: any metric follows from them, and models are compared by them."""
+"""A hook that keeps the rank of every user's target: any metric follows from them, and models
+are compared by them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Ranks(Hook):
         self.users = np.empty(0, dtype=np.str_)
         """User tokens as in the data set's file ``[rows]``."""
         self.ranks = np.empty(0)
-        """The rank of the row's target ``[rows]``, see :func:`recbole_ssm.evaluation.ranks.ranks_of`."""
+        """The rank of the row's target ``[rows]``, see
+        :func:`recbole_ssm.evaluation.ranks.ranks_of`.
+        """
 
     def on_evaluation_start(self, trainer: Training) -> None:
         """Forget the evaluation before."""

@@ -12,7 +12,9 @@ from recbole_ssm import distributed
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came, and a checkpoint to go on from is written; ``status`` is the exit status."""
+    """Ctrl-C or SIGTERM came, and a checkpoint to go on from is written; ``status`` is the exit
+    status.
+    """
 
     def __init__(self, signal_number: int, text: str) -> None:
         super().__init__(text)

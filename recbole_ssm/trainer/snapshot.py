@@ -1,4 +1,6 @@
-"""All that the next step of training depends on, as one object: a checkpoint holds it, and a run goes on from it."""
+"""All that the next step of training depends on, as one object: a checkpoint holds it, and a
+run goes on from it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Snapshot(NamedTuple):
     weights: Mapping[str, Tensor]
     """The model's state as it is tested and served."""
     optimizer_weights: Mapping[str, Tensor]
-    """Those of the weights that training goes on from, where they differ from what is tested and served."""
+    """Those of the weights that training goes on from, where they differ from what is tested
+    and served.
+    """
     optimizer: Mapping[str, Any]
     """The state of the optimiser."""
     random: list[RandomStates]

@@ -14,7 +14,9 @@ from recbole_ssm.files import write_csv
 from recbole_ssm.trainer.hooks import Hook, Training
 
 ROWS = 2000
-"""The most rows that are kept; beyond them every second one goes, and half as many are kept from there on."""
+"""The most rows that are kept; beyond them every second one goes, and half as many are kept
+from there on.
+"""
 
 
 class StepSizes(Hook):

@@ -1,4 +1,6 @@
-"""How long a step of training and a batch of evaluation take: the latency column of a comparison."""
+"""How long a step of training and a batch of evaluation take: the latency column of a
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from recbole_ssm.memory import peak_memory
 from recbole_ssm.trainer.hooks import Hook, Training
 
 WARM_UP = 3
-"""The first steps and batches of a run do not count: kernels are chosen, and memory is touched for the first time."""
+"""The first steps and batches of a run do not count: kernels are chosen, and memory is touched
+for the first time.
+"""
 
 
 class Latency(Hook):
@@ -93,7 +97,9 @@ class Latency(Hook):
         trainer.logger.info(self.text())
 
     def report(self) -> dict[str, Any]:
-        """Part -> count, ``p50_s``, ``p95_s``, ``p99_s`` and rates a second; and ``peak_memory_bytes``."""
+        """Part -> count, ``p50_s``, ``p95_s``, ``p99_s`` and rates a second; and
+        ``peak_memory_bytes``.
+        """
         parts = {}
         for name, seconds in self.seconds.items():
             counted = np.array(seconds[WARM_UP:] or seconds)

@@ -91,7 +91,9 @@ class Trainer(EvaluatingTrainer):
 
     @property
     def step_size(self) -> float:
-        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
+        """The learning rate of the first parameter group, or the step size that the optimiser
+        found for it.
+        """
         return self.learner.step_size
 
     # --- training ---
@@ -152,7 +154,13 @@ class Trainer(EvaluatingTrainer):
             self.open_folder()
 
     def _run_epoch(
-        self, train_data: Any, valid_data: Any, epoch: int, verbose: bool, progress: bool, callback: Any
+        self,
+        train_data: Any,
+        valid_data: Any,
+        epoch: int,
+        verbose: bool,
+        progress: bool,
+        callback: Any,
     ) -> None:
         """Train, evaluate, and save what came of it."""
         if not self.position.ended:
@@ -202,7 +210,9 @@ class Trainer(EvaluatingTrainer):
         return improved, score
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, show_progress: bool = False) -> float | tuple[float, ...]:
-        """Take the steps that are left of an epoch; the sum of their losses, of each term where there are several."""
+        """Take the steps that are left of an epoch; the sum of their losses, of each term where
+        there are several.
+        """
         self.model.train()
         self._notify("on_epoch_start", epoch_idx)
         position = self.position
@@ -252,7 +262,9 @@ class Trainer(EvaluatingTrainer):
         return terms
 
     def _backward(self, part: Part) -> list[float]:
-        """Take a part of a step through the model and back; the terms of its share of the step's loss."""
+        """Take a part of a step through the model and back; the terms of its share of the
+        step's loss.
+        """
         with torch.autocast(self.device.type, enabled=self.enable_amp):
             losses = self.gradients.loss(part.batch)
         losses = losses if isinstance(losses, tuple) else (losses,)
@@ -350,7 +362,9 @@ class Trainer(EvaluatingTrainer):
         self.restore(*checkpoint.find(Path(resume_file)))
 
     def restore(self, path: Path, saved: checkpoint.Checkpoint) -> None:
-        """Take over what a checkpoint holds, which was read from ``path``; as :meth:`resume_checkpoint`."""
+        """Take over what a checkpoint holds, which was read from ``path``; as
+        :meth:`resume_checkpoint`.
+        """
         require_same_run(saved, path, self.config, self.model)
         try:
             snapshot = Snapshot.of(saved)
@@ -394,9 +408,3 @@ class Trainer(EvaluatingTrainer):
         if written != here:
             raise ValueError(f"it was written by {written} processes, here are {here}")
         self._random = snapshot.random[distributed.rank()]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SSMTrainer":  # its name in 0.1.0
-        return Trainer
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
