@@ -78,7 +78,7 @@ UNLISTED = {
     "model", "dataset", "encoding", "reg_weight", "discretization", "normalize_field",
     "local_rank", "nproc", "world_size", "offset", "ip", "port", "single_spec", "tensorboard",
     "MASK_ITEM_SEQ", "MASK_INDEX", "POS_ITEMS", "NEG_ITEMS", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
-    "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ",
+    "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ", "eta", "beta", "mask_ratio", "drop_cold_targets",
 }  # fmt: skip
 # eval_args.split: RecBole's ratios, leave-one-out and ratios before a moment, and our split by two moments.
 SPLITS = {"RS": (), "LS": ("valid_and_test", "valid_only", "test_only"), "TS": (), temporal.NAME: ()}

@@ -72,6 +72,8 @@ def main(arguments: Sequence[str]) -> None:
         print("{step:<34}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
     if card["described_items"]:
         print(f"{card['described_items']:,} of the items are described")
+    if card["contradicting_descriptions"]:
+        print(f"{card['contradicting_descriptions']:,} of them again in other words; the first description counts")
     if card["skipped_lines"]:
         print(f"{card['skipped_lines']:,} lines were skipped; they are in {options.out / options.name}")
     print(f"wrote {options.out / options.name}: {', '.join(card['written'])} and the card, {options.name}.card.json")
@@ -146,13 +148,13 @@ def convert(
             raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
         write_inter(scratch / f"{name}.inter", events, digits)
-        skipped, described = len(bad), 0
+        skipped, described, contradicting = len(bad), 0, 0
         if raw.items is not None:
             # The faults of a table that describes its own items were told when its events were read.
             again = raw.items.file == raw.events.file
             side = scratch / f"{name}.item.skipped"
             with BadLines(str(raw.items.file), *(("skip",) if again else (on_bad_lines, side))) as bad:
-                described = write_items(scratch / f"{name}.item", raw.items, events, bad)
+                described, contradicting = write_items(scratch / f"{name}.item", raw.items, events, bad)
             if not described:
                 raise UserError(
                     f"{raw.items.file}: describes none of the items; is it of another data set? Name the right one by "
@@ -173,6 +175,7 @@ def convert(
             "columns": raw.fields,
             "steps": steps,
             "described_items": described,
+            "contradicting_descriptions": contradicting,
             "skipped_lines": skipped,
             "ties": TIES,
             "time": {"first": as_written(events.times.min()), "last": as_written(events.times.max())},
@@ -231,21 +234,28 @@ def write_inter(path: Path, events: Events, digits: int) -> None:
             bar.update(len(cells[0]))
 
 
-def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> int:
-    """Write the descriptions of those items that events have, and return how many; the first one of an item counts.
+def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> tuple[int, int]:
+    """Write the descriptions of those items that events have; the first one of an item counts.
 
     RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
+
+    Returns:
+        How many items are described, and how many of them again in another way.
     """
-    described = 0
     wanted = set(events.items.names.take(pa.array(np.unique(events.items.codes))).to_pylist())
+    written: dict[str, int] = {}
+    contradicting = set()
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write("\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in items.columns.items())]) + "\n")
         for item, cells in items.read(bad):
             if item in wanted:
-                wanted.remove(item)
-                described += 1
-                file.write("\t".join([item, *(_one_line(cells[name]) for name in items.columns)]) + "\n")
-    return described
+                line = "\t".join([item, *(_one_line(cells[name]) for name in items.columns)]) + "\n"
+                if item not in written:
+                    written[item] = hash(line)
+                    file.write(line)
+                elif written[item] != hash(line):
+                    contradicting.add(item)
+    return len(written), len(contradicting)
 
 
 def _spelt(values: np.ndarray) -> pa.StringArray:

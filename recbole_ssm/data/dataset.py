@@ -27,7 +27,7 @@ compat.install()
 
 import recbole.data.dataset  # noqa: E402
 from recbole.data.interaction import Interaction  # noqa: E402
-from recbole.utils import FeatureSource, FeatureType  # noqa: E402
+from recbole.utils import EvaluatorType, FeatureSource, FeatureType  # noqa: E402
 
 from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
 from recbole_ssm.data.splits import SplitDataset  # noqa: E402
@@ -148,9 +148,31 @@ class SequentialDataset(SplitDataset):
             for level, oddity in oddities(events, (user, item, time), bad, self.config["rm_dup_inter"]):
                 self.logger.log(level, oddity)
         frame = as_frame(found)
+        if source in (FeatureSource.ITEM, FeatureSource.USER):
+            self._look_at_repeats(path, frame, self.iid_field if source == FeatureSource.ITEM else self.uid_field, bad)
         for name, kind in columns.items():
             self._register(name, FeatureType(kind), source, frame)
         return frame
+
+    def _look_at_repeats(self, path: Path, frame: Any, field: str, bad: BadLines) -> None:
+        """Count the ids that are described again in another way; RecBole takes the first line of each."""
+        if field not in frame:
+            return
+        again = frame[frame[field].duplicated()]
+        first = frame[frame[field].isin(again[field])].drop_duplicates(field).set_index(field)
+        contradicting: dict[str, int] = {}
+        for row, values in zip(again.index, again.to_dict("records")):
+            former = first.loc[values.pop(field)]
+            # What is missing, which is NaN, contradicts nothing.
+            told = {name: value for name, value in values.items() if not np.all(pd.isna(value))}
+            if not all(np.array_equal(former[name], value) for name, value in told.items()):
+                contradicting.setdefault(former.name, row)
+        if contradicting:
+            who, row = next(iter(contradicting.items()))
+            self.logger.warning(
+                f"{path}, line {bad.line_of(row)}: {field} {who!r} again, with other values, and {len(contradicting)} "
+                "such ids in all; the first line of each counts"
+            )
 
     def _register(self, name: str, kind: Any, source: Any, frame: Any) -> None:
         """What RecBole's reader notes of each field."""
@@ -200,8 +222,15 @@ class SequentialDataset(SplitDataset):
         histories = self.inter_feat[self.iid_field + self.config["LIST_SUFFIX"]]
         self.inter_feat[self.item_list_length_field] = histories.map(len)
 
+    @property
+    def token_like_fields(self) -> list[str]:
+        """All fields of tokens; RecBole leaves out those of additional files, which then are never numbered."""
+        return [name for name, kind in self.field2type.items() if kind in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ)]
+
     def _data_processing(self) -> None:
+        self._check_features()
         super()._data_processing()
+        self._check_labels()
         if self.benchmark_filename_list is None:
             _, counts = np.unique(self.inter_feat[self.uid_field], return_counts=True)
             single = int((counts == 1).sum())
@@ -220,6 +249,39 @@ class SequentialDataset(SplitDataset):
                 f"topk: {max(self.config['topk'])} is more than the {self.item_num - 1} items of dataset "
                 f"{self.dataset_name}; try topk: [{self.item_num - 1}]"
             )
+
+    def _check_features(self) -> None:
+        """What RecBole would run into later, without a word on the cause."""
+        for key in ("numerical_features", "discretization", "normalize_field"):
+            if self.time_field in (self.config[key] or ()) and not self.config["legacy_time_order"]:
+                raise UserError(f"{key}: {self.time_field} is the time of events, not a feature; leave it out")
+        for field in self.config["selected_features"] or ():
+            if field not in self.field2type:
+                hint = did_you_mean(field, self.field2type)
+                raise UserError(f"selected_features: {field} is not loaded; see load_col{hint}")
+            is_float = self.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
+            if is_float and field not in (self.config["numerical_features"] or ()):
+                raise UserError(f"selected_features: {field} is a number; name it in numerical_features too")
+
+    def _check_labels(self) -> None:
+        modes = self.config["eval_args"]["mode"]
+        if "labeled" not in (modes if isinstance(modes, str) else modes.values()):
+            return
+        if self.config["eval_type"] == EvaluatorType.RANKING:
+            raise UserError("eval_args: mode: labeled ranks nothing; take mode: full, or metrics of labels such as AUC")
+        if self.label_field not in self.inter_feat:
+            raise UserError(
+                f"eval_args: mode: labeled needs labels; load a column {self.label_field}, or make it of another by "
+                "threshold: {'rating': 3}"
+            )
+
+    def _drop_unused_col(self) -> None:
+        for name, fields in (self.config["unused_col"] or {}).items():
+            if getattr(self, f"{name}_feat", None) is None:
+                raise UserError(f"unused_col: no file .{name} is loaded; see load_col")
+            if needed := {self.uid_field, self.iid_field} & set(fields):
+                raise UserError(f"unused_col: {needed.pop()} is needed; leave it out")
+        super()._drop_unused_col()
 
     def _remove_duplication(self) -> None:
         keep = self.config["rm_dup_inter"]

@@ -25,7 +25,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recbole_ssm import distributed
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.data.splits import look_at_cold_targets, some_rows
 from recbole_ssm.errors import UserError
+
+# RecBole's changes to the histories of a batch, and the key that each of them needs.
+TRANSFORMS = {
+    "mask_itemseq": "mask_ratio",
+    "inverse_itemseq": "",
+    "crop_itemseq": "eta",
+    "reorder_itemseq": "beta",
+}
 
 
 class PackedBatch(NamedTuple):
@@ -361,7 +370,9 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     Raises:
         UserError: there are fewer rows to evaluate than processes, or ``train_last`` does not fit the data.
     """
+    _check_transform(config)
     built = dataset.build()
+    built[1:] = look_at_cold_targets(config["drop_cold_targets"], *built)
     if config["train_last"]:
         built[0] = built[0].newest(config["train_last"])
     if config["train_rows"]:
@@ -376,8 +387,7 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
         if 0 < len(split) < world:
             raise UserError(f"{phase}: {len(split)} rows for {world} processes; start at most {len(split)} processes")
         if config["eval_args"]["mode"][phase] == "full" and world > 1:
-            rows, mine = split.inter_feat, slice(distributed.rank(), None, world)
-            split = split.copy(rows.select(mine) if isinstance(rows, Prefixes) else rows[mine])
+            split = some_rows(split, np.arange(distributed.rank(), len(split), world))
         loader = get_dataloader(config, phase)(config, split, sampler, shuffle=False)
         loader.generator = _Generator()
         loader.collate_fn = _SeededCollate(loader, config["seed"], number)
@@ -385,12 +395,19 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
     return train, evaluation[0], evaluation[1]
 
 
+def _check_transform(config: Any) -> None:
+    if config["transform"] is None:
+        return
+    if config["transform"] not in TRANSFORMS:
+        raise UserError(f"transform: must be one of {', '.join(TRANSFORMS)}, got {config['transform']!r}")
+    key = TRANSFORMS[config["transform"]]
+    if key and config[key] is None:
+        raise UserError(f"{key}: {config['transform']} needs it, a share of the history; try {key}: 0.5")
+
+
 def _sample(split: Any, count: int, seed: int) -> Any:
     """So many rows of a split, the same ones for a seed and a number of rows, in the order in which they stand."""
-    rows = np.random.default_rng(seed).permutation(len(split))[:count]
-    rows.sort()
-    events = split.inter_feat
-    return split.copy(events.select(rows) if isinstance(events, Prefixes) else events[rows])
+    return some_rows(split, np.sort(np.random.default_rng(seed).permutation(len(split))[:count]))
 
 
 def share_evenly(work: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -116,9 +116,9 @@ class Prefixes:
         """Reorder the rows at random, as Interaction.shuffle."""
         self.reorder(torch.randperm(len(self)).numpy())
 
-    def drop(self, column: str) -> None:
-        """Forget a field of the events, and with it its list."""
-        self.events.pop(column.removesuffix(self.list_suffix), None)
+    def drop(self, columns: str, inplace: bool = True) -> None:
+        """Forget a field of the events, and with it its list; RecBole calls it as that of a DataFrame."""
+        self.events.pop(columns.removesuffix(self.list_suffix), None)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -103,3 +104,40 @@ class SplitDataset(recbole.data.dataset.SequentialDataset):
     def _parts(self, order: np.ndarray, part: Any, count: int = 3) -> list[Any]:
         self._drop_unused_col()
         return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
+
+
+def look_at_cold_targets(drop: bool, train: Any, *evaluated: Any) -> list[Any]:
+    """Say how many targets of validation and test are items that training never saw, and leave them out if asked to.
+
+    Raises:
+        UserError: that would leave nothing.
+    """
+    rows, field = train.inter_feat, train.iid_field
+    if isinstance(rows, Prefixes):
+        # Each event before a target is its history's newest.
+        items = rows.events[field].numpy()
+        seen = [items[rows.target], items[rows.target - 1]]
+    else:
+        seen = [rows[field].numpy(), rows[field + train.config["LIST_SUFFIX"]].numpy().ravel()]
+    known = np.zeros(train.item_num, dtype=bool)
+    for items in seen:
+        known[items] = True
+    found = []
+    for phase, split in zip(("valid", "test"), evaluated):
+        warm = known[split.inter_feat[field].numpy()]
+        cold = len(warm) - int(warm.sum())
+        if cold:
+            mend = "they are left out" if drop else "drop_cold_targets: True leaves them out"
+            getLogger().info(f"{phase}: {cold:,} of {len(warm):,} targets are items that training never saw; {mend}")
+        if cold and cold == len(warm) and drop:
+            raise UserError(
+                f"drop_cold_targets: training saw none of the {cold:,} items of {phase}; choose another split"
+            )
+        found.append(some_rows(split, np.flatnonzero(warm)) if cold and drop else split)
+    return found
+
+
+def some_rows(split: Any, rows: np.ndarray) -> Any:
+    """Some rows of a split."""
+    events = split.inter_feat
+    return split.copy(events.select(rows) if isinstance(events, Prefixes) else events[rows])

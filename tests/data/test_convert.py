@@ -401,6 +401,16 @@ def test_descriptions_hold_nothing_that_their_reader_refuses(tmp_path):
     assert [list(row[1]) for row in written(tmp_path / "out" / "made", "item")] == [["ab", "c"], [], ["d", "e"]]
 
 
+def test_contradicting_descriptions_are_counted(tmp_path, capsys):
+    lines = ["u,i,1,one", "u,j,2,two", "v,i,3,one", "v,j,4,three", "w,j,5,four"]
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,words\n" + "\n".join(lines) + "\n")
+    assert main(["convert", "x.csv", "--name=made", "--text=words"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of the items are described\n1 of them again in other words; the first description counts" in out
+    card = json.loads((tmp_path / "dataset" / "made" / "made.card.json").read_text())
+    assert (card["described_items"], card["contradicting_descriptions"]) == (2, 1)
+
+
 def test_only_doubled_events_go_where_real_repeats_are_meant_to_stay(tmp_path):
     rows = [("u", "i", 1), ("u", "i", 1), ("u", "i", 2), ("u", "j", 1), ("v", "i", 1), ("u", "i", 1)]
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
