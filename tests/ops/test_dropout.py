@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 from recbole_ssm import ops
 from recbole_ssm.layers import Dropout
 from recbole_ssm.ops import native
-from tests.ops.test_native import instruction_set  # noqa: F401
 
 needs_kernels = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
 BITS = 0xFFFFFFFF
