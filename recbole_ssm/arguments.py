@@ -1,14 +1,23 @@
-"""Options as users type them: ``--key=value`` on a command line, and the value that its text stands for."""
+"""Options as users write them: ``--key=value`` on a command line, ``key: value`` in a YAML file."""
 
 from __future__ import annotations
 
 import ast
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recbole_ssm.errors import UserError, did_you_mean
+
+_beside_the_package = Path(__file__).parent / "properties"
+PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
+MOST_MERGED = 10_000
+"""No mapping of a YAML file may have more entries by ``<<``, so that a small file cannot become a large one."""
 
 
 def join_values(arguments: list[str], flags: Collection[str] = ()) -> list[str]:
@@ -65,6 +74,57 @@ def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
         if options.setdefault(key, value) != value:
             raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
     return {key: literal(value) for key, value in options.items()}
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML without code, which reads 1e-3 as a number as RecBole does, and takes a key once in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping; two entries of one name are an error that names both lines."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in lines and name not in ("", "<<"):
+                problem = f"{name} stands in line {lines[name]} and again in line {line}; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[name] = line
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take in what ``<<`` names."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_MERGED:
+            problem = f"<< makes a mapping of {len(node.value)} entries"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        UserError: there is no such file, it is no YAML, or it holds something else than a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise UserError(f"config file {path}{where}: not valid YAML: {problem}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"config file {path}: must hold 'key: value' lines, got {type(content).__name__}")
+    return content or {}
 
 
 # Types of options, for ``add_argument(type=...)``. argparse puts the option's name before the message.

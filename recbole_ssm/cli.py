@@ -22,6 +22,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
+  recbole-ssm keys      every config key with what it accepts; keys KEY says all about one
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
   recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
@@ -128,6 +129,13 @@ def inspect(arguments: list[str]) -> None:
     run_inspect(arguments)
 
 
+def keys(arguments: list[str]) -> None:
+    """Print the config keys, or one of them."""
+    from recbole_ssm.reference import print_keys
+
+    print_keys(arguments)
+
+
 def pairs(arguments: list[str]) -> None:
     """Write LlamaRec's training rows as preference pairs."""
     if not arguments or arguments[0].startswith("-"):
@@ -145,6 +153,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "convert": convert,
     "doctor": doctor,
     "inspect": inspect,
+    "keys": keys,
     "pairs": pairs,
     "study": study,
     "train": train,

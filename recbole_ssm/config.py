@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 import yaml
 
 from recbole_ssm import compat
-from recbole_ssm.arguments import literal, parse_options
+from recbole_ssm.arguments import PROPERTIES, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.keys import ALIASES, KEYS, Key, plain, renamed, row, rows
 
 compat.install()
 
@@ -35,68 +37,8 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
-from recbole_ssm.ops.backend import BACKENDS  # noqa: E402
-from recbole_ssm.optim import LEARNERS, adaptive_batch  # noqa: E402
 
-_beside_the_package = Path(__file__).parent / "properties"
-PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("CE", "BPR", "sampled_softmax", "gBCE"),
-    "train_mode": (None, "packed", "prefix"),
-    "adaptive_batch": (None, *adaptive_batch.RULES),
-    "lr_scheduler_interval": ("epoch", "step"),
-    "learner": tuple(LEARNERS),
-    "residual": ("auto", True, False),
-    "readout": ("last", "mean"),
-    "ssm_backend": BACKENDS,
-    "on_bad_lines": ("error", "skip"),
-    "base_model_dtype": ("auto", "float32", "bfloat16"),
-    "verbalizer": ("letters", "title_likelihood", "embedding"),
-    "train_objective": ("sft", "orpo"),
-    "orpo_rejected": ("random", "hardest", "all"),
-    "orpo_probabilities": ("vocabulary", "letters"),
-    "train_candidates": ("random", "insert", "skip"),
-    "rerank": ("all", "retrieved"),
-}
-AT_LEAST_ONE = (
-    "epochs", "train_batch_size", "eval_batch_size", "eval_step", "MAX_ITEM_LIST_LENGTH", "num_layers", "num_negatives",
-    "packed_window", "gradient_accumulation_steps", "checkpoint_steps", "checkpoint_keep", "train_last", "train_rows",
-    "eval_rows", "num_queries", "num_beams", "title_tokens", "prompt_history", "prompt_tokens", "prompt_batch_tokens",
-)  # fmt: skip
-MAY_BE_EMPTY = ("train_last",)  # whatever a model's own default is
-REFUSED = {
-    "dataset_save_path": "a saved data set is a pickle, and loading one runs the code in it",
-    "dataloaders_save_path": "saved data loaders are a pickle, and loading one runs the code in it",
-    "save_dataset": "it would be a pickle, and loading one runs the code in it",
-    "save_dataloaders": "they would be a pickle, and loading one runs the code in it",
-    "config_file": "options are read from config_files",
-    "MODEL_TYPE": "it follows from the model",
-}
-# Keys that RecBole reads but for which it ships no default.
-UNLISTED = {
-    "model", "dataset", "encoding", "reg_weight", "discretization", "normalize_field",
-    "local_rank", "nproc", "world_size", "offset", "ip", "port", "single_spec", "tensorboard",
-    "MASK_ITEM_SEQ", "MASK_INDEX", "POS_ITEMS", "NEG_ITEMS", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
-    "INVERSE_ITEM_SEQ", "REORDER_ITEM_SEQ", "eta", "beta", "mask_ratio", "drop_cold_targets",
-}  # fmt: skip
-# eval_args.split: RecBole's ratios, leave-one-out and ratios before a moment, and our split by two moments.
-SPLITS = {"RS": (), "LS": ("valid_and_test", "valid_only", "test_only"), "TS": (), temporal.NAME: ()}
-NESTED = {
-    "eval_args": ("split", "order", "group_by", "mode"),
-    "train_neg_sample_args": ("distribution", "sample_num", "alpha", "dynamic", "candidate_num"),
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without code, which reads 1e-3 as a number as RecBole does; no process-wide loader is changed."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
 
 
 class Configurable:
@@ -105,8 +47,6 @@ class Configurable:
     A class of ours inherits them and gives its own.
     """
 
-    loss_types: tuple[str, ...] = ("CE", "BPR")
-    """What ``loss_type`` may be, where the model has that key."""
     reads_text = False
     """Whether a language model reads the histories: batches and epochs are then the model's own on every data set."""
 
@@ -154,14 +94,14 @@ class Config(recbole.config.Config):
     ) -> None:
         self._find_model = find_model
         self._command_line = list(command_line)
-        self._base = dict(base or {})
+        self._base = {key: plain(key, value) for key, value in renamed(base or {}).items()}
         try:
             super().__init__(model, dataset, config_file_list, dict(config_dict or {}))
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
-            # RecBole's own checks, which name the key but reach the user as a traceback
-            raise UserError(str(error.args[0] if error.args else error)) from error
+        except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, OSError) as error:
+            # RecBole's own checks, which name the key but reach the user as a traceback.
+            raise UserError(str(error.args[0] if isinstance(error, KeyError) else error)) from error
 
     # --- reading options -----------------------------------------------------------------------------------------
 
@@ -172,20 +112,26 @@ class Config(recbole.config.Config):
         self.parameters = {name: list(keys) for name, keys in zip(names, categories)}
 
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
-        return _Loader
+        return YamlLoader
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
         options = dict(self._base)
         for file in file_list or ():
-            options.update(read_yaml(Path(file)))
+            options.update(_by_new_names(read_yaml(Path(file))))
         return options
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
-        # RecBole calls eval on every string
-        return {key: literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+        # RecBole calls eval on every string.
+        values = {key: literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+        return _by_new_names(values)
 
     def _load_cmd_line(self) -> dict[str, Any]:
-        return parse_options(self._command_line)
+        return _by_new_names(parse_options(self._command_line))
+
+    def _merge_external_config_dict(self) -> None:
+        super()._merge_external_config_dict()
+        given = self.external_config_dict
+        self.external_config_dict: dict[str, Any] = {key: plain(key, value) for key, value in given.items()}
 
     @property
     def _rules(self) -> type[Configurable]:
@@ -194,15 +140,18 @@ class Config(recbole.config.Config):
     # --- defaults ------------------------------------------------------------------------------------------------
 
     def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, Any, str]:
-        named = {**read_yaml(PROPERTIES / "overall.yaml"), **self.external_config_dict}
+        named = {**_shipped(PROPERTIES / "overall.yaml"), **self.external_config_dict}
         model, dataset = model or named["model"], dataset or named["dataset"]
-        for key, value in (("model", model), ("dataset", dataset)):
-            if not isinstance(value, str):
-                raise UserError(f"{key}: must be a name, got {value!r}")
+        model, dataset = KEYS["model"].take("model", model), KEYS["dataset"].take("dataset", dataset)
         assert isinstance(model, str) and isinstance(dataset, str)
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
         return model, self._find_model(model), dataset
+
+    def _update_internal_config_dict(self, file: str | Path) -> dict[str, Any]:
+        found = copy.deepcopy(_shipped(Path(file)))
+        self.internal_config_dict.update(found)
+        return found
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
@@ -210,23 +159,32 @@ class Config(recbole.config.Config):
         own_load_col = defaults["load_col"]
         files = ["overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"]
         if self._rules.reads_text:
-            files[1:] = files[:0:-1]  # a data set's batches and epochs are sized for embeddings of items
+            # A data set's batches and epochs are sized for embeddings of items.
+            files[1:] = files[:0:-1]
         for file in files:
             if (PROPERTIES / file).is_file():
-                defaults.update(read_yaml(PROPERTIES / file))
-        if own_load_col and len(own_load_col) > 1:  # a model that reads features of items or users
+                self._update_internal_config_dict(PROPERTIES / file)
+        if own_load_col and len(own_load_col) > 1:
+            # A model that reads features of items or users.
             defaults["load_col"] = own_load_col
         loss_type = self.external_config_dict.get("loss_type", defaults.get("loss_type"))
         samples_none = loss_type not in (None, "BPR") or self._rules.reads_text
-        if samples_none:  # RecBole's default samples negatives, and then refuses to run
+        if samples_none:
+            # RecBole's default samples negatives, and then refuses to run.
             defaults["train_neg_sample_args"] = None
+        files_of_model = (folder / "model" / f"{model}.yaml" for folder in (RECBOLE_PROPERTIES, PROPERTIES))
+        texts = [file.read_text(encoding="utf-8") for file in files_of_model if file.is_file()]
+        self.rows: dict[str, Key] = rows(defaults, *texts)
 
     def _get_final_config_dict(self) -> dict[str, Any]:
-        self._check_keys()
+        # A refused key may stand in a file of RecBole's, if it is left empty.
+        refused = self.rows.keys() - self.known_keys()
+        given = {key: value for key, value in self.external_config_dict.items() if value or key not in refused}
+        self.external_config_dict = {key: self._checked(key, value) for key, value in given.items()}
         merged: dict[str, Any] = super()._get_final_config_dict()
-        # entries of eval_args that are not given keep their defaults; RecBole falls back to an order that it refuses
-        merged["eval_args"] = {**self.internal_config_dict["eval_args"], **_mapping("eval_args", merged["eval_args"])}
-        self._check_values(merged)
+        # Entries of eval_args that are not given keep their defaults; RecBole falls back to an order that it refuses.
+        merged["eval_args"] = {**self.internal_config_dict["eval_args"], **(merged["eval_args"] or {})}
+        self._check_together(merged)
         return copy.deepcopy(merged)
 
     def _set_default_parameters(self) -> None:
@@ -235,7 +193,8 @@ class Config(recbole.config.Config):
         if self.dataset != "ml-100k" or (folder / f"{self.dataset}.inter").is_file():
             # RecBole sends ml-100k to its bundled copy, whatever data_path says
             self.final_config_dict["data_path"] = str(folder)
-        self.final_config_dict.setdefault("MODEL_INPUT_TYPE", InputType.POINTWISE)  # RecBole knows CE and BPR alone
+        # RecBole knows the losses CE and BPR only.
+        self.final_config_dict.setdefault("MODEL_INPUT_TYPE", InputType.POINTWISE)
         self._set_train_mode()
 
     def _set_train_mode(self) -> None:
@@ -261,104 +220,50 @@ class Config(recbole.config.Config):
             self.final_config_dict["device"] = distributed.start(
                 bool(self.final_config_dict["use_gpu"]) and torch.cuda.is_available()
             )
-            # what RecBole does with several processes is not what is done here, so it is told of one
+            # Several processes do not work together as RecBole's do, so it is told that there is one.
             self.final_config_dict |= {"single_spec": True, "local_rank": distributed.rank()}
             if distributed.rank():
                 self.final_config_dict |= {"state": "ERROR", "show_progress": False}
             return
         if "gpu_id" not in self.external_config_dict and "CUDA_VISIBLE_DEVICES" in os.environ:
-            # RecBole overwrites the user's own choice of GPUs with its default
+            # RecBole overwrites the user's own choice of GPUs with its default.
             self.final_config_dict["gpu_id"] = os.environ["CUDA_VISIBLE_DEVICES"]
-        if self.final_config_dict["use_gpu"] or "local_rank" in self.final_config_dict:
+        if isinstance(self.final_config_dict["gpu_id"], list):
+            self.final_config_dict["gpu_id"] = tuple(self.final_config_dict["gpu_id"])
+        if self.final_config_dict["use_gpu"]:
             super()._init_device()
-        else:  # RecBole's default device ignores use_gpu; to hide all GPUs would hide them from the process
+        else:
+            # RecBole's default device ignores use_gpu; to hide all GPUs would hide them from the whole process.
             self.final_config_dict |= {"device": torch.device("cpu"), "single_spec": True, "local_rank": 0}
 
     # --- checks --------------------------------------------------------------------------------------------------
 
     def known_keys(self) -> set[str]:
-        """Every key that this model knows."""
-        return set(self.internal_config_dict) | UNLISTED | {key for keys in self.parameters.values() for key in keys}
+        """Every key that may be given for this model."""
+        return {key for key, found in self.rows.items() if not found.refused}
 
-    def _check_keys(self) -> None:
-        known = self.known_keys()
-        for key in self.external_config_dict:
-            if key not in known and not str(key).startswith("alias_of_"):
-                raise UserError(f"{key}: there is no such key{did_you_mean(str(key), known - set(REFUSED))}")
-            if self.external_config_dict[key] and key in REFUSED:
-                raise UserError(f"{key}: refused, because {REFUSED[key]}; leave it empty")
-        for key, names in NESTED.items():
-            for name in _mapping(key, self.external_config_dict.get(key)):
-                if name not in names:
-                    raise UserError(f"{key}: there is no such entry '{name}'{did_you_mean(str(name), names)}")
+    def _checked(self, key: str, value: Any) -> Any:
+        found = self.rows.get(key) or (row(key) if str(key).startswith("alias_of_") else None)
+        if key in self._base and self._base[key] == value and not (found and found.refused):
+            # It has run with that value, and goes on with it.
+            return value
+        if found is None:
+            raise UserError(f"{key}: there is no such key{did_you_mean(str(key), self.known_keys())}")
+        return found.take(key, value, self.internal_config_dict.get(key))
 
-    def _check_values(self, merged: dict[str, Any]) -> None:
-        for key, default in self.internal_config_dict.items():
-            value = merged[key]
-            if key in CHOICES or (value is None and key in MAY_BE_EMPTY):
-                continue
-            if isinstance(default, bool):
-                fits, kind = isinstance(value, bool), "True or False"
-            elif isinstance(default, int):
-                fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
-            elif isinstance(default, float):
-                fits, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-            else:
-                continue
-            if not fits:
-                raise UserError(f"{key}: must be {kind}, got {value!r}; the default is {default!r}")
-        for key, choices in CHOICES.items():
-            value = merged.get(key)
-            if key in self.internal_config_dict and value not in choices:
-                hint = did_you_mean(str(value), [str(choice) for choice in choices])
-                raise UserError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}{hint}")
-        for key in AT_LEAST_ONE:
-            value = merged.get(key)
-            if value is not None and not isinstance(value, int):
-                raise UserError(f"{key}: must be a whole number, got {value!r}; try {key}: 1")
-            if value is not None and value < 1:
-                raise UserError(f"{key}: must be at least 1, got {value}; try {key}: 1")
-        for key, value in merged.items():
-            if key.endswith("dropout_prob") and not 0 <= value < 1:
-                raise UserError(f"{key}: must lie in [0, 1), got {value}; try {key}: 0.2")
-        known_losses = self._rules.loss_types
-        if merged.get("loss_type") not in (None, *known_losses):
-            known = " and ".join(known_losses)
-            raise UserError(f"loss_type: {self.model} is RecBole's own and knows {known}, got {merged['loss_type']}")
-        own_samples = merged.get("loss_type") in ("sampled_softmax", "gBCE")
-        if own_samples and merged["train_neg_sample_args"] is not None:
-            raise UserError(
-                f"train_neg_sample_args: {merged['loss_type']} draws its own samples; set num_negatives instead"
-            )
-        if merged.get("gbce_t") is not None and not 0 <= merged["gbce_t"] <= 1:
-            raise UserError(f"gbce_t: must lie in [0, 1], got {merged['gbce_t']}; try gbce_t: 0.75")
-        if merged.get("negative_power") is not None and merged["negative_power"] < 0:
-            raise UserError(
-                f"negative_power: must be 0 or more, got {merged['negative_power']}; try negative_power: 0.75"
-            )
-        if merged["learning_rate"] <= 0:
-            raise UserError(f"learning_rate: must be above 0, got {merged['learning_rate']}; try learning_rate: 0.001")
-        if merged["eval_args"]["order"] != "TO":
-            raise UserError(
-                f"eval_args: order must be TO (by time) for sequences, got {merged['eval_args']['order']!r}"
-            )
-        self._check_split(merged["eval_args"]["split"])
-        if merged.get("loss_type") == "BPR" and merged["train_neg_sample_args"] is None:
+    def _check_together(self, merged: dict[str, Any]) -> None:
+        """Refuse what is right by itself and cannot go together."""
+        loss, negatives = merged.get("loss_type"), merged["train_neg_sample_args"]
+        if loss in ("sampled_softmax", "gBCE") and negatives is not None:
+            raise UserError(f"train_neg_sample_args: {loss} draws its own samples; set num_negatives instead")
+        if loss == "BPR" and negatives is None:
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
+        if negatives and negatives.get("dynamic") and not negatives.get("candidate_num"):
+            raise UserError("train_neg_sample_args: dynamic needs a candidate_num of at least 1, such as 10")
+        if temporal.NAME in merged["eval_args"]["split"]:
+            temporal.check_parts(merged["eval_args"]["split"][temporal.NAME])
         self._check_metrics(merged)
         self._rules.check_options(merged, self._find_model)
-
-    @staticmethod
-    def _check_split(split: Any) -> None:
-        if not isinstance(split, dict) or len(split) != 1:
-            raise UserError(f"eval_args: split must be one entry such as {{'LS': 'valid_and_test'}}, got {split!r}")
-        name, value = next(iter(split.items()))
-        if name not in SPLITS:
-            raise UserError(f"eval_args: there is no split {name!r}; known are {', '.join(SPLITS)}")
-        if name == temporal.NAME:
-            temporal.check_parts(value)
-        elif name == "LS" and value not in SPLITS["LS"]:
-            raise UserError(f"eval_args: LS must be one of {', '.join(SPLITS['LS'])}, got {value!r}")
 
     @staticmethod
     def _check_metrics(merged: dict[str, Any]) -> None:
@@ -377,29 +282,19 @@ class Config(recbole.config.Config):
             )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping.
-
-    Raises:
-        UserError: there is no such file, it is no YAML, or it holds something else than a mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"config file {path}{where}: not valid YAML: {problem}") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"config file {path}: must hold 'key: value' lines, got {type(content).__name__}")
-    return content or {}
+@cache
+def _shipped(path: Path) -> dict[str, Any]:
+    """A YAML file of RecBole's or ours, which is read once in a process."""
+    return read_yaml(path)
 
 
-def _mapping(key: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{key}: must be a mapping such as {{'{NESTED[key][0]}': ...}}, got {value!r}")
-    return value
+def _by_new_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ALIASES.keys() & options:
+        _hint(name)
+    return renamed(options)
+
+
+@cache
+def _hint(name: str) -> None:
+    """Say once how a key is called now."""
+    getLogger().warning(f"{name}: its name is {ALIASES[name]} now; the old one still counts")

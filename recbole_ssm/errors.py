@@ -22,7 +22,8 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'X'?"`` for the known name nearest to ``name``, or ``""`` if none is near."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    # A name that is much longer than all others is near to none, and comparing it would take long.
+    near = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
 
 

@@ -1,10 +1,900 @@
-"""The config keys: what each accepts, what it belongs to, and what may be done with it."""
+"""The config keys, a row each: what a key accepts, what it belongs to, and what may be done with it.
 
-MACHINE_KEYS = ("data_path", "checkpoint_dir", "device")  # of the machine, not of the model
-# What a resumed run may change without being another run.
-FREE_KEYS = {
-    *MACHINE_KEYS, "epochs", "stopping_step", "show_progress", "state", "worker", "eval_batch_size", "gpu_id",
-    "use_gpu", "checkpoint_steps", "checkpoint_keep", "cuda_graphs", "measure_latency", "log_wandb",
-    "wandb_project", "local_rank", "metric_decimal_place", "loss_decimal_place", "base_model", "base_model_download",
-    "retriever_checkpoint", "prompt_batch_tokens", "rerank",
-}  # fmt: skip
+To add a key for every model, write its row here and its default in properties/overall.yaml. A key of one model needs
+no row: it is read from its line in properties/model/<Model>.yaml, whose comment says the type, what the key means and,
+where the type and the size of the default do not say it, a range::
+
+    head_dim: 64   # (int) Channels of a head. Range in [1, inf).
+
+``recbole-ssm keys`` prints the table, and docs/keys.md is written from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple
+
+from recbole_ssm.errors import UserError, did_you_mean
+
+LARGEST = 2**31 - 1
+"""No whole number may be larger, where its key says nothing else."""
+DEEPEST = 20
+"""How many mappings and lists a value may hold one in the other."""
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 12, 12
+_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
+
+
+class KindError(ValueError):
+    """A value is not accepted; the text goes on from ``key: ``.
+
+    Within a mapping the entry's name is put before it, unless ``named`` says that the text has one.
+    """
+
+    def __init__(self, text: str, named: bool = False) -> None:
+        super().__init__(text)
+        self.named = named
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its repr, shortened."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        # Python writes out no whole number of more than some thousand digits.
+        return "a number of thousands of digits"
+
+
+# --- what a value may be ---
+
+
+class Kind:
+    """What a value may be; ``str`` of it describes that after "must be"."""
+
+    def take(self, value: Any) -> Any:
+        """The value as the configuration keeps it; lists come out of tuples.
+
+        Raises:
+            KindError: it is not accepted.
+        """
+        raise NotImplementedError
+
+    def refuse(self, value: Any) -> KindError:
+        """The error of a value of another type."""
+        return KindError(f"must be {self}, got {shown(value)}")
+
+
+class Flag(Kind):
+    """True or False."""
+
+    def __str__(self) -> str:
+        return "True or False"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, bool):
+            raise self.refuse(value)
+        return value
+
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|-?inf"
+_INTERVAL = re.compile(rf"\s*([\[(])\s*({_NUMBER})\s*,\s*({_NUMBER})\s*([\])])\s*", re.IGNORECASE)
+
+
+class Range(NamedTuple):
+    """An interval of numbers."""
+
+    low: float
+    high: float
+    has_low: bool
+    """Whether ``low`` belongs to it."""
+    has_high: bool
+
+    @classmethod
+    def read(cls, text: str) -> Range | None:
+        """``"[0, 1)"`` as a range; None where the text is no interval."""
+        found = _INTERVAL.fullmatch(text)
+        if found is None or float(found[2]) > float(found[3]):
+            return None
+        return cls(float(found[2]), float(found[3]), found[1] == "[", found[4] == "]")
+
+    def __contains__(self, number: object) -> bool:
+        assert isinstance(number, (int, float))
+        above = number > self.low or (self.has_low and number == self.low)
+        return above and (number < self.high or (self.has_high and number == self.high))
+
+    def __str__(self) -> str:
+        low, high = ("-inf" if end == -math.inf else f"{end:.12g}" for end in (self.low, self.high))
+        return f"{'[' if self.has_low else '('}{low}, {high}{']' if self.has_high else ')'}"
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A finite number within a range; a whole one if ``whole``."""
+
+    within: str = "(-inf, inf)"
+    whole: bool = False
+
+    @cached_property
+    def range(self) -> Range:
+        """The range of ``within``."""
+        found = Range.read(self.within)
+        assert found is not None, self.within
+        return found
+
+    @property
+    def bound(self) -> str:
+        """The range in words, after "must"."""
+        low, high, closed, _ = self.range
+        if high < math.inf:
+            return f"lie in {self.range}"
+        if low == -math.inf:
+            return "be finite"
+        return "be 0 or more" if closed and low == 0 else f"be {'at least' if closed else 'above'} {low:.12g}"
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return kind if self.range.low == -math.inf else f"{kind} in {self.range}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            raise KindError(f"must be {'a whole number' if self.whole else 'a number'}, got {shown(value)}")
+        if value not in self.range:
+            raise KindError(f"must {self.bound}, got {shown(value)}")
+        if self.whole and self.range.high == math.inf and abs(value) > LARGEST:
+            raise KindError(f"must be at most {LARGEST}, got {shown(value)}")
+        if isinstance(value, int) and abs(value) > 2**63:
+            raise KindError(f"must be at most 2 ** 63, got {shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """Text that is not empty and fits a pattern."""
+
+    says: str = "text"
+    pattern: str = r"(?s).+"
+
+    def __str__(self) -> str:
+        return self.says
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, str) or not re.fullmatch(self.pattern, value) or "\0" in value:
+            raise self.refuse(value)
+        return value
+
+
+class Choice(Kind):
+    """One of some values."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        # True == 1, and neither may stand for the other.
+        if not any(type(value) is type(known) and value == known for known in self.values):
+            hint = did_you_mean(value, map(str, self.values)) if isinstance(value, str) else ""
+            raise KindError(f"{shown(value)} is not {self}{hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class Only(Kind):
+    """One value alone; ``says`` gives the reason."""
+
+    value: Any
+    says: str
+
+    def __str__(self) -> str:
+        return self.says
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if type(value) is not type(self.value) or value != self.value:
+            raise self.refuse(value)
+        return value
+
+
+class Either(Kind):
+    """What any of several kinds accepts."""
+
+    def __init__(self, *kinds: Kind) -> None:
+        self.kinds = kinds
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(map(str, self.kinds)))
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        for kind in self.kinds:
+            try:
+                return kind.take(value)
+            except KindError:
+                continue
+        raise self.refuse(value)
+
+
+@dataclass(frozen=True)
+class Many(Kind):
+    """A list of values of one kind; ``or_one`` of them without its list."""
+
+    of: Kind
+    or_one: bool = False
+    length: int | None = None
+    """How many there are; None: at least ``least``."""
+    least: int = 0
+
+    def __str__(self) -> str:
+        if self.or_one:
+            return f"{self.of} or a list of such"
+        count = f" of {self.length}" if self.length else ""
+        return f"a list{count} in which each entry is {self.of}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, (list, tuple)):
+            if not self.or_one:
+                raise self.refuse(value)
+            return self.of.take(value)
+        if len(value) != self.length if self.length else len(value) < self.least:
+            raise self.refuse(value)
+        return [self.of.take(entry) for entry in value]
+
+
+@dataclass(frozen=True)
+class Table(Kind):
+    """A mapping from text, such as the names of columns, to values of one kind."""
+
+    of: Kind
+    example: str
+    length: int | None = None
+
+    def __str__(self) -> str:
+        return f"a mapping such as {self.example}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        names = isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
+        if not names or (self.length is not None and len(value) != self.length):
+            raise self.refuse(value)
+        return {name: _inside(name, self.of, entry) for name, entry in value.items()}
+
+
+@dataclass(frozen=True)
+class Fields(Kind):
+    """A mapping whose entries have names of their own; any other is kept as it is if it is ``open`` to them."""
+
+    known: Mapping[str, Kind]
+    example: str = ""
+    needs: tuple[str, ...] = ()
+    """Entries that must be there."""
+    open: bool = False
+
+    def __str__(self) -> str:
+        return f"a mapping such as {self.example or '{' + repr(next(iter(self.known))) + ': ...}'}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, Mapping):
+            raise self.refuse(value)
+        for name in value:
+            if not isinstance(name, str) or (name not in self.known and not self.open):
+                hint = did_you_mean(str(name), self.known) if isinstance(name, str) else ""
+                raise KindError(f"there is no such entry {shown(name)}{hint or '; known are ' + ', '.join(self.known)}")
+        for name in self.needs:
+            if name not in value:
+                raise KindError(f"needs the entry '{name}', got {shown(value)}")
+        return {name: _inside(name, self.known[name], v) if name in self.known else v for name, v in value.items()}
+
+
+def _inside(name: str, kind: Kind, value: Any) -> Any:
+    try:
+        return kind.take(value)
+    except KindError as error:
+        raise KindError(str(error) if error.named else f"{name} {error}", named=True) from None
+
+
+@dataclass(frozen=True)
+class Filter(Kind):
+    """Intervals as RecBole filters by them, ``"[5,inf)"`` or several with semicolons between them."""
+
+    or_tokens: bool = False
+    """Whether a list of tokens is accepted too."""
+
+    def __str__(self) -> str:
+        return f"an interval such as '[5,inf)'{' or a list of tokens' if self.or_tokens else ''}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`; the command line's ``(5,10)`` is a tuple, and becomes text again."""
+        if self.or_tokens and isinstance(value, list):
+            return [Text("a token").take(entry) for entry in value]
+        text = str(value) if isinstance(value, (tuple, list)) else value
+        if not isinstance(text, str):
+            raise self.refuse(value)
+        for part in text.split(";"):
+            if Range.read(part) is None:
+                read = "intervals read [3,inf) or (0,1];[3,4)"
+                tokens = ", and a list is of tokens" if self.or_tokens else ""
+                raise KindError(f"{shown(part)} is no interval, in {shown(value)}; {read}{tokens}")
+        return text if isinstance(value, tuple) else value
+
+
+class Split(Kind):
+    """``eval_args.split``: the name of one way to split, and what it needs."""
+
+    leave_one_out = ("valid_and_test", "valid_only", "test_only")
+    known = ("RS", "LS", "TS", "GTS")
+
+    def __str__(self) -> str:
+        return "one entry such as {'LS': 'valid_and_test'}"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, Mapping) or len(value) != 1:
+            raise self.refuse(value)
+        (name, how) = next(iter(value.items()))
+        if name not in self.known:
+            raise KindError(f"there is no split {shown(name)}; known are {', '.join(self.known)}", named=True)
+        if name == "LS":
+            if how not in self.leave_one_out:
+                raise KindError(f"LS must be one of {', '.join(self.leave_one_out)}, got {shown(how)}", named=True)
+            return {name: how}
+        if name == "GTS":
+            # recbole_ssm.data.temporal says what that may be.
+            return {name: how}
+        try:
+            shares: list[float] = Many(Number("[0, inf)"), length=3).take(how)
+        except KindError:
+            shares = [0.0]
+        if not shares[0] > 0:
+            text = f"{name} takes three shares, the first above 0, got {shown(how)}"
+            raise KindError(f"{text}; try split: {{'{name}': [0.8, 0.1, 0.1]}}", named=True)
+        return {name: shares}
+
+
+class Anything(Kind):
+    """Any value that JSON can hold."""
+
+    def __str__(self) -> str:
+        return "any value"
+
+    def take(self, value: Any) -> Any:
+        """See :meth:`Kind.take`."""
+        if not isinstance(value, (bool, int, float, str, list, tuple, Mapping, type(None))):
+            raise KindError(f"must be a number, text, True, False, a list or a mapping, got {shown(value)}")
+        return value
+
+
+# --- the rows ---
+
+
+class Span(NamedTuple):
+    """A range to search for a number in."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether to search it by orders of magnitude."""
+
+
+Scope = Literal["data", "model", "training", "evaluation", "run", "machine"]
+SCOPES: dict[Scope, str] = {
+    "data": "what data there is, and how it is split",
+    "model": "what the model computes",
+    "training": "how its weights are learned",
+    "evaluation": "what is measured, and on which rows",
+    "run": "how a run is started, kept and shown",
+    "machine": "where it runs",
+}
+Effect = Literal["result", "free", "none"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One row."""
+
+    kind: Kind
+    scope: Scope
+    about: str = ""
+    """One sentence; for a model's key it stands in properties/model."""
+    effect: Effect = "result"
+    """``result``: the key changes results, and a resumed run must keep it. ``free``: it changes results or what is
+    reported of them, and a resumed run may change it. ``none``: it changes no result, and a resumed run may change it.
+    """
+    tune: Span | tuple[Any, ...] | None = None
+    """Where a search for good values looks: a span of numbers, or these values."""
+    empty: bool = False
+    """Whether None is accepted."""
+    refused: str = ""
+    """Why a user may not give the key; RecBole has it."""
+
+    @property
+    def result(self) -> bool:
+        """Whether the key changes results."""
+        return self.effect != "none"
+
+    @property
+    def free(self) -> bool:
+        """Whether a resumed run may change the key."""
+        return self.effect != "result"
+
+    @property
+    def tunable(self) -> bool:
+        """Whether values may be compared by their scores; with others of these keys a score means something else."""
+        return self.tune is not None or self.scope in ("model", "training")
+
+    def __str__(self) -> str:
+        return f"empty, or {self.kind}" if self.empty else str(self.kind)
+
+    def take(self, name: str, value: Any, default: Any = None) -> Any:
+        """The value as the configuration keeps it.
+
+        Raises:
+            UserError: the key does not accept it.
+        """
+        if self.refused:
+            raise UserError(f"{name}: refused, because {self.refused}; leave it empty")
+        if (value is None and self.empty) or (type(value) is type(default) and value == default):
+            return value
+        try:
+            return self.kind.take(value)
+        except KindError as error:
+            text = str(error)
+        if isinstance(self.kind, Choice) and self.empty:
+            text = text.replace("is not one of ", "is not one of None, ", 1)
+        raise UserError(f"{name}: {text}{self._mend(name, value, default)}")
+
+    def _mend(self, name: str, value: Any, default: Any) -> str:
+        """What to try in place of a number, True or False."""
+        if not isinstance(self.kind, (Number, Flag)):
+            return ""
+        right_type = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(self.kind, Number) and (right_type or default is None):
+            low = self.kind.range.low
+            example = f"{low:.12g}" if low >= 1 and self.kind.range.has_low else default
+            empty = ", or leave it empty" if self.empty else ""
+            return f"; try {name}: {example}{empty}" if example is not None else empty.replace(", or", ";")
+        return "" if default is None else f"; the default is {default!r}"
+
+
+def _whole(within: str = "[1, inf)") -> Number:
+    return Number(within, whole=True)
+
+
+_NAME = r"[^\0\n]{1,200}"
+FLAG, NAME, COLUMN = Flag(), Text("a name", _NAME), Text("the name of a column", _NAME)
+AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PART = _whole(), Number("[0, inf)"), Number("(0, inf)"), Number("[0, 1)")
+COLUMNS = Many(COLUMN)
+OPTIONS = Fields({}, "{'name': value}", open=True)
+NONE = Choice(None)
+_DECIMALS = _whole("[0, 20]")
+
+# PyTorch's schedulers find a wrong value of these only in the midst of a run, or never.
+_SCHEDULER_ARGS = Fields(
+    {
+        **dict.fromkeys(
+            ("step_size", "T_max", "T_0", "T_mult", "total_steps", "epochs", "steps_per_epoch"), AT_LEAST_1
+        ),
+        **dict.fromkeys(("step_size_up", "total_iters"), AT_LEAST_1),
+        **dict.fromkeys(("gamma", "factor", "power", "start_factor", "end_factor", "threshold"), Number()),
+        **dict.fromkeys(("patience", "cooldown"), _whole("[0, inf)")),
+        "milestones": Many(AT_LEAST_1),
+    },
+    "{'max_lr': 0.01, 'total_steps': 1000}",
+    open=True,
+)
+_CLIP = Fields(
+    {
+        "max_norm": POSITIVE,
+        "norm_type": Either(POSITIVE, Choice("inf", math.inf)),
+        "error_if_nonfinite": FLAG,
+        "foreach": Either(FLAG, NONE),
+    },
+    "{'max_norm': 5}",
+    needs=("max_norm",),
+)
+_NEGATIVES = Fields(
+    {
+        "distribution": Choice("uniform", "popularity", "none", "None", None),
+        "sample_num": Either(AT_LEAST_1, Choice("none")),
+        "alpha": Either(Number(), Choice("none")),
+        "dynamic": FLAG,
+        "candidate_num": _whole("[0, inf)"),
+    }
+)
+_MODE = Text("'full', 'labeled', or 'uni' or 'pop' with a number such as 'uni100'", r"full|labeled|(?:uni|pop)[1-9]\d*")
+_EVALUATION = Fields(
+    {
+        "split": Split(),
+        "order": Only("TO", "TO (by time) for sequences"),
+        "group_by": Choice("user", "none", None),
+        "mode": Either(Fields({"valid": _MODE, "test": _MODE}), _MODE),
+    }
+)
+_LEVEL = Text("one of debug, info, warning, error, critical", "(?i:debug|info|warning|error|critical)")
+_GPUS = Either(
+    Text("numbers of GPUs such as '0' or '0,1'", r"\s*|\d+(?:\s*,\s*\d+)*"),
+    _whole("[0, inf)"),
+    Many(_whole("[0, inf)")),
+)
+_TRANSFORM = Choice("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq")
+_LEARNER = Choice("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam", "usgm", "usfgm")
+_LOADED = Table(Either(Choice("*"), COLUMNS), "{'inter': ['user_id', 'item_id', 'timestamp']}")
+_VALUES = Table(Filter(or_tokens=True), "{'rating': '[3,inf)'}")
+_BUCKETS = Table(
+    Fields({"method": Choice("ED", "LD"), "bucket": AT_LEAST_1}, needs=("method",)),
+    "{'price': {'method': 'ED', 'bucket': 10}}",
+)
+_BASE = Text("a folder, a .gguf file, a name on the Hugging Face hub or 'random'")
+_METRICS = Many(Text("the name of a metric", _NAME), or_one=True, least=1)
+_CHECKPOINT = Text("a file such as best.safetensors, or the folder of a run")
+_PICKLE = "loading one runs the code in it"
+_LAUNCHED = "torchrun starts several processes and numbers them"
+
+# fmt: off
+KEYS: dict[str, Key] = {
+    # where it runs
+    "data_path": Key(Text("a folder"), "machine", "The folder that holds a folder for each data set.", effect="none"),
+    "checkpoint_dir": Key(Text("a folder"), "machine", "Where runs keep their checkpoints.", effect="none"),
+    "gpu_id": Key(_GPUS, "machine", "The GPUs that may be used, by their numbers.", effect="none"),
+    "use_gpu": Key(FLAG, "machine", "Use a GPU where there is one.", effect="none"),
+    "worker": Key(_whole("[0, 512]"), "machine", effect="none", about=
+        "How many processes prepare batches beside the main one."),
+    "device": Key(NAME, "machine", effect="none", refused="it follows from use_gpu and gpu_id"),
+    "local_rank": Key(_whole("[0, inf)"), "machine", effect="none", refused=_LAUNCHED),
+    "nproc": Key(AT_LEAST_1, "machine", refused=_LAUNCHED),
+    "world_size": Key(AT_LEAST_1, "machine", refused=_LAUNCHED),
+    "offset": Key(_whole("[0, inf)"), "machine", refused=_LAUNCHED),
+    "ip": Key(NAME, "machine", refused=_LAUNCHED),
+    "port": Key(NAME, "machine", refused=_LAUNCHED),
+    "single_spec": Key(FLAG, "run", refused="it follows from how the run was started"),
+
+    # how a run is started, kept and shown
+    "model": Key(NAME, "run", "The model, ours or a sequential one of RecBole's."),
+    "seed": Key(_whole("[0, 4294967295]"), "run", "Where all random numbers start."),
+    "reproducibility": Key(FLAG, "run", "Let cuDNN choose only algorithms that give the same result each time."),
+    "state": Key(_LEVEL, "run", effect="none", empty=True, about=
+        "From which level on messages are logged."),
+    "show_progress": Key(FLAG, "run", "Show a bar for each epoch.", effect="none"),
+    "log_wandb": Key(FLAG, "run", "Log metrics to Weights & Biases.", effect="none"),
+    "wandb_project": Key(NAME, "run", "The project there.", effect="none"),
+    "checkpoint_steps": Key(AT_LEAST_1, "run", effect="none", empty=True, about=
+        "Save a checkpoint every so many steps, besides the end of each epoch."),
+    "checkpoint_keep": Key(AT_LEAST_1, "run", effect="none", about=
+        "How many of the newest checkpoints stay, besides the best."),
+    "measure_latency": Key(FLAG, "run", effect="free", about=
+        "Time training steps and evaluation batches; a table in the log, and latency.json beside the checkpoints."),
+    "ssm_backend": Key(Choice("auto", "reference", "torch", "native", "cuda"), "run", about=
+        "The kernels of the state-space models."),
+    "cuda_graphs": Key(FLAG, "run", effect="none", about=
+        "On a GPU, evaluate by recorded CUDA graphs: fewer launches for small batches, but padding is computed too."),
+    "config_file": Key(NAME, "run", refused="options are read from config_files"),
+    "MODEL_TYPE": Key(NAME, "run", refused="it follows from the model"),
+    "save_dataset": Key(FLAG, "run", refused=f'it would be a pickle, and {_PICKLE}'),
+    "dataset_save_path": Key(NAME, "run", refused=f'a saved data set is a pickle, and {_PICKLE}'),
+    "save_dataloaders": Key(FLAG, "run", refused=f'they would be a pickle, and {_PICKLE}'),
+    "dataloaders_save_path": Key(NAME, "run", refused=f'saved data loaders are a pickle, and {_PICKLE}'),
+
+    # how weights are learned
+    "epochs": Key(AT_LEAST_1, "training", "The number of training epochs.", effect="free"),
+    "stopping_step": Key(_whole("[0, inf)"), "training", effect="free", about=
+        "Stop after more than so many validations without a better one."),
+    "eval_step": Key(AT_LEAST_1, "training", "Validate after every so many epochs."),
+    "train_batch_size": Key(AT_LEAST_1, "training", "Targets in a batch.", tune=(256, 512, 1024, 2048, 4096)),
+    "gradient_accumulation_steps": Key(AT_LEAST_1, "training", about=
+        "Parts into which a batch is cut, one after the other through the model: less memory, and the same step "
+        "where the loss is a mean over targets."),
+    "shuffle": Key(FLAG, "training", "Shuffle the training rows before each epoch."),
+    "train_mode": Key(Choice("packed", "prefix"), "training", empty=True, about=
+        "'packed': whole histories, a loss at every position. 'prefix': RecBole's rows, one loss each. Empty: "
+        "packed wherever the model allows it."),
+    "packed_window": Key(AT_LEAST_1, "training", empty=True, about=
+        "Targets of one window of a history longer than MAX_ITEM_LIST_LENGTH. Empty: the model's own choice."),
+    "train_last": Key(AT_LEAST_1, "training", empty=True, about=
+        "Train on each user's newest so many targets only. Empty: on all."),
+    "train_rows": Key(AT_LEAST_1, "training", empty=True, about=
+        "Train on so many targets, drawn once by the seed. Empty: on all."),
+    "train_neg_sample_args": Key(_NEGATIVES, "training", "Negative samples for the loss BPR.", empty=True),
+    "transform": Key(_TRANSFORM, "training", "How RecBole changes the histories of a batch.", empty=True),
+    "mask_ratio": Key(Number("(0, 1]"), "training", tune=Span(0.1, 0.6), about=
+        "The share of a history that 'mask_itemseq' masks."),
+    "ft_ratio": Key(Number("[0, 1]"), "training", "How often 'mask_itemseq' masks the last item only."),
+    "eta": Key(Number("(0, 1]"), "training", "The share of a history that 'crop_itemseq' keeps."),
+    "beta": Key(Number("[0, 1]"), "training", "The share of a history that 'reorder_itemseq' shuffles."),
+    "learner": Key(_LEARNER, "training", "The optimiser."),
+    "learning_rate": Key(POSITIVE, "training", "The optimiser's learning rate.", tune=Span(0.0001, 0.01, log=True)),
+    "weight_decay": Key(NOT_NEGATIVE, "training", tune=(0.0, 1e-05, 0.0001, 0.001, 0.01), about=
+        "The optimiser's weight decay."),
+    "learner_args": Key(OPTIONS, "training", empty=True, about=
+        "More arguments of the learner's class, such as {'betas': [0.9, 0.98]}; 'usgm' and 'usfgm' need {'D': 100, "
+        "'rho': 0.01}."),
+    "learner_groups": Key(Table(OPTIONS, "{'item_embedding*': {'D': 30}}"), "training", empty=True, about=
+        "Options of some parameters, by a pattern of their names: {'item_embedding*': {'D': 30}}; the rest has "
+        "learner_args."),
+    "average_power": Key(NOT_NEGATIVE, "training", empty=True, about=
+        "Validate, test and save the mean of the learner's iterates, in which iterate k weighs about k ** "
+        "average_power: 0 is the plain mean, 8 about that of the last fifth of training. Empty: the last iterate."),
+    "adaptive_batch": Key(Choice("hoelder", "norm_test", "inner_product"), "training", empty=True, about=
+        "Let the batch size follow the gradient's noise: 'hoelder' (needs D), 'norm_test' or 'inner_product'; "
+        "train_batch_size is the first."),
+    "adaptive_batch_args": Key(OPTIONS, "training", empty=True, about=
+        "Its options, such as {'D': 100, 'batch_max': 4096, 'every': 50}; recbole_ssm.optim.AdaptiveBatchSize lists"
+        " them."),
+    "lr_scheduler": Key(Text("the name of a class of torch.optim.lr_scheduler"), "training", empty=True, about=
+        "A class of torch.optim.lr_scheduler, such as OneCycleLR."),
+    "lr_scheduler_args": Key(_SCHEDULER_ARGS, "training", empty=True, about=
+        "Its arguments, such as {'max_lr': 0.01, 'total_steps': 1000}."),
+    "lr_scheduler_interval": Key(Choice("epoch", "step"), "training", about=
+        "When the scheduler steps: every 'epoch' or every 'step' of the optimiser."),
+    "clip_grad_norm": Key(_CLIP, "training", "Shorten longer gradients: {'max_norm': 5}.", empty=True),
+    "enable_amp": Key(FLAG, "training", "Train in mixed precision."),
+    "enable_scaler": Key(FLAG, "training", "Scale the loss in mixed precision, so that small gradients do not vanish."),
+    "require_pow": Key(FLAG, "training", "Square the norm in RecBole's EmbLoss."),
+    "loss_decimal_place": Key(_DECIMALS, "training", "Decimal places of the loss in the log.", effect="none"),
+
+    # what is measured, and on which rows
+    "metrics": Key(_METRICS, "evaluation", "Evaluation metrics."),
+    "topk": Key(Many(AT_LEAST_1, or_one=True, least=1), "evaluation", "Cut-offs of the ranking metrics."),
+    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", _NAME), "evaluation", about=
+        "The metric that chooses the best epoch."),
+    "valid_metric_bigger": Key(FLAG, "evaluation", "Whether more of it is better; RecBole knows it from the metric."),
+    "tail_ratio": Key(Number("[0, 1]"), "evaluation", "The share of least popular items that TailPercentage counts."),
+    "eval_rows": Key(AT_LEAST_1, "evaluation", empty=True, about=
+        "Validate and test on so many rows (users, for leave-one-out), drawn once by the seed. Empty: on all."),
+    "drop_cold_targets": Key(FLAG, "evaluation", about=
+        "Leave out targets of validation and test that training never saw; the log counts them either way."),
+    "eval_batch_size": Key(AT_LEAST_1, "evaluation", "Rows that are scored at once.", effect="none"),
+    "metric_decimal_place": Key(_DECIMALS, "evaluation", "Decimal places to which metrics are rounded.", effect="free"),
+    "repeatable": Key(Only(True, "True, because the next item may be one of the history"), "evaluation", about=
+        "Whether items of the history may be recommended."),
+
+    # what data there is, and how it is split
+    "dataset": Key(NAME, "data", "The data set."),
+    "eval_args": Key(_EVALUATION, "data", about=
+        "How rows are split and ranked; entries that are not given keep their defaults."),
+    "legacy_time_order": Key(FLAG, "data", about=
+        "Sort events by RecBole's float32 timestamps, 64 s and coarser, as published RecBole numbers did."),
+    "on_bad_lines": Key(Choice("error", "skip"), "data", about=
+        "A line of a data file that cannot be used stops the run, or is skipped, counted and kept in "
+        "checkpoint_dir."),
+    "MAX_ITEM_LIST_LENGTH": Key(AT_LEAST_1, "data", "The longest history that a model sees.", tune=(20, 50, 100, 200)),
+    "load_col": Key(_LOADED, "data", "The columns to read of each file.", empty=True),
+    "unload_col": Key(Table(COLUMNS, "{'inter': ['rating']}"), "data", empty=True, about=
+        "The columns of each file not to read."),
+    "unused_col": Key(Table(COLUMNS, "{'inter': ['rating']}"), "data", empty=True, about=
+        "The columns of each file that are read to filter by, and then dropped."),
+    "additional_feat_suffix": Key(Many(Text("the end of a file's name"), or_one=True), "data", empty=True, about=
+        "Other files to read, by the ends of their names."),
+    "numerical_features": Key(COLUMNS, "data", "Columns of numbers that are embedded."),
+    "seq_len": Key(Table(AT_LEAST_1, "{'genre': 5}"), "data", "Where lists in a column are cut.", empty=True),
+    "field_separator": Key(Text("a separator"), "data", "What separates the columns of a file."),
+    "seq_separator": Key(Text("a separator"), "data", "What separates the entries of a list in a column."),
+    "encoding": Key(Text("an encoding such as utf-8"), "data", empty=True, about=
+        "The encoding of the files; utf-8 if empty."),
+    "rm_dup_inter": Key(Choice("first", "last", "same_time"), "data", empty=True, about=
+        "Which of several events of one user and item stays; 'same_time': the first of those at one time. Empty: all."),
+    "val_interval": Key(_VALUES, "data", "The values of a column whose rows stay.", empty=True),
+    "filter_inter_by_user_or_item": Key(FLAG, "data", "Drop events of users and items that their files do not name."),
+    "user_inter_num_interval": Key(Filter(), "data", "How many events a user must have to stay.", empty=True),
+    "item_inter_num_interval": Key(Filter(), "data", "How many events an item must have to stay.", empty=True),
+    "threshold": Key(Table(Number(), "{'rating': 3}", length=1), "data", empty=True, about=
+        "Label events 1 where this column has at least this value, else 0."),
+    "normalize_field": Key(COLUMNS, "data", "Columns of numbers to scale to [0, 1].", empty=True),
+    "normalize_all": Key(FLAG, "data", "Scale all columns of numbers to [0, 1].", empty=True),
+    "discretization": Key(_BUCKETS, "data", "How columns of numbers are put into buckets.", empty=True),
+    "preload_weight": Key(Table(COLUMN, "{'item_id': 'item_emb'}"), "data", empty=True, about=
+        "The column of pretrained vectors for a column of ids."),
+    "alias_of_user_id": Key(COLUMNS, "data", "Columns that hold users too.", empty=True),
+    "alias_of_item_id": Key(COLUMNS, "data", "Columns that hold items too.", empty=True),
+    "alias_of_entity_id": Key(COLUMNS, "data", "Columns that hold entities of a knowledge graph too.", empty=True),
+    "alias_of_relation_id": Key(COLUMNS, "data", "Columns that hold relations of a knowledge graph too.", empty=True),
+    "benchmark_filename": Key(Many(Text("a part of a file's name"), length=3), "data", empty=True, about=
+        "Ready-made files for training, validation and test."),
+    "USER_ID_FIELD": Key(COLUMN, "data", "The column of users."),
+    "ITEM_ID_FIELD": Key(COLUMN, "data", "The column of items."),
+    "RATING_FIELD": Key(COLUMN, "data", "The column of ratings."),
+    "TIME_FIELD": Key(COLUMN, "data", "The column of times."),
+    "LABEL_FIELD": Key(COLUMN, "data", "The column of labels, as threshold makes it."),
+    "NEG_PREFIX": Key(Text("a prefix"), "data", "What the names of negative samples begin with."),
+    "LIST_SUFFIX": Key(Text("a suffix"), "data", "What the names of histories end with."),
+    "ITEM_LIST_LENGTH_FIELD": Key(COLUMN, "data", "The name of the histories' lengths."),
+    "POSITION_FIELD": Key(COLUMN, "data", "The name of the positions in a history."),
+    "HEAD_ENTITY_ID_FIELD": Key(COLUMN, "data", "The column of heads of a knowledge graph."),
+    "TAIL_ENTITY_ID_FIELD": Key(COLUMN, "data", "The column of its tails."),
+    "RELATION_ID_FIELD": Key(COLUMN, "data", "The column of its relations."),
+    "ENTITY_ID_FIELD": Key(COLUMN, "data", "The column of its entities."),
+    "kg_reverse_r": Key(FLAG, "data", "Whether the edges of a knowledge graph go both ways."),
+    "entity_kg_num_interval": Key(Filter(), "data", "How many triples an entity must have to stay.", empty=True),
+    "relation_kg_num_interval": Key(Filter(), "data", "How many triples a relation must have to stay.", empty=True),
+
+    # what the model computes; the sentences stand in properties/model
+    "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
+    "embedding_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
+    "inner_size": Key(AT_LEAST_1, "model", tune=(128, 256, 512)),
+    "num_layers": Key(AT_LEAST_1, "model", tune=(1, 2, 3)),
+    "n_layers": Key(AT_LEAST_1, "model", tune=(1, 2, 3)),
+    "n_heads": Key(AT_LEAST_1, "model", tune=(1, 2, 4)),
+    "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
+    "hidden_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
+    "attn_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
+    "hidden_act": Key(Choice("gelu", "relu", "swish", "tanh", "sigmoid"), "model"),
+    "initializer_range": Key(NOT_NEGATIVE, "model"),
+    "layer_norm_eps": Key(POSITIVE, "model"),
+    "loss_type": Key(Choice("CE", "BPR"), "model"),
+    "num_negatives": Key(AT_LEAST_1, "model", tune=(64, 128, 256, 512)),
+    "negative_power": Key(NOT_NEGATIVE, "model", tune=Span(0.0, 1.0)),
+    "gbce_t": Key(Number("[0, 1]"), "model", tune=Span(0.0, 1.0)),
+    "d_state": Key(AT_LEAST_1, "model", tune=(8, 16, 32, 64)),
+    "d_conv": Key(AT_LEAST_1, "model"),
+    "expand": Key(AT_LEAST_1, "model", tune=(1, 2)),
+    "head_dim": Key(AT_LEAST_1, "model"),
+    "n_groups": Key(AT_LEAST_1, "model"),
+    "residual": Key(Choice("auto", True, False), "model"),
+    "dt_init": Key(Choice("log_uniform", "zero_bias"), "model"),
+    "readout": Key(Choice("last", "mean"), "model"),
+    "base_model": Key(_BASE, "model", effect="free"),
+    "base_model_dtype": Key(Choice("auto", "float32", "bfloat16"), "model"),
+    "base_model_download": Key(FLAG, "model", effect="none"),
+    "lora_r": Key(_whole("[0, inf)"), "model", tune=(4, 8, 16), empty=True),
+    "lora_modules": Key(Either(Choice("all-linear"), Many(Text("the name of a layer"), least=1)), "model", empty=True),
+    "title_field": Key(COLUMN, "model", empty=True),
+    "random_base_args": Key(Fields({}, "{'hidden_size': 128}", open=True), "model", empty=True),
+    "prompt_history": Key(AT_LEAST_1, "model", tune=(5, 10, 20)),
+    "prompt_batch_tokens": Key(AT_LEAST_1, "model", effect="none"),
+    "rerank": Key(Choice("all", "retrieved"), "model", effect="free"),
+    "retriever": Key(Text("a name such as 2Mamba4Rec"), "model"),
+    "retriever_config": Key(Fields({}, "{'epochs': 20}", open=True), "model", empty=True),
+    "retriever_checkpoint": Key(_CHECKPOINT, "model", effect="none", empty=True),
+}
+# fmt: on
+
+ALIASES = {"learner_average": "average_power"}
+"""The names that keys had in earlier versions; what is given by one of them still counts."""
+FREE_KEYS = {name for name, key in KEYS.items() if key.free}
+"""What a resumed run may change without being another run."""
+MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
+"""Of the machine, not of the model; checkpoints do not keep them."""
+
+
+def row(name: str) -> Key | None:
+    """The row of a name, of which there are many for ``alias_of_...``; None where there is none."""
+    return KEYS.get("alias_of_item_id" if name.startswith("alias_of_") else name)
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names that keys have now; the retriever's options within them too.
+
+    Raises:
+        UserError: a key is there by its old name and by its new one.
+    """
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        new = ALIASES.get(name, name)
+        if new in found or (new != name and new in options):
+            raise UserError(f"{name}: its name is {new} now, and both are given; keep {new}")
+        if name in ("retriever_config", "retriever_settings") and isinstance(value, Mapping):
+            value = renamed(value)
+        found[new] = value
+    return found
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value in Python's own types: NumPy's scalars and arrays and PyTorch's tensors become numbers and lists.
+
+    Raises:
+        UserError: there is another type in it, or it is nested too deeply, or it never ends.
+    """
+    left = 1_000_000
+
+    def convert(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if depth > DEEPEST or left < 0:
+            raise UserError(f"{name}: holds more than {DEEPEST} values one in the other, or more than a million")
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            return {key: convert(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([convert(entry, depth + 1) for entry in value])
+        if isinstance(value, (PurePath, date)):
+            # YAML makes dates of some text.
+            return str(value)
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise UserError(f"{name}: must be text, a number, True, False, a list or a mapping, got {shown(value)}")
+
+    return convert(value, 0)
+
+
+# --- the rows of a model ---
+
+_LINE = re.compile(r"^(\w+):.*?\s#\s*\(([^)]*)\)\s*(.*)$", re.MULTILINE)
+_RANGE = re.compile(r"\s*Range in `*([\[(].*[\])])`*\.?\s*$")
+
+
+def rows(defaults: Mapping[str, Any], *texts: str) -> dict[str, Key]:
+    """The rows of a model's keys: the table's, and what the comments of its YAML files say.
+
+    Args:
+        defaults: each key's default.
+        texts: the model's YAML files; a later one wins.
+    """
+    said = {name: (kind, about) for text in texts for name, kind, about in _LINE.findall(text)}
+    found = {name: key for name, key in KEYS.items() if key.scope != "model"}
+    for name, default in defaults.items():
+        if name in found:
+            continue
+        kind, about = said.get(name, ("", ""))
+        about, limits = _RANGE.sub("", about), _RANGE.search(about)
+        key = KEYS.get(name)
+        if key is None or limits:
+            accepted = _kind_of(name, kind, about, limits[1] if limits else "", default)
+            key = replace(key, kind=accepted) if key else Key(accepted, "model", empty=default in (None, "None"))
+        found[name] = replace(key, about=about)
+    return found
+
+
+def _kind_of(name: str, kind: str, about: str, limits: str, default: Any) -> Kind:
+    """What a line of YAML says: its type, its range or choices, and else the size of its default."""
+    parts = limits.split(" or ") if limits else []
+    within = next((part for part in parts if Range.read(part) and kind.startswith(("int", "float", "list"))), "")
+    choices = [choice for part in parts if part != within for choice in _choices(part)]
+    # An empty default has no type, and a comment may be missing.
+    own_type = "" if default is None else type(default).__name__
+    kinds: list[Kind] = [Choice(*choices)] if choices else []
+    for word in (kind or own_type or "str").split(" or "):
+        if not choices or word in ("int", "float"):
+            kinds.append(_single_kind(name, word, about, within, default))
+    accepted = kinds[0] if len(kinds) == 1 else Either(*kinds)
+    try:
+        accepted.take(default)
+    except KindError:
+        if default not in (None, "", "None"):
+            # RecBole's own files have some types that are not those of their defaults.
+            return Either(accepted, _single_kind(name, own_type, "0", "", default))
+    return accepted
+
+
+def _single_kind(name: str, word: str, about: str, within: str, default: Any) -> Kind:
+    if word.startswith("list"):
+        of = word.removeprefix("list").removeprefix(" of ").strip()
+        if not of:
+            return Many(Either(Number(within or "(-inf, inf)"), Text()))
+        first = default[0] if isinstance(default, list) and default else None
+        length = len(default) if of == "float" and isinstance(default, list) else None
+        return Many(_single_kind(name, of, about, within, first), length=length, least=1)
+    if word in ("int", "float"):
+        small = default if isinstance(default, (int, float)) else -1
+        if not within and "dropout" in name:
+            within = "[0, 1)"
+        if not within and small >= 0:
+            positive = word == "int" and small > 0 and not re.search(r"\b0\b", about)
+            within = "[1, inf)" if positive else "[0, inf)"
+        return Number(within or "(-inf, inf)", whole=word == "int")
+    if word == "dict":
+        return OPTIONS
+    return FLAG if word == "bool" else Text()
+
+
+def _choices(text: str) -> list[Any]:
+    """``['BPR', 'CE']`` or, as some of RecBole's files have it, ``[BPR, CE]``."""
+    try:
+        return list(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return [choice.strip(" '\"") for choice in text.strip("[]()").split(",")]

@@ -77,7 +77,7 @@ def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
             ["-m", "Hydra4Rec", "--d_conv", "4"],
             "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5",
         ),
-        (["-m", "SASRec", "--weight_decay=-1"], "adam: Invalid weight_decay value: -1"),
+        (["-m", "SASRec", "--weight_decay=-1"], "weight_decay: must be 0 or more, got -1"),
         (
             ["-m", "SASRec", "--n_heads=5"],
             "SASRec: The hidden size (64) is not a multiple of the number of attention heads (5)",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recbole_ssm.config import Configurable
 from recbole_ssm.data.loader import PackedBatch
-from recbole_ssm.model.loss import LOSS_TYPES, NextItemLoss
+from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
 
 
@@ -24,7 +24,6 @@ class PackedRecommender(Configurable, SequentialRecommender):
     packed before anything is computed, so padding costs nothing and cannot influence a score.
     """
 
-    loss_types = LOSS_TYPES
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
     graphed: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -30,7 +30,7 @@ VARIED = (
     "learning_rate",
     "learner_args",
     "learner_groups",
-    "learner_average",
+    "average_power",
     "weight_decay",
     "adaptive_batch",
     "adaptive_batch_args",
@@ -64,7 +64,7 @@ def _grouped(D: float) -> Options:
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
 DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
 GROUPED_DIAMETERS = (5.0, 10.0, 25.0, 50.0, 100.0)
-AVERAGED: Options = {"learner_average": 8.0}  # the power is ours, and not tuned
+AVERAGED: Options = {"average_power": 8.0}  # the power is ours, and not tuned
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_ssm.arguments import literal
-from recbole_ssm.config import PROPERTIES
+from recbole_ssm.arguments import PROPERTIES, literal
 from recbole_ssm.errors import UserError, did_you_mean
 
 ALGORITHMS = ("exhaustive", "random", "bayes")

@@ -27,8 +27,8 @@ import yaml
 from recbole.utils import dict2str
 from tqdm import tqdm
 
-from recbole_ssm.arguments import at_least, one_of
-from recbole_ssm.config import Config, read_yaml
+from recbole_ssm.arguments import at_least, one_of, read_yaml
+from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable
 from recbole_ssm.files import digest_of_json, whole

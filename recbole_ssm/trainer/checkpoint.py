@@ -29,7 +29,7 @@ from torch import Tensor
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
-from recbole_ssm.keys import MACHINE_KEYS
+from recbole_ssm.keys import MACHINE_KEYS, renamed
 
 FORMAT = 2
 SUFFIX = ".safetensors"
@@ -105,6 +105,8 @@ def read(path: Path) -> Checkpoint:
         )
     if metadata.get("sha256") != _digest(tensors, text):
         raise UserError(f"checkpoint {path}: damaged (its content is not what was written); take another one")
+    if "config" in info:
+        info["config"] = renamed(info["config"])
     return Checkpoint(tensors, info)
 
 

@@ -201,12 +201,12 @@ def _build_output(config: Any, optimizer: Optimizer) -> Any:
     """What has an ``evaluation_point``, where the weights to test are not those that training
     goes on from; or None.
     """
-    own, power = hasattr(optimizer, "evaluation_point"), config["learner_average"]
+    own, power = hasattr(optimizer, "evaluation_point"), config["average_power"]
     if power is None:
         return optimizer if own else None
     if own:
-        raise UserError(f"learner_average: {config['learner']} has an output of its own; leave learner_average empty")
+        raise UserError(f"average_power: {config['learner']} has an output of its own; leave average_power empty")
     try:
         return IterateAverage(optimizer, power)
     except UserError as error:
-        raise UserError(f"learner_average: {error}, or leave it empty for no mean") from error
+        raise UserError(f"average_power: {error}, or leave it empty for no mean") from error

@@ -90,7 +90,7 @@ def test_a_run_with_a_transform(data, transform):
 MISTAKES = [
     ({"transform": "crop_itemseq"}, "eta: crop_itemseq needs it, a share of the history; try eta: 0.5"),
     ({"transform": "mask_itemseq"}, "mask_ratio: mask_itemseq needs it"),
-    ({"transform": "user_defined"}, "transform: must be one of mask_itemseq, inverse_itemseq, crop_itemseq"),
+    ({"transform": "user_defined"}, "transform: 'user_defined' is not one of None, mask_itemseq, inverse"),
     ({"eval_args": {"mode": "labeled"}}, "eval_args: mode: labeled ranks nothing; take mode: full, or metrics of"),
     (
         {"eval_args": {"mode": "labeled"}, "metrics": ["AUC"], "valid_metric": "AUC"},

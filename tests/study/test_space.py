@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_ssm.config import PROPERTIES
+from recbole_ssm.arguments import PROPERTIES
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import model_names
 from recbole_ssm.quick_start import configure

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from recbole_ssm import run_recbole_ssm
-from recbole_ssm.config import PROPERTIES
+from recbole_ssm.arguments import PROPERTIES
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, create_loaders
 from recbole_ssm.errors import UserError

@@ -121,12 +121,12 @@ def test_killed_at_every_batch(straight):
 @pytest.mark.parametrize(
     ("model", "more"),
     [
-        ("2Mamba4Rec", {"learner_average": 0}),
+        ("2Mamba4Rec", {"average_power": 0}),
         ("SASRec", {"gradient_accumulation_steps": 2, "learner": "adagrad"}),
         ("Mamba4Rec", {"loss_type": "sampled_softmax", "lr_scheduler": "ReduceLROnPlateau", "learner": "sgd"}),
         (
             "2Mamba4Rec",
-            {"learner": "usgm", "learner_args": {"D": 10, "rho": 0.05}, "learner_average": 4},
+            {"learner": "usgm", "learner_args": {"D": 10, "rho": 0.05}, "average_power": 4},
         ),
         ("Mamba4Rec", {"learner": "usfgm", "learner_args": {"D": 50}}),
         ("Hydra4Rec", {"loss_type": "BPR", "lr_scheduler": "MultiStepLR", "lr_scheduler_args": {"milestones": [1]}}),

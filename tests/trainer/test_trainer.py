@@ -201,7 +201,7 @@ class WeightAtEvaluation(Hook):
 
 
 def test_the_mean_is_what_is_validated_and_what_training_leaves(toy):
-    trainer, train, valid = build("2Mamba4Rec", toy, [WeightAtEvaluation()], epochs=2, learner_average=4)
+    trainer, train, valid = build("2Mamba4Rec", toy, [WeightAtEvaluation()], epochs=2, average_power=4)
     trainer.fit(train, valid, saved=False)
     seen = trainer.hooks[0].seen
     assert len(seen) == 2
@@ -213,7 +213,7 @@ def test_the_mean_is_what_is_validated_and_what_training_leaves(toy):
 
 @pytest.mark.parametrize(
     "options",
-    [{"learner_average": 4}, {"learner": "usfgm", "learner_args": {"D": 50}}, {"learner_average": None}],
+    [{"average_power": 4}, {"learner": "usfgm", "learner_args": {"D": 50}}, {"average_power": None}],
 )
 def test_a_second_fit_goes_on_where_the_optimiser_stands(toy, options):
     whole, train, valid = build("2Mamba4Rec", toy, epochs=3, dropout_prob=0.0, **options)
@@ -228,7 +228,7 @@ def test_a_second_fit_goes_on_where_the_optimiser_stands(toy, options):
 
 def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
     options = {**toy["config_dict"], "learner": "usgm", "epochs": 30, "state": "INFO"}
-    options |= {"learner_args": {"D": 100, "rho": 0.01}, "learner_average": 8}
+    options |= {"learner_args": {"D": 100, "rho": 0.01}, "average_power": 8}
     with caplog.at_level("INFO"):
         result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options)
     assert result["test_result"]["hit@1"] > 0.9
@@ -253,13 +253,13 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
         ({"learner": "usgm"}, "learner_args: usgm does not take {} .*'D'"),
         ({"learner": "adam", "learner_args": {"beta": 1}}, "learner_args: adam does not take {'beta': 1}"),
         (
-            {"learner_average": -1},
-            "learner_average: the mean's power is -1; give a number from 0 up, or leave it empty",
+            {"average_power": -1},
+            "average_power: must be 0 or more, got -1; leave it empty",
         ),
-        ({"learner_average": False}, "learner_average: the mean's power is False; give a number from 0 up"),
+        ({"average_power": False}, "average_power: must be a number, got False; leave it empty"),
         (
-            {"learner": "usfgm", "learner_args": {"D": 1}, "learner_average": 1},
-            "learner_average: usfgm has an output of its own; leave learner_average empty",
+            {"learner": "usfgm", "learner_args": {"D": 1}, "average_power": 1},
+            "average_power: usfgm has an output of its own; leave average_power empty",
         ),
         ({"learner": "usgm", "learner_args": {"D": -1}}, "USGM: D is -1; give a positive number"),
         ({"learner": "usgm", "learner_args": {"D": 1, "same_batch": True}}, "learner_args: same_batch takes each"),
@@ -268,7 +268,7 @@ def test_usgm_trains_and_its_average_is_what_is_tested_and_served(toy, caplog):
             "learner_groups: 'item_embeding.' fits no parameter .*did you mean",
         ),
         ({"learner_groups": {"*": {"lrr": 1}}}, "learner_groups: adam has no 'lrr' of a group; did you mean 'lr'"),
-        ({"learner_groups": 3}, "learner_groups: must look like"),
+        ({"learner_groups": 3}, "learner_groups: must be a mapping such as {'item_embedding"),
         ({"learner": "usgm", "learner_args": {"D": 1}, "lr_scheduler": "StepLR"}, "usgm finds its own step size"),
     ],
 )
