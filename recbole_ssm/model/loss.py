@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from recbole.model.loss import BPRLoss
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.ops import linear_cross_entropy
 
 LOSS_TYPES = ("CE", "BPR", "sampled_softmax", "gBCE")
-LARGEST_LOGITS = 2**26
-"""How many entries of ``[targets, items]`` are held at once: 256 MiB in float32."""
 
 
 class NextItemLoss(nn.Module):
@@ -78,41 +76,18 @@ class NextItemLoss(nn.Module):
             negative: for BPR, an id of an item that did not ``[n]``.
         """
         if self.loss_type == "CE":
-            return cross_entropy(output, items, target)
-        positive = (output * items[target]).sum(-1)
-        if self.loss_type == "BPR":
-            return self.bpr(positive, (output * items[negative]).sum(-1))
+            return linear_cross_entropy(output, items, target)
         if self.loss_type == "sampled_softmax":
             sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
             # The logarithm of K q_j, the expected count of item j in the sample.
-            expected = math.log(self.num_negatives) + self.log_q[sample]
-            logits = (output @ items[sample].T - expected).masked_fill(sample == target[:, None], -torch.inf)
-            return (torch.logaddexp(positive, logits.logsumexp(-1)) - positive).mean()
+            expected = math.log(self.num_negatives) + self.log_q
+            return linear_cross_entropy(output, items, target, candidates_K=sample, bias_V=-expected)
+        positive = (output * items[target]).sum(-1)
+        if self.loss_type == "BPR":
+            return self.bpr(positive, (output * items[negative]).sum(-1))
         sample = torch.randint(1, self.n_items, (self.num_negatives,), device=output.device)
         # alpha is the share of the other items that is sampled.
         alpha = self.num_negatives / (self.n_items - 2)
         beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
         against = F.softplus(output @ items[sample].T).masked_fill(sample == target[:, None], 0.0).sum(-1)
         return ((beta * F.softplus(-positive) + against) / (self.num_negatives + 1)).mean()
-
-
-def cross_entropy(output: Tensor, items: Tensor, target: Tensor, largest: int = LARGEST_LOGITS) -> Tensor:
-    """Mean cross-entropy of ``output [n, d] @ items [V, d].T`` against ``target [n]``.
-
-    The logits are never held whole where they have more than ``largest`` entries: then they are
-    made and dropped chunk by chunk, and made again for the gradient.
-    """
-    if len(output) * len(items) <= largest:
-        return F.cross_entropy(output @ items.T, target)
-    chunk = max(1, largest // len(items))
-    if hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13 and later
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
-        return F.linear_cross_entropy(output, items, target, options=options)
-    total = output.new_zeros(())
-    for part, wanted in zip(output.split(chunk), target.split(chunk)):
-        total = total + checkpoint(_summed, part, items, wanted, use_reentrant=False)
-    return total / len(output)
-
-
-def _summed(output: Tensor, items: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output @ items.T, target, reduction="sum")

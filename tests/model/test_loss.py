@@ -1,13 +1,16 @@
 """Losses against their definitions, values and gradients, in float64."""
 
+import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from recbole_ssm import ops
 from recbole_ssm.errors import UserError
-from recbole_ssm.model.loss import NextItemLoss, cross_entropy
+from recbole_ssm.model.loss import NextItemLoss
 
 
 def tensors(n=9, v=31, d=6, seed=0):
@@ -22,24 +25,23 @@ def build(n_items=31, counts=None, **options):
     return NextItemLoss(config, SimpleNamespace(item_counter=counts or {}), n_items).double()
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("largest", [1, 31, 100, 10**6])
-def test_cross_entropy_in_chunks_is_cross_entropy(monkeypatch, largest, fused):
-    if not fused:
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    elif not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this PyTorch has no fused linear cross-entropy")
-    output, items, target = tensors()
+@pytest.mark.parametrize("tile", [1, 31, 500, 10**6])
+@pytest.mark.parametrize("backend", ops.available_backends("linear_cross_entropy"))
+def test_cross_entropy_over_all_items_is_pytorchs(monkeypatch, backend, tile):
+    monkeypatch.setitem(sys.modules["recbole_ssm.ops.linear_cross_entropy"].TILE, "cpu", tile)
+    output, items, target = tensors(n=40)
     expected = F.cross_entropy(output @ items.T, target)
     wanted = torch.autograd.grad(expected, (output, items))
-    found = cross_entropy(output, items, target, largest)
+    with ops.use_backend(backend):
+        found = build()(output, items, target)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, (output, items)), wanted)
 
 
-def test_large_catalogues_are_never_held_whole(monkeypatch):
+@pytest.mark.parametrize("loss_type", ["CE", "sampled_softmax"])
+def test_large_catalogues_are_never_held_whole(monkeypatch, loss_type):
     """No tensor of [targets, items] is made, forward or backward."""
-    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.setitem(sys.modules["recbole_ssm.ops.linear_cross_entropy"].TILE, "cpu", 8000)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -50,10 +52,28 @@ def test_large_catalogues_are_never_held_whole(monkeypatch):
                 largest = max(largest, result.numel())
             return result
 
-    output, items, target = tensors(n=64, v=1000)
+    output, items, target = tensors(n=200, v=1000)
     with Watch():
-        cross_entropy(output, items, target, largest=8000).backward()
-    assert largest <= 8000 < 64 * 1000
+        build(1000, loss_type=loss_type)(output, items, target).backward()
+    assert largest <= 16_000 < 200 * 1000
+
+
+def test_sampled_softmax_is_its_definition():
+    output, items, target = tensors()
+    counts = {item: item for item in range(1, 31)}
+    sampled = build(loss_type="sampled_softmax", num_negatives=50, negative_power=0.5, counts=counts)
+    torch.manual_seed(4)
+    found = sampled(output, items, target)
+    torch.manual_seed(4)
+    sample = sampled.log_q.exp().multinomial(50, replacement=True)
+    positive = (output * items[target]).sum(-1)
+    logits = output @ items[sample].T - math.log(50) - sampled.log_q[sample]
+    logits = logits.masked_fill(sample == target[:, None], -torch.inf)
+    expected = (torch.logaddexp(positive, logits.logsumexp(-1)) - positive).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (output, items)), torch.autograd.grad(expected, (output, items))
+    )
 
 
 def test_bpr_is_recboles():
