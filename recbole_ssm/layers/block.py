@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recbole_ssm.layers.state import MixerState
-from recbole_ssm.layers.step import norm_fields, step
+from recbole_ssm.layers.step import in_one_kernel, norm_fields
 from recbole_ssm.ops import dropout
 from recbole_ssm.ops.packing import last_of
 
@@ -76,28 +76,31 @@ class Block(nn.Module):
         y, state = self.mixer(u, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state)
         return self._finish(last_of(u, cu_seqlens) if last_only else u, y), state
 
+    @in_one_kernel
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """One event ``[B, d_model]``, as in :meth:`recbole_ssm.layers.Mamba.step`."""
-        return step(self, u_t, state)
-
-    def step_formula(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """:meth:`step` in PyTorch."""
         y, state = self.mixer.step(u_t, state)
         return self._finish(u_t, y), state
-
-    def step_weights(self) -> dict[str, Any]:
-        """What ``csrc/step.h`` reads of this layer; nothing where its mixer is of another kind."""
-        if not hasattr(self.mixer, "step_weights"):
-            return {}
-        w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
-        return {
-            **self.mixer.step_weights(), "F": w_1.out_features, "residual": self.residual,
-            "w_1": w_1.weight, "b_1": w_1.bias, "w_2": w_2.weight, "b_2": w_2.bias,
-            **norm_fields("norm", self.norm), **norm_fields("last", self.feed_forward.norm),
-        }  # fmt: skip
 
     def _finish(self, u: Tensor, y: Tensor) -> Tensor:
         y = self.dropout(y)
         y = self.norm(u + y if self.residual else y)
         out: Tensor = self.feed_forward(y)
         return out
+
+    def step_weights(self) -> dict[str, Any]:
+        """What the kernel of ``step`` reads of this layer; nothing where its mixer has none."""
+        if not hasattr(self.mixer, "step_weights"):
+            return {}
+        w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
+        return {
+            **self.mixer.step_weights(),
+            "F": w_1.out_features,
+            "residual": self.residual,
+            "w_1": w_1.weight,
+            "b_1": w_1.bias,
+            "w_2": w_2.weight,
+            "b_2": w_2.bias,
+            **norm_fields("norm", self.norm),
+            **norm_fields("last", self.feed_forward.norm),
+        }

@@ -1,9 +1,15 @@
-"""The Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060, section 7.1 and figure 6).
+"""The mixer of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 7.1 and figure 6).
 
-    z, x, B, C, dt = in_proj(u);  x, B, C = SiLU(conv(x, B, C));  dt = softplus(dt + dt_bias)
-    y = out_proj( RMSNorm( ssd(x, dt, A, B, C, D) * SiLU(z) ) )
+All that the scan reads is projected from u at once, in parallel:
 
-Parameters carry the names of the reference implementation, so weights can be exchanged with it.
+    z, (x, B, C), dt = in_proj(u)
+    x, B, C = SiLU(conv(x, B, C))                a causal convolution of K taps
+    dt = softplus(dt + dt_bias)                  one step size for each head
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T   a state [P, N] and one decay for each head
+    y_t = h_t C_t + D x_t
+    out = out_proj(RMSNorm(y SiLU(z)))
+
+Parameters carry the names of the reference implementation, so weights can be exchanged.
 """
 
 from __future__ import annotations
@@ -16,22 +22,22 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
-from recbole_ssm.layers.step import norm_fields, step
+from recbole_ssm.layers.step import in_one_kernel, norm_fields
 from recbole_ssm.ops import causal_conv1d, ssd, ssd_last
 from recbole_ssm.ops.packing import last_of
 
 
 class Mamba2(nn.Module):
-    """Causal mixer of H heads, each with a state of P x N numbers and one decay.
+    """A causal mixer of H heads, each with a state of P x N numbers and one decay.
 
     Args:
         d_model: width of input and output (config key ``hidden_size``).
         d_state: N.
         d_conv: taps of the causal convolution, K.
-        expand: inner channels D = expand * d_model.
+        expand: inner channels, D = expand * d_model.
         head_dim: P; it divides D, and H = D / P.
         n_groups: groups of heads that share B and C; it divides H.
-        dt_init: start of the step sizes, see :func:`recbole_ssm.layers.init.init_dt_bias`.
+        dt_init: how step sizes start, see :func:`recbole_ssm.layers.init.init_dt_bias`.
 
     Raises:
         UserError: a size is below 1 or does not divide what it must, or ``dt_init`` is unknown.
@@ -48,12 +54,16 @@ class Mamba2(nn.Module):
         dt_init: str = "log_uniform",
     ) -> None:
         super().__init__()
-        self.d_inner, self.n_heads = head_sizes(d_model, d_state, d_conv, expand, head_dim, n_groups)
+        sizes = (d_state, d_conv, expand, head_dim, n_groups)
+        self.d_inner, self.n_heads = head_sizes(d_model, *sizes)
         self.d_state, self.d_conv, self.dt_init = d_state, d_conv, dt_init
         self.head_dim, self.n_groups = head_dim, n_groups
-        self.d_conv_in = self.d_inner + 2 * n_groups * d_state  # x, B and C pass through the convolution
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_conv_in + self.n_heads, bias=False)
-        self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)  # holds the taps
+        # x, B and C pass through the convolution
+        self.d_conv_in = self.d_inner + 2 * n_groups * d_state
+        d_in_proj = self.d_inner + self.d_conv_in + self.n_heads
+        self.in_proj = nn.Linear(d_model, d_in_proj, bias=False)
+        # the module only holds the taps: ops.causal_conv1d reads them
+        self.conv1d: Any = nn.Conv1d(self.d_conv_in, self.d_conv_in, d_conv, groups=self.d_conv_in)
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.n_heads))
@@ -62,14 +72,14 @@ class Mamba2(nn.Module):
         self.reset_dt()
 
     def reset_dt(self) -> None:
-        """(Re)start the step sizes as ``dt_init`` says; a model calls it after its own initialisation."""
+        """Start the step sizes as ``dt_init`` says; a model calls it after its own initialisation."""
         init_dt_bias(self.dt_bias, self.dt_init)
 
     def alloc_state(self, batch: int) -> MixerState:
         """The state of ``batch`` sequences before their first event."""
-        return MixerState.alloc(
-            (batch, self.d_conv_in, self.d_conv), (batch, self.n_heads, self.head_dim, self.d_state), self.A_log
-        )
+        conv = (batch, self.d_conv_in, self.d_conv)
+        ssm = (batch, self.n_heads, self.head_dim, self.d_state)
+        return MixerState.alloc(conv, ssm, self.A_log)
 
     def forward(
         self,
@@ -80,44 +90,32 @@ class Mamba2(nn.Module):
         last_only: bool = False,
         return_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
-        """Mix whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
+        """Mix whole sequences; arguments and returns as in :meth:`Mamba.forward`."""
         to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + self.n_heads])
         xBC, dt = F.linear(u, to_rest).split([self.d_conv_in, self.n_heads], -1)
         conv, ssm = state or (None, None)
-        xBC, conv = causal_conv1d(
-            xBC, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu", state_BDK=conv, cu_seqlens=cu_seqlens
-        )
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        xBC, conv = causal_conv1d(xBC, taps, bias, activation="silu", state_BDK=conv, cu_seqlens=cu_seqlens)
         x, B, C = self._split(xBC)
         A = -self.A_log.exp()
+        steps: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True}
         after: MixerState | None = None
         if last_only and state is None:
             C, u = last_of(C, cu_seqlens), last_of(u, cu_seqlens)
-            y = ssd_last(x, dt, A, B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True, cu_seqlens=cu_seqlens)
+            y = ssd_last(x, dt, A, B, C, self.D, **steps, cu_seqlens=cu_seqlens)
         else:
             y, ssm = ssd(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                self.D,
-                dt_bias=self.dt_bias,
-                dt_softplus=True,
-                state_BHPN=ssm,
-                cu_seqlens=cu_seqlens,
-                return_state=return_state,
-            )
+                x, dt, A, B, C, self.D, **steps,
+                state_BHPN=ssm, cu_seqlens=cu_seqlens, return_state=return_state,
+            )  # fmt: skip
             after = None if ssm is None else MixerState(conv, ssm)
             if last_only:
                 y, u = last_of(y, cu_seqlens), last_of(u, cu_seqlens)
         return self._gate_and_project(y, F.linear(u, to_z)), after
 
+    @in_one_kernel
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """One event: ``u_t`` ``[B, d_model]`` -> y ``[B, d_model]`` and the next state."""
-        return step(self, u_t, state)
-
-    def step_formula(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """:meth:`step` in PyTorch: the formula of ``forward``."""
+        """One event ``[B, d_model]`` of each sequence: y ``[B, d_model]`` and the next state."""
         z, xBC, dt = self.in_proj(u_t).split([self.d_inner, self.d_conv_in, self.n_heads], -1)
         conv = torch.cat([state.conv_BDK[..., 1:], xBC[..., None]], -1)
         x, B, C = self._split(F.silu((conv * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias))
@@ -128,20 +126,30 @@ class Mamba2(nn.Module):
         y = (ssm * C[:, :, None]).sum(-1) + self.D[:, None] * x
         return self._gate_and_project(y, z), MixerState(conv, ssm)
 
-    def step_weights(self) -> dict[str, Any]:
-        """What ``csrc/step.h`` reads of this layer."""
-        return {
-            "M": self.in_proj.in_features, "D": self.d_inner, "N": self.d_state, "K": self.d_conv, "H": self.n_heads,
-            "G": self.n_groups, "in_weight": self.in_proj.weight, "conv_weight": self.conv1d.weight,
-            "conv_bias": self.conv1d.bias, "dt_bias": self.dt_bias, "A_log": self.A_log, "skip": self.D,
-            "out_weight": self.out_proj.weight, **norm_fields("gate_norm", self.norm),
-        }  # fmt: skip
-
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x ``[..., H, P]``, B and C ``[..., G, N]``."""
         x, B, C = xBC.split([self.d_inner, *[self.n_groups * self.d_state] * 2], -1)
-        groups = (self.n_groups, self.d_state)
-        return x.unflatten(-1, (self.n_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        heads, groups = (self.n_heads, self.head_dim), (self.n_groups, self.d_state)
+        return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+
+    def step_weights(self) -> dict[str, Any]:
+        """What the kernel of ``step`` (``csrc/step.h``) reads of this layer."""
+        return {
+            "M": self.in_proj.in_features,
+            "D": self.d_inner,
+            "N": self.d_state,
+            "K": self.d_conv,
+            "H": self.n_heads,
+            "G": self.n_groups,
+            "in_weight": self.in_proj.weight,
+            "conv_weight": self.conv1d.weight,
+            "conv_bias": self.conv1d.bias,
+            "dt_bias": self.dt_bias,
+            "A_log": self.A_log,
+            "skip": self.D,
+            "out_weight": self.out_proj.weight,
+            **norm_fields("gate_norm", self.norm),
+        }

@@ -1,12 +1,16 @@
-"""One event at a time in C++ (``csrc/step.h``): what the ``step`` of a layer is handed to where no gradient is wanted.
+"""One event at a time in C++ (``csrc/step.h``), where no gradient is wanted.
 
-A layer that can be run so has ``step_weights()``, the fields that the kernel reads, and ``step_formula``, the same in
-PyTorch: the readable form, the oracle of the tests, and what runs everywhere else. A kernel takes a few microseconds,
-in which Python reads some ten attributes of a module; so the addresses of the weights are kept from call to call.
+A layer's ``step`` is its formula in PyTorch, decorated by :func:`in_one_kernel`; beside it,
+``step_weights()`` names what the kernel reads. The formula is the readable form, the oracle of
+the tests, and what runs wherever the kernel does not. The kernel takes a few microseconds, in
+which Python reads some ten attributes of a module; so the addresses of the weights are kept
+from call to call.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,39 +22,44 @@ from recbole_ssm.layers.state import MixerState
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch, implements
 
+Step = Callable[[Any, Tensor, MixerState], tuple[Tensor, MixerState]]
 
-def step(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    """One event of each sequence through a mixer or a block, by the backend that is chosen for ``u_t``.
 
-    Args:
-        layer: what has ``step_weights`` and ``step_formula``.
-        u_t: ``[B, d_model]``.
-        state: what came before; it is left as it is.
+def in_one_kernel(formula: Step) -> Step:
+    """Let the backend that is chosen for ``u_t`` run a layer's step in place of the decorated formula.
 
-    Returns:
-        y ``[B, d_model]`` and the next state.
+    The state that comes in is left as it is. ``Layer.step.__wrapped__`` is the formula.
     """
-    if u_t.dtype != torch.float32 or not u_t.is_cpu or torch.compiler.is_compiling():
-        return layer.step_formula(u_t, state)
-    return dispatch("step", u_t)(layer, u_t, state)
+
+    @functools.wraps(formula)
+    def step(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        if u_t.dtype != torch.float32 or not u_t.is_cpu or torch.compiler.is_compiling():
+            return formula(layer, u_t, state)
+        return dispatch("step", u_t)(layer, u_t, state)
+
+    return step
 
 
 @implements("step", "reference")
 @implements("step", "torch")
 def _formula(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    return layer.step_formula(u_t, state)
+    return type(layer).step.__wrapped__(layer, u_t, state)
 
 
 def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
     prepared = _prepared.get(layer)
     if prepared is None or not prepared.holds():
         prepared = _prepared[layer] = Prepared(layer)
-    if not prepared.usable or not _plain(u_t, *state) or (layer.training and prepared.drops):
-        return layer.step_formula(u_t, state)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (u_t, *state, *prepared.weights)):
-        return layer.step_formula(u_t, state)
-    u_t, before = u_t.contiguous(), MixerState(state.conv_BDK.contiguous(), state.ssm.contiguous())
-    y, after = torch.empty_like(u_t), MixerState(torch.empty_like(before.conv_BDK), torch.empty_like(before.ssm))
+    drops = layer.training and prepared.drops
+    if drops or not prepared.usable or not _plain(u_t, *state):
+        return _formula(layer, u_t, state)
+    tensors = (u_t, *state, *prepared.weights)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _formula(layer, u_t, state)
+    u_t = u_t.contiguous()
+    before = MixerState(state.conv_BDK.contiguous(), state.ssm.contiguous())
+    after = MixerState(torch.empty_like(before.conv_BDK), torch.empty_like(before.ssm))
+    y = torch.empty_like(u_t)
     call = prepared.call(u_t, before, after, y)
     workspace = native.step_workspace(call)
     call.workspace = workspace.data_ptr()
@@ -59,7 +68,7 @@ def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerSt
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Whether all are float32 in memory of the CPU, and none carries a tangent or stands for a batch of tensors."""
+    """Whether all are float32 in the CPU's memory, and stand for no tangent or batch of tensors."""
     if forward_ad._current_level >= 0:
         return False
     try:
@@ -69,31 +78,38 @@ def _plain(*tensors: Tensor) -> bool:
 
 
 class Prepared:
-    """The kernel's structure of a layer with the addresses of its weights, good as long as they lie where they lay.
+    """The kernel's structure of a layer with the addresses of its weights.
+
+    It is good as long as they lie where they lay.
 
     Attributes:
-        usable: whether there is a kernel for this layer, its weights are parameters of it, and all lie as they should.
+        usable: whether there is a kernel for this layer, its weights are parameters of it, and
+            all lie as they should.
         weights: what the structure points to.
         drops: whether the layer drops out while it is trained.
     """
 
     def __init__(self, layer: Any) -> None:
         fields: dict[str, Any] = layer.step_weights()
+        modules = list(layer.modules())
         self.weights = [value for value in fields.values() if isinstance(value, Tensor)]
-        self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
-        owners = {id(p): (m._parameters, name) for m in layer.modules() for name, p in m._parameters.items()}
+        self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+        owners = {id(p): (m._parameters, name) for m in modules for name, p in m._parameters.items()}
         self.usable = bool(self.weights) and all(
             id(p) in owners and p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in self.weights
         )
-        self._places = [(*owners[id(p)], p, p.data_ptr()) for p in self.weights if id(p) in owners]
-        self._children = [(m._modules, name, child) for m in layer.modules() for name, child in m.named_children()]
-        self._memory = [p.detach() for p in self.weights]  # nothing else can come to lie there while this lives
+        owned = [p for p in self.weights if id(p) in owners]
+        self._places = [(*owners[id(p)], p, p.data_ptr()) for p in owned]
+        self._children = [(m._modules, *child) for m in modules for child in m.named_children()]
+        # nothing else can come to lie where the weights lie while this holds their memory
+        self._memory = [p.detach() for p in self.weights]
         if self.usable:
             self._fields = native.structure("step", **fields)
-            self._conv = fields["D"] + (2 * fields["G"] * fields["N"] if fields["H"] else 0), fields["K"]
+            maps = 2 * fields["G"] * fields["N"] if fields["H"] else 0
+            self._conv = fields["D"] + maps, fields["K"]
 
     def holds(self) -> bool:
-        """Whether every weight is the parameter that it was, of the module that it was, and lies where it lay."""
+        """Whether every weight is the parameter that it was, of the module that it was, and in its place."""
         for modules, name, child in self._children:
             if modules.get(name) is not child:
                 return False
@@ -110,10 +126,12 @@ class Prepared:
         """
         call = type(self._fields).from_buffer_copy(self._fields)
         B, (conv, ssm) = len(y), before
-        if u.shape[1:] != (call.M,) or conv.shape != (B, *self._conv) or ssm.numel() != B * call.D * call.N:
+        fits = u.shape[1:] == (call.M,) and conv.shape == (B, *self._conv)
+        if not fits or ssm.numel() != B * call.D * call.N:
             shapes = [list(t.shape) for t in (u, conv, ssm)]
             raise ValueError(f"step: the input and the two parts of the state have shapes {shapes}, which do not fit")
-        call.B, call.threads, call.u, call.y = B, torch.get_num_threads(), u.data_ptr(), y.data_ptr()
+        call.B, call.threads = B, torch.get_num_threads()
+        call.u, call.y = u.data_ptr(), y.data_ptr()
         call.conv, call.ssm = conv.data_ptr(), ssm.data_ptr()
         call.conv_after, call.ssm_after = after.conv_BDK.data_ptr(), after.ssm.data_ptr()
         return call
@@ -131,4 +149,5 @@ def runs_natively(u: Tensor) -> bool:
 
 def norm_fields(name: str, norm: Any) -> dict[str, Any]:
     """Weight, bias and eps of a LayerNorm or an RMSNorm, as fields of the kernel's structure."""
-    return {f"{name}_weight": norm.weight, f"{name}_bias": getattr(norm, "bias", None), f"{name}_eps": norm.eps}
+    bias = getattr(norm, "bias", None)
+    return {f"{name}_weight": norm.weight, f"{name}_bias": bias, f"{name}_eps": norm.eps}

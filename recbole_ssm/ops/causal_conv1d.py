@@ -88,7 +88,7 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return F.silu(y) if activation == "silu" else y
 
 
-# --- reference: one position after the other ---------------------------------------------------------------------
+# --- reference: one position after the other ---
 
 
 def _window_sum(x_BLD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -131,7 +131,7 @@ def _centered_reference(
     return (one(x, None) if cu_seqlens is None else map_sequences(one, (x,), None, cu_seqlens))[0]
 
 
-# --- torch: one multiply-add a tap, over blocks of positions that stay in the cache ------------------------------
+# --- torch: one multiply-add a tap, over blocks of positions that stay in the cache ---
 
 BLOCK = 1 << 17  # elements of x that are worked on at once
 

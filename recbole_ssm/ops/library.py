@@ -56,7 +56,7 @@ class Namespace:
             torch.library.register_autograd(backward_operator, refuse, lib=self._library)
 
 
-# --- what kernels are given ---------------------------------------------------------------------------------------
+# --- what kernels are given ---
 
 
 def kernel_name(name: str) -> str:
@@ -158,7 +158,7 @@ def contiguous_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-# --- operators ----------------------------------------------------------------------------------------------------
+# --- operators ---
 
 
 class Operator:

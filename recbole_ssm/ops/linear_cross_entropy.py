@@ -88,7 +88,7 @@ def wide(output: Tensor, items: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(output.dtype, items.dtype), torch.float32)
 
 
-# --- reference: the whole matrix ----------------------------------------------------------------------------------
+# --- reference: the whole matrix ---
 
 
 @implements("linear_cross_entropy", "reference")
@@ -120,7 +120,7 @@ def _reference(
     return losses.sum() / max(len(losses), 1) if weight is None else (weight * losses).sum()
 
 
-# --- torch: tiles of rows -----------------------------------------------------------------------------------------
+# --- torch: tiles of rows ---
 
 TILE = {"cpu": 2**20, "cuda": 2**26}  # logits that are worked on at once: on a CPU they stay in its cache
 LEAST_ROWS = 16  # of a tile: the product with fewer is bound by reading the items

@@ -43,7 +43,7 @@ OTHER_SOURCES = "built from other sources; install again (from a clone: python s
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 
 
-# --- the structures of csrc/kernels.h -----------------------------------------------------------------------------
+# --- the structures of csrc/kernels.h ---
 
 
 def _structure(op: str, options: str = "", kept: str = "", backward: bool = True) -> type[ctypes.Structure]:
@@ -136,7 +136,7 @@ def select(name: str) -> str:
     return ""
 
 
-# --- calls into the library ---------------------------------------------------------------------------------------
+# --- calls into the library ---
 
 
 def _run(name: str, backward: bool, values: Values, refusal: Exception | None = None) -> None:
@@ -187,7 +187,7 @@ def run_steps(calls: Any, count: int) -> None:
         raise IndexError("step: there is no item of such an id")
 
 
-# --- the operators ------------------------------------------------------------------------------------------------
+# --- the operators ---
 
 _operators = Namespace("recbole_ssm", ["CPU"])
 
@@ -278,7 +278,7 @@ def _takes_taps(x: Tensor, weight: Tensor, *rest: Any) -> bool:
     return weight.shape[1] <= MOST_TAPS and _takes(x, weight, *rest)
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------
+# --- dropout ---
 
 
 def _dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
@@ -314,7 +314,7 @@ def _takes_dropout(x: Tensor, p: float) -> bool:
     return not torch.compiler.is_compiling() and _takes(x) and round(p * 2**32) < 2**32
 
 
-# --- loss and ranks -----------------------------------------------------------------------------------------------
+# --- loss and ranks ---
 
 
 def _loss(
@@ -352,7 +352,7 @@ def _takes_call(*arguments: Any) -> bool:
     return not torch.compiler.is_compiling() and _takes(*arguments)
 
 
-# --- availability -------------------------------------------------------------------------------------------------
+# --- availability ---
 
 unusable = load(LIBRARY)  # why there is no native backend; "" where there is one
 if not unusable:

@@ -100,7 +100,7 @@ def _reference(
     return (one(*arguments) if cu_seqlens is None else map_sequences(one, arguments, None, cu_seqlens))[0]
 
 
-# --- torch: one matrix for both directions, or two chunked scans where that grows too large -----------------------
+# --- torch: one matrix for both directions, or two chunked scans where that grows too large ---
 
 ONE_MATRIX = 160  # up to this length
 

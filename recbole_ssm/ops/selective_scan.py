@@ -141,7 +141,7 @@ def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return scan
 
 
-# --- reference: the recurrence as it is written -------------------------------------------------------------------
+# --- reference: the recurrence as it is written ---
 
 
 def _reference(
@@ -172,7 +172,7 @@ implements("selective_scan", "reference")(_around(_reference))
 implements("selective_scan_last", "reference")(_around_last(_last_reference))
 
 
-# --- torch: a loop over time on tiles of rows whose state stays in the cache --------------------------------------
+# --- torch: a loop over time on tiles of rows whose state stays in the cache ---
 
 TILE = 1 << 17  # elements of one tile's state or decay: half a MiB in float32
 CHUNK = 16  # steps whose states the backward holds at once

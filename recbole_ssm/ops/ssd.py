@@ -94,7 +94,7 @@ def _skip(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
     return y if D_H is None else torch.addcmul(y, x, D_H[:, None])
 
 
-# --- reference: the recurrence as it is written -------------------------------------------------------------------
+# --- reference: the recurrence as it is written ---
 
 
 @implements("ssd", "reference")
@@ -142,7 +142,7 @@ def _last_reference(
     return last_of(y, cu_seqlens)
 
 
-# --- torch: the matrix form within chunks, the recurrence between them --------------------------------------------
+# --- torch: the matrix form within chunks, the recurrence between them ---
 
 ONE_CHUNK = 160  # up to this length the whole matrix is cheaper than chunks and the states between them
 CHUNK = 64

@@ -68,7 +68,7 @@ def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-# --- selective scan -----------------------------------------------------------------------------------------------
+# --- selective scan ---
 
 
 def _scan_blocks(values: Values) -> Values:
@@ -118,7 +118,7 @@ def _scan_kept(sizes: Mapping[str, int]) -> Sequence[int]:
     return sizes["rows"] // _SCAN_CHUNK, sizes["N"], sizes["D"]
 
 
-# --- SSD ----------------------------------------------------------------------------------------------------------
+# --- SSD ---
 
 
 def cells(P: int, N: int) -> int:
@@ -215,7 +215,7 @@ def _quasi_backward(values: Values) -> Values:
     return values | {"gA": gA}
 
 
-# --- convolutions -------------------------------------------------------------------------------------------------
+# --- convolutions ---
 
 _CONV_BLOCK = 32  # positions, and channels, of a program
 
@@ -267,7 +267,7 @@ def _conv_backward(values: Values) -> Values:
     return values | {"gweight": _total(gweight), "gbias": _total(values["gbias"])}
 
 
-# --- the operators ------------------------------------------------------------------------------------------------
+# --- the operators ---
 
 
 def _after(letters: str) -> Shape:
