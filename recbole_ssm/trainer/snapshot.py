@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import FREE_KEYS
-from recbole_ssm.trainer.checkpoint import Checkpoint, flatten_optimizer, settings_of, unflatten_optimizer
+from recbole_ssm.trainer.checkpoint import Checkpoint, flatten_optimizer, plain, settings_of, unflatten_optimizer
 
 RandomStates = Mapping[str, Tensor]
 """What :func:`random_states` returns."""
@@ -99,10 +99,13 @@ def require_same_run(saved: Checkpoint, path: Path, config: Any, model: Any) -> 
     if "config" not in saved.info:
         return
     now, then = settings_of(config, model), saved.info["config"]
+    # A key that the version did not have which wrote the checkpoint had the effect of its default.
+    defaults = plain(config.internal_config_dict)
     for key in sorted(set(now) | set(then)):
-        if now.get(key) != then.get(key) and key not in FREE_KEYS:
+        before = then.get(key, defaults.get(key))
+        if now.get(key) != before and key not in FREE_KEYS:
             raise UserError(
-                f"resume: {key} is {now.get(key)!r} here and was {then.get(key)!r} in {path}; leave it as it was, or "
+                f"resume: {key} is {now.get(key)!r} here and was {before!r} in {path}; leave it as it was, or "
                 "start a new run"
             )
 

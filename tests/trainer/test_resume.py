@@ -211,6 +211,17 @@ def test_more_epochs_may_be_asked_for(straight, toy):
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
+def test_a_key_that_an_earlier_version_did_not_have_counts_as_its_default(straight):
+    _, result, _ = straight("2Mamba4Rec")
+    path = pathlib.Path(result["checkpoint"])
+    saved = checkpoint.read(path)
+    del saved.info["config"]["expand"], saved.info["config"]["weight_decay"]
+    checkpoint.write(path, saved.tensors, saved.info)
+    run_recbole_ssm(resume=path)
+    with pytest.raises(UserError, match=r"resume: weight_decay is 0.5 here and was 0.0 in .*; leave it as it was"):
+        run_recbole_ssm(resume=path, config_dict={"weight_decay": 0.5})
+
+
 def test_other_settings_and_other_data_are_refused(straight, write_dataset):
     _, result, _ = straight("2Mamba4Rec")
     with pytest.raises(UserError, match=r"resume: learning_rate is 0.5 here and was 0.01 in .*; leave it as it was"):
