@@ -186,3 +186,16 @@ def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
         return found
 
     return some_names
+
+
+def path_that(check: Callable[[Path], object]) -> Callable[[str], Path]:
+    """A path that a check lets pass, such as :func:`recbole_ssm.files.check_writable`."""
+
+    def path(text: str) -> Path:
+        try:
+            check(Path(text))
+        except UserError as error:
+            raise ArgumentTypeError(str(error)) from error
+        return Path(text)
+
+    return path

@@ -8,10 +8,10 @@ are noise, so a row carries ratios within its own run, of medians.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.arguments import path_that
+from recbole_ssm.errors import ArgumentParser
 from recbole_ssm.files import check_writable, write_csv, write_json
 from recbole_ssm.subcommands import choose
 
@@ -40,20 +40,15 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     def add_files(parser: ArgumentParser, name: str) -> None:
-        parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as a JSON list")
-        parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there as a table")
+        file = path_that(check_writable)
+        parser.add_argument("--json", type=file, metavar="FILE", help="write the rows there as a JSON list")
+        parser.add_argument("--csv", type=file, metavar="FILE", help="write the rows there as a table")
 
     usage = "[--json=FILE] [--csv=FILE]"
     chosen = choose("bench", "benchmark", usage, BENCHES, MODULES, arguments, add_files, with_keys=False)
     if chosen is None:
         return
     module, options, _ = chosen
-    for option in ("json", "csv"):
-        if file := getattr(options, option, None):
-            try:
-                check_writable(file)
-            except UserError as error:
-                raise UserError(f"--{option}: {error}") from error
     rows: list[Row] = module.run(options)
     print(table(rows))
     if options.json:

@@ -1,11 +1,10 @@
-"""RecBole's HyperTuning on Optuna, the table that shows its trials, and the journal that keeps them."""
+"""RecBole's HyperTuning on Optuna, whose trials outlive kills and are shared among processes."""
 
 from __future__ import annotations
 
-import csv
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,8 +15,18 @@ from recbole.utils import dict2str
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
-from recbole_ssm.files import append_lines, claim, locked, read_lines, whole, write_csv
-from recbole_ssm.study.space import STATES, Search, Space, Trial, cell, optuna, read_space, space_of, values
+from recbole_ssm.files import append_lines, claim, locked, read_lines, whole
+from recbole_ssm.study.space import (
+    STATES,
+    Search,
+    Space,
+    Trial,
+    optuna,
+    read_space,
+    read_trials,
+    space_of,
+    write_trials,
+)  # fmt: skip
 
 # Trials without progress after which a search stops, as in RecBole.
 PATIENCE = 10
@@ -28,18 +37,17 @@ Objective = Callable[..., Mapping[str, Any]]
 class HyperTuning:
     """RecBole's HyperTuning on Optuna: it can be stopped and goes on, and runs trials side by side.
 
-    What differs from RecBole's: parameter files are read without evaluating them; an exhaustive search visits every
-    point, and stops early only if it is told to; a score of 0 is a score; a trial that fails is a row with the reason
-    and stops nothing, and is tried again by the next :meth:`run`. As there, ``best_params``, ``best_score``,
-    ``best_test_result``, ``params2result``, ``params_list`` and ``score_list`` tell what was found.
+    Parameter files are not evaluated; an exhaustive search visits every point, and stops early only if it is told to; a
+    trial that fails is a row with the reason, and the next :meth:`run` tries it again. RecBole's ``best_params``,
+    ``best_score``, ``best_test_result``, ``params2result``, ``params_list`` and ``score_list`` tell what was found.
 
     Args:
-        objective_function: called with values and config files; returns a result like that of
-            :func:`recbole_ssm.quick_start.objective_function`. With several ``workers`` it is called in threads.
+        objective_function: called with values and config files, in threads if there are several ``workers``; returns a
+            result like that of :func:`recbole_ssm.quick_start.objective_function`.
         space: the parameters; or ``params_file``, or ``params_dict``, which hold them.
         fixed_config_file_list: given to the objective.
         display_file: where :meth:`run` draws the trials in the end: a PNG, SVG or PDF file.
-        algo: ``exhaustive``, ``random`` or ``bayes``.
+        algo: as of :class:`recbole_ssm.study.space.Search`.
         max_evals: trials in all; None is 100, and every point for ``exhaustive``.
         early_stop: stop after so many trials without progress; None is 10, and never for ``exhaustive``.
         table: a CSV file that shows the trials, written after each. A journal of the same name beside it keeps them,
@@ -82,16 +90,14 @@ class HyperTuning:
         self.objective_function = objective_function
         self.fixed_config_file_list, self.display_file = fixed_config_file_list, display_file
         self.table, self.workers, self.bigger, self.after, self.prune = table, workers, bigger, after, prune
+        # Set when a run ends by an exception: objectives in threads must then end too.
         self.stopping = False
-        """Set when :meth:`run` ends by an exception: objectives in threads must then end too."""
+        # Numbers of trials: those that had failed before this run, and those that this run has begun.
+        self._failed, self._begun = set[int](), set[int]()
         self._lock = threading.Lock()
         self._claims = None if table is None else open(table.with_suffix(".running"), "a")  # noqa: SIM115
         with self._alone():
             self.study = self._open()
-        self._failed: set[int] = set()
-        """Trials that had failed before this run, and are tried again."""
-        self._handles: dict[int, Any] = {}
-        """The trials of this run by number, as Optuna's."""
         self._note()
 
     @property
@@ -118,7 +124,7 @@ class HyperTuning:
             KeyboardInterrupt: the next :meth:`run` begins with what was running.
         """
         self._failed = {trial.number for trial in self.trials if trial.status == "failed"}
-        self._handles.clear()
+        self._begun.clear()
         if self.workers == 1:
             self._work()
         else:
@@ -164,7 +170,7 @@ class HyperTuning:
     def _work(self) -> None:
         """Run one trial after the other until none is left."""
         while not self.stopping and (trial := self._next()):
-            handle = self._handles[trial.number]
+            handle = self._handle(trial)
             try:
                 self._evaluate(trial, [handle] if self.prune else [])
             except optuna().TrialPruned:
@@ -200,22 +206,27 @@ class HyperTuning:
             if params is None:
                 return None
             trial = Trial(again.number if again else len(trials) + 1, params)
-            if not again:
+            if again:
+                self._handle(trial).set_user_attr("result", trial.result())
+            else:
                 self.study.add_trial(self.search.frozen(trial))
-                self._claim(trial.number)
-            kept = self.study.get_trials(deepcopy=False)[trial.number - 1]
-            handle = self._handles[trial.number] = optuna().trial.Trial(self.study, kept._trial_id)
-            handle.set_user_attr("result", trial.result())
+                self._claim(trial)
+            self._begun.add(trial.number)
             self._note()
             return trial
+
+    def _handle(self, trial: Trial) -> Any:
+        """A trial as Optuna's, to be reported and told."""
+        kept = self.study.get_trials(deepcopy=False)[trial.number - 1]
+        return optuna().trial.Trial(self.study, kept._trial_id)
 
     def _is_open(self, trial: Trial) -> bool:
         """Whether a trial must be tried again, and no process is at it."""
         again = trial.status == "running" or (trial.status == "failed" and trial.number in self._failed)
-        return again and trial.number not in self._handles and self._claim(trial.number)
+        return again and trial.number not in self._begun and self._claim(trial)
 
-    def _claim(self, number: int) -> bool:
-        return self._claims is None or claim(self._claims, number)
+    def _claim(self, trial: Trial) -> bool:
+        return self._claims is None or claim(self._claims, trial.number)
 
     def _propose(self, trials: list[Trial]) -> dict[str, Any] | None:
         """The values of a new trial, unless there are enough or the last ones brought no progress."""
@@ -246,20 +257,21 @@ class HyperTuning:
     def _open(self) -> Any:
         """The study in memory or in the journal, which is made from the table if only that is there, as of 0.1.0."""
         pruners = optuna().pruners
-        pruner = pruners.MedianPruner(n_warmup_steps=self.prune) if self.prune else pruners.NopPruner()
-        direction = "maximize" if self.bigger else "minimize"
+        options = {
+            "study_name": "tune",
+            "load_if_exists": True,
+            "direction": "maximize" if self.bigger else "minimize",
+            "pruner": pruners.MedianPruner(n_warmup_steps=self.prune) if self.prune else pruners.NopPruner(),
+        }
         if self.table is None:
-            return optuna().create_study(direction=direction, pruner=pruner)
-        journal = self.table.with_suffix(".journal")
+            return optuna().create_study(**options)
+        journal, storage = self.table.with_suffix(".journal"), optuna().storages.JournalStorage
         if not journal.is_file():
-            trials = read_trials(self.table, self.space)
+            trials = [self.search.frozen(trial) for trial in read_trials(self.table, self.space)]
             with whole(journal) as new:
-                storage = optuna().storages.JournalStorage(Journal(new))
-                study = optuna().create_study(storage=storage, study_name="tune", direction=direction)
-                study.add_trials([self.search.frozen(trial) for trial in trials])
+                optuna().create_study(storage=storage(Journal(new)), **options).add_trials(trials)
         try:
-            storage = optuna().storages.JournalStorage(Journal(journal))
-            return optuna().load_study(storage=storage, study_name="tune", pruner=pruner)
+            return optuna().create_study(storage=storage(Journal(journal)), **options)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{journal}: damaged ({error}); move it away, and {self.table} takes its place") from error
 
@@ -282,46 +294,3 @@ class Journal:
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Add entries."""
         append_lines(self._path, logs)
-
-
-def write_trials(path: Path, trials: Sequence[Trial], space: Space) -> None:
-    """The table of trials as comma-separated values, whole or not at all."""
-    rows = [
-        {
-            "trial": trial.number,
-            "status": trial.status,
-            "score": trial.score,
-            **{name: cell(trial.params[name]) if name in trial.params else "" for name in space},
-            **{f"valid {name}": value for name, value in trial.valid.items()},
-            **{f"test {name}": value for name, value in trial.test.items()},
-            "seconds": trial.seconds,
-            "error": trial.error,
-        }
-        for trial in trials
-    ]
-    write_csv(path, rows)
-
-
-def read_trials(path: Path, space: Space) -> list[Trial]:
-    """The trials of a table that :func:`write_trials` wrote; none where there is no table.
-
-    Raises:
-        UserError: the table is damaged, or of other parameters.
-    """
-    if not path.is_file():
-        return []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [_trial(row, space) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged, or not a table of these parameters ({error}); move it away") from error
-
-
-def _trial(row: dict[str, str], space: Space) -> Trial:
-    params = values(space, lambda parameter: parameter.from_cell(row[parameter.name]))
-    score, seconds = (float(row[key]) if row[key] else None for key in ("score", "seconds"))
-    valid, test = (
-        {key[len(part) :]: float(row[key]) for key in row if key.startswith(part) and row[key]}
-        for part in ("valid ", "test ")
-    )
-    return Trial(int(row["trial"]), params, row["status"], score, valid, test, seconds, row["error"])

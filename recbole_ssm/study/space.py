@@ -1,7 +1,8 @@
-"""What hyper-parameters may be, read from RecBole's parameter files without evaluating them, and which to try next."""
+"""What hyper-parameters may be, which to try next, and the table of what was tried."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ import numpy as np
 
 from recbole_ssm.arguments import PROPERTIES, literal
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.files import write_csv
 
 ALGORITHMS = ("exhaustive", "random", "bayes")
 ALIASES = {"grid": "exhaustive", "tpe": "bayes"}
@@ -136,7 +138,7 @@ def read_space(path: Path) -> Space:
     """
     shipped = PROPERTIES / "hyper" / path.name
     if not path.is_file() and path.parent.name == "hyper" and shipped.is_file():
-        # "properties/hyper/X.hyper" works in any folder.
+        # "properties/hyper/X.hyper" means the shipped file from any folder.
         path = shipped
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -261,24 +263,22 @@ class Search:
         self.algo, self.space, self.seed = ALIASES.get(algo, algo), space, seed
         if self.algo not in ALGORITHMS:
             raise UserError(f"algo: '{algo}' is not one of {', '.join(ALGORITHMS)}{did_you_mean(algo, ALGORITHMS)}")
-        grids = {name: parameter.grid() or [] for name, parameter in space.items()}
-        self.size = math.prod(map(len, grids.values())) or None
+        grids = {name: parameter.grid() for name, parameter in space.items()}
+        endless = [space[name] for name, grid in grids.items() if grid is None]
+        self.size = None if endless else math.prod(len(grid or ()) for grid in grids.values())
         """Points of the grid; None where they cannot be counted. Conditions count in an exhaustive search alone."""
         if self.algo == "exhaustive":
-            for name, grid in grids.items():
-                if not grid:
-                    raise UserError(
-                        f"{space[name].where}: there is no end of the values of {space[name].kind}; for an exhaustive "
-                        "search take choice or quniform, or search with --algo=random or bayes"
-                    )
+            if endless:
+                raise UserError(
+                    f"{endless[0].where}: there is no end of the values of {endless[0].kind}; for an exhaustive "
+                    "search take choice or quniform, or search with --algo=random or bayes"
+                )
             if self.size and self.size > LARGEST_GRID:
                 raise UserError(f"algo: the grid has {self.size:,} points; search with --algo=random or bayes")
             points: list[dict[str, Any]] = [{}]
             for name, parameter in space.items():
-                values = [{name: value} for value in grids[name]]
-                points = [
-                    {**point, **more} for point in points for more in (values if parameter.holds(point) else [{}])
-                ]
+                each = [{name: value} for value in grids[name] or ()]
+                points = [{**point, **more} for point in points for more in (each if parameter.holds(point) else [{}])]
             self.size = len(points)
             self._points = [points[number] for number in np.random.default_rng(seed).permutation(self.size)]
         if self.algo == "bayes":
@@ -326,3 +326,46 @@ class Search:
         study.add_trials([self.frozen(replace(trial, valid={}, test={})) for trial in trials])
         found = study.ask({name: parameter.distribution() for name, parameter in self.space.items()}).params
         return values(self.space, lambda parameter: parameter.from_optuna(found[parameter.name]))
+
+
+def write_trials(path: Path, trials: Sequence[Trial], space: Space) -> None:
+    """The table of trials as comma-separated values, whole or not at all."""
+    rows = [
+        {
+            "trial": trial.number,
+            "status": trial.status,
+            "score": trial.score,
+            **{name: cell(trial.params[name]) if name in trial.params else "" for name in space},
+            **{f"valid {name}": value for name, value in trial.valid.items()},
+            **{f"test {name}": value for name, value in trial.test.items()},
+            "seconds": trial.seconds,
+            "error": trial.error,
+        }
+        for trial in trials
+    ]
+    write_csv(path, rows)
+
+
+def read_trials(path: Path, space: Space) -> list[Trial]:
+    """The trials of a table that :func:`write_trials` wrote; none where there is no table.
+
+    Raises:
+        UserError: the table is damaged, or of other parameters.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [_trial(row, space) for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged, or not a table of these parameters ({error}); move it away") from error
+
+
+def _trial(row: dict[str, str], space: Space) -> Trial:
+    params = values(space, lambda parameter: parameter.from_cell(row[parameter.name]))
+    score, seconds = (float(row[key]) if row[key] else None for key in ("score", "seconds"))
+    valid, test = (
+        {key[len(part) :]: float(row[key]) for key in row if key.startswith(part) and row[key]}
+        for part in ("valid ", "test ")
+    )
+    return Trial(int(row["trial"]), params, row["status"], score, valid, test, seconds, row["error"])

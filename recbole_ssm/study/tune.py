@@ -27,11 +27,11 @@ import yaml
 from recbole.utils import dict2str
 from tqdm import tqdm
 
-from recbole_ssm.arguments import at_least, one_of, read_yaml
+from recbole_ssm.arguments import at_least, one_of, path_that, read_yaml
 from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable
-from recbole_ssm.files import digest_of_json, whole
+from recbole_ssm.files import check_writable, digest_of_json, whole
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
 from recbole_ssm.study.runs import Progress, Run, Runs, ignore
@@ -59,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tool", type=one_of(TOOLS), default="Optuna", metavar="TOOL", help=tools)
     add("--trial_cpus", type=float, default=1, metavar="N", help="Ray: processors of a trial; default 1")
     add("--trial_gpus", type=float, default=0, metavar="N", help="Ray: GPUs of a trial, also parts; default 0")
-    add("--output_file", type=Path, metavar="FILE", help="also write all results there in RecBole's form")
-    add("--display_file", type=Path, metavar="FILE", help="draw the plot there; default trials.png")
+    file, drawn = path_that(check_writable), path_that(check_drawable)
+    add("--output_file", type=file, metavar="FILE", help="also write all results there in RecBole's form")
+    add("--display_file", type=drawn, metavar="FILE", help="draw the plot there; default trials.png")
 
 
 def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
@@ -69,7 +70,6 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
     Raises:
         UserError: the space or an option is wrong, or every trial failed.
     """
-    _check_options(options)
     fixed: dict[str, Any] = {}
     for file in options.config_files.split():
         fixed |= read_yaml(Path(file))
@@ -100,8 +100,12 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
 
         def write_best() -> None:
             if best := tuning.best:
-                settings = {"data_path": data_path, **fixed, **best.params}
-                _write_best(folder / "best.yaml", config, settings, best, metric)
+                named = {"model": config.model, "dataset": config.dataset, "data_path": data_path}
+                head = f"# Trial {best.number}: validation {metric} {best.score:.6f}. Train it again:\n"
+                command = "# run_recbole_ssm.py --config_files best.yaml\n"
+                settings = yaml.safe_dump({**named, **fixed, **best.params}, sort_keys=False, allow_unicode=True)
+                with whole(folder / "best.yaml") as temporary:
+                    temporary.write_text(head + command + settings, encoding="utf-8")
 
         tuning = HyperTuning(
             partial(objective, progress=progress),
@@ -161,15 +165,6 @@ def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
     return objective
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    for option in ("output_file", "display_file"):
-        file = getattr(options, option)
-        if file and not file.absolute().parent.is_dir():
-            raise UserError(f"--{option}: there is no folder {file.absolute().parent}")
-    if options.display_file:
-        check_drawable(options.display_file)
-
-
 def _space(options: argparse.Namespace, config: Config, keys: Mapping[str, Any]) -> Space:
     """What is tuned; that every key can be is checked."""
     path = options.params_file or shipped_space(config.model)
@@ -205,15 +200,6 @@ def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     elif trial.status == "pruned":
         told = f"stopped at {metric} {trial.score:.4f}, behind the median"
     return f"trial {trial.number} of {tuning.max_evals}: {told}; {trial}"
-
-
-def _write_best(path: Path, config: Config, options: dict[str, Any], trial: Trial, metric: str) -> None:
-    """The options of a trial as a file for ``--config_files``."""
-    named = {"model": config.model, "dataset": config.dataset, **options}
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(f"# Trial {trial.number}: validation {metric} {trial.score:.6f}. Train it again:\n")
-        file.write(f"# run_recbole_ssm.py --config_files {path.name}\n")
-        yaml.safe_dump(named, file, sort_keys=False, allow_unicode=True)
 
 
 def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metric: str) -> str:

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.study.hyper_tuning import HyperTuning, read_trials, write_trials
-from recbole_ssm.study.space import Search, Trial, read_space, space_of
+from recbole_ssm.study.space import Search, Trial, read_space, read_trials, space_of, write_trials
+from recbole_ssm.study.tune import HyperTuning
 from tests.study.test_tune import GRID, Objective, tuned
 
 optuna = pytest.importorskip("optuna")
@@ -18,7 +18,7 @@ optuna = pytest.importorskip("optuna")
 SEARCH = """
 import sys, time
 from pathlib import Path
-from recbole_ssm.study.hyper_tuning import HyperTuning
+from recbole_ssm.study.tune import HyperTuning
 
 def objective(params, files):
     time.sleep(float(sys.argv[3]))

@@ -14,10 +14,9 @@ import yaml
 from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
-from recbole_ssm.study.hyper_tuning import HyperTuning, read_trials, write_trials
 from recbole_ssm.study.runs import Outcome, Run
-from recbole_ssm.study.space import Trial, space_of
-from recbole_ssm.study.tune import kept_objective
+from recbole_ssm.study.space import Trial, read_trials, space_of, write_trials
+from recbole_ssm.study.tune import HyperTuning, kept_objective
 from tests.conftest import REPOSITORY
 
 GRID = {"choice": {"a": [1, 2, 3], "b": ["x", "y"]}}
