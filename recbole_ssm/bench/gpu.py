@@ -28,20 +28,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recbole_ssm import compat, ops
+from recbole_ssm import ops
 from recbole_ssm.arguments import at_least
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.ops import CASES, Case
-from recbole_ssm.errors import UserError
-
-# RecBole's models switch autograd's anomaly detection on when they are imported, which would slow every step.
-compat.install()
+from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
+from recbole_ssm.errors import UserError, first_line
 
 COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
 MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last", "ssd_last", "quasiseparable")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
+AS_SHIPPED = f"{RECBOLE}, as shipped"
 MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec")
 ITEMS = 12_101
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
@@ -76,8 +74,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         try:
             rows += job()
         except Exception as error:  # one row that fails must not take the others with it
-            line = (str(error).splitlines() or [""])[0]
-            rows.append(_row(name, "", note=f"failed: {type(error).__name__}: {line}"))
+            rows.append(_row(name, "", note=f"failed: {first_line(error)}"))
         torch.cuda.empty_cache()
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     return rows + _goals(rows)
@@ -240,17 +237,9 @@ def _check_training() -> list[Row]:
 
 def _model_and_batch(name: str, batch: int, layers: int = 1) -> tuple[Any, Any]:
     """A model on the GPU with full histories of 50 items for it; SASRec has RecBole's two layers."""
-    from recbole.model.sequential_recommender import SASRec
-
-    from recbole_ssm.bench.untrained import random_histories, untrained_model
-
     device = torch.device("cuda")
-    keys: dict[str, Any] = {"MAX_ITEM_LIST_LENGTH": 50, "train_neg_sample_args": None, "loss_type": "CE"}
-    if "SASRec" not in name:
-        keys["num_layers"] = layers
     torch.manual_seed(0)
-    theirs = SASRec if name == RECBOLE else None
-    model = untrained_model(name.removeprefix("RecBole "), ITEMS, device, theirs, **keys)
+    model = model_of_a_step(name, ITEMS, device, 50, layers)
     return model, random_histories(batch, 50, ITEMS, device)
 
 

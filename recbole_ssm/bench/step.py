@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 
-from recbole_ssm import compat, ops
+from recbole_ssm import ops
 from recbole_ssm.arguments import at_least, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import Function, add_device, backends_on, medians
+from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
+from recbole_ssm.serving import Stepper
 
-compat.install()
-
-from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec  # noqa: E402
-
-from recbole_ssm.bench.untrained import random_histories, untrained_model  # noqa: E402
-from recbole_ssm.serving import Stepper  # noqa: E402
-
-RECBOLE = "RecBole SASRec"
 MODELS = (RECBOLE, "SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec")
 # One event is too short for the clock, so many are timed as one call.
 EVENTS = 200
@@ -54,7 +48,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows = random_histories(options.batch, options.length, items, options.device)
     functions: dict[tuple[str, str, str], Function] = {}
     for name in options.models:
-        model = _model(name, items, options)
+        model = model_of_a_step(name, items, options.device, options.length, options.layers)
         backends = [b for b in backends_on(options.device) if b != "reference"] if "SASRec" not in name else [""]
         for backend in backends:
             for kind, function in _functions(model, rows, backend).items():
@@ -81,14 +75,6 @@ def run(options: argparse.Namespace) -> list[Row]:
         }
         for (name, backend, kind), value in seconds.items()
     ]
-
-
-def _model(name: str, items: int, options: argparse.Namespace) -> Any:
-    keys: dict[str, Any] = {"MAX_ITEM_LIST_LENGTH": options.length, "train_neg_sample_args": None, "loss_type": "CE"}
-    if "SASRec" not in name:
-        keys["num_layers"] = options.layers
-    model_class = RecBoleSASRec if name == RECBOLE else None
-    return untrained_model(name.removeprefix("RecBole "), items, options.device, model_class, **keys)
 
 
 def _functions(model: Any, rows: Any, backend: str) -> dict[str, Function]:

@@ -11,27 +11,35 @@ from recbole_ssm import compat
 compat.install()
 
 from recbole.data.interaction import Interaction  # noqa: E402
+from recbole.model.sequential_recommender import SASRec  # noqa: E402
 
 from recbole_ssm.data.outline import DatasetOutline  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.quick_start import configure  # noqa: E402
 
+RECBOLE = "RecBole SASRec"
 
-def untrained_model(
-    name: str, items: int, device: torch.device, model_class: type[Any] | None = None, **options: Any
-) -> Any:
+
+def untrained_model(name: str, items: int, device: torch.device, **options: Any) -> Any:
     """A model of its own default sizes.
 
     Args:
-        name: as users type it.
+        name: as users type it, or ``RecBole SASRec``, RecBole's own.
         items: how many items its catalogue has, the padding not counted.
         device: where it lives.
-        model_class: another class with the configuration of that model, such as RecBole's own.
         **options: config keys, such as ``MAX_ITEM_LIST_LENGTH``.
     """
-    config = configure(name, "generated", config_dict={"state": "ERROR", **options})
+    model_class = SASRec if name == RECBOLE else get_model(name)
+    config = configure("SASRec" if name == RECBOLE else name, "generated", config_dict={"state": "ERROR", **options})
     config["device"] = device
-    return (model_class or get_model(name))(config, DatasetOutline(items + 1)).to(device)
+    return model_class(config, DatasetOutline(items + 1)).to(device)
+
+
+def model_of_a_step(name: str, items: int, device: torch.device, length: int, layers: int) -> Any:
+    """A model that trains with the loss over all items. ``layers`` are those of our models; SASRec has RecBole's 2."""
+    options = {"MAX_ITEM_LIST_LENGTH": length, "train_neg_sample_args": None, "loss_type": "CE"}
+    sizes = {} if "SASRec" in name else {"num_layers": layers}
+    return untrained_model(name, items, device, **options, **sizes)
 
 
 def random_histories(batch: int, length: int, items: int, device: torch.device) -> Interaction:
