@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,12 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def add_counts(parser: ArgumentParser, **options: tuple[int, str]) -> None:
+    """Add options that take a whole number from 1 up, each as ``name=(default, help)``."""
+    for name, (default, text) in options.items():
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, help=text)
 
 
 def sizes(text: str) -> list[int]:

@@ -33,11 +33,20 @@ def first_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that gives the default of each option, where its text does not speak of it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        known = action.default in (None, "", argparse.SUPPRESS) or "default" in text
+        return text if known else f"{text} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """A parser of a command's arguments whose errors are :class:`UserError`; options are never abbreviated."""
 
     def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a UserError."""

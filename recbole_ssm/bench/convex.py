@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recbole_ssm.arguments import at_least
+from recbole_ssm.arguments import add_counts, at_least
 from recbole_ssm.bench import Row
 from recbole_ssm.optim import USFGM, USGM, IterateAverage
 
@@ -124,9 +124,8 @@ def slope(values: dict[int, float], octaves: int = 4) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    parser.add_argument("--gradients", type=at_least(32), default=1024, help="gradients a run (default 1024)")
-    parser.add_argument("--size", type=at_least(1), default=20, help="unknowns (default 20)")
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="runs that are averaged (default 3)")
+    parser.add_argument("--gradients", type=at_least(32), default=1024, help="gradients a run")
+    add_counts(parser, size=(20, "unknowns"), seeds=(3, "runs that are averaged"))
 
 
 def run(options: argparse.Namespace) -> list[Row]:

@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_ssm.arguments import at_least
+from recbole_ssm.arguments import add_counts
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import extra_memory, in_a_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    count = at_least(1)
-    parser.add_argument("--interactions", type=count, default=20_000_000, help="default 20,000,000")
-    parser.add_argument("--max_length", type=count, default=200, help="MAX_ITEM_LIST_LENGTH; default 200")
-    parser.add_argument("--steps", type=count, default=100, help="batches of 2048 targets that are read; default 100")
+    add_counts(
+        parser,
+        interactions=(20_000_000, "how many are generated"),
+        max_length=(200, "MAX_ITEM_LIST_LENGTH"),
+        steps=(100, "batches of 2048 targets that are read"),
+    )
 
 
 def run(options: argparse.Namespace) -> list[Row]:

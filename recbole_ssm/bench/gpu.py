@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.arguments import at_least
+from recbole_ssm.arguments import add_counts
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
@@ -48,9 +48,12 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--minutes", type=at_least(1), default=6, help="no row is begun after so many; default 6")
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets; epochs are timed on its ml-1m")
-    parser.add_argument("--rounds", type=at_least(1), default=9, help="calls of which the median is taken; default 9")
+    add_counts(
+        parser,
+        minutes=(6, "no row is begun after so many"),
+        rounds=(9, "calls of which the median is taken"),
+    )
 
 
 def run(options: argparse.Namespace) -> list[Row]:

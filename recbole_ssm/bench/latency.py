@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recbole_ssm import compat
-from recbole_ssm.arguments import at_least, one_of, positive, sizes, some_of
+from recbole_ssm.arguments import add_counts, one_of, positive, sizes, some_of
 from recbole_ssm.bench import Row, table
 from recbole_ssm.bench.measure import add_device, extra_memory
 from recbole_ssm.errors import UserError, first_line
@@ -55,21 +55,19 @@ PATHS = ("one event", "history")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    models = ",".join(MODELS)
-    parser.add_argument("--models", type=some_of(model_names()), default=models, help=f"default {models}")
-    parser.add_argument("--lengths", type=sizes, default="50,200,1000,4000,16000", help="of histories (%(default)s)")
-    parser.add_argument("--batch_sizes", type=sizes, default="1,64,4096", help="histories in a call (%(default)s)")
-    parser.add_argument("--items", type=sizes, default="12101,1000000", help="items of the catalogue (%(default)s)")
-    parser.add_argument("--top_k", type=at_least(1), default=10, help="best items of each history (%(default)s)")
-    parser.add_argument(
-        "--seconds", type=positive, default=10.0, help="for each row; one that takes more is skipped (%(default)s)"
-    )
+    models = some_of(model_names())
+    parser.add_argument("--models", type=models, default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--lengths", type=sizes, default="50,200,1000,4000,16000", help="events of a history")
+    parser.add_argument("--batch_sizes", type=sizes, default="1,64,4096", help="histories in a call")
+    parser.add_argument("--items", type=sizes, default="12101,1000000", help="items of the catalogue")
+    add_counts(parser, top_k=(10, "best items of each history"))
+    parser.add_argument("--seconds", type=positive, default=10.0, help="for each row; one that needs more is skipped")
     add_device(parser)
     parser.add_argument(
         "--clock",
         type=one_of(("wall", "processor")),
         default="wall",
-        help="wall (default), or processor: what a thread of a shared machine would take if it were alone",
+        help="wall, or processor: what a thread of a shared machine would take if it had the machine to itself",
     )
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw seconds against length")
 

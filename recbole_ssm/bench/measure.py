@@ -23,7 +23,7 @@ Function = Callable[[], object]
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--device``, which becomes a ``torch.device``."""
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, or cuda for the GPU; default cpu")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, or cuda for the GPU")
 
 
 def _device(text: str) -> torch.device:

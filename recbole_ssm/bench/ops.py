@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm import ops
-from recbole_ssm.arguments import at_least, sizes, some_of
+from recbole_ssm.arguments import add_counts, sizes, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import add_device, backends_on, extra_memory, medians, roofs
 
-LENGTHS = (50, 200, 2_000, 16_000)
 # The plain loop stores every state: beyond this length it takes minutes and gigabytes.
 REFERENCE_UP_TO = 200
 D, N, H, P, N_SSD, K = 128, 32, 2, 64, 64, 4
@@ -167,11 +166,13 @@ def _others(name: str, L: int) -> dict[str, Callable[..., Tensor]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    names, lengths = ",".join(CASES), ",".join(map(str, LENGTHS))
-    parser.add_argument("--ops", type=some_of(CASES), default=names, help="which, separated by commas; default all")
-    parser.add_argument("--lengths", type=sizes, default=lengths, help="separated by commas")
-    parser.add_argument("--tokens", type=at_least(1), default=12_800, help="of a batch; one sequence may have more")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="measurements, of which the median counts")
+    parser.add_argument("--ops", type=some_of(CASES), default=",".join(CASES), help="separated by commas")
+    parser.add_argument("--lengths", type=sizes, default="50,200,2000,16000", help="separated by commas")
+    add_counts(
+        parser,
+        tokens=(12_800, "of a batch; one sequence may have more"),
+        rounds=(5, "measurements, of which the median counts"),
+    )
     add_device(parser)
 
 

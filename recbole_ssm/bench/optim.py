@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from recbole_ssm.arguments import at_least
+from recbole_ssm.arguments import add_counts, at_least
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import Function, add_device, medians
 from recbole_ssm.bench.untrained import random_histories, untrained_model
@@ -19,13 +19,15 @@ from recbole_ssm.optim import USFGM, USGM, AdaptiveBatchSize, GradientProbe, Ite
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
-    count = at_least(1)
-    parser.add_argument("--items", type=count, default=1682, help="size of the catalogue (default ml-100k's 1682)")
-    parser.add_argument("--batch", type=count, default=256, help="targets a step (default 256)")
-    parser.add_argument("--length", type=count, default=20, help="events of a history (default 20)")
-    parser.add_argument("--every", type=count, default=50, help="a step in this many is measured (default 50)")
-    parser.add_argument("--chunks", type=at_least(2), default=4, help="parts of a measured batch (default 4)")
-    parser.add_argument("--rounds", type=count, default=15, help="times that all is measured (default 15)")
+    add_counts(
+        parser,
+        items=(1682, "in the catalogue"),
+        batch=(256, "targets a step"),
+        length=(20, "events of a history"),
+        every=(50, "a step in this many is measured"),
+        rounds=(15, "measurements, of which the median counts"),
+    )
+    parser.add_argument("--chunks", type=at_least(2), default=4, help="parts of a measured batch")
     add_device(parser)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from recbole_ssm import ops
-from recbole_ssm.arguments import at_least, some_of
+from recbole_ssm.arguments import add_counts, at_least, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import Function, add_device, backends_on, medians
 from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
@@ -29,15 +29,15 @@ CALLS = {"train": 1, "evaluate": 1, "one event": EVENTS, "in place": EVENTS}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    count = at_least(1)
-    parser.add_argument(
-        "--models", type=some_of(MODELS), default=",".join(MODELS), help="which, separated by commas; default all"
-    )
-    parser.add_argument("--batch", type=count, default=2048, help="histories in a batch")
-    parser.add_argument("--length", type=count, default=50, help="items in a history")
+    parser.add_argument("--models", type=some_of(MODELS), default=",".join(MODELS), help="separated by commas")
     parser.add_argument("--items", type=at_least(2), default=12_102, help="in the catalogue, padding included")
-    parser.add_argument("--layers", type=count, default=1, help="of our models; SASRec has RecBole's 2")
-    parser.add_argument("--rounds", type=count, default=3, help="measurements, of which the median counts")
+    add_counts(
+        parser,
+        batch=(2048, "histories in a batch"),
+        length=(50, "items in a history"),
+        layers=(1, "of our models; SASRec has RecBole's 2"),
+        rounds=(3, "measurements, of which the median counts"),
+    )
     add_device(parser)
 
 

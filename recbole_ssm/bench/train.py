@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from recbole_ssm import clock
-from recbole_ssm.arguments import at_least, names, positive, some_of
+from recbole_ssm.arguments import add_counts, at_least, names, positive, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import in_a_process
 
@@ -40,21 +40,12 @@ WARM_UP = 2  # steps
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     models = list(dict.fromkeys(model for model, _ in OURS))
-    parser.add_argument(
-        "--datasets", type=names, default="ml-100k", help="comma-separated; default ml-100k, which needs no download"
-    )
+    parser.add_argument("--datasets", type=names, default="ml-100k", help="separated by commas")
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets")
     parser.add_argument("--max_length", type=at_least(1), help="MAX_ITEM_LIST_LENGTH; default 50, on ml-1m 200")
-    parser.add_argument(
-        "--batch_size", type=at_least(1), default=2048, help="targets of a step; default 2048, RecBole's own"
-    )
-    parser.add_argument("--seconds", type=positive, default=20.0, help="time for each row's steps; default 20")
-    parser.add_argument(
-        "--models",
-        type=some_of(models),
-        default=",".join(models),
-        help="comma-separated, beside RecBole's SASRec; default all",
-    )
+    add_counts(parser, batch_size=(2048, "targets of a step"))
+    parser.add_argument("--seconds", type=positive, default=20.0, help="time for each row's steps")
+    parser.add_argument("--models", type=some_of(models), default=",".join(models), help="beside RecBole's SASRec")
 
 
 def run(options: argparse.Namespace) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.arguments import at_least, some_of
+from recbole_ssm.arguments import add_counts, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import add_device, medians
 from recbole_ssm.llm.base import load_base_model
@@ -28,16 +28,19 @@ WORDS = ("the", "of", "red", "silent", "river", "night", "last", "city", "winter
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    count, kinds = at_least(1), ",".join(VERBALIZERS)
-    parser.add_argument("--base_model", default="random", help="a folder, a .gguf file or a name; default random")
-    parser.add_argument("--vocabulary", type=count, default=32000, help="of the random one; default 32000, Llama-2's")
-    parser.add_argument("--width", type=count, default=128, help="of the random one")
-    parser.add_argument("--layers", type=count, default=4, help="of the random one")
-    parser.add_argument("--verbalizers", type=some_of(VERBALIZERS), default=kinds, help="which, separated by commas")
-    parser.add_argument("--users", type=count, default=8, help="whose candidates are scored")
-    parser.add_argument("--batch", type=count, default=4, help="rows in a batch of the plain implementation")
-    parser.add_argument("--candidates", type=count, default=20)
-    parser.add_argument("--rounds", type=count, default=3, help="measurements, of which the median counts")
+    kinds = some_of(VERBALIZERS)
+    parser.add_argument("--base_model", default="random", help="a folder, a .gguf file, a name, or random")
+    parser.add_argument("--verbalizers", type=kinds, default=",".join(VERBALIZERS), help="separated by commas")
+    add_counts(
+        parser,
+        vocabulary=(32000, "of a random base model; Llama-2 has as much"),
+        width=(128, "of a random base model"),
+        layers=(4, "of a random base model"),
+        users=(8, "whose candidates are scored"),
+        batch=(4, "rows in a batch of the plain implementation"),
+        candidates=(20, "of each user"),
+        rounds=(3, "measurements, of which the median counts"),
+    )
     add_device(parser)
 
 
