@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OBJECTIVES = ("sft", "orpo")
-REJECTED = ("random", "hardest", "all")
-PROBABILITIES = ("vocabulary", "letters")
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import Checkpoint, load_weights, plain, settings_of
 
 SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
-"""What data there is and how it is split is the same for a ranker and its retriever, which else could learn what is
-tested."""
+"""These say what data there is and how it is split. They are the same for a ranker and its
+retriever, which otherwise could learn what is tested.
+"""
 
 
 class Retriever(NamedTuple):
@@ -83,12 +84,7 @@ def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type
     Raises:
         UserError: a value is impossible, or does not go with another.
     """
-    for key, example in (("retriever", "2Mamba4Rec"), ("retriever_checkpoint", "a file such as best.safetensors")):
-        if not isinstance(options[key], str) and (key == "retriever" or options[key] is not None):
-            raise UserError(f"{key}: must be a name, got {options[key]!r}; try {example}")
-    own = {} if options["retriever_config"] is None else options["retriever_config"]
-    if not isinstance(own, Mapping):
-        raise UserError(f"retriever_config: must be a mapping such as {{'epochs': 20}}, got {own!r}")
+    own = options["retriever_config"] or {}
     for key in own:
         if key in SHARED:
             raise UserError(

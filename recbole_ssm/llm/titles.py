@@ -79,8 +79,6 @@ def _title_field(path: Path, header: dict[str, str], wanted: str | None, item_fi
         if not known:
             raise UserError(f"{path}, line 1: no column of titles ({there}); set title_field")
         return known[0]
-    if not isinstance(wanted, str):
-        raise UserError(f"title_field: must be the name of a column, got {wanted!r} ({there})")
     if wanted not in text:
         raise UserError(f"title_field: {path} has no column {wanted} of text{did_you_mean(wanted, text)} ({there})")
     return wanted

@@ -25,8 +25,6 @@ from recbole_ssm.llm.verbalizer import Verbalizer
 from recbole_ssm.model.registry import build_model
 from recbole_ssm.trainer.hooks import Hook
 
-TRAIN_CANDIDATES = ("random", "insert", "skip")
-RERANK = ("all", "retrieved")
 TUNED = "tuned"
 FUSION_WEIGHTS = [step / 20 for step in range(21)]
 
@@ -73,13 +71,10 @@ class LlamaRec(LanguageModelRecommender):
                 f"{options['num_candidates']}; try num_candidates: 20"
             )
         weight = options["fusion_weight"]
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if weight not in (None, TUNED) and not (number and 0 <= weight <= 1):
+        if weight not in (None, TUNED) and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
             raise UserError(
                 f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5"
             )
-        if options["orpo_lambda"] < 0:
-            raise UserError(f"orpo_lambda: must be 0 or more, got {options['orpo_lambda']}; try orpo_lambda: 0.1")
         three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
         if three == ("orpo", "embedding", "vocabulary"):
             raise UserError(

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops import linear_cross_entropy
 
-LOSS_TYPES = ("CE", "BPR", "sampled_softmax", "gBCE")
-
 
 class NextItemLoss(nn.Module):
     """Mean loss over targets, from the vectors that predict them and the item embeddings.

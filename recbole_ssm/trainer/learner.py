@@ -206,7 +206,4 @@ def _build_output(config: Any, optimizer: Optimizer) -> Any:
         return optimizer if own else None
     if own:
         raise UserError(f"average_power: {config['learner']} has an output of its own; leave average_power empty")
-    try:
-        return IterateAverage(optimizer, power)
-    except UserError as error:
-        raise UserError(f"average_power: {error}, or leave it empty for no mean") from error
+    return IterateAverage(optimizer, power)
