@@ -194,6 +194,17 @@ def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
     return some_names
 
 
+def each_once(text: str) -> list[str]:
+    """Names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    twice = next((name for name in found if found.count(name) > 1), None)
+    if twice is not None:
+        raise ArgumentTypeError(f"{twice} stands twice")
+    if "" in found:
+        raise ArgumentTypeError(f"a name is missing in '{text}'")
+    return found
+
+
 def path_that(check: Callable[[Path], object]) -> Callable[[str], Path]:
     """A path that a check lets pass, such as :func:`recbole_ssm.files.check_writable`."""
 

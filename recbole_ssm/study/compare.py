@@ -12,13 +12,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from recbole_ssm.config import Config
+from recbole_ssm.arguments import at_least, each_once
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import get_model
-from recbole_ssm.quick_start import configure
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
-from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
 from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
 
@@ -29,12 +28,10 @@ UNTUNED = "none; every model has its defaults and what the command gives"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    parser.add_argument("--models", default=MODELS, help=f"comma-separated; default {MODELS}")
-    parser.add_argument("--datasets", default="ml-100k", help="comma-separated; default ml-100k, which comes along")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each; seeds from --seed=2020 on; default 5")
+    add_common_arguments(parser, MODELS, "ml-100k", 5)
     parser.add_argument(
         "--tune",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="first try N settings of each model's search space (properties/hyper), its defaults the first of them, on "
@@ -48,9 +45,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     Raises:
         UserError: an unknown name or key, or an impossible value.
     """
-    if options.tune < 0:
-        raise UserError(f"--tune: must be at least 0, got {options.tune}")
     runs, todo, seeds = plan(options, keys)
+    check_rows(runs, todo, options.tune > 0)
     fetch(runs, todo)
     entries = [Entry(one, one.model) for one in todo]
     tuning = UNTUNED
@@ -70,42 +66,56 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     )
 
 
+def add_common_arguments(parser: argparse.ArgumentParser, models: str, datasets: str, seeds: int) -> None:
+    """The options that say what is trained: ``--models``, ``--datasets`` and ``--seeds``."""
+    parser.add_argument("--models", type=each_once, default=models, help=f"comma-separated; default {models}")
+    bundled = ", which comes along" if datasets == "ml-100k" else ""
+    what = f"comma-separated; default {datasets}{bundled}"
+    parser.add_argument("--datasets", type=each_once, default=datasets, help=what)
+    what = f"runs of each; seeds from --seed={FIRST_SEED} on; default {seeds}"
+    parser.add_argument("--seeds", type=at_least(1), default=seeds, help=what)
+
+
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:
     """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds.
 
     Raises:
         UserError: an unknown name or key, or an impossible value: before anything is trained.
     """
-    models, datasets = options.models.split(","), options.datasets.split(",")
-    for option, names in (("--models", models), ("--datasets", datasets)):
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise UserError(f"{option}: {twice} stands twice")
-        if "" in names:
-            raise UserError(f"{option}: a name is missing in '{','.join(names)}'")
-    for model in models:
+    for model in options.models:
         get_model(model)
-    if options.seeds < 1:
-        raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
-    plain, own = split_keys(keys, models, datasets)
-    seeds = seeds_from(plain.pop("seed", FIRST_SEED), options.seeds)
-    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
-    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
+    plain, own = split_keys(keys, options.models, options.datasets)
+    seeds = seeds_from(plain, options.seeds)
+    runs, common = runs_in(options.folder, plain)
     todo = [
         Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
-        for dataset, model in itertools.product(datasets, models)
+        for dataset, model in itertools.product(options.datasets, options.models)
     ]
     for one in todo:
         try:
-            arguments = config_of(runs, one)["eval_args"]
+            runs.config(one)
         except UserError as error:
-            own_keys = "" if len(models) == 1 else " (a key of some models alone is written --MODEL.KEY)"
+            own_keys = "" if len(options.models) == 1 else " (a key of some models alone is written --MODEL.KEY)"
             raise UserError(f"{one.model}: {error}{own_keys}") from error
+    return runs, todo, seeds
+
+
+def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:
+    """That all are ranked among all items, that there is something to test on, and to validate on if it is to be tuned.
+
+    Raises:
+        UserError: one is not so.
+    """
+    for one in todo:
+        arguments = runs.config(one)["eval_args"]
         if arguments["mode"]["test"] != "full":
             raise UserError("eval_args: models are compared by ranks among all items; take mode: full")
-        if arguments["split"]:
-            _check_split(arguments["split"], bool(getattr(options, "tune", 0)))
-    return runs, todo, seeds
+        for way, parts in (arguments["split"] or {}).items():
+            said = f"split: {arguments['split']} leaves no rows"
+            if parts == "valid_only" if way == "LS" else not parts[-1]:
+                raise UserError(f"eval_args: {said} to test, by which models are compared")
+            if tune and (parts == "test_only" if way == "LS" else not parts[-2]):
+                raise UserError(f"--tune: {said} for validation, by which settings are chosen")
 
 
 def fetch(runs: Runs, todo: Sequence[Run]) -> None:
@@ -114,26 +124,17 @@ def fetch(runs: Runs, todo: Sequence[Run]) -> None:
     Raises:
         UserError: one cannot be found.
     """
-    for dataset in dict.fromkeys(one.dataset for one in todo):
-        runs.fetch(next(one for one in todo if one.dataset == dataset))
+    for one in {one.dataset: one for one in todo}.values():
+        runs.fetch(one)
 
 
-def _check_split(split: Mapping[str, Any], tune: bool) -> None:
-    ((way, parts),) = split.items()
-    tested = parts != "valid_only" if way == "LS" else bool(parts[-1])
-    validated = parts != "test_only" if way == "LS" else bool(parts[-2])
-    if not tested:
-        raise UserError(f"eval_args: split: {split} leaves no rows to test, by which models are compared")
-    if tune and not validated:
-        raise UserError(f"--tune: split: {split} leaves no rows for validation, by which settings are chosen")
-
-
-def seeds_from(first: Any, count: int) -> list[int]:
-    """As many seeds, from the first one on.
+def seeds_from(keys: dict[str, Any], count: int) -> list[int]:
+    """As many seeds, from the key ``seed`` on, which is taken out.
 
     Raises:
         UserError: that is none.
     """
+    first = keys.pop("seed", FIRST_SEED)
     if type(first) is not int or first < 0:
         raise UserError(f"seed: must be a whole number from 0 up, the first of the seeds, got {first!r}")
     return list(range(first, first + count))
@@ -164,15 +165,6 @@ def split_keys(
             hint = did_you_mean(scope, [*models, *datasets])
             raise UserError(f"--{key}: '{scope}' is none of the models and data sets compared{hint}")
     return plain, own
-
-
-def config_of(runs: Runs, one: Run) -> Config:
-    """A run's resolved configuration.
-
-    Raises:
-        UserError: it is refused.
-    """
-    return configure(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})
 
 
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
@@ -207,7 +199,7 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
     tried = [
         [
             Run(one.model, one.dataset, {**one.options, **more})
-            for more in ({}, *samples(one, count - 1, seed, config_of(runs, one)))
+            for more in ({}, *samples(one, count - 1, seed, runs.config(one)))
         ]
         for one in todo
     ]
@@ -251,6 +243,6 @@ def _validation(runs: Runs, outcome: Outcome) -> float:
         return -float("inf")
     if not outcome.valid:
         raise UserError("--tune: the split leaves no rows for validation, by which settings are chosen")
-    config = config_of(runs, outcome.run)
+    config = runs.config(outcome.run)
     score = outcome.valid[config["valid_metric"].lower()]
     return score if config["valid_metric_bigger"] else -score

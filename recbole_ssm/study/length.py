@@ -11,9 +11,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from recbole_ssm.arguments import sizes
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import report
-from recbole_ssm.study.compare import UNTUNED, carry_out, config_of, fetch, plan
+from recbole_ssm.study.compare import UNTUNED, add_common_arguments, carry_out, check_rows, fetch, plan
 from recbole_ssm.study.report import Entry, Row
 from recbole_ssm.study.runs import Run
 
@@ -22,10 +23,8 @@ KEY = "MAX_ITEM_LIST_LENGTH"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    parser.add_argument("--models", default="SASRec,Mamba4Rec,2Mamba4Rec", help="comma-separated; default %(default)s")
-    parser.add_argument("--datasets", default="ml-1m", help="comma-separated; default %(default)s")
-    parser.add_argument("--lengths", default="50,200,1000", help="comma-separated; default %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each; seeds from --seed=2020 on; default 1")
+    add_common_arguments(parser, "SASRec,Mamba4Rec,2Mamba4Rec", "ml-1m", 1)
+    parser.add_argument("--lengths", type=sizes, default="50,200,1000", help="comma-separated; default %(default)s")
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
@@ -37,18 +36,15 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     for key in keys:
         if key.rpartition(".")[2] == KEY:
             raise UserError(f"--{key}: here it is --lengths, with commas between numbers")
-    try:
-        lengths = sorted({int(length) for length in options.lengths.split(",")})
-    except ValueError:
-        raise UserError(f"--lengths: must be whole numbers with commas, got {options.lengths}") from None
     runs, todo, seeds = plan(options, keys)
+    check_rows(runs, todo)
     entries = [
         Entry(Run(one.model, one.dataset, {**one.options, KEY: length}), f"{one.model}, {length}")
         for one in todo
-        for length in lengths
+        for length in sorted(options.lengths)
     ]
     for entry in entries:
-        config_of(runs, entry.run)
+        runs.config(entry.run)
     fetch(runs, todo)
 
     def write() -> str:

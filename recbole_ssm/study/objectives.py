@@ -11,19 +11,20 @@ unless --retriever_checkpoint names one that is trained.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from typing import Any
 
 import numpy as np
 
-from recbole_ssm.errors import UserError
+from recbole_ssm.arguments import at_least, each_once, some_of
 from recbole_ssm.evaluation.significance import holm, over_users, paired
-from recbole_ssm.files import whole, write_csv
+from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 from recbole_ssm.llm.verbalizer import VERBALIZERS
-from recbole_ssm.quick_start import configure
-from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.compare import FIRST_SEED, seeds_from
+from recbole_ssm.study.runs import Outcome, Run, runs_in
 
 BASES = "random:32x1,random:64x2,random:128x4"
 Row = dict[str, Any]
@@ -31,11 +32,13 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    parser.add_argument("--base_models", default=BASES, help=f"separated by commas; default {BASES}")
-    parser.add_argument("--verbalizers", default="letters", help=f"of {', '.join(VERBALIZERS)}; default letters")
-    parser.add_argument("--objectives", default="sft,orpo", help="of sft, orpo; default both")
-    parser.add_argument("--dataset", default="ml-100k", help="default ml-100k, which comes along")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed=2020 on; default 1")
+    add = parser.add_argument
+    add("--base_models", type=each_once, default=BASES, help=f"separated by commas; default {BASES}")
+    known = some_of(VERBALIZERS)
+    add("--verbalizers", type=known, default="letters", help=f"of {', '.join(VERBALIZERS)}; default letters")
+    add("--objectives", type=some_of(OBJECTIVES), default="sft,orpo", help="of sft, orpo; default both")
+    add("--dataset", default="ml-100k", help="default ml-100k, which comes along")
+    add("--seeds", type=at_least(1), default=1, help=f"runs of each, from --seed={FIRST_SEED} on; default 1")
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
@@ -44,34 +47,21 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     Raises:
         UserError: an unknown name or key, or an impossible value.
     """
-    for name, known in (("verbalizers", VERBALIZERS), ("objectives", OBJECTIVES)):
-        for value in getattr(options, name).split(","):
-            if value not in known:
-                raise UserError(f"--{name}: '{value}' is not one of {', '.join(known)}")
-    if options.seeds < 1:
-        raise UserError(f"--seeds: must be at least 1, got {options.seeds}")
-    # users without their target among the candidates are left out of the work, not of the metrics
-    keys = {"rerank": "retrieved", "fusion_weight": "tuned", **keys}
-    first = keys.pop("seed", 2020)
-    runs = Runs(options.folder / "runs", {key: value for key, value in keys.items() if key in NOT_CACHED})
-    common = {key: value for key, value in keys.items() if key not in NOT_CACHED}
-    arms = [
-        (base, verbalizer, objective)
-        for base in options.base_models.split(",")
-        for verbalizer in options.verbalizers.split(",")
-        for objective in options.objectives.split(",")
-    ]
-    seeds = range(first, first + options.seeds)
+    # Users without their target among the candidates are left out of the work, not of the metrics.
+    plain = {"rerank": "retrieved", "fusion_weight": "tuned", **keys}
+    seeds = seeds_from(plain, options.seeds)
+    runs, common = runs_in(options.folder, plain)
+    arms = list(itertools.product(options.base_models, options.verbalizers, options.objectives))
     todo = [Run("LlamaRec", options.dataset, {**_options_of(*arm), **common, "seed": s}) for arm in arms for s in seeds]
+    # Mistakes come before the first training.
     for one in todo:
-        configure(one.model, one.dataset, config_dict={**runs.machine_options, **one.options})  # mistakes come first
+        runs.config(one)
     outcomes = runs.all(todo)
     grouped = [outcomes[n : n + options.seeds] for n in range(0, len(outcomes), options.seeds)]
     rows = table(dict(zip(arms, grouped)))
     failed = [f"- {one.run}: {one.error}" for one in outcomes if one.error is not None]
     text = "\n".join([markdown(rows), _protocol(outcomes, seeds), *failed]) + "\n"
-    with whole(options.folder / "llm.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(options.folder / "llm.md", text)
     write_csv(options.folder / "llm.csv", rows)
     return f"{text}\nwritten to {options.folder}/: llm.md, llm.csv"
 
@@ -150,7 +140,7 @@ def _options_of(base: str, verbalizer: str, objective: str) -> dict[str, Any]:
     return options
 
 
-def _protocol(outcomes: list[Outcome], seeds: range) -> str:
+def _protocol(outcomes: list[Outcome], seeds: list[int]) -> str:
     done = [outcome for outcome in outcomes if outcome.error is None]
     if not done or done[0].reranking is None:
         return ""
@@ -161,7 +151,7 @@ def _protocol(outcomes: list[Outcome], seeds: range) -> str:
     return (
         f"\n{first.run.dataset}: {found['users']:,} users tested, the target of {found['retrieved_users']:,} among the "
         f"candidates (the rest are misses for every order); {' or '.join(f'{s:,.0f}' for s in steps)} steps each; "
-        f"seeds {seeds.start} to {seeds.stop - 1}; {', '.join(f'{k} {v}' for k, v in others.items())}. "
+        f"seeds {seeds[0]} to {seeds[-1]}; {', '.join(f'{k} {v}' for k, v in others.items())}. "
         "The weight is the retriever's share, chosen on validation. p: two-sided paired t-test of NDCG@10 over users, "
         "Holm-corrected over the rows. s a user: language model and retriever, a user whose candidates were ordered, "
         "on a machine with other work."

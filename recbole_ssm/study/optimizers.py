@@ -16,25 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recbole_ssm.arguments import each_once
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole, write_csv
-from recbole_ssm.quick_start import configure
-from recbole_ssm.study.compare import FIRST_SEED, seeds_from, split_keys
+from recbole_ssm.files import write_csv, write_text
+from recbole_ssm.study import compare
+from recbole_ssm.study.compare import add_common_arguments
 from recbole_ssm.study.report import header, line, machines, mean
-from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run, Runs
+from recbole_ssm.study.runs import Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
-VARIED = (
-    "learner",
-    "learning_rate",
-    "learner_args",
-    "learner_groups",
-    "average_power",
-    "weight_decay",
-    "adaptive_batch",
-    "adaptive_batch_args",
-)
 Options = dict[str, Any]
 
 
@@ -138,16 +129,9 @@ class Cell:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    models = "2Mamba4Rec,SASRec,GRU4Rec"
-    parser.add_argument("--models", default=models, help=f"comma-separated; default {models}")
-    parser.add_argument("--datasets", default="ml-100k", help="comma-separated; default ml-100k, which comes along")
-    parser.add_argument(
-        "--optimizers",
-        default=DEFAULT,
-        help=f"comma-separated, of {', '.join(OPTIMIZERS)}; the first one's score is what the others are to reach. "
-        f"Default {DEFAULT}",
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each; seeds from --seed=2020 on; default 5")
+    add_common_arguments(parser, "2Mamba4Rec,SASRec,GRU4Rec", "ml-100k", 5)
+    what = f"comma-separated, of {', '.join(OPTIMIZERS)}; the first one's score is what the others are to reach. "
+    parser.add_argument("--optimizers", type=each_once, default=DEFAULT, help=f"{what}Default {DEFAULT}")
     parser.add_argument("--values", type=int, default=5, help="values that each tries, of its first ones; default 5")
 
 
@@ -172,28 +156,22 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
     Raises:
         UserError: an unknown name or key, or an impossible value: before anything is trained.
     """
-    names = {key: getattr(options, key).split(",") for key in ("models", "datasets", "optimizers")}
-    for key, chosen in names.items():
-        if len(set(chosen)) < len(chosen):
-            raise UserError(f"--{key}: a name stands twice in {','.join(chosen)}")
-    for name in names["optimizers"]:
+    for name in options.optimizers:
         if name not in OPTIMIZERS:
             raise UserError(f"--optimizers: there is no '{name}'{did_you_mean(name, OPTIMIZERS)}")
     most = min(len(method.values) for method in OPTIMIZERS.values())
-    if options.seeds < 1 or not 1 <= options.values <= most:
-        raise UserError(f"--seeds: from 1 up, --values: from 1 to {most}; got {options.seeds} and {options.values}")
-    plain, own = split_keys(keys, names["models"], names["datasets"])
-    for key in VARIED:
-        if any(key in given for given in (plain, *own.values())):
-            raise UserError(f"--{key}: that is what this study varies; leave it out")
-    seeds = seeds_from(plain.pop("seed", FIRST_SEED), options.seeds)
-    runs = Runs(options.folder / "runs", {key: value for key, value in plain.items() if key in NOT_CACHED})
-    common = {key: value for key, value in plain.items() if key not in NOT_CACHED}
-    cells = []
-    for dataset, model in itertools.product(names["datasets"], names["models"]):
-        base = Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
-        config = configure(model, dataset, config_dict={**runs.machine_options, **base.options})
-        cells += [Cell(base, optimizer, bool(config["valid_metric_bigger"])) for optimizer in names["optimizers"]]
+    if not 1 <= options.values <= most:
+        raise UserError(f"--values: from 1 to {most}; got {options.values}")
+    varied = {key for method in OPTIMIZERS.values() for key in method.options(1.0)}
+    for key in keys:
+        if key.rpartition(".")[2] in varied:
+            raise UserError(f"--{key.rpartition('.')[2]}: that is what this study varies; leave it out")
+    runs, todo, seeds = compare.plan(options, keys)
+    cells = [
+        Cell(base, optimizer, bool(runs.config(base)["valid_metric_bigger"]))
+        for base in todo
+        for optimizer in options.optimizers
+    ]
     return runs, cells, seeds
 
 
@@ -328,9 +306,7 @@ def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], valu
         for outcome in cell.done
         for entry in outcome.history
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / "optimizers.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "optimizers.md", text)
     for name, found in (("optimizers", table), ("tuning", tried), ("history", history)):
         write_csv(folder / f"{name}.csv", found)
     for base in {(cell.base.model, cell.base.dataset): None for cell in cells}:

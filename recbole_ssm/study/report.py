@@ -18,7 +18,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import metric
 from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
-from recbole_ssm.files import whole, write_csv
+from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
@@ -371,10 +371,8 @@ def write(
         ]
     )
     tested = [{"dataset": dataset, **vars(pair)} for dataset, pairs in found.items() for pair in pairs]
-    folder.mkdir(parents=True, exist_ok=True)
-    for ending, content in ((".md", text), (".tex", latex(table))):
-        with whole(folder / f"{name}{ending}") as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.tex", latex(table))
     write_csv(folder / f"{name}.csv", table)
     write_csv(folder / f"{name}-tests.csv", tested)
     datasets = len({row["dataset"] for row in table})

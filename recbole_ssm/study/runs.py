@@ -8,9 +8,7 @@ may crash or be killed without harm to the others.
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -32,14 +30,14 @@ from recbole_ssm import __version__
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import write_json
-from recbole_ssm.keys import FREE_KEYS
+from recbole_ssm.files import digest, digest_of_json, write_json
+from recbole_ssm.keys import KEYS, renamed
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import settings_of
 
 # What changes neither a run's result nor what is reported of it.
-NOT_CACHED = FREE_KEYS - {"epochs", "stopping_step", "metric_decimal_place", "measure_latency", "base_model", "rerank"}
+NOT_CACHED = {name for name, key in KEYS.items() if not key.result}
 RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
 
 Progress = Callable[[dict[str, Any]], None]
@@ -132,6 +130,12 @@ class Outcome:
             raise UserError(f"{folder}: damaged ({str(error).splitlines()[0]}); delete that folder") from error
 
 
+def runs_in(folder: Path, keys: Mapping[str, Any]) -> tuple[Runs, dict[str, Any]]:
+    """The runs of a study's folder, and those of its config keys that decide results."""
+    machine = {key: value for key, value in keys.items() if key in NOT_CACHED}
+    return Runs(folder / "runs", machine), {key: value for key, value in keys.items() if key not in NOT_CACHED}
+
+
 class Runs:
     """A folder of runs.
 
@@ -160,7 +164,7 @@ class Runs:
             raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
 
     def _content(self, run: Run) -> dict[str, Any]:
-        config = configure(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
+        config = self.config(run)
         settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
         self._fetch(config)
         folder = Path(config["data_path"])
@@ -177,22 +181,31 @@ class Runs:
             files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
         return {"version": __version__, "settings": settings, "files": files}
 
+    def config(self, run: Run) -> Config:
+        """A run's resolved configuration.
+
+        Raises:
+            UserError: it is refused.
+        """
+        return configure(run.model, run.dataset, config_dict={**self.machine_options, **run.options})
+
     def fetch(self, run: Run) -> None:
         """Download a run's data set if it is not there.
 
         Raises:
             UserError: it cannot be found.
         """
-        self._fetch(configure(run.model, run.dataset, config_dict={**self.machine_options, **run.options}))
+        self._fetch(self.config(run))
 
     def _fetch(self, config: Config) -> None:
         there = (Path(config["data_path"]) / f"{config['dataset']}.inter").is_file()
         if config["benchmark_filename"] is None and not there:
-            create_dataset(config)  # which downloads it
+            # This downloads it.
+            create_dataset(config)
 
     def digest(self, run: Run) -> str:
         """The SHA-256 of :meth:`content`."""
-        return _sha256(self.content(run))
+        return digest_of_json(self.content(run))
 
     def folder_of(self, run: Run) -> Path:
         """Where a run is, or will be.
@@ -204,12 +217,14 @@ class Runs:
         """
         content = self.content(run)
         stem = f"{run.model}-{run.dataset}-"
-        exact = self.folder / f"{stem}{_sha256(content)[:16]}"
+        exact = self.folder / f"{stem}{digest_of_json(content)[:16]}"
         if not (exact / RUN).is_file():
             for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
                 try:
                     before = self._content_in(file)
-                except (OSError, ValueError, KeyError):  # damaged: a neighbour's, which is none of ours
+                    before = {**before, "settings": renamed(before["settings"])}
+                except (OSError, ValueError, KeyError):
+                    # Another run's file is damaged, which does not concern this one.
                     continue
                 new = set(content["settings"]) - set(before["settings"])
                 kept = {k: v for k, v in content["settings"].items() if k not in new}
@@ -256,7 +271,8 @@ class Runs:
             KeyboardInterrupt: what is done is kept, and what was under way has saved where it stands.
         """
         todo, outcomes = list(runs), list[Outcome]()
-        spent: list[tuple[Run, float]] = []  # wall seconds of what was trained now
+        # Wall seconds of what was trained now.
+        spent: list[tuple[Run, float]] = []
         with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
@@ -284,7 +300,7 @@ class Runs:
     def _train(self, run: Run, folder: Path, progress: Progress) -> str | None:
         """Train a run in a process of its own; None where it ended well, else why it did not."""
         folder.mkdir(parents=True, exist_ok=True)
-        # the process stands in the run's folder, where RecBole writes its logs
+        # The process works in the run's folder, where RecBole writes its logs.
         options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
         options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
         content = self._content_in(folder / RUN) if (folder / RUN).is_file() else self.content(run)
@@ -297,7 +313,8 @@ class Runs:
                 [sys.executable, "-m", "recbole_ssm.study.child", str(folder)],
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": path},
-                stdin=subprocess.PIPE,  # the child stops when its parent does
+                # The child stops when its parent does, by the end of this.
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
             ) as child,
@@ -305,9 +322,12 @@ class Runs:
             assert child.stdin is not None and child.stdout is not None
             try:
                 for line in child.stdout:
-                    with contextlib.suppress(ValueError):  # some library's own words
+                    try:
                         said = json.loads(line)
-                        progress(said)
+                    except ValueError:
+                        # Some library's own words.
+                        continue
+                    progress(said)
             finally:
                 child.stdin.close()
                 child.stdout.close()
@@ -327,16 +347,8 @@ class Runs:
         status = path.stat()
         key = (str(path), status.st_size, status.st_mtime_ns)
         if key not in self._files:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            self._files[key] = digest.hexdigest()
+            self._files[key] = digest(path)
         return self._files[key]
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _absolute(key: str, value: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from recbole_ssm.arguments import PROPERTIES, literal
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.files import write_csv
+from recbole_ssm.keys import Span, row
 
 ALGORITHMS = ("exhaustive", "random", "bayes")
 ALIASES = {"grid": "exhaustive", "tpe": "bayes"}
@@ -130,8 +131,8 @@ def shipped_space(model: str) -> Path | None:
 def read_space(path: Path) -> Space:
     """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a comment line.
 
-    A line may end with a condition on an earlier one, which RecBole does not know: ``if loss_type == 'gBCE'`` or
-    ``if num_layers in [1, 2]``.
+    Two things are not RecBole's: a line that is a name alone takes its values from the table of keys, and a line may
+    end with a condition on an earlier one, ``if loss_type == 'gBCE'`` or ``if num_layers in [1, 2]``.
 
     Raises:
         UserError: there is no such file, or a line is wrong; the message names it.
@@ -170,28 +171,35 @@ def space_of(params_dict: Mapping[str, Mapping[str, Any]]) -> Space:
 
 def _parsed(line: str, where: str, space: Space) -> Parameter:
     """The parameter of a line that follows those of ``space``."""
-    words = line.split(None, 2)
-    if len(words) < 3:
-        raise UserError(
-            f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line.strip()}'"
-        )
-    name, kind, text = words
-    if name in space:
-        raise UserError(f"{where}: {name} stands on {space[name].where.rpartition(', ')[2]} already; keep one")
     condition = None
     # A choice that holds such words is one literal with them.
-    if isinstance(literal(text), str) and (found := CONDITION.fullmatch(text)):
-        text, parent, sign, wanted = found.groups()
+    if isinstance(literal(line.split(None, 2)[-1]), str) and (found := CONDITION.fullmatch(line)):
+        line, parent, sign, text = found.groups()
         if parent not in space:
             hint = did_you_mean(parent, space)
             raise UserError(f"{where}: the condition's '{parent}' must be tuned on an earlier line{hint}")
-        wanted = [literal(wanted)] if sign == "==" else literal(wanted)
+        wanted = [literal(text)] if sign == "==" else literal(text)
         known = [cell(value) for value in space[parent].grid() or ()]
         if not isinstance(wanted, list) or not _plain(wanted) or (known and not {*map(cell, wanted)} <= {*known}):
             raise UserError(f"{where}: the condition must name values of {parent}, such as {' and '.join(known[:2])}")
         condition = parent, wanted
-    given = literal(text) if kind == "choice" else [literal(part) for part in text.split(",")]
-    return replace(_parameter(name, kind, given, where), condition=condition)
+    name, *words = line.split(None, 2)
+    key = row(name)
+    if not words and key and key.tune:
+        values: Any = list(key.tune)
+        words = ["choice", ""]
+        if isinstance(key.tune, Span):
+            low, high, log = key.tune
+            words, values = (["loguniform"], [math.log(low), math.log(high)]) if log else (["uniform"], [low, high])
+    elif len(words) < 2:
+        raise UserError(
+            f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line.strip()}'"
+        )
+    else:
+        values = literal(words[1]) if words[0] == "choice" else [literal(part) for part in words[1].split(",")]
+    if name in space:
+        raise UserError(f"{where}: {name} stands on {space[name].where.rpartition(', ')[2]} already; keep one")
+    return replace(_parameter(name, words[0], values, where), condition=condition)
 
 
 def _parameter(name: str, kind: str, values: Any, where: str) -> Parameter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -18,7 +17,7 @@ from recbole_ssm.bench.measure import Function, medians
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import write_json
+from recbole_ssm.files import digest_of_json, write_json
 from recbole_ssm.llm.recommender import LanguageModelRecommender
 from recbole_ssm.model import get_model
 from recbole_ssm.ops import set_backend
@@ -26,9 +25,11 @@ from recbole_ssm.quick_start import configure
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Run, Runs
 
-BATCH, LANGUAGE_BATCH = 256, 8  # users of a call, where throughput is measured; of a language model, which is slow
+# Users in a call where throughput is measured; language models are slow.
+BATCH, LANGUAGE_BATCH = 256, 8
 TOP_K = 10
-ROUNDS, SECONDS = 100, 20.0  # of each kind of call: at most
+# At most so many rounds of each kind of call, and so many seconds.
+ROUNDS, SECONDS = 100, 20.0
 
 Speed = dict[str, float]
 
@@ -52,10 +53,10 @@ def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     here |= {key: runs.machine_options.get(key) for key in ("device", "use_gpu", "gpu_id")}
     try:
         contents = [runs.content(run) for run in todo]
-    except UserError:  # of one that cannot be run
+    except UserError:
+        # One of them cannot be run.
         return _measure(runs.machine_options, todo)
-    digest = hashlib.sha256(json.dumps([contents, here], sort_keys=True).encode()).hexdigest()
-    file = runs.folder / f"speed-{digest[:16]}.json"
+    file = runs.folder / f"speed-{digest_of_json([contents, here])[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
     found = _measure(runs.machine_options, todo)
@@ -71,10 +72,11 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
     for number, run in enumerate(todo):
         try:
             model, rows = _model(machine_options, run)
-        except Exception:  # whatever it is, the run meets it too, and says so in its row
+        except Exception:
+            # Whatever it is, the run meets it too, and says so in its row.
             continue
         device = next(model.parameters()).device.type
-        # each call another user: the caches hold what they would hold in use
+        # Another user in each call, so that the caches hold what they would hold in use.
         turns = itertools.cycle([rows[at : at + 1] for at in range(len(rows))])
         one[str(number)] = partial(_call, model, turns)
         many[str(number)] = partial(_call, model, itertools.repeat(rows))
@@ -92,7 +94,8 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     keys = {**machine_options, **run.options, "eval_batch_size": batch, "state": "ERROR", "show_progress": False}
     config = configure(run.model, run.dataset, config_dict=keys)
     set_backend(config["ssm_backend"])
-    logging.disable(logging.WARNING)  # what is to be said of the data, the log of the run says
+    # What is to be said of the data stands in the log of the run.
+    logging.disable(logging.WARNING)
     try:
         train, _, test = create_loaders(config, create_dataset(config))
     finally:
@@ -108,10 +111,12 @@ def _call(model: Any, batches: Iterator[Any]) -> None:
 
 
 def _rounds(calls: Mapping[str, Function]) -> int:
-    for call in calls.values():  # kernels are chosen and tested on their first call
+    # Kernels are chosen and tested on their first call.
+    for call in calls.values():
         call()
     begin = time.perf_counter()
     for call in calls.values():
         call()
-    once = 2 * (time.perf_counter() - begin)  # each call that is timed follows one that is not
+    # Each call that is timed follows one that is not.
+    once = 2 * (time.perf_counter() - begin)
     return max(3, min(ROUNDS, int(SECONDS / max(once, 1e-9))))

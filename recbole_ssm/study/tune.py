@@ -7,6 +7,7 @@ A parameter file is RecBole's, with lines such as
     num_layers quniform 1,4,1                   from 1 to 4 in steps of 1
     loss_type choice ['CE', 'gBCE']             any literals
     gbce_t uniform 0,1 if loss_type == 'gBCE'   a condition on an earlier line; or: if num_layers in [1, 2]
+    weight_decay                                values of the table of keys (recbole-ssm keys weight_decay)
 
 Trials are chosen by the validation score; test metrics stand beside it. The table is written after every trial. The
 same command goes on where it was stopped, also with more --max_evals: trials that are done are not run again, and one
@@ -31,7 +32,7 @@ from recbole_ssm.arguments import at_least, one_of, path_that, read_yaml
 from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import check_drawable
-from recbole_ssm.files import check_writable, digest_of_json, whole
+from recbole_ssm.files import check_writable, digest_of_json, write_text
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
 from recbole_ssm.study.runs import Progress, Run, Runs, ignore
@@ -39,7 +40,6 @@ from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, s
 
 # RecBole calls the tool of one machine Hyperopt.
 TOOLS = ("Optuna", "Hyperopt", "Ray")
-NOT_TUNED = ("model", "dataset", "data_path", "eval_args", "metrics", "topk", "valid_metric")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,8 +104,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
                 head = f"# Trial {best.number}: validation {metric} {best.score:.6f}. Train it again:\n"
                 command = "# run_recbole_ssm.py --config_files best.yaml\n"
                 settings = yaml.safe_dump({**named, **fixed, **best.params}, sort_keys=False, allow_unicode=True)
-                with whole(folder / "best.yaml") as temporary:
-                    temporary.write_text(head + command + settings, encoding="utf-8")
+                write_text(folder / "best.yaml", head + command + settings)
 
         tuning = HyperTuning(
             partial(objective, progress=progress),
@@ -174,7 +173,7 @@ def _space(options: argparse.Namespace, config: Config, keys: Mapping[str, Any])
     for name, parameter in space.items():
         if name not in known:
             raise UserError(f"{parameter.where}: there is no key '{name}' of {config.model}{did_you_mean(name, known)}")
-        if name in NOT_TUNED:
+        if not config.rows[name].tunable:
             raise UserError(f"{parameter.where}: {name} cannot be tuned, because scores would mean different things")
         if name in keys:
             raise UserError(f"{parameter.where}: {name} is tuned there and given as --{name}; keep one")

@@ -97,13 +97,13 @@ def test_the_same_number_of_trials_for_every_model(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--tune: SASRec has 36 settings to try; take --tune=36 at most"):
         compare.tuned(runs, todo, 99, 7)
     given = Run("SASRec", "toy", {"n_layers": 1})
-    default = compare.config_of(runs, given)
+    default = runs.config(given)
     assert all("n_layers" not in params for params in compare.samples(given, 3, 7, default)), (
         "what is given is not tuned"
     )
     for model in ("SASRec", "Hydra4Rec"):  # none is the defaults once more
         one = Run(model, "toy")
-        config = compare.config_of(runs, one)
+        config = runs.config(one)
         points = compare.samples(one, 35, 2020, config)
         assert all(any(config[key] != value for key, value in point.items()) for point in points)
         assert len({str(point) for point in points}) == 35
@@ -152,7 +152,7 @@ def test_settings_cannot_be_chosen_without_a_validation(tmp_path, monkeypatch):
         (["compare", "--datasets=ml-100kk"], "dataset ml-100kk: no file ml-100kk.inter in "),
         (["study", "length", "--SASRec.MAX_ITEM_LIST_LENGTH=9"], "MAX_ITEM_LIST_LENGTH: here it is --lengths"),
         (["study", "length", "--lengths=1,x"], "--lengths: must be whole numbers with commas, got 1,x"),
-        (["study", "length", "--lengths=0"], "MAX_ITEM_LIST_LENGTH: must be at least 1, got 0"),
+        (["study", "length", "--lengths=0"], "--lengths: must be at least 1, got 0"),
         (["study", "length", "--MAX_ITEM_LIST_LENGTH=9"], "--MAX_ITEM_LIST_LENGTH: here it is --lengths"),
     ],
 )

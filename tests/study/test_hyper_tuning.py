@@ -1,5 +1,6 @@
 """Trials outlive kills and are shared among processes; what a search knows and when a trial is stopped early."""
 
+import math
 import random
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 import pytest
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.keys import KEYS
 from recbole_ssm.study.space import Search, Trial, read_space, read_trials, space_of, write_trials
 from recbole_ssm.study.tune import HyperTuning
 from tests.study.test_tune import GRID, Objective, tuned
@@ -190,6 +192,31 @@ def test_faults_of_conditions(condition, message, tmp_path):
     (tmp_path / "s.hyper").write_text(f"loss choice ['CE', 'gBCE']\nn choice [1, 2] if {condition}\n")
     with pytest.raises(UserError, match=message):
         read_space(tmp_path / "s.hyper")
+
+
+def test_values_from_the_table_of_keys(tmp_path):
+    lines = "learning_rate\ndropout_prob\nloss_type choice ['CE', 'gBCE']\ngbce_t if loss_type == 'gBCE'\nd_state\n"
+    (tmp_path / "s.hyper").write_text(lines)
+    space = read_space(tmp_path / "s.hyper")
+    low, high, log = KEYS["learning_rate"].tune
+    assert log and 0 < low < high
+    assert space["learning_rate"].values == (math.log(low), math.log(high))
+    assert space["dropout_prob"].kind == "uniform" and space["dropout_prob"].values == KEYS["dropout_prob"].tune[:2]
+    assert space["gbce_t"].condition == ("loss_type", ["gBCE"])
+    assert space["d_state"].grid() == list(KEYS["d_state"].tune)
+    (tmp_path / "s.hyper").write_text("epochs\n")
+    with pytest.raises(UserError, match="line 1: must be 'name type values', such as .*, got 'epochs'"):
+        read_space(tmp_path / "s.hyper")
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.tune])
+def test_every_range_in_the_table_of_keys_can_be_searched(name, tmp_path):
+    (tmp_path / "s.hyper").write_text(f"{name}\n")
+    space = read_space(tmp_path / "s.hyper")
+    params = [tuned(Objective(lambda params: 1.0), params_dict=None, space=space, algo=algo, max_evals=3).trials
+              for algo in ("random", "bayes")]  # fmt: skip
+    for trial in params[0] + params[1]:
+        KEYS[name].take(name, trial.params[name])
 
 
 def test_a_choice_may_hold_what_looks_like_a_condition(tmp_path):

@@ -50,12 +50,15 @@ def test_random_bases_by_size():
     assert "random_base_args" not in _options_of("folder", "letters", "sft")
 
 
+OPTION = "recbole-ssm study llm: argument"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--verbalizers=letter"], "--verbalizers: 'letter' is not one of letters, title_likelihood, embedding"),
-        (["--objectives=dpo"], "--objectives: 'dpo' is not one of sft, orpo"),
-        (["--seeds=0"], "--seeds: must be at least 1, got 0"),
+        (["--verbalizers=letter"], f"{OPTION} --verbalizers: 'letter' is not one of letters, title_likelihood, embed"),
+        (["--objectives=dpo"], f"{OPTION} --objectives: 'dpo' is not one of sft, orpo"),
+        (["--seeds=0"], f"{OPTION} --seeds: must be at least 1, got 0"),
         (["--orpo_lambd=1"], "orpo_lambd: there is no such key; did you mean 'orpo_lambda'?"),
     ],
 )

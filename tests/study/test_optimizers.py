@@ -178,9 +178,9 @@ def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):
     ("arguments", "keys", "message"),
     [
         (["--optimizers=adamm"], {}, "--optimizers: there is no 'adamm'; did you mean 'adam'"),
-        (["--optimizers=adam,adam"], {}, "--optimizers: a name stands twice"),
+        (["--optimizers=adam,adam"], {}, "--optimizers: adam stands twice"),
         (["--models=SASRek"], {}, "did you mean 'SASRec'"),
-        (["--seeds=0"], {}, "--seeds: from 1 up"),
+        (["--seeds=0"], {}, "--seeds: must be at least 1, got 0"),
         (["--values=9"], {}, "--values: from 1 to 5"),
         ([], {"learning_rate": 1}, "--learning_rate: that is what this study varies"),
         ([], {"SASRec.learner": "adam"}, "--learner: that is what this study varies"),

@@ -114,6 +114,19 @@ def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
         assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more})) != before
 
 
+def test_a_key_that_was_renamed_voids_nothing(tmp_path):
+    """The run keeps its folder, which says the key's old name."""
+    runs = Runs(tmp_path / "r", DATA)
+    run = Run("Mamba4Rec", "toy", {"average_power": 8.0})
+    content = runs.content(run)
+    content["settings"]["learner_average"] = content["settings"].pop("average_power")
+    before = tmp_path / "r" / "Mamba4Rec-toy-before"
+    before.mkdir(parents=True)
+    (before / RUN).write_text(json.dumps({"content": content}))
+    assert runs.folder_of(run) == before
+    assert runs.folder_of(Run("Mamba4Rec", "toy", {"average_power": 4.0})) != before
+
+
 def test_a_failed_run_stops_nothing_and_is_tried_again(tmp_path, capsys):
     diverges = Run("SASRec", "toy", {"learner": "sgd", "learning_rate": 1e30, "weight_decay": 1.0, "epochs": 5})
     runs = Runs(tmp_path / "r", DATA)
