@@ -703,7 +703,7 @@ KEYS: dict[str, Key] = {
     "alias_of_item_id": Key(COLUMNS, "data", "Columns that hold items too.", empty=True),
     "alias_of_entity_id": Key(COLUMNS, "data", "Columns that hold entities of a knowledge graph too.", empty=True),
     "alias_of_relation_id": Key(COLUMNS, "data", "Columns that hold relations of a knowledge graph too.", empty=True),
-    "benchmark_filename": Key(Many(Text("a part of a file's name"), length=3), "data", empty=True, about=
+    "benchmark_filename": Key(Many(Text("a part of a file's name"), or_one=True), "data", empty=True, about=
         "Ready-made files for training, validation and test."),
     "USER_ID_FIELD": Key(COLUMN, "data", "The column of users."),
     "ITEM_ID_FIELD": Key(COLUMN, "data", "The column of items."),
