@@ -21,6 +21,7 @@ BENCHES = {
     "gpu": "everything that matters on a GPU: checks, steps, ops, epochs and goals, within minutes",
     "latency": "percentiles of a recommendation by model, length, batch and catalogue, and the exponent of the length",
     "llm": "candidates a second of LlamaRec, beside a plain implementation",
+    "loss": "milliseconds and memory of the loss over all items and of ranks, beside PyTorch",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
     "optim": "what USGM and the adaptive batch size cost, in parts of a training step",
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",

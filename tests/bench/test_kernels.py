@@ -24,6 +24,16 @@ def test_every_op_is_measured_on_every_backend(tmp_path, capsys):
     assert all(row["ms"] > 0 and row["floor_share"] > 0 for row in rows)
 
 
+def test_the_loss_is_measured(tmp_path):
+    out = tmp_path / "loss.json"
+    assert main(["bench", "loss", "--shapes=40x8x5000,3x2x7", "--rounds=1", f"--json={out}"]) == 0
+    rows = json.loads(out.read_text())
+    assert {row["items"] for row in rows} == {5000, 7}
+    assert {row["task"] for row in rows} == {"loss", "loss and gradients", "ranks"}
+    assert {row["way"] for row in rows} >= {"pytorch", "auto", "torch"}
+    assert all(row["ms"] > 0 and row["x_pytorch"] == 1 for row in rows if row["way"] == "pytorch")
+
+
 def test_every_step_is_measured(tmp_path):
     out = tmp_path / "step.json"
     assert main(["bench", "step", "--batch=2", "--length=5", "--items=20", "--rounds=1", f"--json={out}"]) == 0
@@ -41,6 +51,7 @@ def test_every_step_is_measured(tmp_path):
         (["ops", "--ops=sdd"], "--ops: 'sdd' is not one of selective_scan, .*; did you mean 'ssd'"),
         (["ops", "--lengths=x"], "--lengths: must be whole numbers with commas, got x"),
         (["ops", "--rounds=0"], "--rounds: must be at least 1, got 0"),
+        (["loss", "--shapes=3x4"], "--shapes: must be rows x numbers x items, as 2048x64x3417, with commas; got 3x4"),
         (["step", "--models=SASrec"], "--models: 'SASrec' is not one of .*; did you mean 'SASRec'"),
         (["step", "--items=1"], "--items: must be at least 2, got 1"),
     ],
