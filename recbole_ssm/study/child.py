@@ -1,7 +1,7 @@
 """One training run in a process of its own: ``python -m recbole_ssm.study.child FOLDER``, as Runs starts it.
 
 It reads ``run.json``, says in lines of JSON on standard output how far it is, and leaves ``ranks.npz`` and, last of
-all, ``outcome.json``. When standard input ends, whoever started it is gone: it saves a checkpoint and stops.
+all, ``outcome.json``. When standard input ends, the process that started it is gone: it saves a checkpoint and stops.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from recbole_ssm.trainer import Hook, Ranks, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Training
 
-SAY_EVERY = 2.0  # seconds
+# Seconds between two lines that say how far the run is.
+SAY_EVERY = 2.0
 
 
 class History(Hook):
@@ -45,14 +46,16 @@ class History(Hook):
         self.parameters = self.items = self.peak_memory = 0
         self._say, self._said = say, 0.0
         self._done: dict[str, float] = {"seconds": 0.0, "steps": 0, "targets": 0}
-        self._begin: float | None = None  # of the stretch of training that is under way
+        # When the stretch of training began that is under way.
+        self._begin: float | None = None
         self._fitting = False
         self._steps = 0
 
     def on_fit_start(self, trainer: Training, loader: Any) -> None:
         """Count the parameters and the items."""
         self._fitting, self._steps = True, len(loader.steps)
-        self.items = loader._dataset.item_num - 1  # RecBole's counts its padding
+        # RecBole counts its padding as an item.
+        self.items = loader._dataset.item_num - 1
         self.parameters = size_of(trainer.model.parameters())
 
     def on_epoch_start(self, trainer: Training, epoch: int) -> None:
@@ -101,7 +104,8 @@ class History(Hook):
 def main(folder: Path, lines: TextIO) -> int:
     """Train the folder's run, unless another process just did; the exit status."""
     try:
-        with locked(folder):  # wait until no other process trains this run
+        # Wait until no other process trains this run.
+        with locked(folder):
             if not (folder / OUTCOME).is_file():
                 _train(folder, lines)
     except KeyboardInterrupt as interrupt:
@@ -131,7 +135,8 @@ def _train(folder: Path, lines: TextIO) -> None:
     result = run_recbole_ssm(
         run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder, run)
     )
-    if len(ranks.ranks) and result["test_result"]:  # else they are of the last validation
+    # Without a test they would be those of the last validation.
+    if len(ranks.ranks) and result["test_result"]:
         with whole(folder / RANKS) as temporary, open(temporary, "wb") as file:
             of_orders = {f"rank of {order}": values for order, values in result.get("ranks", {}).items()}
             np.savez_compressed(file, user=ranks.users, rank=ranks.ranks, **of_orders)
@@ -190,14 +195,16 @@ def machine() -> dict[str, Any]:
 
 
 def _stop_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when Python ends
+    # sys.stdin has a lock that this thread would hold when Python ends.
+    while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    own_lines, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed goes to the log
+    # Whatever else is printed goes to the log.
+    own_lines, sys.stdout = sys.stdout, sys.stderr
     status = main(Path(sys.argv[1]), own_lines)
     with contextlib.suppress(OSError):
         own_lines.close()

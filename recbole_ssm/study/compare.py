@@ -1,8 +1,8 @@
 """Models by data sets in one table: quality over seeds with paired tests, latency, parameters, seconds and memory.
 
-What is missing is trained, one run after the other, seeds in the outer loop: the table is written anew after every run,
-so it is balanced at any moment. Stop it as you like; the same command goes on. Options for one model or data set alone
-look like --SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
+What is missing is trained, one run after the other, seeds in the outer loop. The table is written after every run, so
+it is balanced at any moment. Stop it as you like; the same command goes on. Options for one model or one data set look
+like --SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
         try:
             entry.settings = runs.content(entry.run)["settings"]
         except UserError:
-            continue  # its runs say why
+            # Its runs say why.
+            continue
     todo = [
         (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
         for seed, entry in itertools.product(seeds, entries)
@@ -203,11 +204,9 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
         ]
         for one in todo
     ]
-    trials = [
-        Run(one.model, one.dataset, {**one.options, "seed": seed})
-        for one in itertools.chain.from_iterable(zip(*tried))  # a setting of each in turn
-    ]
-    outcomes = runs.all(trials)
+    # One setting of each run in turn.
+    turns = itertools.chain.from_iterable(zip(*tried))
+    outcomes = runs.all([Run(one.model, one.dataset, {**one.options, "seed": seed}) for one in turns])
     best = []
     for place, settings in enumerate(tried):
         scores = [_validation(runs, outcome) for outcome in outcomes[place :: len(todo)]]

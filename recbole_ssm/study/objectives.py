@@ -1,10 +1,10 @@
 """Does a language model order a retriever's candidates better than the retriever, and what of size, ORPO, verbalizer?
 
 One LlamaRec for each base model, verbalizer and objective, all of as many steps, over the same retriever. The order of
-its candidates by the language model alone, and fused with the retriever's by a weight that is chosen on validation, is
+its candidates by the language model, and fused with the retriever's by a weight that is chosen on validation, is
 paired with the retriever's own over the users of the test. Bases are separated by commas: folders, GGUF files, hub
 names, `random`, or `random:64x2` for a random Llama of width 64 and 2 layers. On a GPU the same command takes larger
-ones; on a CPU --eval_rows and --train_last say how much is enough. Each run trains the retriever anew, by its own seed,
+ones; on a CPU --eval_rows and --train_last say how much is enough. Each run trains its own retriever, by its own seed,
 unless --retriever_checkpoint names one that is trained.
 """
 

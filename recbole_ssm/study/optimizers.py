@@ -2,7 +2,7 @@
 
 Every optimiser has one number to tune (a learning rate, or USGM's diameter D) and the same count of values for it. Each
 value is tried on the first seed; the one with the best validation score runs on all seeds. What is missing is trained,
-one run after the other, and the tables are written anew after each. Stop it as you like; the same command goes on.
+one run after the other, and the tables are written after each. Stop it as you like; the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
 from recbole_ssm.study.compare import add_common_arguments
-from recbole_ssm.study.report import header, line, machines, mean
+from recbole_ssm.study.report import average, header, line, machines, mean, spread
 from recbole_ssm.study.runs import Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
@@ -53,9 +53,11 @@ def _grouped(D: float) -> Options:
 
 
 ADAM_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 3.0)
-DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)  # first steps of 0.1 to 2: on ml-100k those from 1 on may diverge
+# First steps of 0.1 to 2: on ml-100k those from 1 on may diverge.
+DIAMETERS = (10.0, 25.0, 50.0, 100.0, 200.0)
 GROUPED_DIAMETERS = (5.0, 10.0, 25.0, 50.0, 100.0)
-AVERAGED: Options = {"average_power": 8.0}  # the power is ours, and not tuned
+# The power is ours, and was not tuned.
+AVERAGED: Options = {"average_power": 8.0}
 ADAPTIVE: Options = {
     "adaptive_batch": "hoelder",
     "adaptive_batch_args": {"batch_min": 32, "batch_max": 4096, "every": 20},
@@ -94,7 +96,7 @@ class Cell:
     value: float | None = None
     """The best one; None until it is known, or where every value failed."""
     outcomes: list[Outcome] = field(default_factory=list)
-    """Of the best value, one a seed; failed ones too."""
+    """The runs of the best value, one a seed; failed ones too."""
 
     def run(self, value: float, seed: int) -> Run:
         """One of its runs."""
@@ -118,7 +120,7 @@ class Cell:
         self.value = best if scores[best] > -float("inf") else None
 
     def reached(self, target: float) -> list[dict[str, Any]]:
-        """Of each run that gets to a (signed) validation score, its history's first entry that is there."""
+        """The first entry in the history of each run that has a (signed) validation score, where the run gets there."""
         found = []
         for outcome in self.done:
             scored = [entry for entry in outcome.history if entry["valid"] is not None]
@@ -214,34 +216,33 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     found = []
     for cell in cells:
         yardstick = next(c for c in cells if c.base == cell.base)
-        goal = [yardstick.best(outcome) for outcome in yardstick.done]
-        reached = cell.reached(statistics.fmean(goal)) if goal else []
+        goal = average(yardstick.best(outcome) for outcome in yardstick.done)
+        reached = [] if goal is None else cell.reached(goal)
+        sign, done = 1 if cell.bigger else -1, cell.done
+        ends = [outcome.history[-1]["batch_size"] for outcome in done]
         row: dict[str, Any] = {
-            "dataset": cell.base.dataset,
-            "model": cell.base.model,
-            "optimizer": cell.optimizer,
+            **_names(cell),
             "number": OPTIMIZERS[cell.optimizer].number,
             "value": cell.value,
             "at_edge": cell.value in (min(cell.tuning), max(cell.tuning)) if cell.tuning else None,
-            "seeds": len(cell.done),
+            "seeds": len(done),
+            **spread("valid", [sign * cell.best(outcome) for outcome in done]),
         }
-        sign = 1 if cell.bigger else -1
-        scores = {"valid": [sign * cell.best(outcome) for outcome in cell.done]}
-        scores |= {name.lower(): [outcome.test[name.lower()] for outcome in cell.done] for name in METRICS}
-        for name, numbers in scores.items():
-            row[name] = statistics.fmean(numbers) if numbers else None
-            row[f"{name}_sd"] = statistics.stdev(numbers) if len(numbers) > 1 else None
-        row["target"] = sign * statistics.fmean(goal) if goal else None
-        row["reached"] = len(reached)
-        row["targets_seen"] = statistics.fmean(entry["targets"] for entry in reached) if reached else None
-        row["seconds"] = statistics.fmean(entry["seconds"] for entry in reached) if reached else None
-        row["seconds_in_all"] = statistics.fmean(o.seconds for o in cell.done) if cell.done else None
-        row["steps_in_all"] = statistics.fmean(o.history[-1]["steps"] for o in cell.done) if cell.done else None
-        ends = [outcome.history[-1]["batch_size"] for outcome in cell.done]
-        row["batch_size_end_least"], row["batch_size_end_most"] = (min(ends), max(ends)) if ends else (None, None)
-        row["batch_size_path"] = " ".join(str(entry["batch_size"]) for entry in cell.done[0].history) if ends else None
-        row["batch_size_turns"] = statistics.fmean(map(turns, cell.done)) if ends else None
-        row["error"] = next((o.error for o in (*cell.tuning.values(), *cell.outcomes) if o.error), None)
+        for name in map(str.lower, METRICS):
+            row |= spread(name, [outcome.test[name] for outcome in done])
+        row |= {
+            "target": None if goal is None else sign * goal,
+            "reached": len(reached),
+            "targets_seen": average(entry["targets"] for entry in reached),
+            "seconds": average(entry["seconds"] for entry in reached),
+            "seconds_in_all": average(outcome.seconds for outcome in done),
+            "steps_in_all": average(outcome.history[-1]["steps"] for outcome in done),
+            "batch_size_end_least": min(ends, default=None),
+            "batch_size_end_most": max(ends, default=None),
+            "batch_size_path": " ".join(str(entry["batch_size"]) for entry in done[0].history) if done else None,
+            "batch_size_turns": average(map(turns, done)),
+            "error": next((o.error for o in (*cell.tuning.values(), *cell.outcomes) if o.error), None),
+        }
         found.append(row)
     return found
 
@@ -324,7 +325,8 @@ def draw(drawn: Any, cells: Iterable[Cell]) -> None:
     """
     panels = drawn.subplots(3, sharex=True)
     for number, cell in enumerate(cells):
-        epochs = list(zip(*[outcome.history for outcome in cell.done]))  # as far as all seeds have come
+        # As far as all seeds have come.
+        epochs = list(zip(*[outcome.history for outcome in cell.done]))
         for axes, key in zip(panels, ("valid", "batch_size", "step_size")):
             shown = [entries for entries in epochs if all(entry[key] is not None for entry in entries)]
             seen = [statistics.fmean(entry["targets"] for entry in entries) for entries in shown]

@@ -44,22 +44,20 @@ class Entry:
     """One a seed, failed ones too."""
 
     @property
-    def dataset(self) -> str:
-        """Its data set."""
-        return self.run.dataset
-
-    @property
     def done(self) -> list[Outcome]:
         """The runs that succeeded."""
         return [outcome for outcome in self.outcomes if outcome.error is None]
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the printed table: its title, and its text by a row."""
+def average(values: Iterable[float]) -> float | None:
+    """Their mean; None of none."""
+    values = list(values)
+    return statistics.fmean(values) if values else None
 
-    title: str
-    text: Callable[[Row], str]
+
+def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
+    """The mean as ``key``, and the sample standard deviation as ``key_sd``, which is None of a single value."""
+    return {key: average(values), f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
@@ -71,18 +69,16 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
     """
     found = []
     for entry in entries:
-        row: Row = {"dataset": entry.dataset, "model": entry.label, "seeds": len(entry.done), "of_seeds": entry.seeds}
+        done, speed = entry.done, entry.speed or {}
+        row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
         for name in METRICS:
-            values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in entry.done]
-            key = name.partition("@")[0].lower()
-            row[key] = statistics.fmean(values) if values else None
-            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
+            row |= spread(name.partition("@")[0].lower(), values)
         row["p_best"] = None
-        row["latency_p50_s"] = entry.speed["p50_s"] if entry.speed else None
-        row["users_per_second"] = entry.speed["users_per_second"] if entry.speed else None
-        row["parameters"] = entry.done[0].parameters if entry.done else None
-        for key, value in (("seconds", "seconds"), ("epochs", "epochs"), ("peak_memory_bytes", "peak_memory")):
-            row[key] = statistics.fmean(getattr(o, value) for o in entry.done) if entry.done else None
+        row["latency_p50_s"], row["users_per_second"] = speed.get("p50_s"), speed.get("users_per_second")
+        row["parameters"] = done[0].parameters if done else None
+        row["seconds"], row["epochs"] = average(o.seconds for o in done), average(o.epochs for o in done)
+        row["peak_memory_bytes"] = average(outcome.peak_memory for outcome in done)
         row["seconds_per_epoch"] = row["seconds"] / row["epochs"] if row["epochs"] else None
         row["train_mode"] = entry.settings.get("train_mode")
         row["max_length"] = entry.settings.get("MAX_ITEM_LIST_LENGTH")
@@ -100,9 +96,9 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
     """Data set -> the pairs of its entries that are to be compared, by every metric, over the users."""
-    found: dict[str, list[Pair]] = {entry.dataset: [] for entry in entries}
+    found: dict[str, list[Pair]] = {entry.run.dataset: [] for entry in entries}
     for dataset, pairs in found.items():
-        done = [entry for entry in entries if entry.dataset == dataset and entry.done]
+        done = [entry for entry in entries if entry.run.dataset == dataset and entry.done]
         for name in METRICS:
             values = {id(entry): over_users(name, [outcome.ranks() for outcome in entry.done]) for entry in done}
             pairs += corrected(
@@ -114,7 +110,7 @@ def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True
 
 
 def mean(key: str, latex: bool = False) -> Callable[[Mapping[str, Any]], str]:
-    """Of a row the text of ``key`` and of its deviation ``key_sd``."""
+    """A function of a row: the text of what :func:`spread` put there."""
 
     def text(row: Mapping[str, Any]) -> str:
         if row[key] is None:
@@ -143,24 +139,24 @@ def _p(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
-def columns(latex: bool = False) -> list[Column]:
-    """What is printed, in this order."""
-    return [
-        Column("data set", lambda row: row["dataset"]),
-        Column("model", lambda row: row["model"]),
-        Column("seeds", _seeds),
-        Column("Hit@10", mean("hit", latex)),
-        Column("NDCG@10", mean("ndcg", latex)),
-        Column("MRR@10", mean("mrr", latex)),
-        Column("p", lambda row: _p(row["p_best"])),
-        Column("ms a user", _number("latency_p50_s", 1e3, 2)),
-        Column("users/s", _number("users_per_second")),
-        Column("parameters", _number("parameters")),
-        Column("trained on", lambda row: row["train_mode"] or ""),
-        Column("epochs", _number("epochs", 1, 1)),
-        Column("seconds", _number("seconds")),
-        Column("MiB", _number("peak_memory_bytes", 2**-20)),
-    ]
+def columns(latex: bool = False) -> dict[str, Callable[[Row], str]]:
+    """The titles of the printed table in their order, and the text of each by a row."""
+    return {
+        "data set": lambda row: row["dataset"],
+        "model": lambda row: row["model"],
+        "seeds": _seeds,
+        "Hit@10": mean("hit", latex),
+        "NDCG@10": mean("ndcg", latex),
+        "MRR@10": mean("mrr", latex),
+        "p": lambda row: _p(row["p_best"]),
+        "ms a user": _number("latency_p50_s", 1e3, 2),
+        "users/s": _number("users_per_second"),
+        "parameters": _number("parameters"),
+        "trained on": lambda row: row["train_mode"] or "",
+        "epochs": _number("epochs", 1, 1),
+        "seconds": _number("seconds"),
+        "MiB": _number("peak_memory_bytes", 2**-20),
+    }
 
 
 def markdown(table: Sequence[Row]) -> str:
@@ -170,12 +166,11 @@ def markdown(table: Sequence[Row]) -> str:
         for row in table
         for key in ("hit", "ndcg", "mrr")
     }
-    lines = header([column.title for column in columns()])
+    lines = header(list(columns()))
     for row in table:
         cells = []
-        for column in columns():
-            text = column.text(row)
-            key = column.title.partition("@")[0].lower()
+        for title, text_of in columns().items():
+            text, key = text_of(row), title.partition("@")[0].lower()
             if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
                 text = f"**{text}**"
             cells.append(text)
@@ -188,9 +183,9 @@ def latex(table: Sequence[Row]) -> str:
     """The same as a LaTeX tabular, without packages."""
     shown = columns(latex=True)
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(shown) - 2)}}}", r"\hline"]
-    lines += [" & ".join(_escape(column.title) for column in shown) + r" \\", r"\hline"]
+    lines += [" & ".join(map(_escape, shown)) + r" \\", r"\hline"]
     for row in table:
-        cells = [column.text(row) for column in shown]
+        cells = [text(row) for text in shown.values()]
         cells = [cell if r"\pm" in cell else _escape(cell) for cell in cells]
         lines.append(" & ".join(cells) + r" \\" + (f" % {row['error']}" if row["error"] else ""))
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
@@ -210,7 +205,8 @@ def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = (
     for dataset, pairs in found.items():
         for pair in pairs:
             if pair.metric in names:
-                tested = not math.isnan(pair.t_p)  # else they share too few users
+                # There is no p where they share too few users.
+                tested = not math.isnan(pair.t_p)
                 interval = f"{pair.low:+.4f} to {pair.high:+.4f}" if tested else ""
                 difference = f"{pair.difference:+.4f}" if tested else ""
                 ps = [_p(pair.t_p), _p(pair.holm_p), _p(pair.wilcoxon_p)]
@@ -253,8 +249,8 @@ MEANING = """\
 def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str:
     """What every figure of the table stands on, in Markdown."""
     lines = []
-    for dataset in dict.fromkeys(entry.dataset for entry in entries):
-        here = [entry for entry in entries if entry.dataset == dataset and entry.settings]
+    for dataset in dict.fromkeys(entry.run.dataset for entry in entries):
+        here = [entry for entry in entries if entry.run.dataset == dataset and entry.settings]
         if here:
             lines.append(f"- {dataset}{_counts(here)}: {_common(here)}")
             lines += [f"  - {entry.label}: {_own(entry, here)}" for entry in here]
@@ -305,7 +301,8 @@ def _differs(key: str, entries: Sequence[Entry]) -> bool:
 
 def _value(entry: Entry, key: str) -> Any:
     value = entry.settings.get(key)
-    if key == "residual" and value == "auto":  # Mamba4Rec's published rule
+    if key == "residual" and value == "auto":
+        # Mamba4Rec's published rule.
         return entry.settings["num_layers"] > 1
     return value
 
@@ -342,7 +339,7 @@ def write(
     """Write ``name.md``, ``name.csv``, ``name-tests.csv``, ``name.tex`` and, with Matplotlib, ``name.png``.
 
     Args:
-        folder: where.
+        folder: is made if it is not there.
         name: of the files.
         entries: the table's rows.
         seeds: of the study, for its protocol.
@@ -352,11 +349,11 @@ def write(
         height: of the figure, in inches.
 
     Returns:
-        The Markdown, in which all is told.
+        The Markdown: the results, the protocol, the tests, and what others published.
     """
     found = tests(entries, compared)
     table = rows(entries, found)
-    others = published({entry.dataset for entry in entries}, {entry.run.model for entry in entries})
+    others = published({entry.run.dataset for entry in entries}, {entry.run.model for entry in entries})
     text = "\n".join(
         [
             "## Results\n",
@@ -364,7 +361,7 @@ def write(
             "## Protocol\n",
             protocol(entries, seeds, tuning),
             "## Paired tests\n",
-            f"Of the other metrics: {name}-tests.csv.\n",
+            f"Those of the other metrics are in {name}-tests.csv.\n",
             pairs_markdown(found),
             "## Published by others\n",
             published_markdown(others),
@@ -376,8 +373,8 @@ def write(
     write_csv(folder / f"{name}.csv", table)
     write_csv(folder / f"{name}-tests.csv", tested)
     datasets = len({row["dataset"] for row in table})
-    missing = contextlib.suppress(UserError)  # Matplotlib is optional
-    with missing, figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
+    # Matplotlib is optional.
+    with contextlib.suppress(UserError), figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
         (draw or quality_against_latency)(drawn, table)
     return text
 
