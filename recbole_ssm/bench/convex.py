@@ -31,21 +31,27 @@ class Problem(NamedTuple):
     value: Callable[[Tensor], Tensor]
     solution: Tensor
     nu: float
-    L: float  # |grad f(x) - grad f(y)| <= L |x - y|^nu
+    # |grad f(x) - grad f(y)| <= L |x - y|^nu
+    L: float
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def least_squares(size: int, generator: torch.Generator) -> Problem:
     """|A (x - x*)|^2 / 2, where the eigenvalues of A^T A fall from 1 to about 1e-4: hardly strongly convex."""
-    rotation = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    rotation = torch.linalg.qr(normal(generator, size, size))[0]
     factor = rotation * torch.logspace(0, -2, size, dtype=torch.float64)
-    solution = torch.randn(size, generator=generator, dtype=torch.float64)
+    solution = normal(generator, size)
     return Problem(lambda x: ((x - solution) @ factor).square().sum() / 2, solution, 1.0, 1.0)
 
 
 def logistic(size: int, generator: torch.Generator) -> Problem:
-    """Mean logistic loss over 20 * size labelled points, less its least value, which Newton's method finds."""
-    points = torch.randn(20 * size, size, generator=generator, dtype=torch.float64)
-    truth = torch.randn(size, generator=generator, dtype=torch.float64)
+    """The mean logistic loss of 20 * size labelled points, minus its least value, which Newton's method finds."""
+    points = normal(generator, 20 * size, size)
+    truth = normal(generator, size)
     chances = torch.rand(len(points), generator=generator, dtype=torch.float64)
     labels = (chances < torch.sigmoid(points @ truth)).double()
 
@@ -66,7 +72,7 @@ def power(p: float) -> Callable[[int, torch.Generator], Problem]:
     """sum_i |x_i - x*_i|^p / p: the gradient is Hölder with nu = p - 1, and for p = 1 not even continuous."""
 
     def make(size: int, generator: torch.Generator) -> Problem:
-        solution = torch.randn(size, generator=generator, dtype=torch.float64)
+        solution = normal(generator, size)
         # |sign(a)|a|^nu - sign(b)|b|^nu| <= 2^(1-nu) |a-b|^nu in one coordinate, and |.|^nu in size coordinates.
         nu = p - 1
         constant = 2 ** (1 - nu) * size ** ((1 - nu) / 2)
@@ -94,14 +100,14 @@ def gaps(
     """
     generator = torch.Generator().manual_seed(seed)
     size = len(problem.solution)
-    away = torch.randn(size, generator=generator, dtype=torch.float64)
+    away = normal(generator, size)
     x = (problem.solution + away / away.norm()).requires_grad_()
     optimizer = METHODS[method]([x], D=2 * D_factor, H0=0.0, projection="start")
     output = optimizer if isinstance(optimizer, USFGM) else IterateAverage(optimizer)
     found = {}
     for k in range(1, gradients + 1):
         (x.grad,) = torch.autograd.grad(problem.value(x), x)
-        x.grad += sigma / math.sqrt(size) * torch.randn(size, generator=generator, dtype=torch.float64)
+        x.grad += sigma / math.sqrt(size) * normal(generator, size)
         optimizer.step()
         if k & (k - 1) == 0:
             with output.evaluation_point(), torch.no_grad():
