@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +26,6 @@ def check_drawable(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
     return Figure
-
-
-def plot_file(text: str) -> Path:
-    """The type of an option that names the file of a plot, for ``add_argument(type=...)``."""
-    path = Path(text)
-    try:
-        check_drawable(path)
-    except UserError as error:
-        raise ArgumentTypeError(str(error)) from error
-    return path
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """What a recommendation costs by model, length of the history, batch and catalogue, and how the cost grows with length.
 
-A call takes a batch of full histories and gives the best items of each: encode, the model's forward; score, the
-products with all items; top-k. The device is synchronised around each part. Rows with path "one event" read one more
-event of each user from the carried state instead of the whole history, as recbole_ssm.serving does. The weights are
-random, since times do not depend on them; a length beyond those that models are trained on says what it would cost, not
-how good it would be.
+A call takes a batch of full histories and gives the best items of each. Its parts are encode, the model's forward;
+score, the products with all items; and top-k. The device is synchronised around each part. Rows with path "one event"
+read one more event of each user from the carried state instead of the whole history, as recbole_ssm.serving does. The
+weights are random, since times do not depend on them. A length beyond those that models are trained on shows what it
+would cost, not how good it would be.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recbole_ssm import compat
-from recbole_ssm.arguments import add_counts, one_of, positive, sizes, some_of
+from recbole_ssm.arguments import add_counts, one_of, path_that, positive, sizes, some_of
 from recbole_ssm.bench import Row, table
 from recbole_ssm.bench.measure import add_device, extra_memory
 from recbole_ssm.errors import UserError, first_line
-from recbole_ssm.figure import figure, plot_file
+from recbole_ssm.figure import check_drawable, figure
 
 compat.install()
 
@@ -44,11 +44,10 @@ MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec", "GRU4Rec")
 MEASURED = (
     "calls", "p50_s", "p95_s", "p99_s", "users_per_s", "encode_s", "score_s", "topk_s", "memory_mib", "note",
 )  # fmt: skip
-# Before a forecast is believed, a call of this part of the batch or of the length is made.
+# Before a forecast is believed, a call with this part of the batch or of the length is made.
 SMALLER = 16
-# Calls that are not counted; where calls are slow, one.
+# Calls that are not counted (where calls are slow, one), and those that are.
 WARM_UP = 3
-# Calls that are counted.
 FEWEST, MOST = 3, 200
 PATHS = ("one event", "history")
 
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="wall, or processor: what a thread of a shared machine would take if it had the machine to itself",
     )
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw seconds against length")
+    parser.add_argument("--plot", type=path_that(check_drawable), metavar="FILE", help="draw seconds against length")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -81,12 +80,9 @@ def run(options: argparse.Namespace) -> list[Row]:
     device = options.device
     if options.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise UserError("--clock: processor is for one thread of a CPU; set OMP_NUM_THREADS=1, or take wall")
-    print(
-        f"{device}, {torch.get_num_threads()} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights "
-        "are random: a length beyond those of training tells what it would cost, not how good it would be"
-    )
-    clock = _Processor if options.clock == "processor" else Latency
-    bench = _Bench(device, options.seconds, options.top_k, clock)
+    threads = torch.get_num_threads()
+    print(f"{device}, {threads} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights are random")
+    bench = _Bench(options)
     rows: list[Row] = []
     # Length 0 is one event. Models take turns within a length, so that a slow minute of the machine meets all of them.
     calls = list(itertools.product(sorted(options.batch_sizes), (0, *sorted(options.lengths)), options.models))
@@ -205,8 +201,9 @@ class _Costs(NamedTuple):
 class _Bench:
     """Measures rows, and leaves those out that would take too much memory or time."""
 
-    def __init__(self, device: torch.device, seconds: float, top_k: int, clock: type[Latency]) -> None:
-        self.device, self.seconds, self.top_k, self.clock = device, seconds, top_k, clock
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device, self.seconds, self.top_k = options.device, options.seconds, options.top_k
+        self.clock = _Processor if options.clock == "processor" else Latency
 
     def row(self, model: Any, costs: _Costs, length: int, batch: int, items: int) -> Row:
         """The measured columns of one row; ``length`` 0 is one event from the carried state."""

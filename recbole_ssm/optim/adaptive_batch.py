@@ -101,15 +101,15 @@ class AdaptiveBatchSize:
 
     Rules:
         ``hoelder``: arXiv 2408.05606 says that the batch grows when the gradient's variance plateaus, shrinks when the
-            optimal size changes across epochs, and that weighted least squares estimate the Hölder coefficients; it
-            gives no formula. The formula is ours: USGM's bound after T steps of B samples has the terms
-            L D^(1+nu) / T^((1+nu)/2) and sigma D / sqrt(B T); they are equal, with N = B T samples to spend, at
+            optimal size changes across epochs, and that weighted least squares estimate the Hölder coefficients, but
+            gives no formula. Ours: after T steps of B samples, USGM's bound has the terms L D^(1+nu) / T^((1+nu)/2)
+            and sigma D / sqrt(B T). With N = B T samples to spend, they are equal at
 
                 B* = (sigma^2 N^nu / (L D^nu)^2)^(1 / (1 + nu))            (1)
 
-            B rises toward B* once the smoothed variance sigma^2 has stopped falling, and falls toward the epoch's
-            median B* at its end, where that is below B. nu is measured over the length of a step and used over D here,
-            so B* tells the order of magnitude only.
+            B rises toward B* once the smoothed variance sigma^2 has stopped falling. At the end of an epoch it falls
+            toward the epoch's median B* if that is less. nu is measured over the length of a step but used over D, so
+            B* is only an order of magnitude.
         ``norm_test``: B >= variance / (theta^2 |g|^2) (Byrd, Chin, Nocedal, Wu, 2012).            (2)
         ``inner_product``: the augmented inner-product test, B >= variance along g / (theta^2 |g|^2) and
             B >= variance across g / (nu^2 |g|^2) (Bollapragada, Byrd, Nocedal, 2018).            (3)
@@ -125,8 +125,8 @@ class AdaptiveBatchSize:
         memory_size: samples that one process takes through the model at once; a larger batch is accumulated. It is
             halved when memory runs out. None: no limit is known.
         growth: the largest factor of one change, up or down.
-        every: one batch in so many is measured. It takes ``chunks`` + 2 passes over smaller parts in place of one: half
-            as much work again for 4 chunks, but more where batches are so small that any pass takes the same time.
+        every: one batch in so many is measured. It takes ``chunks`` + 2 passes over smaller parts in place of one: with
+            4 chunks half as much work again, and more where batches are so small that any pass takes the same time.
         chunks: the parts of a measured batch, at least.
         patience: measurements without a fall of the variance that make a plateau; measurements in a row that a test
             needs.

@@ -80,7 +80,7 @@ def run(tmp_path, *options):
 
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    sizes = ["--lengths=3,40", "--batch_sizes=2,1", "--items=20", "--seconds=1", f"--plot={tmp_path / 'l.svg'}"]
+    sizes = ["--lengths=3,40", "--batch_sizes=2,1", "--items=20", "--seconds=5", f"--plot={tmp_path / 'l.svg'}"]
     rows = run(tmp_path, *sizes)
     out = capsys.readouterr().out
     assert "weights are random" in out and "exponent" in out and "standard_error" in out
