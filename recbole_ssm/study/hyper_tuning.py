@@ -41,19 +41,17 @@ class HyperTuning:
     trial that fails is a row with the reason, and the next :meth:`run` tries it again. RecBole's ``best_params``,
     ``best_score``, ``best_test_result``, ``params2result``, ``params_list`` and ``score_list`` tell what was found.
 
+    The arguments up to ``early_stop`` are RecBole's, with one of ``space``, ``params_file`` and ``params_dict``.
+
     Args:
-        objective_function: called with values and config files, in threads if there are several ``workers``; returns a
-            result like that of :func:`recbole_ssm.quick_start.objective_function`.
-        space: the parameters; or ``params_file``, or ``params_dict``, which hold them.
-        fixed_config_file_list: given to the objective.
+        objective_function: called with values and ``fixed_config_file_list``, in threads if there are several
+            ``workers``; returns a result like that of :func:`recbole_ssm.quick_start.objective_function`.
         display_file: where :meth:`run` draws the trials in the end: a PNG, SVG or PDF file.
-        algo: as of :class:`recbole_ssm.study.space.Search`.
         max_evals: trials in all; None is 100, and every point for ``exhaustive``.
         early_stop: stop after so many trials without progress; None is 10, and never for ``exhaustive``.
         table: a CSV file that shows the trials, written after each. A journal of the same name beside it keeps them,
             also for other processes that work on the same search.
         workers: trials at a time.
-        seed: of the search.
         bigger: whether a higher score is better.
         after: called with each trial that has ended.
         prune: stop a trial whose best score is behind the median of the others after so many reports. The objective

@@ -295,7 +295,7 @@ class Search:
     def propose(self, trials: Sequence[Trial], bigger: bool) -> dict[str, Any] | None:
         """The values of the trial that follows these; None where nothing new is left.
 
-        ``bigger`` tells whether a higher score is better.
+        ``bigger`` says that a higher score is better.
         """
         number = len(trials)
         if self.algo == "exhaustive":
@@ -329,7 +329,9 @@ class Search:
 
     def _parzen(self, trials: Sequence[Trial], bigger: bool, seed: int) -> dict[str, Any]:
         """What Optuna's sampler makes of these trials, of which it is told no test metrics."""
-        sampler = optuna().samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
+        # Trials that run side by side keep away from each other.
+        side_by_side = any(trial.score is None for trial in trials)
+        sampler = optuna().samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=side_by_side)
         study = optuna().create_study(sampler=sampler, direction="maximize" if bigger else "minimize")
         study.add_trials([self.frozen(replace(trial, valid={}, test={})) for trial in trials])
         found = study.ask({name: parameter.distribution() for name, parameter in self.space.items()}).params

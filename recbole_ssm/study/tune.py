@@ -101,10 +101,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
         def write_best() -> None:
             if best := tuning.best:
                 named = {"model": config.model, "dataset": config.dataset, "data_path": data_path}
-                head = f"# Trial {best.number}: validation {metric} {best.score:.6f}. Train it again:\n"
-                command = "# run_recbole_ssm.py --config_files best.yaml\n"
-                settings = yaml.safe_dump({**named, **fixed, **best.params}, sort_keys=False, allow_unicode=True)
-                write_text(folder / "best.yaml", head + command + settings)
+                write_text(folder / "best.yaml", _config_file({**named, **fixed}, best, metric))
 
         tuning = HyperTuning(
             partial(objective, progress=progress),
@@ -130,14 +127,9 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
 
 
 def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
-    """An objective whose runs are kept and done once.
+    """An objective whose ``runs`` are kept and done once; ``base`` is what is fixed, ``metric`` the score.
 
     Where it is given Optuna's trial, it tells it of each validation, and stops the run if the trial is pruned.
-
-    Args:
-        runs: where they are kept.
-        base: model, data set and what is fixed.
-        metric: whose best value on validation is the score.
     """
 
     def objective(params: dict[str, Any], files: Any, trial: Any = None, progress: Progress = ignore) -> dict[str, Any]:
@@ -181,7 +173,7 @@ def _space(options: argparse.Namespace, config: Config, keys: Mapping[str, Any])
 
 
 def _folder(options: argparse.Namespace, space: Space, base: Run, content: dict[str, Any]) -> Path:
-    """The folder of a search: another model, data set, space, option or version has another one."""
+    """The folder of a search; another model, data set, space, option or version is another search."""
     search: list[Any] = [ALIASES.get(options.algo, options.algo)]
     search += [(p.name, p.kind, p.values, *([p.condition] if p.condition else [])) for p in space.values()]
     search += [content, *([options.prune] if options.prune else [])]
@@ -199,6 +191,12 @@ def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     elif trial.status == "pruned":
         told = f"stopped at {metric} {trial.score:.4f}, behind the median"
     return f"trial {trial.number} of {tuning.max_evals}: {told}; {trial}"
+
+
+def _config_file(settings: Mapping[str, Any], trial: Trial, metric: str) -> str:
+    text = yaml.safe_dump({**settings, **trial.params}, sort_keys=False, allow_unicode=True)
+    head = f"# Trial {trial.number}: validation {metric} {trial.score:.6f}. Train it again:\n"
+    return f"{head}# run_recbole_ssm.py --config_files best.yaml\n{text}"
 
 
 def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metric: str) -> str:
