@@ -149,7 +149,7 @@ class Config(recbole.config.Config):
         return model, self._find_model(model), dataset
 
     def _update_internal_config_dict(self, file: str | Path) -> dict[str, Any]:
-        found = copy.deepcopy(_shipped(Path(file)))
+        found = _shipped(Path(file))
         self.internal_config_dict.update(found)
         return found
 
@@ -284,7 +284,7 @@ class Config(recbole.config.Config):
 
 @cache
 def _shipped(path: Path) -> dict[str, Any]:
-    """A YAML file of RecBole's or ours, which is read once in a process."""
+    """A YAML file of RecBole's or ours, which is read once in a process; nobody may change what it holds."""
     return read_yaml(path)
 
 

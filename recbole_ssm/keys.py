@@ -28,6 +28,8 @@ LARGEST = 2**31 - 1
 """No whole number may be larger, where its key says nothing else."""
 DEEPEST = 20
 """How many mappings and lists a value may hold one in the other."""
+MOST_VALUES = 200_000
+"""How many values a value may hold in all."""
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 12, 12
@@ -123,6 +125,8 @@ class Number(Kind):
 
     within: str = "(-inf, inf)"
     whole: bool = False
+    most: float = math.inf
+    """What is larger is taken for a mistake, such as a number in the place of another."""
 
     @cached_property
     def range(self) -> Range:
@@ -150,11 +154,10 @@ class Number(Kind):
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             raise KindError(f"must be {'a whole number' if self.whole else 'a number'}, got {shown(value)}")
         if value not in self.range:
-            raise KindError(f"must {self.bound}, got {shown(value)}")
-        if self.whole and self.range.high == math.inf and abs(value) > LARGEST:
-            raise KindError(f"must be at most {LARGEST}, got {shown(value)}")
-        if isinstance(value, int) and abs(value) > 2**63:
-            raise KindError(f"must be at most 2 ** 63, got {shown(value)}")
+            finite = " and finite" if value == math.inf and "finite" not in self.bound else ""
+            raise KindError(f"must {self.bound}{finite}, got {shown(value)}")
+        if value > min(self.most, LARGEST) and isinstance(value, int) and self.range.high == math.inf:
+            raise KindError(f"must be at most {min(self.most, LARGEST)}, got {shown(value)}")
         return value
 
 
@@ -248,9 +251,12 @@ class Many(Kind):
     def take(self, value: Any) -> Any:
         """See :meth:`Kind.take`."""
         if not isinstance(value, (list, tuple)):
-            if not self.or_one:
-                raise self.refuse(value)
-            return self.of.take(value)
+            try:
+                if self.or_one:
+                    return self.of.take(value)
+            except KindError:
+                pass
+            raise self.refuse(value)
         if len(value) != self.length if self.length else len(value) < self.least:
             raise self.refuse(value)
         return [self.of.take(entry) for entry in value]
@@ -263,6 +269,8 @@ class Table(Kind):
     of: Kind
     example: str
     length: int | None = None
+    needs: str = ""
+    """The entry that must be there."""
 
     def __str__(self) -> str:
         return f"a mapping such as {self.example}"
@@ -272,6 +280,8 @@ class Table(Kind):
         names = isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
         if not names or (self.length is not None and len(value) != self.length):
             raise self.refuse(value)
+        if self.needs and self.needs not in value:
+            raise KindError(f"needs the entry '{self.needs}', got {shown(value)}", named=True)
         return {name: _inside(name, self.of, entry) for name, entry in value.items()}
 
 
@@ -298,7 +308,7 @@ class Fields(Kind):
                 raise KindError(f"there is no such entry {shown(name)}{hint or '; known are ' + ', '.join(self.known)}")
         for name in self.needs:
             if name not in value:
-                raise KindError(f"needs the entry '{name}', got {shown(value)}")
+                raise KindError(f"needs the entry '{name}', got {shown(value)}", named=True)
         return {name: _inside(name, self.known[name], v) if name in self.known else v for name, v in value.items()}
 
 
@@ -472,13 +482,14 @@ class Key:
         return "" if default is None else f"; the default is {default!r}"
 
 
-def _whole(within: str = "[1, inf)") -> Number:
-    return Number(within, whole=True)
+def _whole(within: str = "[1, inf)", most: float = math.inf) -> Number:
+    return Number(within, whole=True, most=most)
 
 
 _NAME = r"[^\0\n]{1,200}"
 FLAG, NAME, COLUMN = Flag(), Text("a name", _NAME), Text("the name of a column", _NAME)
-AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PART = _whole(), Number("[0, inf)"), Number("(0, inf)"), Number("[0, 1)")
+AT_LEAST_1, _LAYERS = _whole(), _whole(most=1000)
+NOT_NEGATIVE, POSITIVE, PART = Number("[0, inf)"), Number("(0, inf)"), Number("[0, 1)")
 COLUMNS = Many(COLUMN)
 OPTIONS = Fields({}, "{'name': value}", open=True)
 NONE = Choice(None)
@@ -534,7 +545,7 @@ _GPUS = Either(
 )
 _TRANSFORM = Choice("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq")
 _LEARNER = Choice("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam", "usgm", "usfgm")
-_LOADED = Table(Either(Choice("*"), COLUMNS), "{'inter': ['user_id', 'item_id', 'timestamp']}")
+_LOADED = Table(Either(Choice("*"), COLUMNS), "{'inter': ['user_id', 'item_id', 'timestamp']}", needs="inter")
 _VALUES = Table(Filter(or_tokens=True), "{'rating': '[3,inf)'}")
 _BUCKETS = Table(
     Fields({"method": Choice("ED", "LD"), "bucket": AT_LEAST_1}, needs=("method",)),
@@ -596,7 +607,7 @@ KEYS: dict[str, Key] = {
         "Stop after more than so many validations without a better one."),
     "eval_step": Key(AT_LEAST_1, "training", "Validate after every so many epochs."),
     "train_batch_size": Key(AT_LEAST_1, "training", "Targets in a batch.", tune=(256, 512, 1024, 2048, 4096)),
-    "gradient_accumulation_steps": Key(AT_LEAST_1, "training", about=
+    "gradient_accumulation_steps": Key(_whole(most=100_000), "training", about=
         "Parts into which a batch is cut, one after the other through the model: less memory, and the same step "
         "where the loss is a mean over targets."),
     "shuffle": Key(FLAG, "training", "Shuffle the training rows before each epoch."),
@@ -703,7 +714,7 @@ KEYS: dict[str, Key] = {
     "alias_of_item_id": Key(COLUMNS, "data", "Columns that hold items too.", empty=True),
     "alias_of_entity_id": Key(COLUMNS, "data", "Columns that hold entities of a knowledge graph too.", empty=True),
     "alias_of_relation_id": Key(COLUMNS, "data", "Columns that hold relations of a knowledge graph too.", empty=True),
-    "benchmark_filename": Key(Many(Text("a part of a file's name"), or_one=True), "data", empty=True, about=
+    "benchmark_filename": Key(Many(Text("a part of a file's name"), length=3), "data", empty=True, about=
         "Ready-made files for training, validation and test."),
     "USER_ID_FIELD": Key(COLUMN, "data", "The column of users."),
     "ITEM_ID_FIELD": Key(COLUMN, "data", "The column of items."),
@@ -726,8 +737,8 @@ KEYS: dict[str, Key] = {
     "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
     "embedding_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
     "inner_size": Key(AT_LEAST_1, "model", tune=(128, 256, 512)),
-    "num_layers": Key(AT_LEAST_1, "model", tune=(1, 2, 3)),
-    "n_layers": Key(AT_LEAST_1, "model", tune=(1, 2, 3)),
+    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3)),
+    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3)),
     "n_heads": Key(AT_LEAST_1, "model", tune=(1, 2, 4)),
     "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
     "hidden_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
@@ -799,13 +810,15 @@ def plain(name: str, value: Any) -> Any:
     Raises:
         UserError: there is another type in it, or it is nested too deeply, or it never ends.
     """
-    left = 1_000_000
+    left = MOST_VALUES
 
     def convert(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if depth > DEEPEST or left < 0:
-            raise UserError(f"{name}: holds more than {DEEPEST} values one in the other, or more than a million")
+            raise UserError(
+                f"{name}: holds more than {DEEPEST} values one in the other, or more than {MOST_VALUES} in all"
+            )
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, Mapping):
@@ -886,7 +899,8 @@ def _single_kind(name: str, word: str, about: str, within: str, default: Any) ->
         if not within and small >= 0:
             positive = word == "int" and small > 0 and not re.search(r"\b0\b", about)
             within = "[1, inf)" if positive else "[0, inf)"
-        return Number(within or "(-inf, inf)", whole=word == "int")
+        most = math.inf if within == "" or word != "int" else max(1000, 1000 * small)
+        return Number(within or "(-inf, inf)", whole=word == "int", most=most)
     if word == "dict":
         return OPTIONS
     return FLAG if word == "bool" else Text()

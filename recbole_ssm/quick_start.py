@@ -24,6 +24,7 @@ from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
+from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
 
@@ -43,6 +44,10 @@ def recbole_refusals(what: str) -> Iterator[None]:
         raise UserError(f"{what}: the data has no field {error}; load it by load_col, or ask for another") from error
     except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"{what}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{what}: more memory is asked for than there is; take smaller sizes ({error})") from error
 
 
 def run_recbole_ssm(
@@ -177,9 +182,9 @@ def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
 
-    data = create_dataset(config)
-    logger.info(data)
     with recbole_refusals(config["dataset"]):
+        data = create_dataset(config)
+        logger.info(data)
         loaders = create_loaders(config, data)
 
     init_seed(config["seed"], config["reproducibility"])

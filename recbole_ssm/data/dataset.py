@@ -255,6 +255,13 @@ class SequentialDataset(SplitDataset):
         for key in ("numerical_features", "discretization", "normalize_field"):
             if self.time_field in (self.config[key] or ()) and not self.config["legacy_time_order"]:
                 raise UserError(f"{key}: {self.time_field} is the time of events, not a feature; leave it out")
+        for key in ("alias_of_user_id", "alias_of_item_id", "numerical_features"):
+            for field in self.config[key] or ():
+                if field not in self.field2type:
+                    hint = did_you_mean(field, self.field2type)
+                    raise UserError(f"{key}: {field} is not loaded; see load_col{hint}")
+                if key == "numerical_features" and field in self.token_like_fields:
+                    raise UserError(f"{key}: {field} holds tokens, not numbers; leave it out")
         for field in self.config["selected_features"] or ():
             if field not in self.field2type:
                 hint = did_you_mean(field, self.field2type)

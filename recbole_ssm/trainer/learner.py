@@ -164,8 +164,13 @@ def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
         raise UserError(f"learner_groups: {error}") from error
     try:
         optimizer = LEARNERS[name](groups, **{**defaults, **arguments})  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"learner_args: {name} does not take {arguments} ({error})") from error
+        _try_a_step(name, groups, {**defaults, **arguments})
+    except UserError:
+        raise
+    except Exception as error:
+        # PyTorch's optimisers have no class of errors of their own.
+        key, given = ("learner_args", arguments) if arguments or isinstance(error, TypeError) else ("learner", defaults)
+        raise UserError(f"{key}: {name} does not take {given} ({error})") from error
     # PyTorch would keep other keys of a group, unused.
     known = set(inspect.signature(LEARNERS[name]).parameters) & set(optimizer.defaults)
     for options in own.values():
@@ -173,6 +178,16 @@ def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
             if key not in known:
                 raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
     return optimizer
+
+
+def _try_a_step(name: str, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
+    """One step of one number a group, so that options fail here and not in the midst of training."""
+    tried = []
+    for group in groups:
+        number = torch.ones(1, device=group["params"][0].device, requires_grad=True)
+        number.grad = torch.ones_like(number).to_sparse() if name == "sparse_adam" else torch.ones_like(number)
+        tried.append({**group, "params": [number]})
+    LEARNERS[name](tried, **arguments).step()
 
 
 def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
@@ -193,7 +208,7 @@ def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
         arguments = {"mode": "max" if bigger else "min", **arguments}
     try:
         return known[name](optimizer, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise UserError(f"lr_scheduler_args: {name} does not take {arguments} ({error})") from error
 
 
