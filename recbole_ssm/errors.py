@@ -33,6 +33,17 @@ def first_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
+def excerpt(text: str) -> str:
+    """A value in a message, as Python spells it: of a long one only the beginning."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names with commas between them; of many only the first, and how many there are."""
+    known = [name[:60] for name in names]
+    return ", ".join(known) if len(known) <= most else f"{', '.join(known[:most])} ... ({len(known):,} in all)"
+
+
 class _Help(argparse.HelpFormatter):
     """Help that gives the default of each option, where its text does not speak of it."""
 

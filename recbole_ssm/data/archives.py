@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import io
+import lzma
 import struct
 import zipfile
 import zlib
@@ -16,6 +17,9 @@ from typing import IO
 
 from recbole_ssm.data.lines import BLOCK, Block, first_line, progress, read_blocks
 from recbole_ssm.errors import UserError
+
+# What reading an archive raises that is damaged, or packed in a way that is not known here.
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class File:
             if error.errno not in (None, errno.EINVAL):
                 raise
             raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except DAMAGED as error:
             raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
 
     def blocks(self, encoding: str) -> Iterator[Block]:
@@ -101,5 +105,5 @@ def members(archive: Path) -> list[str]:
     try:
         with zipfile.ZipFile(archive) as content:
             return [name for name in content.namelist() if not name.endswith("/")]
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
+    except (*DAMAGED, ValueError, OverflowError) as error:
         raise UserError(f"{archive}: no zip archive, or one that is cut short ({error}); get it again") from error

@@ -18,8 +18,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.lines import BadLines, below_header, first_line, progress, read_blocks, sound_lines
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.data.lines import (
+    BadLines,
+    below_header,
+    check_separator,
+    first_line,
+    progress,
+    read_blocks,
+    sound_lines,
+    split_header,
+)
+from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 MISSING_NUMBERS = ("", "nan", "na", "null", "none")
@@ -35,26 +44,25 @@ def read_header(path: Path, separator: str = "\t", encoding: str = "utf-8") -> d
     Raises:
         UserError: the file is missing, empty or not text, or its first line is no header.
     """
+    check_separator("field_separator", separator)
     try:
         with open(path, "rb") as file:
             line = first_line(file, path, encoding)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    if not separator:
-        raise UserError("field_separator: must not be empty; a tab is written '\\t'")
     if not line:
         raise UserError(f"{path}: the file is empty; its first line must name the columns, as user_id:token")
     columns: dict[str, str] = {}
-    cells = line.split(separator)
+    cells = split_header(line, separator, path)
     for cell in cells:
         name, colon, kind = cell.partition(":")
         if not colon or not name:
             hint = "; is field_separator right?" if len(cells) == 1 else ""
-            raise UserError(f"{path}, line 1: column '{cell[:60]}' must read name:type, as user_id:token{hint}")
+            raise UserError(f"{path}, line 1: column {excerpt(cell)} must read name:type, as user_id:token{hint}")
         if kind not in TYPES:
-            raise UserError(f"{path}, line 1: column {name} has type '{kind}'; known are {', '.join(TYPES)}")
+            raise UserError(f"{path}, line 1: column {name[:60]} has type {excerpt(kind)}; known are {listed(TYPES)}")
         if name in columns:
-            raise UserError(f"{path}, line 1: column {name} stands twice; keep one")
+            raise UserError(f"{path}, line 1: column {name[:60]} stands twice; keep one")
         columns[name] = kind
     return columns
 
@@ -119,6 +127,8 @@ def read_columns(
     Raises:
         UserError: the first fault, with its line; or no line remains.
     """
+    if not seq_separator:
+        raise UserError("seq_separator: must not be empty; a space is written ' '")
     bad = BadLines(path) if bad is None else bad
     names = list(read_header(path, separator, encoding))
     found = Columns({name: _BUILDERS[kind](seq_separator) for name, kind in columns.items()}, required)
@@ -138,7 +148,7 @@ def require_column(path: Path, header: dict[str, str], key: str, name: str, kind
         UserError: it is not; the message lists the columns there are.
     """
     if name not in header:
-        there = f"there are {', '.join(header)}{did_you_mean(name, header)}"
+        there = f"there are {listed(header)}{did_you_mean(name, header)}"
         raise UserError(f"{path}, line 1: no column {name}:{kind} ({there}); rename one, or set {key}")
     if header[name] != kind:
         raise UserError(f"{path}, line 1: column {name} must be {name}:{kind}, got {name}:{header[name]}")
@@ -288,7 +298,7 @@ class Floats(Values):
             if not cell and required:
                 faults[int(row)] = "is empty; fill it in or drop the line"
             elif required or cell.strip().lower() not in MISSING_NUMBERS:
-                faults[int(row)] = f"is {cell!r}, which is no finite number; correct it or drop the line"
+                faults[int(row)] = f"is {excerpt(cell)}, which is no finite number; correct it or drop the line"
         return faults
 
 
@@ -307,9 +317,8 @@ class Times(Floats):
             faults = super().parse(cells, required)
         numbers = self._parsed.copy()
         for row in np.flatnonzero(np.abs(numbers) >= 2.0**63):
-            faults.setdefault(
-                int(row), f"is {cells[int(row)].as_py()!r}, which is no time; correct it or drop the line"
-            )
+            cell = excerpt(cells[int(row)].as_py())
+            faults.setdefault(int(row), f"is {cell}, which is no time; correct it or drop the line")
         numbers[list(faults)] = 0
         if np.all(numbers == np.floor(numbers)):
             self._parsed = numbers.astype(np.int64)
@@ -334,25 +343,36 @@ class Times(Floats):
 class TokenLists(Values):
     """Collects a column of lists of tokens."""
 
-    kind: type = object
-
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
         """Parse the cells of a block; the faults by row."""
         self._parsed = np.empty(len(cells), dtype=object)
         faults = {}
         for row, cell in enumerate(cells.to_pylist()):
             entries = [entry for entry in cell.split(self._seq_separator) if entry]
-            try:
-                self._parsed[row] = np.array(entries, dtype=self.kind)
-            except ValueError:
-                faults[row] = f"is {' '.join(entries)!r}, which are no numbers; correct it or drop the line"
+            if required and not entries:
+                faults[row] = "is empty; fill it in or drop the line"
+            elif fault := self.fault(row, entries):
+                faults[row] = f"is {excerpt(cell)}, {fault}"
         return faults
+
+    def fault(self, row: int, entries: list[str]) -> str:
+        """Keep the entries of a cell, or tell what is wrong with them."""
+        self._parsed[row] = np.array(entries, dtype=object)
+        return "which holds '[PAD]', RecBole's padding; rename that id" if "[PAD]" in entries else ""
 
 
 class FloatLists(TokenLists):
     """Collects a column of lists of numbers."""
 
-    kind = np.float64
+    def fault(self, row: int, entries: list[str]) -> str:
+        """Keep the entries of a cell, or tell what is wrong with them."""
+        try:
+            self._parsed[row] = np.array(entries, dtype=np.float64)
+        except ValueError:
+            return "which are no numbers; correct it or drop the line"
+        # NumPy would read 1_0 as 10.
+        sound = np.all(np.isfinite(self._parsed[row])) and not any("_" in entry for entry in entries)
+        return "" if sound else "which are not all finite numbers; correct it or drop the line"
 
 
 _BUILDERS: dict[str, type[Words] | type[Values]] = {

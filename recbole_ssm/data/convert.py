@@ -22,10 +22,10 @@ from recbole_ssm import __version__
 from recbole_ssm.data.atomic import Columns, Floats, Values, Words
 from recbole_ssm.data.events import Events, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
-from recbole_ssm.data.lines import BadLines, progress
+from recbole_ssm.data.lines import BadLines, check_separator, progress
 from recbole_ssm.data.sources import EVENT, Descriptions, Raw, open_raw
 from recbole_ssm.data.times import Moments, decimals
-from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.errors import ArgumentParser, UserError, excerpt
 from recbole_ssm.files import digest, write_json
 
 # Rows that are written at once.
@@ -124,6 +124,8 @@ def convert(
         raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
     asked = {field: column for field, column in named.items() if column is not None}
     reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
+    if separator is not None:
+        check_separator("--separator", reading.get("separator", ""))
     raw = open_raw(source, asked, meta, encoding=encoding, **reading)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -211,7 +213,7 @@ class Ids(Words):
         """Look at the cells of a batch; the faults by row."""
         faults = super().parse(cells, required)
         for row in np.flatnonzero(pc.match_substring_regex(cells, "[\t\r\n\\x00]").to_numpy(zero_copy_only=False)):
-            faults[int(row)] = f"is {cells[int(row)].as_py()!r}, with a character that no atomic file can hold"
+            faults[int(row)] = f"is {excerpt(cells[int(row)].as_py())}, with a character that no atomic file can hold"
         return faults
 
 

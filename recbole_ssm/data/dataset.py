@@ -21,7 +21,7 @@ from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require
 from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
 from recbole_ssm.data.lines import BadLines
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, excerpt
 
 compat.install()
 
@@ -170,8 +170,8 @@ class SequentialDataset(SplitDataset):
         if contradicting:
             who, row = next(iter(contradicting.items()))
             self.logger.warning(
-                f"{path}, line {bad.line_of(row)}: {field} {who!r} again, with other values, and {len(contradicting)} "
-                "such ids in all; the first line of each counts"
+                f"{path}, line {bad.line_of(row)}: {field} {excerpt(who)} again, with other values, and "
+                f"{len(contradicting):,} such ids in all; the first line of each counts"
             )
 
     def _register(self, name: str, kind: Any, source: Any, frame: Any) -> None:

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path
 
 from tqdm import tqdm
+
+from recbole_ssm.data.archives import DAMAGED
 
 # Seconds without a byte before a download counts as dead.
 TIMEOUT = 30
@@ -62,6 +63,6 @@ def _unpack(archive: Path, folder: Path) -> None:
             try:
                 with content.open(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file)
-            except (zlib.error, EOFError, RuntimeError) as error:
-                # Damaged, cut short, encrypted, or packed in a way that is not known.
+            except (*DAMAGED, RuntimeError) as error:
+                # A RuntimeError says that it is encrypted.
                 raise zipfile.BadZipFile(f"{member}: {error}") from error

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.lines import BadLines
+from recbole_ssm.errors import excerpt
 
 
 @dataclass
@@ -137,7 +138,7 @@ def oddities(
             row = int(np.argmax(suspects[ids.codes]))
             yield (
                 logging.WARNING,
-                f"{bad.path}, line {bad.line_of(row)}: {name} is {ids.names[int(ids.codes[row])].as_py()!r}: "
+                f"{bad.path}, line {bad.line_of(row)}: {name} is {excerpt(ids.names[int(ids.codes[row])].as_py())}: "
                 f"{suspects.sum():,} ids look like floats, as some programs write whole numbers in a column with gaps; "
                 "they match no other file; write them as whole numbers",
             )
@@ -166,8 +167,8 @@ def oddities(
         yield (
             logging.INFO,
             f"{bad.path}, line {bad.line_of(row)}: {time} goes back to {temporal.shown(events.times[row])} for {user} "
-            f"{who!r}, and {len(backwards):,} such lines in all; events are sorted by time here, and those of one time "
-            "keep the order of the file",
+            f"{excerpt(who)}, and {len(backwards):,} such lines in all; events are sorted by time here, and those of "
+            "one time keep the order of the file",
         )
 
 

@@ -19,14 +19,15 @@ from tqdm import tqdm
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
 
-# Bytes that are read at a time.
-BLOCK = 1 << 24
+# Bytes that are read at a time. A block of nothing but line ends takes fifty times its size for a moment.
+BLOCK = 1 << 22
 # Bytes of the longest line; a file with a longer one is no text.
-LONGEST = 1 << 26
-# Bytes of the longest first line, which names the columns.
-LONGEST_HEADER = 1 << 22
-# Stands for a separator that is no single byte, as :: is not.
-UNIT = "\x1f"
+LONGEST = 1 << 24
+# Bytes of the longest first line, which names the columns, and how many it may name.
+LONGEST_HEADER = 1 << 20
+MOST_COLUMNS = 10_000
+# One that a block does not hold stands for a separator that is no single byte, as :: is not.
+STAND_INS = [chr(code) for code in (*range(31, 27, -1), *range(1, 9), 11, 12, *range(14, 28))]
 
 
 class Source(Protocol):
@@ -111,13 +112,13 @@ def progress(what: str, size: int, unit: str = "B") -> tqdm[NoReturn]:
 def read_blocks(
     source: Source, path: Path | str, encoding: str = "utf-8", size: int = 0, longest: int = 0
 ) -> Iterator[Block]:
-    """The lines of ``source`` as UTF-8, about ``size`` bytes (or 16 MB) at a time, whatever the file holds.
+    """The lines of ``source`` as UTF-8, about ``size`` bytes (or 4 MB) at a time, whatever the file holds.
 
     ``\\r\\n`` becomes ``\\n``, and a byte-order mark is passed over. Bytes that are no text in ``encoding`` become
     bytes that are no UTF-8, so that :func:`sound_lines` finds them.
 
     Raises:
-        UserError: a line is longer than ``longest`` (or 64 MB), or UTF-16 or UTF-32 is broken.
+        UserError: a line is longer than ``longest`` (or 16 MB), or UTF-16 or UTF-32 is broken.
     """
     pieces = iter(lambda: source.read(size or BLOCK), b"")
     if not is_utf8(encoding):
@@ -148,13 +149,41 @@ def first_line(source: Source, path: Path | str, encoding: str = "utf-8") -> str
     """The first line of ``source`` without its end; "" for an empty file.
 
     Raises:
-        UserError: it is no text in that encoding, or longer than 4 MB.
+        UserError: it is no text in that encoding, or longer than 1 MB.
     """
     block = next(read_blocks(source, path, encoding, size=1 << 16, longest=LONGEST_HEADER), Block(1, b""))
     try:
         return block.data.partition(b"\n")[0].decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line 1: {_not_text(encoding)}") from error
+
+
+def split_header(line: str, separator: str, path: Path | str) -> list[str]:
+    """The cells of a first line.
+
+    Raises:
+        UserError: there are more than anybody names.
+    """
+    if line.count(separator) >= MOST_COLUMNS:
+        raise UserError(f"{path}, line 1: more than {MOST_COLUMNS:,} columns; is the separator right?")
+    return line.split(separator)
+
+
+def check_separator(key: str, separator: str) -> None:
+    """Make sure that a separator can stand within a line.
+
+    Raises:
+        UserError: it is empty, holds a line end or a NUL, or is no text.
+    """
+    fault = "must not be empty; a tab is written '\\t'" if not separator else ""
+    if set(separator) & set("\n\r\0"):
+        fault = f"must stand within a line, got {separator!r}"
+    try:
+        separator.encode()
+    except UnicodeEncodeError:
+        fault = f"must be text, got {separator!r}"
+    if fault:
+        raise UserError(f"{key}: {fault}")
 
 
 def below_header(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -215,8 +244,14 @@ def sound_lines(block: Block, width: int, separator: str, encoding: str, bad: Ba
         encoding: of the file.
         bad: where the others go.
     """
-    delimiter = separator if len(separator) == 1 and separator.isascii() else UNIT
-    content = block.data.replace(separator.encode(), delimiter.encode())
+    content, delimiter = block.data, separator
+    if len(separator) > 1 or not separator.isascii():
+        delimiter = next((mark for mark in STAND_INS if mark.encode() not in content), "")
+        if not delimiter:
+            # All are there, so the lines with the first of them are refused, as those with a NUL are.
+            delimiter = STAND_INS[0]
+            content = content.replace(delimiter.encode(), b"\0")
+        content = content.replace(separator.encode(), delimiter.encode())
     data = np.frombuffer(content, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     if content[-1:] != b"\n":

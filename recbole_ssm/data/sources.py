@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from recbole_ssm.data.archives import File, members
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.tables import JsonLines, Parquet, Table, Text, cell_of
 from recbole_ssm.data.times import is_time
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
 
 EVENT = ("user", "item", "time", "rating")
 # Column names by which a source is known, in the order of EVENT.
@@ -127,7 +128,7 @@ def _find(source: Path) -> File:
 def _events(table: Table, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """What kind of table it is, and which of its columns are user, item, time and rating."""
     columns = table.columns()
-    there = f"there are {', '.join(columns)}"
+    there = f"there are {listed(columns)}"
     kind, known = next(
         ((kind, names) for kind, names in KNOWN.items() if set(names[:3]) <= set(columns)), ("a table", ())
     )
@@ -138,8 +139,8 @@ def _events(table: Table, named: Mapping[str, str]) -> tuple[str, dict[str, str]
             raise UserError(f"--{part}: {table.file} has no column '{name}' ({there}{did_you_mean(name, columns)})")
     if isinstance(table, Text) and table.names is None and is_time(fields.get("time", "")):
         raise UserError(
-            f"{table.file}, line 1: no header, but an event at {fields['time']}; write a line above it that names the "
-            "columns"
+            f"{table.file}, line 1: no header, but an event at {fields['time'][:60]}; write a line above it that "
+            "names the columns"
         )
     if missing := [part for part in EVENT[:3] if part not in fields]:
         raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there})")
@@ -157,7 +158,7 @@ def _table(file: File, reading: Mapping[str, str]) -> Table:
         raise UserError(f"{file}: what file is this? known are {kinds}, each also as .gz or within a .zip")
     line = file.first_line(encoding)
     separator = reading.get("separator") or max("\t", ",", ";", "|", key=line.count)
-    quoted = file.suffix != ".inter" and len(separator) == 1
+    quoted = file.suffix != ".inter" and len(separator) == 1 and separator != '"'
     cells = line.split(separator)
     headless = len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3])
     return Text(file, separator, _amazon_ratings(file, cells) if headless else None, quoted=quoted, encoding=encoding)
@@ -180,16 +181,21 @@ def _movielens(file: File) -> Raw:
         events, cut, columns = Text(file, ",", quoted=True), ",", None
     raw = Raw("MovieLens", events, dict(zip(EVENT, names)))
     if described:
-        with described.open() as (content, _, _):
-            text = content.read()
-        try:
-            text.decode()
-            encoding = "utf-8"
-        except UnicodeDecodeError:
-            # 100K and 1M are in latin-1.
-            encoding = "latin-1"
+        # 100K and 1M are in latin-1.
+        encoding = "utf-8" if _is_text(described) else "latin-1"
         raw.items = _movies(Text(described, cut, columns, quoted=columns is None, encoding=encoding))
     return raw
+
+
+def _is_text(file: File) -> bool:
+    """Whether a file is UTF-8."""
+    with file.open() as (content, _, _):
+        try:
+            for _ in codecs.iterdecode(iter(lambda: content.read(1 << 20), b""), "utf-8"):
+                pass
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
 def _movies(table: Text) -> Descriptions:
@@ -204,9 +210,9 @@ def _movies(table: Text) -> Descriptions:
     def read(bad: BadLines) -> Iterator[Described]:
         for rows in table.rows(wanted, bad):
             for item, title, *genres in zip(*(column.to_pylist() for column in rows.cells.columns)):
-                year = ""
-                if dated := re.fullmatch(r"(.*\S)\s*\((\d{4})\)\s*", title):
-                    title, year = dated.groups()
+                year, name = "", title.rstrip()
+                if re.fullmatch(r"\([0-9]{4}\)", name[-6:]) and name[:-6].strip():
+                    title, year = name[:-6].rstrip(), name[-5:-1]
                 if len(genres) > 1:
                     genres = [genre for genre, flag in zip(ML_100K_GENRES, genres) if flag == "1"]
                 else:
@@ -227,8 +233,8 @@ def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
     )
     if user_first == item_first:
         raise UserError(
-            f"{file}, line 1: no header, and {cells[0]!r} and {cells[1]!r} do not tell user from item; write a header "
-            "line and name its columns by --user and --item"
+            f"{file}, line 1: no header, and {excerpt(cells[0])} and {excerpt(cells[1])} do not tell user from item; "
+            "write a header line and name its columns by --user and --item"
         )
     return ("reviewerID", "asin", rating, time) if user_first else ("asin", "reviewerID", rating, time)
 

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from recbole_ssm.data.archives import File
-from recbole_ssm.data.lines import BadLines, Block, below_header, original, progress, sound_lines
+from recbole_ssm.data.lines import BadLines, Block, below_header, original, progress, sound_lines, split_header
 from recbole_ssm.data.times import decimals
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, excerpt
 
-# Rows of a batch, where a format is read row by row.
+# Rows of a batch and bytes of their lines, where a format is read row by row.
 ROWS = 100_000
+BYTES = 1 << 24
+# Bytes of a line of JSON, and of one of Python's literals, which take four hundred times their size to be read.
+LONGEST_OBJECT = 1 << 22
+LONGEST_LITERAL = 1 << 18
+# Bytes of a row of Parquet, on average of a group of rows.
+LONGEST_ROW = 1 << 20
 
 
 @dataclass
@@ -64,14 +71,13 @@ class Text:
         if not line:
             raise UserError(f"{self.file}: the file is empty")
         try:
-            cells = next(csv.reader([line], delimiter=self.separator)) if self.quoted else line.split(self.separator)
+            cells = split_header(line, self.separator, str(self.file))
+            if self.quoted:
+                cells = next(csv.reader([line], delimiter=self.separator))
         except csv.Error as error:
             raise UserError(f"{self.file}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
         names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{self.file}, line 1: column '{twice}' stands twice; rename one")
-        return names
+        return _distinct(names, f"{self.file}, line 1")
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows; ``fields`` is ``{field: column}``."""
@@ -176,12 +182,16 @@ class Parquet:
     def columns(self) -> tuple[str, ...]:
         """The names of its columns."""
         with self._open() as parquet:
-            return tuple(parquet.schema_arrow.names)
+            return _distinct(tuple(parquet.schema_arrow.names), str(self.file))
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows, counted from 1; ``fields`` is ``{field: column}``."""
         start = 1
         with self._open() as parquet, progress(f"Read {self.file.name}", parquet.metadata.num_rows, "rows") as bar:
+            for number in range(parquet.num_row_groups):
+                group = parquet.metadata.row_group(number)
+                if group.total_byte_size > LONGEST_ROW * max(group.num_rows, 1):
+                    raise UserError(f"{self.file}: rows of more than {LONGEST_ROW >> 20} MB; is it a table of events?")
             for batch in parquet.iter_batches(ROWS, columns=list(dict.fromkeys(fields.values()))):
                 # That text is UTF-8, which Arrow takes on trust.
                 batch.validate(full=True)
@@ -214,23 +224,42 @@ def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
 
 def _batches(found: Iterator[_Row], fields: Iterable[str]) -> Iterator[Rows]:
     """Rows that are read one by one, many at a time."""
-    while batch := list(itertools.islice(found, ROWS)):
-        numbers, raw, cells = zip(*batch)
-        columns = {name: pa.array(column, pa.string()) for name, column in zip(fields, zip(*cells))}
-        yield Rows(pa.table(columns), np.array(numbers), partial(list, raw))
+    batch: list[_Row] = []
+    size = 0
+    for row in itertools.chain(found, [None]):
+        if row is not None:
+            batch.append(row)
+            size += len(row[1])
+        if batch and (row is None or len(batch) >= ROWS or size >= BYTES):
+            numbers, raw, cells = zip(*batch)
+            columns = {name: pa.array(column, pa.string()) for name, column in zip(fields, zip(*cells))}
+            yield Rows(pa.table(columns), np.array(numbers), partial(list, raw))
+            batch, size = [], 0
+
+
+def _distinct(names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Names of columns, which must all be different."""
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{where}: column {excerpt(twice)} stands twice; rename one")
+    return names
 
 
 def _object(line: str) -> dict[str, Any]:
     """The object that a line of JSON, or of Python's literals, spells.
 
     Raises:
-        ValueError: it spells none.
+        ValueError: it spells none, or is too long for one.
     """
+    if len(line) > LONGEST_OBJECT:
+        raise ValueError("too long")
     try:
         found = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except ValueError:
+        if len(line) > LONGEST_LITERAL:
+            raise
         try:
             found = ast.literal_eval(line.strip())
         except (SyntaxError, TypeError, MemoryError, RecursionError) as error:

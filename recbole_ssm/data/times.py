@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.atomic import Values
+from recbole_ssm.errors import excerpt
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Digits of a fraction that are kept.
@@ -57,9 +58,9 @@ class Moments(Values):
             elif not cell:
                 faults[row] = "is empty; fill it in or drop the line"
             elif other is not None:
-                faults[row] = f"is {cell!r} in a column of {self._kind}; correct it or drop the line"
+                faults[row] = f"is {excerpt(cell)} in a column of {self._kind}; correct it or drop the line"
             else:
-                faults[row] = f"is {cell!r}, which is no finite number and no date; correct it or drop the line"
+                faults[row] = f"is {excerpt(cell)}, which is no finite number and no date; correct it or drop the line"
         return faults
 
     def finish(self) -> np.ndarray:
