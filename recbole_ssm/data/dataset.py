@@ -68,8 +68,6 @@ class SequentialDataset(SplitDataset):
 
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
-        if self.benchmark_filename_list is not None:
-            readymade.check_names(self.benchmark_filename_list)
         needed = [f"{token}.{part}.inter" for part in self.benchmark_filename_list or ()] or [f"{token}.inter"]
         missing = next((name for name in needed if not (folder / name).is_file()), None)
         if missing is not None:
@@ -294,8 +292,6 @@ class SequentialDataset(SplitDataset):
         keep = self.config["rm_dup_inter"]
         if keep is None:
             return
-        if keep not in ("first", "last", "same_time"):
-            raise UserError(f"rm_dup_inter: must be first, last, same_time or empty, got {keep!r}")
         fields = [self.uid_field, self.iid_field]
         if keep == "same_time":
             keep, fields = "first", [*fields, self.time_field]
@@ -303,16 +299,13 @@ class SequentialDataset(SplitDataset):
         self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable").drop_duplicates(fields, keep=keep)
 
     def _parse_intervals_str(self, intervals_str: Any) -> Any:
-        """``"[3,inf)"`` -> ``[("[", 3, inf, ")")]``; whole numbers stay exact. RecBole skips what it cannot read."""
+        """``"[3,inf)"`` -> ``[("[", 3, inf, ")")]``; whole numbers stay exact, which RecBole rounds."""
         if intervals_str is None:
             return None
         found = []
         for text in str(intervals_str).split(";"):
-            match = re.fullmatch(r"\s*([\[(])([^,]+),([^,]+)([\])])\s*", text)
-            ends = [_number(end) for end in match.groups()[1:3]] if match else []
-            if not match or None in ends or not ends[0] <= ends[1]:
-                raise UserError(f"{text!r} is no interval, in {intervals_str!r}; intervals read [3,inf) or (0,1];[3,4)")
-            found.append((match[1], *ends, match[4]))
+            low, _, high = text.strip()[1:-1].partition(",")
+            found.append((text.strip()[0], _number(low), _number(high), text.strip()[-1]))
         return found
 
     def _filter_by_field_value(self) -> None:
@@ -323,8 +316,13 @@ class SequentialDataset(SplitDataset):
                 raise UserError(f"val_interval: {field} is not loaded; see load_col{hint}")
             if kind in (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ):
                 raise UserError(f"val_interval: {field} holds sequences; only a number or a token can be a filter")
-            if kind == FeatureType.TOKEN and not isinstance(accepted, list):
-                raise UserError(f"val_interval: {field} holds tokens, so it takes a list of them, got {accepted!r}")
+            if (kind == FeatureType.TOKEN) != isinstance(accepted, list):
+                needed = (
+                    "tokens, so it takes a list of them"
+                    if kind == FeatureType.TOKEN
+                    else "numbers, so it takes intervals"
+                )
+                raise UserError(f"val_interval: {field} holds {needed}, got {accepted!r}")
         super()._filter_by_field_value()
 
     def _normalize(self) -> None:
@@ -433,8 +431,5 @@ class SequentialDataset(SplitDataset):
 
 
 def _number(text: str) -> Any:
-    """The number that a text spells, exact where it is whole; None if it spells none."""
-    try:
-        return int(text) if re.fullmatch(r"\s*-?[0-9]+\s*", text) else float(text)
-    except ValueError:
-        return None
+    """The number that a text spells, exact where it is whole."""
+    return int(text) if re.fullmatch(r"\s*[-+]?[0-9]+\s*", text) else float(text)

@@ -28,13 +28,8 @@ from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.splits import look_at_cold_targets, some_rows
 from recbole_ssm.errors import UserError
 
-# RecBole's changes to the histories of a batch, and the key that each of them needs.
-TRANSFORMS = {
-    "mask_itemseq": "mask_ratio",
-    "inverse_itemseq": "",
-    "crop_itemseq": "eta",
-    "reorder_itemseq": "beta",
-}
+# RecBole's changes to the histories of a batch that need a further key.
+TRANSFORMS = {"mask_itemseq": "mask_ratio", "crop_itemseq": "eta", "reorder_itemseq": "beta"}
 
 
 class PackedBatch(NamedTuple):
@@ -396,11 +391,7 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
 
 
 def _check_transform(config: Any) -> None:
-    if config["transform"] is None:
-        return
-    if config["transform"] not in TRANSFORMS:
-        raise UserError(f"transform: must be one of {', '.join(TRANSFORMS)}, got {config['transform']!r}")
-    key = TRANSFORMS[config["transform"]]
+    key = TRANSFORMS.get(config["transform"])
     if key and config[key] is None:
         raise UserError(f"{key}: {config['transform']} needs it, a share of the history; try {key}: 0.5")
 

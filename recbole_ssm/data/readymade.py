@@ -13,19 +13,6 @@ import numpy as np
 from recbole_ssm.errors import UserError
 
 
-def check_names(names: Any) -> None:
-    """Check what ``benchmark_filename`` names.
-
-    Raises:
-        UserError: it is no list of three names.
-    """
-    if not isinstance(names, list) or len(names) != 3:
-        raise UserError(
-            "benchmark_filename: must name three files, to train, validate and test, such as [train, valid, test] for "
-            f"NAME.train.inter and so on, got {names!r}"
-        )
-
-
 def trim_histories(frame: Any, item_field: str, lists: dict[str, str], longest: int) -> int:
     """Leave the newest events of each history, without the zeros that pad it; in place.
 

@@ -96,9 +96,9 @@ def test_a_run(tmp_path, model):
     [
         (
             {"benchmark_filename": ["train", "test"]},
-            "benchmark_filename: must name three files, to train, validate and",
+            "benchmark_filename: must be a list of 3",
         ),
-        ({"benchmark_filename": "train"}, "benchmark_filename: must name three files"),
+        ({"benchmark_filename": "train"}, "benchmark_filename: must be a list of 3"),
         ({"benchmark_filename": ["train", "valid", "last"]}, "no file made.last.inter"),
         ({"LIST_SUFFIX": "_seq"}, "made.train.inter, line 1: no column item_id_seq:token_seq"),
         ({"unload_col": {"inter": ["item_id_list"]}, "load_col": None}, "leave out item_id_list of made.train.inter"),
