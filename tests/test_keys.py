@@ -16,8 +16,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.keys import ALIASES, FREE_KEYS, KEYS, MACHINE_KEYS, Choice, Number, Range, Span
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.verbalizer import VERBALIZERS
-from recbole_ssm.model import MODELS, llamarec, model_names
-from recbole_ssm.model.loss import LOSS_TYPES
+from recbole_ssm.model import MODELS, model_names
 from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.optim import LEARNERS, adaptive_batch
 from recbole_ssm.quick_start import configure, run_recbole_ssm
@@ -36,7 +35,7 @@ DEEP = [1]
 for _ in range(5000):
     DEEP = [DEEP]
 # Their errors name the model, the retriever's class, or the key that does not go with them.
-NAMED_OTHERWISE = ("model", "dataset", "metrics", "retriever")
+NAMED_OTHERWISE = ("model", "dataset", "metrics", "retriever", "topk")
 BOMB = ["x"] * 9
 for _ in range(9):
     BOMB = [BOMB] * 9
@@ -183,7 +182,7 @@ def test_the_rows_of_a_model_say_what_it_means():
 
 def test_ranges_and_choices_of_a_line_of_yaml(tmp_path):
     rows = ROWS["LlamaRec"]
-    assert rows["train_candidates"].kind.values == llamarec.TRAIN_CANDIDATES
+    assert rows["train_candidates"].kind.values == ("random", "insert", "skip")
     assert ROWS["GRU4RecCPR"]["context_norm"].kind.within == "[0, inf)"
     assert ROWS["CORE"]["dnn_type"].kind.values == ("trm", "ave")
     assert ROWS["CORE"]["item_dropout"].kind.within == "[0, 1)"
@@ -197,13 +196,13 @@ def test_ranges_and_choices_of_a_line_of_yaml(tmp_path):
         (KEYS["learner"].kind, LEARNERS),
         (KEYS["ssm_backend"].kind, BACKENDS),
         (KEYS["adaptive_batch"].kind, adaptive_batch.RULES),
-        (KEYS["transform"].kind, TRANSFORMS),
-        (KEYS["rerank"].kind, llamarec.RERANK),
-        (ROWS["Mamba4Rec"]["loss_type"].kind, LOSS_TYPES),
+        (KEYS["transform"].kind, (*TRANSFORMS, "inverse_itemseq")),
+        (KEYS["rerank"].kind, ("all", "retrieved")),
+        (ROWS["Mamba4Rec"]["loss_type"].kind, ("CE", "BPR", "sampled_softmax", "gBCE")),
         (ROWS["LlamaRec"]["verbalizer"].kind, VERBALIZERS),
         (ROWS["LlamaRec"]["train_objective"].kind, preference.OBJECTIVES),
-        (ROWS["LlamaRec"]["orpo_rejected"].kind, preference.REJECTED),
-        (ROWS["LlamaRec"]["orpo_probabilities"].kind, preference.PROBABILITIES),
+        (ROWS["LlamaRec"]["orpo_rejected"].kind, ("random", "all", "hardest")),
+        (ROWS["LlamaRec"]["orpo_probabilities"].kind, ("vocabulary", "letters")),
     ],
 )
 def test_choices_are_those_of_the_code(kind, known):

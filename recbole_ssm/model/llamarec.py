@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
+from recbole_ssm.keys import shown
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.prompt import LETTERS, Prompts, Question, prompt_words
 from recbole_ssm.llm.recommender import LanguageModelRecommender
@@ -73,7 +74,7 @@ class LlamaRec(LanguageModelRecommender):
         weight = options["fusion_weight"]
         if weight not in (None, TUNED) and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
             raise UserError(
-                f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {weight!r}; try fusion_weight: 0.5"
+                f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {shown(weight)}; try fusion_weight: 0.5"
             )
         three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
         if three == ("orpo", "embedding", "vocabulary"):

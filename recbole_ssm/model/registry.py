@@ -11,6 +11,7 @@ import recbole.model.sequential_recommender as recbole_models
 import torch
 
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.keys import shown
 
 MODELS: dict[str, Any] = {}
 """Our own models; :mod:`recbole_ssm.model` lists them."""
@@ -32,7 +33,7 @@ def get_model(name: str) -> Any:
     found = MODELS.get(name) or _recbole_models().get(name)
     if found is None:
         hint = did_you_mean(name, model_names()) or f"; known are {', '.join(model_names())}"
-        raise UserError(f"model: there is no sequential model '{name}'{hint}")
+        raise UserError(f"model: there is no sequential model {shown(name)}{hint}")
     return found
 
 
