@@ -39,7 +39,7 @@ SAY_EVERY = 2.0
 
 
 class History(Hook):
-    """What each epoch cost and brought, through all interruptions; and the model's sizes."""
+    """Notes what each epoch cost and brought, however often the run is interrupted, and the model's sizes."""
 
     def __init__(self, say: TextIO) -> None:
         self.entries: list[dict[str, Any]] = []
@@ -79,22 +79,22 @@ class History(Hook):
         self.entries.append({**entry, "batch_size": trainer.batch_size, "step_size": float(trainer.step_size)})
 
     def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
-        """Note the score, if it is that of a validation."""
+        """Note the score of a validation, and tell it; the test is none."""
         if self._fitting:
             self.entries[-1]["valid"] = float(result[trainer.valid_metric])
             say(self._say, validations=[entry["valid"] for entry in self.entries if entry["valid"] is not None])
 
     def on_fit_end(self, trainer: Training) -> None:
-        """What comes now is the test."""
+        """From here on evaluations are tests."""
         self._fitting = False
         self.peak_memory = peak_memory(trainer.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """All counts; seconds up to now."""
+        """All counts, and the seconds until now."""
         return {"entries": plain(self.entries), "done": {**self._done, "seconds": self._seconds()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on from there."""
         self.entries, self._done = state["entries"], state["done"]
 
     def _seconds(self) -> float:
@@ -102,7 +102,7 @@ class History(Hook):
 
 
 def main(folder: Path, lines: TextIO) -> int:
-    """Train the folder's run, unless another process just did; the exit status."""
+    """Train the folder's run, unless another process has just done so; return the exit status."""
     try:
         # Wait until no other process trains this run.
         with locked(folder):
@@ -123,7 +123,7 @@ def main(folder: Path, lines: TextIO) -> int:
 
 
 def say(lines: TextIO, **values: Any) -> None:
-    """One line to the process that started this one, if it is still there."""
+    """Print a line for the process that started this one, if that is still there."""
     with contextlib.suppress(OSError):
         print(json.dumps(values), file=lines, flush=True)
 
@@ -161,7 +161,7 @@ def _train(folder: Path, lines: TextIO) -> None:
 
 
 def _interrupted(folder: Path, run: Run) -> Path | None:
-    """The folder of checkpoints from which the run can go on; what came to nothing is deleted."""
+    """The folder of checkpoints from which the run can go on; checkpoints that cannot be read are deleted."""
     found = sorted(
         (folder / CHECKPOINTS).glob(f"{run.model}-{run.dataset}-*"),
         key=lambda path: path.stat().st_mtime_ns,
@@ -176,7 +176,7 @@ def _interrupted(folder: Path, run: Run) -> Path | None:
 
 
 def machine() -> dict[str, Any]:
-    """Today's date, the versions that decide results, and what computes here."""
+    """Today's date, the versions that decide results, and the processor."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]

@@ -101,7 +101,7 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
 
 
 def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:
-    """That all are ranked among all items, that there is something to test on, and to validate on if it is to be tuned.
+    """Check that targets are ranked among all items, and that the split leaves rows to test and to validate.
 
     Raises:
         UserError: one is not so.
@@ -129,7 +129,7 @@ def fetch(runs: Runs, todo: Sequence[Run]) -> None:
 
 
 def seeds_from(keys: dict[str, Any], count: int) -> list[int]:
-    """As many seeds, from the key ``seed`` on, which is taken out.
+    """So many seeds from the key ``seed`` on, which is removed from ``keys``.
 
     Raises:
         UserError: that is none.
@@ -189,7 +189,7 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
 
 
 def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
-    """Each run with the best of so many settings, its own and then those of its model's search space.
+    """The runs with the best of ``count`` settings: their own, and others from their models' search spaces.
 
     The same number for every model, on one seed, chosen by the best validation score. Nothing of the test is looked at.
     What the command line sets is not tuned.
@@ -215,9 +215,9 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
 
 
 def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """So many points of what the search space of a run's model leaves open, at random and each once.
+    """Random points of the search space of a run's model, in the keys that the run does not set, and each once.
 
-    None is that of the configuration ``default``, which is tried anyway.
+    The point of the configuration ``default`` is left out, because it is tried anyway.
 
     Raises:
         UserError: the model has none, or it is smaller.
@@ -237,7 +237,7 @@ def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list
 
 
 def _validation(runs: Runs, outcome: Outcome) -> float:
-    """The best validation score, signed so that more is better; of a failed run less than any."""
+    """A run's best validation score, with a sign by which more is better; minus infinity where the run failed."""
     if outcome.error is not None:
         return -float("inf")
     if not outcome.valid:

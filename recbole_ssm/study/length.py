@@ -55,12 +55,12 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
 
 
 def _one_thing_apart(one: Entry, other: Entry) -> bool:
-    """Two lengths of one model, or two models of one length."""
+    """Whether two entries differ in their model or in their length, but not in both."""
     return one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
 
 
 def _draw(drawn: Any, table: Sequence[Row]) -> None:
-    """NDCG@10, seconds an epoch and seconds a user against the length, a column a data set."""
+    """Draw NDCG@10, seconds an epoch and seconds a user against the length, one column for each data set."""
     shown = (("ndcg", "NDCG@10"), ("seconds_per_epoch", "seconds an epoch"), ("latency_p50_s", "seconds a user"))
     for column, dataset, here in report.panels(drawn, table, lines=len(shown)):
         for axes, (key, title) in zip(column, shown):

@@ -101,7 +101,7 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table; the retriever once for all arms that share it."""
+    """The table in Markdown; a retriever that several arms share stands there once."""
     titles = ["base", "parameters", "verbalizer", "objective", "order", "NDCG@10", "Hit@10", "NDCG@10 retrieved"]
     titles += ["against the retriever", "p (Holm)", "weight", "s a user"]
     lines = [titles, ["---"] * len(titles)]

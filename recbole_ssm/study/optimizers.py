@@ -48,7 +48,7 @@ def _usgm(learner: str = "usgm", arguments: Mapping[str, Any] | None = None, **m
 
 
 def _grouped(D: float) -> Options:
-    """The item embeddings have D, all else D / 3: about so do their first gradients compare in 2Mamba4Rec."""
+    """D for the item embeddings and D / 3 for all else, about the ratio of their first gradients in 2Mamba4Rec."""
     return {**_usgm()(D / 3), "learner_groups": {"item_embedding*": {"D": D}}}
 
 
@@ -99,7 +99,7 @@ class Cell:
     """The runs of the best value, one a seed; failed ones too."""
 
     def run(self, value: float, seed: int) -> Run:
-        """One of its runs."""
+        """The run of one value and seed."""
         options = {**self.base.options, **OPTIMIZERS[self.optimizer].options(value), "seed": seed}
         return Run(self.base.model, self.base.dataset, options)
 
@@ -109,12 +109,12 @@ class Cell:
         return [outcome for outcome in self.outcomes if outcome.error is None]
 
     def best(self, outcome: Outcome) -> float:
-        """The best validation score of a run, signed so that more is better; of a failed one less than any."""
+        """A run's best validation score, with a sign by which more is better; minus infinity where the run failed."""
         scores = [] if outcome.error else [entry["valid"] for entry in outcome.history if entry["valid"] is not None]
         return max((score if self.bigger else -score for score in scores), default=-float("inf"))
 
     def choose(self) -> None:
-        """Settle on the value with the best validation score; of equal ones the first."""
+        """Choose the value with the best validation score, the first of equals."""
         scores = {value: self.best(outcome) for value, outcome in self.tuning.items()}
         best = max(scores, key=lambda value: scores[value])
         self.value = best if scores[best] > -float("inf") else None
@@ -248,14 +248,14 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def turns(outcome: Outcome) -> int:
-    """How often the batch size changes its direction from epoch to epoch: its oscillation."""
+    """How often the batch size turns from growing to shrinking, or back, from epoch to epoch."""
     sizes = [entry["batch_size"] for entry in outcome.history]
     moves = [after > before for before, after in itertools.pairwise(sizes) if after != before]
     return sum(one != other for one, other in itertools.pairwise(moves))
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The rows for reading."""
+    """The table in Markdown."""
     titles = ["data set", "model", "optimiser", "tuned to", "seeds", *METRICS, "validation"]
     titles += ["reach the first's validation", "after samples", "after seconds"]
     titles += ["seconds in all", "steps in all", "batch size by epoch"]
@@ -285,7 +285,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
-    """Write the tables and the plots of what is there; the Markdown.
+    """Write the tables and plots of the runs so far, and return the Markdown.
 
     ``optimizers.md`` and ``optimizers.csv`` (:func:`rows`), ``tuning.csv`` (each value tried), ``history.csv`` (each
     epoch of each run over seeds), and with Matplotlib ``MODEL-DATASET.png``.
@@ -319,7 +319,7 @@ def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], valu
 
 
 def draw(drawn: Any, cells: Iterable[Cell]) -> None:
-    """Validation score, batch size and step size against the samples seen.
+    """Draw validation score, batch size and step size against the samples seen.
 
     An optimiser is the mean of its seeds at the end of each epoch, within a band from the least to the most.
     """
@@ -341,7 +341,7 @@ def draw(drawn: Any, cells: Iterable[Cell]) -> None:
 
 
 def protocol(cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
-    """What the figures stand on, in Markdown."""
+    """How the figures came about, in Markdown."""
     lines = [
         f"- Seeds {', '.join(map(str, seeds))}; ± is the sample standard deviation over seeds.",
         f"- Tuning: {values} values of one number for each optimiser, on seed {seeds[0]}, by validation; epochs, batch "

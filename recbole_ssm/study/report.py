@@ -50,13 +50,13 @@ class Entry:
 
 
 def average(values: Iterable[float]) -> float | None:
-    """Their mean; None of none."""
+    """The mean of some values; None where there are none."""
     values = list(values)
     return statistics.fmean(values) if values else None
 
 
 def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
-    """The mean as ``key``, and the sample standard deviation as ``key_sd``, which is None of a single value."""
+    """The mean as ``key``, and the sample standard deviation as ``key_sd``; None where there are too few values."""
     return {key: average(values), f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
@@ -160,7 +160,7 @@ def columns(latex: bool = False) -> dict[str, Callable[[Row], str]]:
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table; the best mean of each data set is bold, and a failed row says why below it."""
+    """The table in Markdown; the best mean of each data set is bold, and below stands why runs failed."""
     best = {
         (row["dataset"], key): max((r[key] for r in table if r["dataset"] == row["dataset"] and r[key]), default=None)
         for row in table
@@ -180,7 +180,7 @@ def markdown(table: Sequence[Row]) -> str:
 
 
 def latex(table: Sequence[Row]) -> str:
-    """The same as a LaTeX tabular, without packages."""
+    """The table as a LaTeX tabular that needs no packages."""
     shown = columns(latex=True)
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(shown) - 2)}}}", r"\hline"]
     lines += [" & ".join(map(_escape, shown)) + r" \\", r"\hline"]
@@ -247,7 +247,7 @@ MEANING = """\
 
 
 def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str:
-    """What every figure of the table stands on, in Markdown."""
+    """How the table's figures came about, in Markdown."""
     lines = []
     for dataset in dict.fromkeys(entry.run.dataset for entry in entries):
         here = [entry for entry in entries if entry.run.dataset == dataset and entry.settings]
@@ -289,7 +289,7 @@ def _common(entries: Sequence[Entry]) -> str:
 
 
 def _own(entry: Entry, entries: Sequence[Entry]) -> str:
-    """What one entry has, where they differ."""
+    """The settings of one entry in which the entries differ."""
     own = [key for key in _shown(entries) if _differs(key, entries) and key in entry.settings]
     return ", ".join(f"{key} {_value(entry, key)}" for key in own) or "as above"
 
@@ -315,7 +315,7 @@ def _shown(entries: Sequence[Entry]) -> list[str]:
 
 
 def machines(outcomes: Iterable[Outcome]) -> list[str]:
-    """What computed the runs, and when: a line of Markdown each."""
+    """The machines and versions that computed the runs, and when; a line of Markdown each."""
     found: dict[str, list[str]] = {}
     for outcome in outcomes:
         made = dict(outcome.made)
@@ -380,7 +380,7 @@ def write(
 
 
 def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
-    """NDCG@10 against milliseconds a user, a panel a data set."""
+    """Draw NDCG@10 against milliseconds a user, one panel for each data set."""
     models = list(dict.fromkeys(row["model"] for row in table))
     for axes, dataset, here in panels(drawn, table):
         for row in here:

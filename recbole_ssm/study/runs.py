@@ -44,12 +44,12 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def ignore(state: Mapping[str, Any]) -> None:
-    """Tell nobody how far a run is."""
+    """A :data:`Progress` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a result. All of it is plain JSON."""
+    """What decides a result, in JSON's terms."""
 
     model: str
     dataset: str
@@ -94,7 +94,7 @@ class Outcome:
     """Date, versions, processor, threads."""
 
     def ranks(self, order: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of every row of the test: the user's token, and the rank of the target among all items, 1 the best.
+        """The users' tokens of all rows of the test, and the ranks of their targets among all items; 1 is the best.
 
         Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks). LlamaRec
         has an ``order`` besides, ``retriever``, ``language model`` or ``fused``: ranks among its candidates, infinite
@@ -131,7 +131,7 @@ class Outcome:
 
 
 def runs_in(folder: Path, keys: Mapping[str, Any]) -> tuple[Runs, dict[str, Any]]:
-    """The runs of a study's folder, and those of its config keys that decide results."""
+    """The runs that a study keeps in its folder, and those of its config keys that decide results."""
     machine = {key: value for key, value in keys.items() if key in NOT_CACHED}
     return Runs(folder / "runs", machine), {key: value for key, value in keys.items() if key not in NOT_CACHED}
 
@@ -208,7 +208,7 @@ class Runs:
         return digest_of_json(self.content(run))
 
     def folder_of(self, run: Run) -> Path:
-        """Where a run is, or will be.
+        """The folder in which a run is kept, or will be.
 
         A run that was done before this package knew some key is the same run wherever that key has its default.
 
@@ -233,7 +233,7 @@ class Runs:
         return exact
 
     def get(self, run: Run, progress: Progress = ignore) -> Outcome:
-        """A run's outcome: read, or trained now.
+        """Read a run's outcome, or train it now.
 
         Args:
             run: the run.
@@ -261,7 +261,7 @@ class Runs:
         return replace(Outcome.read(folder), run=run)
 
     def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
-        """The outcomes of many runs, one after the other, with a line for each on standard error.
+        """Get the outcomes of many runs, one after the other, and print a line for each on standard error.
 
         Args:
             runs: the runs.
@@ -298,7 +298,7 @@ class Runs:
         return outcomes
 
     def _train(self, run: Run, folder: Path, progress: Progress) -> str | None:
-        """Train a run in a process of its own; None where it ended well, else why it did not."""
+        """Train a run in a process of its own; return why it failed, or None."""
         folder.mkdir(parents=True, exist_ok=True)
         # The process works in the run's folder, where RecBole writes its logs.
         options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
@@ -352,7 +352,7 @@ class Runs:
 
 
 def _absolute(key: str, value: Any) -> Any:
-    """A path among the options that is meant from where we stand; any other value as it is."""
+    """An option that names a path as an absolute path, for a process in another folder; other values as they are."""
     named = isinstance(value, str) and (key == "data_path" or Path(value).is_file() or "/" in value)
     return str(Path(value).absolute()) if named and (key == "data_path" or Path(value).exists()) else value
 
@@ -372,7 +372,7 @@ def _score(outcome: Outcome) -> str:
 
 
 def _left(spent: list[tuple[Run, float]], todo: list[Run]) -> float:
-    """Seconds that the rest may take, by the runs of the same model and data set, or of the data set, or by all."""
+    """Estimate the seconds that are left, by runs of the same model and data set, or of the data set, or by all."""
     total = 0.0
     for run in todo if spent else ():
         alike = [seconds for done, seconds in spent if (done.model, done.dataset) == (run.model, run.dataset)]

@@ -35,7 +35,7 @@ Speed = dict[str, float]
 
 
 def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
-    """``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of many.
+    """Measure ``p50_s``, the median seconds of a call for one user, and ``users_per_second`` in calls of many.
 
     Many are 256, for language models 8. A call is encoding, scores of all items and the ten best, of histories of the
     test. The models take turns, so that a slow minute of the machine meets all of them: read the ratios. Their weights
@@ -89,7 +89,7 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
 
 
 def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
-    """A run's model on its device, and a batch of its test."""
+    """A run's model on its device with random weights, and a batch of its test."""
     batch = LANGUAGE_BATCH if issubclass(get_model(run.model), LanguageModelRecommender) else BATCH
     keys = {**machine_options, **run.options, "eval_batch_size": batch, "state": "ERROR", "show_progress": False}
     config = configure(run.model, run.dataset, config_dict=keys)
