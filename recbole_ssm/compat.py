@@ -1,7 +1,7 @@
-"""RecBole 1.2.1 on today's NumPy, pandas and PyTorch, and without what it gets wrong for everybody.
+"""Patches of RecBole 1.2.1: for today's NumPy, pandas and PyTorch, and for defects that every user of it meets.
 
-:func:`install` puts every patch in place, once, before anything of RecBole's is used. Each patch is one function that
-says what breaks without it, and has one test. What can be put right in a subclass of ours is put right there
+:func:`install` applies all of them, once, before anything of RecBole's is used. Each patch is one function, which says
+what breaks without it, and has one test. What a subclass of ours can put right is put right there
 (:mod:`recbole_ssm.config`, :mod:`recbole_ssm.data`, :mod:`recbole_ssm.trainer`), not here.
 """
 
@@ -56,24 +56,18 @@ def install() -> None:
 
 def restore_numpy_aliases() -> None:
     """RecBole's metrics and data set use np.float, np.object and others that NumPy 1.24 and 2.0 removed."""
-    aliases: dict[str, type] = {
-        "float": np.float64,
-        "float_": np.float64,
-        "complex": np.complex128,
-        "complex_": np.complex128,
+    aliases = {
+        np.float64: ("float", "float_"),
+        np.complex128: ("complex", "complex_"),
+        np.int_: ("int", "long"),
+        np.bool_: ("bool8",),
+        np.object_: ("object",),
+        np.str_: ("str", "unicode", "unicode_"),
     }
-    aliases |= {
-        "int": np.int_,
-        "long": np.int_,
-        "bool8": np.bool_,
-        "object": np.object_,
-        "str": np.str_,
-        "unicode": np.str_,
-    }
-    aliases |= {"unicode_": np.str_}
-    for name, target in aliases.items():
-        if name not in np.__dict__:
-            setattr(np, name, target)
+    for target, names in aliases.items():
+        for name in names:
+            if name not in np.__dict__:
+                setattr(np, name, target)
 
 
 def import_models_without_anomaly_detection() -> None:
@@ -96,7 +90,7 @@ def take_numpy_aliases_once() -> None:
 def measure_lists_row_by_row() -> None:
     """pandas 3 takes Series.agg(len) as the length of the series; RecBole means the length of each row's list.
 
-    There, ``len`` of a series gives the lengths of its rows within RecBole's data set modules.
+    So under pandas 3, ``len`` of a series gives the lengths of its rows in RecBole's data set modules.
     """
     import pandas as pd
 
@@ -132,14 +126,14 @@ def fill_missing_values_in_place() -> None:
 
 
 def never_unpickle_dataloaders() -> None:
-    """data_preparation unpickles ``<dataset>-for-<model>-dataloader.pth`` from the checkpoint folder at every run."""
+    """At every run data_preparation unpickles ``<dataset>-for-<model>-dataloader.pth`` from the checkpoint folder."""
     import recbole.data.utils
 
     def refuse(config: Any) -> None:
         name = f"{config['dataset']}-for-{config['model']}-dataloader.pth"
         path = os.path.join(config["checkpoint_dir"], name)
         if os.path.exists(path):
-            getLogger().warning(f"{path} is ignored: unpickling it could run any code; the splits are made anew")
+            getLogger().warning(f"{path} is ignored: unpickling it could run any code; the splits are made again")
 
     recbole.data.utils.load_split_dataloaders = refuse
 
@@ -167,8 +161,7 @@ def seed_exhaustive_search() -> None:
 def without_ray() -> Iterator[None]:
     """recbole.quick_start imports ray.tune for one call; its pinned ray fails to import beside current setuptools.
 
-    Empty stand-ins live just as long as that import. A ray that has been imported already is left as it is, and needs
-    none of the packages that its tune asks for.
+    Empty modules stand in for ray during that import only. A ray that has been imported before is left as it is.
     """
     ray, tune = types.ModuleType("ray"), types.ModuleType("ray.tune")
     ray.tune, tune.report = tune, lambda *args, **kwargs: None  # type: ignore[attr-defined]
