@@ -51,8 +51,8 @@ class Block(nn.Module):
         mixer: Mamba, Mamba2, Hydra, or a module with their ``forward`` (and ``step``).
         d_model: width of input and output.
         dropout: probability of every dropout.
-        residual: whether the input is added to the mixer's output. Mamba4Rec's published code leaves it out where the
-            model has one layer.
+        residual: whether the input is added to the mixer's output. Mamba4Rec's published code
+            leaves it out where the model has one layer.
     """
 
     def __init__(self, mixer: nn.Module, d_model: int, dropout: float, residual: bool) -> None:

@@ -15,9 +15,9 @@ DT_INIT = ("log_uniform", "zero_bias")
 def init_dt_bias(bias: Tensor, dt_init: str, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
     """Fill the bias that precedes the softplus of a step size, in place.
 
-    ``log_uniform`` is Mamba's own start: softplus(bias) is log-uniform in [dt_min, dt_max], 1e-4 at least.
-    ``zero_bias`` starts every step size near softplus(0) = 0.69; Mamba4Rec's published code arrives there by zeroing
-    all biases.
+    ``log_uniform`` is Mamba's own start: softplus(bias) is log-uniform in [dt_min, dt_max],
+    1e-4 at least. ``zero_bias`` starts every step size near softplus(0) = 0.69; Mamba4Rec's
+    published code arrives there by zeroing all biases.
 
     Raises:
         UserError: ``dt_init`` is neither.

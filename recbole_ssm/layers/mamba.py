@@ -81,7 +81,8 @@ class Mamba(nn.Module):
         """Mix whole sequences.
 
         Args:
-            u: ``[B, L, d_model]``, or a packed batch ``[1, total, d_model]`` with ``cu_seqlens``.
+            u: ``[B, L, d_model]``, or a packed batch ``[1, total, d_model]`` with
+                ``cu_seqlens``.
             state: what came before, None for nothing.
             cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
             last_only: return the last position of each sequence alone, exactly and for less.

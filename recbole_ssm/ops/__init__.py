@@ -1,6 +1,9 @@
-"""The mathematics: pure functions of tensors, several backends behind each.
+"""The mathematics: pure functions of tensors, with several backends behind each.
 
-Glossary, for the whole package. A tensor's name carries its dimensions where that helps: ``x_BLD`` is ``[B, L, D]``.
+:mod:`recbole_ssm.ops.table` declares each op in a row, and says how one is added.
+
+Glossary, for the whole package. A tensor's name carries its dimensions where that helps:
+``x_BLD`` is ``[B, L, D]``.
 
     B  batch             S  packed sequences    L  length            D  inner channels    K  convolution width
     N  state size        H  heads               P  head dimension    G  groups of heads   V  items
@@ -8,9 +11,10 @@ Glossary, for the whole package. A tensor's name carries its dimensions where th
     x  input of a mixer  dt step size, > 0      A  decay rate, < 0   B, C  maps into and out of the state
     D  skip weight       z  gate                h  the state
 
-A state goes in and comes out, so a sequence may be cut anywhere. A packed batch is ``[1, total, ...]`` with
-``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in float64; half precision in float32, but for the
-convolutions, which keep it, and the GPU's kernels, which read it and compute in float32.
+A state goes in and comes out, so a sequence may be cut anywhere. A packed batch is
+``[1, total, ...]`` with ``cu_seqlens`` (:mod:`recbole_ssm.ops.packing`). float64 is computed in
+float64; half precision in float32, but for the convolutions, which keep it, and the GPU's
+kernels, which read it and compute in float32.
 """
 
 from recbole_ssm.ops import backend, native, selftest, triton  # noqa: F401  the backends register their kernels

@@ -1,12 +1,12 @@
 """Which implementation of an op runs: one registry, one choice, one line in the log.
 
-An op is a public function that checks its arguments and calls the implementation that :func:`dispatch` picks.
-A backend is a set of implementations; it takes part as soon as its module registers them, so that a native or
-a GPU backend drops in without a change to ops, layers or models.
+An op is a public function that checks its arguments and calls the implementation that
+:func:`dispatch` picks. A backend is a set of implementations, which its module registers.
 
-The compiled ones, native and cuda, prove themselves where they run: before an op's first use on a kind of device a
-small example of it is held against the reference (:mod:`recbole_ssm.ops.selftest`), values and gradients. What is
-wrong, or fails, is switched off with a warning, and the next in order takes its place.
+The compiled backends, native and cuda, prove themselves where they run: before an op's first
+use on a kind of device, values and gradients of a small example are compared with the reference
+(:mod:`recbole_ssm.ops.selftest`). An implementation that is wrong, or fails, is switched off
+with a warning, and the next in order takes its place.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ class Implementation(NamedTuple):
     """One way to compute an op."""
 
     function: Callable[..., Any]
-    name: str  # of the backend, or of the library that a backend stands on
+    name: str
+    """Of the backend, or of the library that the backend stands on."""
 
 
-_implementations: dict[tuple[str, str], list[Implementation]] = {}  # (op, backend) -> the best first
+_implementations: dict[tuple[str, str], list[Implementation]] = {}
+"""By op and backend; the first of each is used."""
 _requirements: dict[str, Callable[[], str]] = {}
 _lacks: dict[str, str] = {}
 _selected = "auto"
 _forced = threading.local()
 _tested: set[tuple[str, str, str]] = set()
 self_test: Callable[[str, Callable[..., Any], torch.device], str] | None = None
-"""Says what is wrong with an implementation on a device, "" for nothing; :mod:`recbole_ssm.ops` puts it here."""
+"""Returns what is wrong with an implementation on a device, "" for nothing; set by :mod:`recbole_ssm.ops`."""
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
 _forked = False
 
@@ -58,7 +60,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def implements(op: str, backend: str, name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as an implementation of ``op`` in ``backend``, behind those there are."""
+    """Register the decorated function as an implementation of ``op`` in ``backend``.
+
+    It is used where those that were registered before it are switched off.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _implementations.setdefault((op, backend), []).append(Implementation(function, name or backend))
@@ -68,19 +73,19 @@ def implements(op: str, backend: str, name: str = "") -> Callable[[Callable[...,
 
 
 def requires(backend: str, why_not: Callable[[], str]) -> None:
-    """Let ``why_not`` say what a backend lacks on this machine, "" for nothing; it is asked when first needed."""
+    """Let ``why_not`` return what a backend lacks on this machine, "" for nothing; it is called once, when needed."""
     _requirements[backend] = why_not
 
 
 def lacks(backend: str) -> str:
-    """What the backend needs and this machine has not, "" for nothing; found out once."""
+    """What the backend needs and this machine does not have; "" for nothing."""
     if backend not in _lacks:
         _lacks[backend] = _requirements[backend]() if backend in _requirements else ""
     return _lacks[backend]
 
 
 def implementations(op: str, backend: str) -> list[Implementation]:
-    """Those that are not switched off, the best first."""
+    """The implementations that are not switched off, in the order of preference."""
     return [] if lacks(backend) else list(_implementations.get((op, backend), ()))
 
 
@@ -91,7 +96,7 @@ def available_backends(op: str | None = None) -> list[str]:
 
 
 def switch_off(op: str, backend: str, why: str) -> None:
-    """Take the first implementation of ``op`` in ``backend`` out of every following choice, in this process."""
+    """Use the first implementation of ``op`` in ``backend`` no more, in this process."""
     global _selected
     name = _implementations[op, backend].pop(0).name
     rest = [i.name for i in _implementations[op, backend]] or ["torch"]
@@ -135,7 +140,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def force(function: Callable[..., Any]) -> Iterator[None]:
-    """Let :func:`dispatch` return ``function`` in this thread alone: how a self-test calls it."""
+    """Let :func:`dispatch` return ``function`` in this thread, so that a self-test can call it."""
     _forced.function = function
     try:
         yield
@@ -151,10 +156,11 @@ def automatic() -> bool:
 def _order(x: torch.Tensor) -> tuple[list[str], str]:
     """The backends that may compute a tensor like ``x``, the first choice first, and why."""
     kind = f"{x.dtype} on {x.device.type}"
+    # Triton's interpreter runs on the CPU, so there cuda is taken where it is asked for.
     fits = {
         "native": x.dtype == torch.float32 and x.device.type == "cpu",
         "cuda": x.dtype in (torch.float32, *HALF) and (x.is_cuda or _selected == "cuda"),
-    }  # told to, cuda takes what is on the CPU too: Triton's interpreter does
+    }
     if _selected in COMPILED:
         if fits[_selected]:
             return [_selected, "torch"], f"ssm_backend: {_selected}"
@@ -189,10 +195,11 @@ def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
 
 def _test(op: str, backend: str, device: torch.device) -> None:
-    """Switch off what fails, until an implementation passes.
+    """Test the implementations in order, and switch off those that fail, until one passes.
 
-    A forked child trusts its parent: autograd does not run in it. While a CUDA graph is captured nothing else may run.
-    Triton's interpreter would take seconds, and is there for tests.
+    Nothing is tested in a forked child, where autograd does not run; while a CUDA graph is
+    captured, when nothing else may run; and in Triton's interpreter, which is for tests and
+    would take seconds.
     """
     interpreted = backend == "cuda" and device.type == "cpu"
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -3,7 +3,8 @@
     causal:   y_t = act( b + sum_k w_k x_{t-K+1+k} )         w_{K-1} meets the present
     centred:  y_t = act( b + sum_k w_k x_{t-K//2+k} )        odd K; w_{K//2} meets the present
 
-Inputs before the first and after the last position of a sequence are zero, or come from the carried state.
+Inputs before the first and after the last position of a sequence are zero, or come from the
+carried state.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def causal_conv1d(
         weight_DK: filter taps ``[D, K]``, oldest first.
         bias_D: ``[D]`` or None.
         activation: ``"silu"`` or None.
-        state_BDK: the last K inputs of what came before ``[B, D, K]`` (packed: ``[S, D, K]``), newest last; None for
-            zeros. The oldest of the K is never read again; it is carried so that a step is one shift and one product.
+        state_BDK: the last K inputs of what came before ``[B, D, K]`` (packed: ``[S, D, K]``),
+            newest last; None for zeros. The oldest of the K is never read again; it is carried
+            so that a step is one shift and one product.
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
 
     Returns:
@@ -68,7 +70,8 @@ def centered_conv1d(
         y ``[B, L, D]``.
 
     Raises:
-        ValueError: K is even, a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
+        ValueError: K is even, a shape or ``cu_seqlens`` does not fit, or the activation is
+            unknown.
     """
     tensors = (x_BLD, weight_DK, bias_D, cu_seqlens)
     taps = check("centered_conv1d", *tensors)["K"]
@@ -116,7 +119,7 @@ def _causal_reference(
         y = _window_sum(seen[:, 1:], weight, bias) if L else x_BLD
         return _activate(y, activation), seen[:, -K:].transpose(1, 2)
 
-    return one(x, state_BDK) if cu_seqlens is None else map_sequences(one, (x,), state_BDK, cu_seqlens)
+    return map_sequences(one, (x,), state_BDK, cu_seqlens)
 
 
 @implements("centered_conv1d", "reference")
@@ -128,7 +131,7 @@ def _centered_reference(
         y = _window_sum(F.pad(x_BLD, (0, 0, half, half)), weight, bias) if x_BLD.shape[1] else x_BLD
         return _activate(y, activation), None
 
-    return (one(x, None) if cu_seqlens is None else map_sequences(one, (x,), None, cu_seqlens))[0]
+    return map_sequences(one, (x,), None, cu_seqlens)[0]
 
 
 # --- torch: one multiply-add a tap, over blocks of positions that stay in the cache ---
@@ -139,8 +142,9 @@ BLOCK = 1 << 17  # elements of x that are worked on at once
 class _WindowSum(torch.autograd.Function):
     """y_t = b + sum_k w_k x_{t+k} for every window within x ``[T, D]``, as K multiply-adds of shifted slices.
 
-    torch.conv1d with groups=D runs one tiny convolution a channel and is several times slower on a CPU. The backward
-    is written out, because autograd would keep K copies of x and write K gradients of its size.
+    torch.conv1d with groups=D runs one tiny convolution a channel and is several times slower
+    on a CPU. The backward is written out, because autograd would keep K copies of x and write K
+    gradients of its size.
     """
 
     @staticmethod
@@ -180,8 +184,8 @@ def _blocks(x_TD: Tensor) -> Iterator[tuple[int, int]]:
 def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, cu_seqlens: Tensor | None) -> Tensor:
     """Taps around each position, ``lead`` of them before it.
 
-    All sequences are laid end to end with zeros between them, as many as a window reaches over a bound: one convolution
-    of that row is right everywhere, and no position needs a mask.
+    All sequences are laid end to end with zeros between them, as many as a window reaches over
+    a bound: one convolution of that row is right everywhere, and no position needs a mask.
     """
     B, L, D = x_BLD.shape
     K = weight.shape[1]

@@ -1,9 +1,10 @@
-"""Dropout: y = x / (1 - p) where an element stays, 0 where it is dropped with probability p.
+"""Dropout: y = 0 with probability p, else x / (1 - p).
 
-torch's own draws its mask on a CPU one element after the other and keeps it for the backward, which is a quarter of a
-training step. The native backend draws one seed from torch's generator for each call; whether an element stays is a
-hash of the seed and its place, computed again in the backward. So a run is as reproducible, and resumable from torch's
-generator state, as with torch's dropout, and the mask depends neither on threads nor on the instruction set.
+On a CPU torch draws its mask one element after the other and keeps it for the backward, which is
+a quarter of a training step. The native backend draws one seed from torch's generator for each
+call; whether an element stays is a hash of the seed and its place, computed again in the
+backward. So a run can be repeated, and resumed from the state of torch's generator, as with
+torch's dropout; and the mask depends neither on threads nor on the instruction set.
 """
 
 from __future__ import annotations
@@ -35,5 +36,5 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 @implements("dropout", "reference")
 @implements("dropout", "torch")
 def torch_dropout(x: Tensor, p: float) -> Tensor:
-    """:func:`dropout` by torch's generator alone."""
+    """:func:`dropout` by torch's generator."""
     return F.dropout(x, p)

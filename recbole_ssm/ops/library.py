@@ -34,7 +34,7 @@ class Namespace:
         self._library = torch.library.Library(name, "DEF")
 
     def define(self, schema: str, function: Any, fake: Any) -> Any:
-        """Make an operator; ``fake`` returns its outputs with their shapes alone."""
+        """Make an operator; ``fake`` returns outputs of the right shapes, not computed."""
         name = schema.partition("(")[0]
         self._library.define(schema)
         for device in self._devices:
@@ -45,7 +45,8 @@ class Namespace:
     def differentiate(self, operator: Any, backward_operator: Any, backward: Any, setup: Any) -> None:
         """Give an operator its gradient; a second derivative is an error (PyTorch would warn and return zeros).
 
-        ``backward_operator`` is the operator that ``backward`` calls, None where it calls the first one again.
+        ``backward_operator`` is the operator that ``backward`` calls, None where it calls the
+        first one again.
         """
 
         def refuse(ctx: Any, *gradients: Any) -> None:
@@ -88,8 +89,8 @@ def whole(t: Tensor | None) -> Tensor | None:
 def laid_out(name: str, letters: str, t: Tensor | None) -> Values:
     """A tensor as kernels read it.
 
-    A tensor ``[B, L, ...]`` lies as it may as long as its rows (b, t) are contiguous and evenly spaced; ``s<name>`` is
-    the stride between them. All others are contiguous.
+    A tensor ``[B, L, ...]`` lies as it may as long as its rows (b, t) are contiguous and evenly
+    spaced; ``s<name>`` is the stride between them. All others are contiguous.
     """
     if not letters.startswith("BL"):
         return {name: whole(t)}
@@ -164,20 +165,23 @@ def contiguous_like(t: Tensor) -> Tensor:
 class Operator:
     """A row of the table as an operator with a backward, around the kernels of one backend.
 
-    The operator takes the arguments of the row and, where the forward keeps something for the backward, ``keep``. It
-    returns the outputs of the row and what is kept. The backward's operator takes the gradients of the outputs, what
-    was kept and the arguments, and returns the gradients of all tensors of floating-point numbers. An operator returns
-    tensors alone: an empty one stands for None.
+    The operator takes the arguments of the row and, where the forward keeps something for the
+    backward, ``keep``. It returns the outputs of the row and what is kept. The backward's
+    operator takes the gradients of the outputs, what was kept and the arguments, and returns
+    the gradients of all tensors of floating-point numbers. An operator can only return tensors,
+    so an empty one stands for None.
 
-    Both functions take one dictionary, ``values``: the sizes by their letters (but not B, which is a tensor to kernels)
-    and ``rows``, B times L; the options; and the tensors as :func:`laid_out` gives them, by :func:`kernel_name`.
+    Both functions take one dictionary, ``values``: the sizes by their letters (but not B, which
+    is a tensor to kernels) and ``rows``, B times L; the options; and the tensors as
+    :func:`laid_out` gives them, by :func:`kernel_name`.
 
     Args:
         namespace: of the backend.
         op: name of the row.
-        forward: writes the outputs and what is kept, which ``values`` holds too; None for what is not wanted.
-        backward: reads ``gy``, ``gfinal`` and what was kept from ``values`` too, and returns a dictionary in which
-            ``gx`` is the gradient of ``x``.
+        forward: writes the outputs and what is kept, which ``values`` holds too; None for what
+            is not wanted.
+        backward: reads ``gy``, ``gfinal`` and what was kept from ``values`` too, and returns a
+            dictionary in which ``gx`` is the gradient of ``x``.
         kept: names of what the forward keeps, and their shapes as functions of the sizes.
     """
 
@@ -242,12 +246,14 @@ class Operator:
 
     def _empty(self, x: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Tensor, ...]:
         """Memory for all that the operator returns."""
-        like_x = [output.name for output in self._op.outputs if not output.dtype]
-        return tuple(x.new_empty(shapes[n], dtype=x.dtype if n in like_x else torch.float32) for n in shapes)
+        wide = {*self._kept, *[output.name for output in self._op.outputs if output.dtype]}
+        return tuple(
+            x.new_empty(shape, dtype=torch.float32 if name in wide else x.dtype) for name, shape in shapes.items()
+        )
 
     def _fake(self, *arguments: Any) -> Any:
-        sizes, given = self._check(arguments)
-        outputs = self._empty(arguments[0], self._shapes(sizes, given, bool(self._kept) and arguments[-1]))
+        keep = bool(self._kept) and arguments[-1]
+        outputs = self._empty(arguments[0], self._shapes(*self._check(arguments), keep))
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _forward(self, *arguments: Any) -> Any:
@@ -275,14 +281,16 @@ class Operator:
             if name in self._kept:
                 # an exported program may run backward although its forward was traced without gradients
                 if tuple(t.shape) != shape:
-                    message = "the forward kept no states for a backward; run or export it with gradients enabled"
-                    raise ValueError(f"{self._op.name}: {message}")
+                    raise ValueError(
+                        f"{self._op.name}: the forward kept no states for a backward; "
+                        "run or export it with gradients enabled"
+                    )
                 values[name] = t
             else:
                 if t is not None and tuple(t.shape) != shape:
                     raise ValueError(f"{self._op.name}: g{name} must have shape {list(shape)}, got {list(t.shape)}")
-                letters = next(output.letters for output in self._op.outputs if output.name == name)
-                values |= laid_out(f"g{name}", letters, t)
+                letters = {output.name: output.letters for output in self._op.outputs}
+                values |= laid_out(f"g{name}", letters[name], t)
         if not given.get("return_state", True):
             values["gfinal"] = None
         found = self._run_backward(values)

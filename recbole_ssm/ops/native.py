@@ -1,10 +1,12 @@
 """The ``native`` backend: C++ kernels for float32 on the CPU, one library for every version of Python and PyTorch.
 
-The library has a C interface and is loaded by ctypes (``recbole_ssm/csrc``, built by ``setup.py``). Each op is a
-``torch.library`` operator with autograd and a fake kernel, so ``torch.compile`` and ``torch.export`` see through it.
-Where the library is missing, or a tensor is not float32, PyTorch's own operations take its place.
+The library has a C interface and is loaded by ctypes (``recbole_ssm/csrc``, built by
+``setup.py``). Each op is a ``torch.library`` operator with autograd and a fake kernel, so
+``torch.compile`` and ``torch.export`` see through it. Where the library is missing, or a tensor
+is not float32, PyTorch's own operations take its place.
 
-Results are the same, bit for bit, for any number of threads; they differ in the last digits between instruction sets.
+Results are the same, bit for bit, for any number of threads; they differ in the last digits
+between instruction sets.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ LIBRARY = Path(__file__).parent.parent / "_native.so"
 def _structure(op: str, options: str = "", kept: str = "", backward: bool = True) -> type[ctypes.Structure]:
     """The structure that a kernel reads, from the row of an op.
 
-    Sizes come first, then options, what the forward reads and writes, and what the backward reads and writes.
+    Sizes come first, then options, what the forward reads and writes, and what the backward
+    reads and writes.
 
     Args:
         op: name of the row.
-        options: members between the sizes and the tensors, separated by blanks; a tilde marks a double.
+        options: members between the sizes and the tensors, separated by blanks; a tilde marks a
+            double.
         kept: what the forward keeps for the backward.
         backward: whether there is one.
     """
@@ -145,8 +149,10 @@ def _run(name: str, backward: bool, values: Values, refusal: Exception | None = 
     Args:
         name: of the kernel.
         backward: whether its backward is run.
-        values: members of its structure, and perhaps more; they hold the tensors until it returns.
-        refusal: the error that stands for wrong values in them, where those are not wrong bounds.
+        values: members of its structure, and perhaps more; they hold the tensors until it
+            returns.
+        refusal: the error that stands for wrong values in them, where those are not wrong
+            bounds.
     """
     if name not in _kernels:  # an exported program on a machine that has not built them
         raise RuntimeError(f"{name}: the native kernels are not usable here: {unusable}")
@@ -200,9 +206,9 @@ def _states(letters: str) -> Shape:
 def _with_gradients(op: str, values: Values, doubles: str) -> Values:
     """Values with memory for the gradients of all tensors, in float64 for those that the kernel sums in double."""
     for t in stored(op).tensors:
-        given = values[kernel_name(t.name)]
+        name, given = kernel_name(t.name), values[kernel_name(t.name)]
         dtype = torch.float64 if t.name in doubles.split() else torch.float32
-        values[f"g{kernel_name(t.name)}"] = None if given is None else given.new_empty(given.shape, dtype=dtype)
+        values[f"g{name}"] = None if given is None else given.new_empty(given.shape, dtype=dtype)
     return values
 
 

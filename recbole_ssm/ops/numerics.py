@@ -14,7 +14,8 @@ from torch import Tensor
 def at_least_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let an implementation compute in float32, or in float64 where a tensor has it, and return y in the dtype of x.
 
-    A state in half precision would forget, so what comes back beside y stays as wide as it was computed.
+    A state in half precision would forget, so what comes back beside y stays as wide as it was
+    computed.
     """
 
     @functools.wraps(function)
@@ -54,7 +55,8 @@ def step_size(op: str, dt: Tensor, bias: Tensor | None, softplus: bool) -> Tenso
 def floor_of_exponent(dtype: torch.dtype) -> float:
     """The exponent below which a decay is as good as zero.
 
-    The result of exp would underflow there, and exp takes a path ten times slower where it does.
+    The result of exp would underflow there, and exp takes a path ten times slower where it
+    does.
     """
     return -700.0 if dtype == torch.float64 else -80.0
 

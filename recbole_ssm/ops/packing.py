@@ -1,7 +1,7 @@
 """Packed batches: sequences laid end to end in ``[1, total, ...]``, with their bounds in ``cu_seqlens``.
 
-``cu_seqlens`` is an int64 tensor ``[S + 1]`` that starts with 0, never falls and ends with ``total``; sequence s is
-``[cu_seqlens[s], cu_seqlens[s + 1])``. State never crosses a bound.
+``cu_seqlens`` is an int64 tensor ``[S + 1]`` that starts with 0, never falls and ends with
+``total``; sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``. State never crosses a bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def cu_seqlens_of(lengths_S: Tensor) -> Tensor:
 def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int, read: bool = True) -> int:
     """Number of sequences in ``[batch, total, ...]``: its rows, or what ``cu_seqlens`` bounds.
 
-    The values of ``cu_seqlens`` are checked where ``read`` is true and they are on the CPU. On a GPU they are taken as
+    The values of ``cu_seqlens`` are checked where ``read`` is true and they are on the CPU. On
+    a GPU they are taken as
     they are: to read them the CPU would have to wait, and no CUDA graph could be captured.
 
     Raises:
@@ -56,11 +57,18 @@ def last_of(x_1L: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return last.masked_fill(empty, 0.0)
 
 
+def at_every_position(x_S: Tensor, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """What each sequence has one of ``[S, ...]``, at each of its positions: ``[B, L, ...]``."""
+    if cu_seqlens is not None:
+        return x_S.repeat_interleave(cu_seqlens.diff(), 0)[None]
+    return x_S[:, None].expand(-1, length, *x_S.shape[1:])
+
+
 def segment_sum_after(x_LD: Tensor, cu_seqlens: Tensor) -> Tensor:
     """For each packed position, the sum of x over the later positions of its sequence, ``[total, D]``.
 
-    Taken as a difference of running sums of the whole batch, and so in float64: in float32 the sum of a hundred
-    thousand tokens would swallow the digits of one sequence.
+    Taken as a difference of running sums of the whole batch, and so in float64: in float32 the
+    sum of a hundred thousand tokens would swallow the digits of one sequence.
     """
     running = x_LD.double().cumsum(0)
     lengths = cu_seqlens.diff()
@@ -69,18 +77,21 @@ def segment_sum_after(x_LD: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 class Bucket(NamedTuple):
-    """Sequences of near lengths, as a padded batch."""
+    """Sequences of similar lengths, as a padded batch."""
 
-    rows_b: Tensor  # which sequences these are
-    index_bl: Tensor  # packed index of each cell; 0 at pads
-    mask_bl: Tensor  # False at pads
+    rows_b: Tensor
+    """The numbers of the sequences."""
+    index_bl: Tensor
+    """The packed index of each cell; 0 at pads."""
+    mask_bl: Tensor
+    """False at pads."""
 
 
 def buckets(cu_seqlens: Tensor) -> list[Bucket]:
     """Group the non-empty sequences so that each group, padded to its longest, wastes little.
 
-    Lengths within a factor of the square root of two share a bucket; where padding everything together costs less
-    than a quarter of the cells, one bucket saves the calls.
+    Lengths within a factor of the square root of two share a bucket; where padding everything
+    together costs less than a quarter of the cells, one bucket saves the calls.
     """
     lengths = cu_seqlens.diff()
     filled = torch.nonzero(lengths).squeeze(1)
@@ -88,7 +99,8 @@ def buckets(cu_seqlens: Tensor) -> list[Bucket]:
     if filled.numel() * longest * 3 <= total * 4:
         groups = [filled]
     else:
-        size = (2 * lengths[filled].double().log2()).ceil().long().clamp(min=6)  # below 8 tokens the calls cost more
+        # below 8 tokens the calls cost more than the padding
+        size = (2 * lengths[filled].double().log2()).ceil().long().clamp(min=6)
         groups = [filled[size == value] for value in size.unique()]
     result = []
     for rows in groups:
@@ -103,18 +115,24 @@ def map_padded(
     packed: tuple[Tensor, ...],
     dt_packed: tuple[Tensor, ...],
     state: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Any]:
     """Run ``function(*padded, *dt_padded, state) -> (y, state)`` over padded groups of a packed batch.
 
+    Without ``cu_seqlens`` the batch is a padded one, and is one group.
+
     Args:
         packed: tensors ``[1, total, ...]``; their pads hold values of some real token.
-        dt_packed: step sizes ``[1, total, ...]``; their pads are 0, which silences a pad: decay 1, input 0.
+        dt_packed: step sizes ``[1, total, ...]``; their pads are 0, which silences a pad: decay
+            1, input 0.
         state: initial states ``[S, ...]``, or None for zeros.
 
     Returns:
-        y ``[1, total, ...]`` and the final states ``[S, ...]`` (None where ``function`` gives none).
+        y ``[1, total, ...]`` and the final states ``[S, ...]`` (None where ``function`` gives
+        none).
     """
+    if cu_seqlens is None:
+        return function(*packed, *dt_packed, state)
     count = cu_seqlens.numel() - 1
     total = packed[0].shape[1]
     if count * int(cu_seqlens[1]) == total and bool((cu_seqlens.diff() == cu_seqlens[1]).all()):
@@ -145,9 +163,14 @@ def map_sequences(
     function: Callable[..., tuple[Tensor, Any]],
     packed: tuple[Tensor, ...],
     state: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """Run ``function(*sequence, state) -> (y, state)`` on one sequence after another: a packed call in plain form."""
+    """Run ``function(*sequence, state) -> (y, state)`` on one packed sequence after another.
+
+    Without ``cu_seqlens`` all rows of the padded batch are run at once.
+    """
+    if cu_seqlens is None:
+        return function(*packed, state)
     ys, finals = [], []
     for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
         y, final = function(*[t[:, begin:end] for t in packed], None if state is None else state[s : s + 1])

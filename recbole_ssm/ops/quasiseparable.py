@@ -2,9 +2,10 @@
 
     y = shift(SS(x)) + flip(shift(SS(flip(x))))
 
-SS is :func:`recbole_ssm.ops.ssd`; shift moves every row one place along time and puts a zero row first. So row t sees
-what a forward scan knew at t - 1 and what a backward scan knew at t + 1: the strictly lower and the strictly upper
-part of one matrix. The diagonal is free, and the layer adds it.
+SS is :func:`recbole_ssm.ops.ssd`; shift moves every row one place along time and puts a zero
+row first. So row t sees what a forward scan knew at t - 1 and what a backward scan knew at t +
+1: the strictly lower and the strictly upper part of one matrix. The diagonal is free, and the
+layer adds it.
 """
 
 from __future__ import annotations
@@ -37,20 +38,21 @@ def quasiseparable(
     """Strictly lower plus strictly upper part of a quasiseparable matrix, applied to x.
 
     Args:
-        x_BLHP: input ``[B, L, H, P]``, right-padded where ``lengths_B`` says so, or a packed batch ``[1, total, H, P]``
-            with ``cu_seqlens``.
+        x_BLHP: input ``[B, L, H, P]``, right-padded where ``lengths_B`` says so, or a packed
+            batch ``[1, total, H, P]`` with ``cu_seqlens``.
         dt_fwd, dt_bwd: positive step sizes of either direction ``[B, L, H]``.
         A_H: ``[H]``, negative, shared by both directions.
         B_fwd, C_fwd, B_bwd, C_bwd: input and output maps ``[B, L, G, N]``.
-        lengths_B: real length of each row ``[B]``, or None for full rows. Positions behind it influence nothing, and
-            their own y is zero.
+        lengths_B: real length of each row ``[B]``, or None for full rows. Positions behind it
+            influence nothing, and their own y is zero.
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
 
     Returns:
         y ``[B, L, H, P]`` in the dtype of x.
 
     Raises:
-        ValueError: a shape, ``lengths_B`` or ``cu_seqlens`` does not fit, or both of the latter are given.
+        ValueError: a shape, ``lengths_B`` or ``cu_seqlens`` does not fit, or both of the latter
+            are given.
     """
     op = "quasiseparable"
     maps = (A_H, B_fwd, C_fwd, B_bwd, C_bwd)
@@ -97,7 +99,7 @@ def _reference(
         return _shift(forward) + _shift(backward).flip(1), None
 
     arguments = (x, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
-    return (one(*arguments) if cu_seqlens is None else map_sequences(one, arguments, None, cu_seqlens))[0]
+    return map_sequences(one, arguments, None, cu_seqlens)[0]
 
 
 # --- torch: one matrix for both directions, or two chunked scans where that grows too large ---
@@ -147,8 +149,6 @@ def torch_quasiseparable(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """:func:`quasiseparable` on any device and in any precision."""
-    if cu_seqlens is None:
-        return _padded(A, x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd)
 
     def padded(*tensors_and_state: Tensor) -> tuple[Tensor, None]:
         return _padded(A, *tensors_and_state[:-1]), None

@@ -6,6 +6,7 @@ y_t = C_t h_t + D x_t,    then  y_t * SiLU(z_t)   where a gate z is given
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.numerics import at_least_float32, decay_of, floor_of_exponent, step_size
-from recbole_ssm.ops.packing import last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.packing import at_every_position, last_of, map_padded, map_sequences, segment_sum_after
 from recbole_ssm.ops.table import check
 
 
@@ -38,16 +39,18 @@ def selective_scan(
 
     Args:
         x_BLD: input ``[B, L, D]``, or a packed batch ``[1, total, D]`` with ``cu_seqlens``.
-        dt_BLD: step sizes; positive, once ``dt_bias`` ``[D]`` is added and, if ``dt_softplus``, softplus applied.
+        dt_BLD: step sizes; positive, once ``dt_bias`` ``[D]`` is added and, if ``dt_softplus``,
+            softplus applied.
         A_DN: ``[D, N]``, negative.
         B_BLN, C_BLN: input and output maps ``[B, L, N]``.
         D_D: skip weights ``[D]`` or None.
         z_BLD: gate, applied by SiLU, or None.
         state_BDN: initial state ``[B, D, N]`` (packed: ``[S, D, N]``) or None for zeros.
-        cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts anew at each.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts again at each.
 
     Returns:
-        y ``[B, L, D]`` in the dtype of x, and the final state, shaped as ``state_BDN``, in float32 or wider.
+        y ``[B, L, D]`` in the dtype of x, and the final state, shaped as ``state_BDN``, in
+        float32 or wider.
 
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit.
@@ -71,10 +74,11 @@ def selective_scan_last(
     dt_softplus: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """y of :func:`selective_scan` at the last position of each sequence alone, exactly and for less.
+    """y of :func:`selective_scan` at the last position of each sequence only, exactly and for less.
 
-    With T_t the sum of dt up to t, y_last = C sum_s exp(A (T_last - T_s)) dt_s B_s x_s: no recurrence, and C, D and z
-    are needed at one position. Arguments are those of :func:`selective_scan`, but for C ``[S, N]`` and z ``[S, D]``.
+    With T_t the sum of dt up to t, y_last = C sum_s exp(A (T_last - T_s)) dt_s B_s x_s: no
+    recurrence, and C, D and z are needed at one position. Arguments are those of
+    :func:`selective_scan`, but for C ``[S, N]`` and z ``[S, D]``.
 
     Returns:
         ``[S, D]`` (S = B for a padded batch); zeros for an empty packed sequence.
@@ -94,8 +98,8 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     return y if z is None else y * F.silu(z)
 
 
-def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
-    """An implementation of ``selective_scan`` from its recurrence alone; a compiled one fuses what is added here."""
+def _scan(recurrence: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation of either op from a recurrence on step sizes as they are."""
 
     @at_least_float32
     def scan(
@@ -107,36 +111,11 @@ def _around(recurrence: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tupl
         D: Tensor | None,
         z: Tensor | None,
         dt_bias: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dt_softplus: bool,
-    ) -> tuple[Tensor, Any]:
+        *rest: Any,
+    ) -> Any:
+        *state_and_bounds, dt_softplus = rest
         dt = step_size("selective_scan", dt, dt_bias, dt_softplus)
-        y, final = recurrence(x, dt, A, B, C, state, cu_seqlens)
-        return _skip_and_gate(y, x, D, z), final
-
-    return scan
-
-
-def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As :func:`_around`, for ``selective_scan_last``."""
-
-    @at_least_float32
-    def scan(
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dt_softplus: bool,
-    ) -> Tensor:
-        dt = step_size("selective_scan_last", dt, dt_bias, dt_softplus)
-        y = recurrence(x, dt, A, B, C, cu_seqlens)
-        return _skip_and_gate(y, last_of(x, cu_seqlens), D, z)
+        return recurrence(x, dt, A, B, C, D, z, *state_and_bounds)
 
     return scan
 
@@ -144,32 +123,49 @@ def _around_last(recurrence: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # --- reference: the recurrence as it is written ---
 
 
+@implements("selective_scan", "reference")
+@_scan
 def _reference(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     def one(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         h = x.new_zeros(x.shape[0], *A.shape) if state is None else state
         ys = []
         for t in range(x.shape[1]):
-            h = torch.exp(dt[:, t, :, None] * A) * h + dt[:, t, :, None] * B[:, t, None] * x[:, t, :, None]
+            decay = torch.exp(dt[:, t, :, None] * A)
+            h = decay * h + dt[:, t, :, None] * B[:, t, None] * x[:, t, :, None]
             ys.append((h * C[:, t, None]).sum(-1))  # [B, D]
         return (torch.stack(ys, 1) if ys else x), h
 
-    if cu_seqlens is None:
-        return one(x, dt, B, C, state)
-    return map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+    y, final = map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+    return _skip_and_gate(y, x, D, z), final
 
 
-def _last_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    C_everywhere = C[:, None].expand(-1, x.shape[1], -1)
-    if cu_seqlens is not None:
-        C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
-    y, _ = _reference(x, dt, A, B, C_everywhere, None, cu_seqlens)
+@implements("selective_scan_last", "reference")
+def _last_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    C = at_every_position(C, x.shape[1], cu_seqlens)
+    z = None if z is None else at_every_position(z, x.shape[1], cu_seqlens)
+    y, _ = _reference(x, dt, A, B, C, D, z, dt_bias, None, cu_seqlens, dt_softplus)
     return last_of(y, cu_seqlens)
-
-
-implements("selective_scan", "reference")(_around(_reference))
-implements("selective_scan_last", "reference")(_around_last(_last_reference))
 
 
 # --- torch: a loop over time on tiles of rows whose state stays in the cache ---
@@ -181,9 +177,9 @@ CHUNK = 16  # steps whose states the backward holds at once
 class _Scan(torch.autograd.Function):
     """The recurrence on a padded batch, with its gradient written out.
 
-    The forward keeps the state at every CHUNK-th step; the backward recomputes those between, so that memory grows
-    with L / CHUNK and each pass works on one tile. States stand as ``[b, N, D]``: products with B and C then run
-    along contiguous channels.
+    The forward keeps the state at every CHUNK-th step; the backward recomputes those between,
+    so that memory grows with L / CHUNK and each pass works on one tile. States stand as ``[b,
+    N, D]``: products with B and C then run along contiguous channels.
     """
 
     @staticmethod
@@ -243,7 +239,8 @@ class _Scan(torch.autograd.Function):
 class _ScanLast(torch.autograd.Function):
     """y_last = C sum_s exp(A w_s) B_s v_s with w_s = T_last - T_s, v_s = dt_s x_s, summed over s.
 
-    One exponential an element and no recurrence; tiles of tokens stay in the cache, forward and backward.
+    One exponential an element and no recurrence; tiles of tokens stay in the cache, forward and
+    backward.
     """
 
     @staticmethod
@@ -288,13 +285,13 @@ def _tiles(batch: int, row_size: int) -> list[slice]:
 
 
 def _scan_padded(
-    x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A_ND: Tensor, state: Tensor | None
+    x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None, A_ND: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scan a padded batch; ``state`` and the final state are ``[B, N, D]``.
 
-    A loop over L steps starves on few rows. So a long and narrow batch is cut into pieces that run side by side: a
-    first scan finds what each piece adds to the state, a short loop carries the states over the pieces, and a second
-    scan starts each piece from its own.
+    A loop over L steps starves on few rows. So a long and narrow batch is cut into pieces that
+    run side by side: a first scan finds what each piece adds to the state, a short loop carries
+    the states over the pieces, and a second scan starts each piece from its own.
     """
     batch, L, D = x.shape
     h0 = x.new_zeros(batch, *A_ND.shape) if state is None else state
@@ -314,35 +311,47 @@ def _scan_padded(
     return y.reshape(batch, size * pieces, D)[:, :L], ends.reshape(batch, pieces, *A_ND.shape)[:, -1]
 
 
+@implements("selective_scan", "torch")
+@_scan
 def _torch(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     A_ND = A.t().contiguous()
     state_BND = None if state is None else state.transpose(1, 2).contiguous()
+    scan = functools.partial(_scan_padded, A_ND=A_ND)
+    y, final = map_padded(scan, (x, B, C), (dt,), state_BND, cu_seqlens)
+    return _skip_and_gate(y, x, D, z), final.transpose(1, 2)
 
-    def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _scan_padded(x, B, C, dt, A_ND, state)
 
+@implements("selective_scan_last", "torch")
+@_scan
+def _last_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    batch, L, _ = x.shape
     if cu_seqlens is None:
-        y, final = padded(x, B, C, dt, state_BND)
-    else:
-        y, final = map_padded(padded, (x, B, C), (dt,), state_BND, cu_seqlens)
-    return y, final.transpose(1, 2)
-
-
-def _last_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    batch, L, D = x.shape
-    if cu_seqlens is None:
-        w = dt.flip(1).cumsum(1).flip(1) - dt  # sum of the steps after s, [B, L, D]
+        # the sum of the steps after each
+        w = (dt.flip(1).cumsum(1).flip(1) - dt).flatten(0, 1)
         sequence = torch.arange(batch, device=x.device).repeat_interleave(L)
-        w = w.flatten(0, 1)
     else:
-        sequence = torch.arange(len(C), device=x.device).repeat_interleave(cu_seqlens.diff())
         w = segment_sum_after(dt[0], cu_seqlens)
+        sequence = torch.arange(len(C), device=x.device).repeat_interleave(cu_seqlens.diff())
     v, CB = (x * dt).flatten(0, 1), B.flatten(0, 1) * C[sequence]
-    y = _ScanLast.apply(v, w, A.t().contiguous(), CB)
-    return x.new_zeros(len(C), D).index_add(0, sequence, y)
-
-
-torch_scan = implements("selective_scan", "torch")(_around(_torch))
-torch_scan_last = implements("selective_scan_last", "torch")(_around_last(_last_torch))
+    terms = _ScanLast.apply(v, w, A.t().contiguous(), CB)
+    y = x.new_zeros(len(C), x.shape[2]).index_add(0, sequence, terms)
+    return _skip_and_gate(y, last_of(x, cu_seqlens), D, z)

@@ -1,7 +1,7 @@
 """Every usable backend against the float64 reference on this machine.
 
-:func:`why_wrong` is the quick test of one implementation before its first use; :func:`run` is what
-``recbole-ssm doctor --numerics`` shows.
+:func:`why_wrong` is the quick test of one implementation before its first use; :func:`run` is
+what ``recbole-ssm doctor --numerics`` shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
 
 TOLERANCE = 1e-4
-"""Of the largest entry: ten times what float32 leaves at these sizes, far below what any defect does."""
+"""Of the largest entry: ten times the rounding errors of float32 at these sizes, and far below any defect."""
 
 
 class Result(NamedTuple):
@@ -56,10 +56,14 @@ more_examples: dict[str, Callable[[torch.device, int], Example]] = {}
 
 
 def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> str:
-    """Hold an implementation against the reference on a small example, values and gradients; "" if it is right.
+    """Compare values and gradients of an implementation with the reference on a small example.
 
-    It runs in a thread of its own: what the caller has switched on (inference mode, autocast, a transform of
-    ``torch.func``, a default device) holds in its thread alone. torch's generator is left as it was.
+    It runs in a thread of its own, because what the caller may have switched on (inference
+    mode, autocast, a transform of ``torch.func``, a default device) holds in the caller's
+    thread only. torch's generator is left as it was.
+
+    Returns:
+        "" if it is right, else what is wrong.
     """
     found: list[str] = []
 
@@ -92,8 +96,9 @@ def run(device: str = "cpu") -> list[Result]:
     for op in examples:
         for backend in available_backends(op):
             interpreted = backend == "cuda" and device == "cpu"
+            # The native backend is for the CPU: elsewhere its op would run torch's code and be tested twice.
             if backend == "reference" or (backend == "native" and device != "cpu"):
-                continue  # there the torch backend takes the place of the native one
+                continue
             if interpreted and not INTERPRETED:
                 continue
             example, rounds = (small[op], 1) if interpreted else (examples[op], 3)
@@ -143,12 +148,12 @@ def _evaluate(
 
 
 def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
-    """An example of each op: sizes of this field's models, and lengths that cut every kernel's chunks."""
+    """An example of each op, in sizes of this field's models and lengths that end within a kernel's chunk."""
     D, N, H, G, P = 48, 32, 4, 2, 16
     phase = 0.0
 
     def r(*shape: int) -> Tensor:
-        """Numbers between -2 and 2 without a period, other ones at each call."""
+        """Numbers between -2 and 2 without a period, different ones at each call."""
         nonlocal phase
         phase += 0.7
         count = torch.Size(shape).numel()
@@ -163,20 +168,26 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         return lambda *tensors: op(*tensors, **keywords)[0]
 
     def last(op: Callable[..., Any], *at_last: int, **keywords: Any) -> Callable[..., Tensor]:
-        """The op with those of its arguments taken at the last position."""
+        """The op with the arguments of these indices taken at the last position."""
         return lambda *t: op(*[v[:, -1] if i in at_last else v for i, v in enumerate(t)], **keywords)
 
     def expected_of_dropout(x: Tensor) -> Tensor:
-        """2 x, whichever elements are dropped: those that stay are doubled by the op, the others here."""
+        """2 x, whichever elements are dropped: the op doubles those that stay, and this the others."""
         y = dropout(x, 0.5)
         return torch.where(y == 0, 2 * x, y)
 
     rows, items = r(B * L, D), r(300, D)
-    target = torch.arange(B * L, device=device) % 300
+
+    def target(rows: Tensor) -> Tensor:
+        """On the device of the rows, because the reference runs on the CPU."""
+        return torch.arange(len(rows), device=rows.device) % 300
+
+    def loss(rows: Tensor, items: Tensor) -> Tensor:
+        return linear_cross_entropy(rows, items, target(rows), temperature=7.0, label_smoothing=0.1)
 
     def ranks(rows: Tensor, items: Tensor) -> Tensor:
         """Scores of whole numbers are ties, or are not, whatever the order of their sums."""
-        found = rank_targets(rows.detach().round(), items.detach().round(), target).ranks
+        found = rank_targets(rows.detach().round(), items.detach().round(), target(rows)).ranks
         return found.to(rows.dtype) + 0 * (rows.sum() + items.sum())
 
     return {
@@ -188,9 +199,7 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         "causal_conv1d": Example(first(causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
         "centered_conv1d": Example(lambda *t: centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
         "dropout": Example(expected_of_dropout, [r(B, L, D)]),
-        "linear_cross_entropy": Example(
-            lambda o, i: linear_cross_entropy(o, i, target, temperature=7.0, label_smoothing=0.1), [rows, items]
-        ),
+        "linear_cross_entropy": Example(loss, [rows, items]),
         "rank_targets": Example(ranks, [rows, items]),
         **{name: make(device, B) for name, make in more_examples.items()},
     }

@@ -3,7 +3,9 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T       one state [P, N] for each head, one decay for the whole head
     y_t = h_t C_t + D x_t
 
-As a matrix (equation 3 of the paper): y = M x with M_ts = (C_t . B_s) exp(sum_{s < r <= t} dt_r A) dt_s for s <= t.
+As a matrix (equation 3 of the paper):
+
+    y = M x        M_ts = (C_t . B_s) exp(sum_{s < r <= t} dt_r A) dt_s  for s <= t
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.backend import dispatch, implements
 from recbole_ssm.ops.numerics import at_least_float32, decay_of, step_size
-from recbole_ssm.ops.packing import last_of, map_padded, map_sequences, segment_sum_after
+from recbole_ssm.ops.packing import at_every_position, last_of, map_padded, map_sequences, segment_sum_after
 from recbole_ssm.ops.table import check
 
 
@@ -37,18 +39,21 @@ def ssd(
     """SSD over whole sequences.
 
     Args:
-        x_BLHP: input ``[B, L, H, P]``, or a packed batch ``[1, total, H, P]`` with ``cu_seqlens``.
-        dt_BLH: step sizes; positive, once ``dt_bias`` ``[H]`` is added and, if ``dt_softplus``, softplus applied.
+        x_BLHP: input ``[B, L, H, P]``, or a packed batch ``[1, total, H, P]`` with
+            ``cu_seqlens``.
+        dt_BLH: step sizes; positive, once ``dt_bias`` ``[H]`` is added and, if ``dt_softplus``,
+            softplus applied.
         A_H: ``[H]``, negative.
         B_BLGN, C_BLGN: input and output maps of G groups of heads; G divides H.
         D_H: skip weights ``[H]`` or None.
         state_BHPN: initial state ``[B, H, P, N]`` (packed: ``[S, H, P, N]``) or None for zeros.
-        cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts anew at each.
-        return_state: whether the final state is wanted; of short sequences it is a good part of the work.
+        cu_seqlens: bounds ``[S + 1]`` of the packed sequences; the state starts again at each.
+        return_state: whether the final state is wanted; of short sequences it is a good part of
+            the work.
 
     Returns:
-        y ``[B, L, H, P]`` in the dtype of x, and the final state (shape as ``state_BHPN``) in float32 or wider, or
-        None.
+        y ``[B, L, H, P]`` in the dtype of x, and the final state (shape as ``state_BHPN``) in
+        float32 or wider, or None.
 
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or G does not divide H.
@@ -72,7 +77,9 @@ def ssd_last(
     dt_softplus: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """y of :func:`ssd` at the last position of each sequence alone: the last row of M, one query of linear attention.
+    """y of :func:`ssd` at the last position of each sequence only.
+
+    It is the last row of M: one query of linear attention.
 
     Arguments are those of :func:`ssd`, but for C ``[S, G, N]`` (S = B for a padded batch).
 
@@ -123,10 +130,7 @@ def reference(
             ys.append((h * C[:, t, :, None]).sum(-1))  # [B, H, P]
         return (torch.stack(ys, 1) if ys else x), h
 
-    if cu_seqlens is None:
-        y, final = one(x, dt, B, C, state)
-    else:
-        y, final = map_sequences(one, (x, dt, B, C), state, cu_seqlens)
+    y, final = map_sequences(one, (x, dt, B, C), state, cu_seqlens)
     return _skip(y, x, D), final if return_state else None
 
 
@@ -135,10 +139,8 @@ def reference(
 def _last_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    C_everywhere = C[:, None].expand(-1, x.shape[1], -1, -1)
-    if cu_seqlens is not None:
-        C_everywhere = C.repeat_interleave(cu_seqlens.diff(), 0)[None]
-    y, _ = reference(x, dt, A, B, C_everywhere, D, None, cu_seqlens, False)
+    C = at_every_position(C, x.shape[1], cu_seqlens)
+    y, _ = reference(x, dt, A, B, C, D, None, cu_seqlens, False)
     return last_of(y, cu_seqlens)
 
 
@@ -237,10 +239,7 @@ def torch_ssd(
     def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return ssd_padded(x, B, C, dt, A, state, return_state)
 
-    if cu_seqlens is None:
-        y, final = padded(x, B, C, dt, state)
-    else:
-        y, final = map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
+    y, final = map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
     return _skip(y, x, D), final
 
 

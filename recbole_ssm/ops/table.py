@@ -1,28 +1,33 @@
 """Every operator, declared once.
 
-A row of :data:`OPS` names the tensors of an operator with the letters of their dimensions, then its other arguments,
-then its outputs. It is the signature of all implementations: they take these arguments in this order, and return the
-outputs. From a row follow
+A row of :data:`OPS` names the tensors of an operator with the letters of their dimensions, then
+its other arguments, then its outputs. It is the signature of all implementations: they take
+these arguments in this order, and return the outputs. From a row follow
 
 - the checks of shapes and types, with their messages (:meth:`Op.check`);
-- the operators of ``torch.library``, their schemas, fake kernels and the order of their gradients
-  (:class:`recbole_ssm.ops.library.Operator`);
+- the operators of ``torch.library``, their schemas, fake kernels and the order of their
+  gradients (:class:`recbole_ssm.ops.library.Operator`);
 - the structures that the C++ kernels read (:mod:`recbole_ssm.ops.native`).
 
-A tensor is written ``name:LETTERS``, with ``?`` behind its name where it may be None, and with its type behind a
-second colon where it is not simply a floating-point number (``target:n:int64``). Without letters it may have any shape.
-The letters are those of :mod:`recbole_ssm.ops`. The first tensor to use a letter decides its size, and all others must
-agree.
-``cu_seqlens`` bounds the S sequences of a packed batch (:mod:`recbole_ssm.ops.packing`); without it, S is B.
+A tensor is written ``name:LETTERS``, with ``?`` behind its name where it may be None, and with
+its type behind a second colon where it is not simply a floating-point number
+(``target:n:int64``). Without letters it may have any shape. The letters are those of
+:mod:`recbole_ssm.ops`. The first tensor to use a letter decides its size, and all others must
+agree. ``cu_seqlens`` bounds the S sequences of a packed batch (:mod:`recbole_ssm.ops.packing`);
+without it, S is B.
 
 Adding an op
     1. Write a row here.
-    2. Write a module beside this one: the public function, which checks its arguments (:func:`check`) and calls the
-       implementation that :func:`recbole_ssm.ops.backend.dispatch` picks; a plain loop as ``reference``; and the
-       vectorised form as ``torch``. Both are registered by :func:`recbole_ssm.ops.backend.implements`.
-    3. Export the function in ``ops/__init__.py``, and give an example of a call in ``ops/selftest.py``: it is what
-       holds every backend against the reference.
-    4. Where kernels are worth it, write them and register them in ``ops/native.py`` or ``ops/triton/operators.py``.
+    2. Write a module beside this one: the public function, which checks its arguments
+       (:func:`check`) and calls the implementation that
+       :func:`recbole_ssm.ops.backend.dispatch` picks; a plain loop as ``reference``; and the
+       vectorised form as ``torch``. Both are registered by
+       :func:`recbole_ssm.ops.backend.implements`.
+    3. Export the function in ``ops/__init__.py``, and give an example of a call in
+       ``ops/selftest.py``: with it every backend is compared with the reference.
+    4. Where kernels are worth it, write them and register them in ``ops/native.py`` or
+       ``ops/triton/operators.py``: a function that computes the op from the arguments of its
+       row, or an :class:`recbole_ssm.ops.library.Operator`, through which a compiler can see.
 """
 
 from __future__ import annotations
@@ -59,7 +64,8 @@ class Op(NamedTuple):
 
         Args:
             tensors: as many as the row has.
-            read_bounds: whether the values of ``cu_seqlens`` are checked too, where they are on the CPU.
+            read_bounds: whether the values of ``cu_seqlens`` are checked too, where they are on
+                the CPU.
 
         Returns:
             The size of each letter.

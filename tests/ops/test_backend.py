@@ -13,6 +13,7 @@ from recbole_ssm.ops import backend, selftest
 from tests.conftest import REPOSITORY
 from tests.ops.test_ops import OPS, arguments
 
+backend_ops = sorted({op for op, name in backend._implementations if name == "torch"} - {"step"})
 right = backend.implementations("ssd", "torch")[0].function
 
 
@@ -149,6 +150,16 @@ def test_the_torch_form_is_right_and_a_wrong_one_is_found(op):
 
     assert "wrong by" in selftest.why_wrong(op, wrong, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("op", [*backend_ops, "step"])
+def test_examples_may_be_called_on_any_device(op):
+    """The reference is, with tensors on the CPU, whatever the device that an example was made for."""
+    example = selftest._examples(torch.device("meta"), 1, 5)[op]
+    assert {t.device.type for t in example.tensors} == {"meta"}
+    tensors = [torch.randn(t.shape, dtype=torch.float64) for t in example.tensors]
+    with backend.force(backend.implementations(op, "reference")[0].function):
+        assert example.call(*tensors).device.type == "cpu"
 
 
 def test_a_backend_that_the_machine_lacks_says_what(monkeypatch):

@@ -1,11 +1,13 @@
 """The ``cuda`` backend: float32, bfloat16 and float16 on an NVIDIA GPU, with states and sums in float32.
 
-Of each op it takes the first implementation that passes its self-test there: the kernels of mamba-ssm and causal-conv1d
-where they are installed (:mod:`recbole_ssm.ops.triton.upstream`), then ours in Triton
-(:mod:`recbole_ssm.ops.triton.operators`), then PyTorch's operations, which also take what no kernel does. Triton comes
-with PyTorch's wheels for CUDA and is imported when the first kernel runs, not before.
+Of each op it takes the first implementation that passes its self-test there: the kernels of
+mamba-ssm and causal-conv1d where they are installed (:mod:`recbole_ssm.ops.triton.upstream`),
+then ours in Triton (:mod:`recbole_ssm.ops.triton.operators`), then PyTorch's operations, which
+also take what no kernel does. Triton comes with PyTorch's wheels for CUDA and is imported when
+the first kernel runs, not before.
 
-With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CPU, slowly: so they are tested anywhere.
+With ``TRITON_INTERPRET=1`` in the environment Triton runs the kernels on the CPU, slowly: so
+they are tested anywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Triton kernels of the short depthwise convolution: y_t = act(b + sum_k w_k x_{t - lead + k}), lead taps before t.
 
-A program computes BT positions of BD channels. Its rows may belong to several sequences: ``of_row`` [rows] names the
-sequence of each, and a tap that falls outside of it reads zero or the carried state [S, K, D], newest input last.
+A program computes BT positions of BD channels. Its rows may belong to several sequences:
+``of_row`` [rows] names the sequence of each, and a tap that falls outside of it reads zero or
+the carried state [S, K, D], newest input last.
 """
 
 import triton
@@ -14,7 +15,8 @@ from recbole_ssm.ops.triton.common import read, rows_of, silu_slope
 def _bounds_of(offsets, of_row, row, real_T, L, rows):
     """Sequence [BT] of each row, its begin and its end.
 
-    It returns once, at its end: before 3.7 Triton compiles what follows a return too, and of_row may be None there.
+    It returns once, at its end: before 3.7 Triton compiles what follows a return too, and
+    of_row may be None there.
     """
     if offsets is None:
         s = row // L

@@ -1,7 +1,9 @@
 """The Triton kernels as operators of ``torch.library``: ``torch.ops.recbole_ssm_cuda``.
 
-Inputs are float32, bfloat16 or float16; states and sums are float32. Where many programs contribute to one gradient,
-each writes its share and PyTorch adds them: in one order, so results repeat bit for bit, and in float64 for dA and dD.
+Inputs are float32, bfloat16 or float16; states and sums are float32. Where many programs
+contribute to one gradient,
+each writes its share and PyTorch adds them: in one order, so results repeat bit for bit, and in
+float64 for dA and dD.
 
 Triton is imported when the first kernel runs.
 """
@@ -16,14 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.ops.library import Namespace, Operator, Shape, Values, contiguous_like, one_direction, taps_before
+from recbole_ssm.ops.library import (
+    Namespace,
+    Operator,
+    Shape,
+    Values,
+    contiguous_like,
+    one_direction,
+    taps_before,
+)
 
-MOST_STATE = 256  # N of a selective scan
-MOST_CELLS = 128 * 64  # N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs
-_SCAN_CHUNK = 16  # steps between two states that a scan's forward keeps for its backward
-_PROGRAMS = 8  # of a backward that walks over the sequences, for each multiprocessor
+MOST_STATE = 256
+"""N of a selective scan."""
+MOST_CELLS = 128 * 64
+"""N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs."""
+_SCAN_CHUNK = 16
+"""Steps between two states that a scan's forward keeps for its backward."""
+_PROGRAMS = 8
+"""Programs of a backward that walks over the sequences, for each multiprocessor."""
 
-_operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])  # on the CPU Triton's interpreter runs them
+# on the CPU Triton's interpreter runs them
+_operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])
 
 
 def _launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any], warps: int = 4) -> None:
@@ -33,10 +48,11 @@ def _launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any], warps
     """
     module, _, name = kernel.partition(".")
     function = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
+    arguments = [values[parameter] for parameter in function.arg_names]
     x = values["x"]
     if grid[0] and grid[1]:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            function[grid](*[values[parameter] for parameter in function.arg_names], num_warps=warps, num_stages=1)
+            function[grid](*arguments, num_warps=warps, num_stages=1)
 
 
 def _width(size: int, least: int = 1) -> int:
@@ -173,7 +189,7 @@ def _run_ssd_backward(kernel: str, values: Values, direction: dict[str, bool] = 
     values |= {"gdt": _float(x, *values["dt"].shape), "gA": gA, "gB": gB, "gC": gC}
     values |= {"gstate": _like(values.get("state")), "gskip": _shares(x, values["skip"], S, H)}
     _run_ssd(kernel, values, direction)
-    gB, gC = (gB.unflatten(-2, (values["G"], -1)).sum(-2), gC.unflatten(-2, (values["G"], -1)).sum(-2))
+    gB, gC = (g.unflatten(-2, (values["G"], -1)).sum(-2) for g in (gB, gC))
     return values | {"gA": _total(gA), "gB": gB, "gC": gC, "gskip": _total(values["gskip"])}
 
 

@@ -1,11 +1,12 @@
 """Triton kernels of the selective scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = (C_t h_t + D x_t) SiLU(z_t).
 
-A program carries the states of BD channels ``[BN, BD]`` through time in its registers: with one warp, a lane holds one
-channel and all its N states, so a step needs no exchange between lanes but for the sums over channels. Nothing but
-inputs, outputs, and one state every CHUNK steps touches memory.
+A program carries the states of BD channels ``[BN, BD]`` through time in its registers: with one
+warp, a lane holds one channel and all its N states, so a step needs no exchange between lanes
+but for the sums over channels. Nothing but inputs, outputs, and one state every CHUNK steps
+touches memory.
 
-Letters as in :mod:`recbole_ssm.ops`. ``x, sx`` is a tensor and the stride of its rows; A is [N, D], as the
-states; BN and BD are N and a share of D, rounded up to powers of two.
+Letters as in :mod:`recbole_ssm.ops`. ``x, sx`` is a tensor and the stride of its rows; A is [N,
+D], as the states; BN and BD are N and a share of D, rounded up to powers of two.
 """
 
 import triton
@@ -77,10 +78,11 @@ def scan_backward(
 ):  # fmt: skip
     """Grid (programs, D / BD); a program takes every programs-th sequence, and walks it from its end.
 
-    Of each chunk it first computes the states again, from the one that was kept, into ``scratch``
-    [programs, D / BD, CHUNK, BN, BD], which is small enough for the cache. It writes gx, gdt, gz [rows, D] and gstate
-    [S, N, D] whole; of gB and gC its channels' share [D / BD, rows, N]; of gA [programs, N, D], gskip and gdt_bias
-    [programs, D] its sequences' share. Their sums are taken outside, always in the same order.
+    Of each chunk it first computes the states again, from the one that was kept, into
+    ``scratch`` [programs, D / BD, CHUNK, BN, BD], which is small enough for the cache. It
+    writes gx, gdt, gz [rows, D] and gstate [S, N, D] whole; of gB and gC its channels' share [D
+    / BD, rows, N]; of gA [programs, N, D], gskip and gdt_bias [programs, D] its sequences'
+    share. Their sums are taken outside, always in the same order.
     """
     program = tl.program_id(0)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -166,7 +168,8 @@ def scan_last_forward(
 ):  # fmt: skip
     """y_last = C sum_t exp(A w_t) dt_t B_t x_t, with w_t the sum of the steps after t. Grid (S, D / BD).
 
-    C [S, N] and z [S, D] are contiguous. Writes y [S, D], and w [rows, D] to ``after`` where it is given.
+    C [S, N] and z [S, D] are contiguous. Writes y [S, D], and w [rows, D] to ``after`` where it
+    is given.
     """
     s = tl.program_id(0).to(tl.int64)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -205,7 +208,8 @@ def scan_last_backward(
 ):  # fmt: skip
     """Grid and shares as in :func:`scan_backward`, but for gC [D / BD, S, N] and gz [S, D].
 
-    Term s of the sum decays over every step t > s, so the gradient of dt_t collects what was met before t.
+    Term s of the sum decays over every step t > s, so the gradient of dt_t collects what was
+    met before t.
     """
     program = tl.program_id(0)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)

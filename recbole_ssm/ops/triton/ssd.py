@@ -3,15 +3,18 @@
     y_i = D x_i + exp(S_i) C_i h + sum_{j <= i} (C_i . B_j) exp(E_ij) dt_j x_j      E_ij = sum_{j < r <= i} dt_r A
     h' = exp(S_last) h + sum_j exp(E_last,j) dt_j B_j x_j^T                         S_i  = sum_{r <= i} dt_r A
 
-A program walks one head of one sequence from chunk to chunk, Q positions each, with the state h [BN, BP] in registers;
-all else of a chunk are small matrix products. A program that reads from the end to the beginning (REVERSE) and writes
-one position further (SHIFT) is one half of the quasiseparable mixer.
+A program walks one head of one sequence from chunk to chunk, Q positions each, with the state h
+[BN, BP] in registers; all else of a chunk are small matrix products. A program that reads from
+the end to the beginning (REVERSE) and writes one position further (SHIFT) is one half of the
+quasiseparable mixer.
 
-E is summed term by term (the "segsum" of the paper), never a difference of running sums, which would lose its digits;
-so is, in the backward, the gradient of a step's decay. Rows behind the end of a sequence have dt = 0: decay 1, input 0.
+E is summed term by term (the "segsum" of the paper), never a difference of running sums, which
+would lose its digits; so is, in the backward, the gradient of a step's decay. Rows behind the
+end of a sequence have dt = 0: decay 1, input 0.
 
-Letters as in :mod:`recbole_ssm.ops`; h is program_id(1), q positions i and j of a chunk, BN and BP are N and P rounded
-up to powers of two. Products take float32 (PRECISION says how many of its digits) and sum in float32.
+Letters as in :mod:`recbole_ssm.ops`; h is program_id(1), q positions i and j of a chunk, BN and
+BP are N and P rounded up to powers of two. Products take float32 (PRECISION says how many of
+its digits) and sum in float32.
 """
 
 import triton
@@ -102,8 +105,8 @@ def ssd_backward(
 ):  # fmt: skip
     """Grid (S, H); a program walks from the last chunk to the first, with the gradient gh [BN, BP] of the state.
 
-    Writes gx [rows, H, P] (or adds to it), gdt [rows, H], gstate [S, H, N, P]; each head's share of gB and gC
-    [rows, H, N]; each sequence's share of gA and gskip [S, H].
+    Writes gx [rows, H, P] (or adds to it), gdt [rows, H], gstate [S, H, N, P]; each head's
+    share of gB and gC [rows, H, N]; each sequence's share of gA and gskip [S, H].
     """
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q, n, p = tl.arange(0, Q), tl.arange(0, BN), tl.arange(0, BP)
@@ -187,7 +190,8 @@ def ssd_last_forward(
 ):  # fmt: skip
     """y_last = D x_last + sum_j (C . B_j) exp(w_j) dt_j x_j, with w_j the sum of dt A after j. Grid (S, H).
 
-    C [S, G, N] is contiguous. Walks from the end; writes y [S, H, P], and w [rows, H] to ``after`` where it is given.
+    C [S, G, N] is contiguous. Walks from the end; writes y [S, H, P], and w [rows, H] to
+    ``after`` where it is given.
     """
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q, n, p = tl.arange(0, Q), tl.arange(0, BN), tl.arange(0, BP)
@@ -226,7 +230,8 @@ def ssd_last_backward(
 ):  # fmt: skip
     """Grid and shares as in :func:`ssd_backward`, but for gC [S, H, N].
 
-    Term j of the sum decays over every step t > j, so the gradient of dt_t collects what was met before t.
+    Term j of the sum decays over every step t > j, so the gradient of dt_t collects what was
+    met before t.
     """
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     q, n, p = tl.arange(0, Q), tl.arange(0, BN), tl.arange(0, BP)

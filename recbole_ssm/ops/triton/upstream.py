@@ -1,9 +1,10 @@
 """The kernels of mamba-ssm and causal-conv1d behind our ops, for the calls that they know.
 
-Theirs come first where they are installed and pass the self-test. What they do not know goes to ours in Triton: a
-packed or a continued selective scan, a convolution of one or more than four taps, of other than 8 n channels, or with a
-state. Their SSD is not used: it multiplies float32 in TF32, whose ten bits do not pass the self-test, and before its
-first answer it compiles over a hundred variants of itself, which takes minutes.
+Theirs come first where they are installed and pass the self-test. What they do not know goes to
+ours in Triton: a packed or a continued selective scan, a convolution of one or more than four
+taps, of other than 8 n channels, or with a state. Their SSD is not used: it multiplies float32
+in TF32, whose ten bits do not pass the self-test, and before its first answer it compiles over
+a hundred variants of itself, which takes minutes.
 
 They are imported when an op is first tested, not before: that alone takes seconds.
 """
