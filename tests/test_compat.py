@@ -113,7 +113,7 @@ def test_sequence_columns_of_items_load(write_dataset):
 
 
 def test_features_that_the_data_lacks_are_named(toy):
-    with pytest.raises(UserError, match=r"^SASRecF: the data has no field 'class'; load it by load_col"):
+    with pytest.raises(UserError, match=r"^selected_features: class is not loaded; see load_col"):
         run_recbole_ssm("SASRecF", **toy)
 
 
