@@ -193,18 +193,24 @@ def tiled_loss(
     candidates: Tensor | None,
     temperature: float,
     label_smoothing: float,
+    *,
+    tiles: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients by output and items where they are wanted; all of them float32 at least."""
+    """The loss, and its gradients by output and items where they are wanted; all of them float32 at least.
+
+    ``tiles`` takes the place of the products of PyTorch, with their arguments.
+    """
+    tiles = tiles or torch_tiles
     dtype = wide(output, items)
     o = output.to(dtype) / temperature
     w = o.new_full((len(o),), 1 / max(len(o), 1)) if weight is None else weight
     if candidates is None:
-        loss, g_output, g_items, _ = _tiles(o, items.to(dtype), target, w, bias, label_smoothing, wanted)
+        loss, g_output, g_items, _ = tiles(o, items.to(dtype), target, w, bias, label_smoothing, wanted)
     else:
         rows, own = items[candidates].to(dtype), items[target].to(dtype)
         sampled = (candidates, (o * own).sum(1))
         bias = None if bias is None else bias[candidates]
-        loss, g_output, g_rows, g_own = _tiles(o, rows, target, w, bias, 0.0, wanted, sampled)
+        loss, g_output, g_rows, g_own = tiles(o, rows, target, w, bias, 0.0, wanted, sampled)
         g_items = None
         if g_rows is not None:
             g_items = torch.zeros_like(items, dtype=dtype).index_add_(0, candidates, g_rows)
@@ -214,7 +220,7 @@ def tiled_loss(
     return loss, None if g_output is None else g_output.div_(temperature), g_items
 
 
-def _tiles(
+def torch_tiles(
     output: Tensor,
     items: Tensor,
     target: Tensor,

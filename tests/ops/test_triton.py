@@ -204,3 +204,34 @@ def test_sizes_of_this_field_on_a_gpu(op):
     found = values_and_gradients(at_device(op), "cuda", tensors, keywords, torch.float32, cu_seqlens)
     for f, e in zip(found, expected):
         assert_close(f, e, 3e-5)
+
+
+@on_kernels
+@pytest.mark.parametrize(("n", "d", "V"), [(1, 3, 1), (70, 20, 130), (130, 64, 65)])
+@pytest.mark.parametrize("form", ["plain", "bias and smoothing", "mask and weights", "sampled"])
+def test_loss_equals_reference(n, d, V, form):
+    torch.manual_seed(0)
+    output, items, target = torch.randn(n, d), torch.randn(V, d), torch.randint(0, V, (n,))
+    keywords = {
+        "plain": {},
+        "bias and smoothing": {"bias_V": torch.randn(V), "label_smoothing": 0.1, "temperature": 0.5},
+        "mask and weights": {
+            "mask_V": (torch.rand(V) < 0.7).index_fill(0, target, True), "weight_n": torch.rand(n),
+            "label_smoothing": 0.1,
+        },
+        "sampled": {"candidates_K": torch.randint(0, V, (50,)), "bias_V": torch.randn(V)},
+    }[form]  # fmt: skip
+
+    def evaluate(backend, device, dtype):
+        given = [t.to(device, dtype).requires_grad_() for t in (output, items)]
+        numbers = {k: v.to(device, dtype if v.is_floating_point() else None) if torch.is_tensor(v) else v
+                   for k, v in keywords.items()}  # fmt: skip
+        with ops.use_backend(backend):
+            loss = ops.linear_cross_entropy(*given, target.to(device), **numbers)
+        return [t.detach().cpu() for t in (loss, *torch.autograd.grad(3 * loss, given))]
+
+    expected = evaluate("reference", "cpu", torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        for found, e in zip(evaluate("cuda", DEVICE, dtype), expected):
+            # where one item is all there is, gradients are nothing but rounding
+            assert ((found.double() - e).abs() <= tolerance * e.abs().max().clamp(min=0.1)).all()

@@ -18,6 +18,8 @@ SHARED = {89: 99 * 1024, 90: 227 * 1024}  # bytes that a program may have, by co
 SCAN = {"SOFTPLUS": True, "BN": 32, "BD": 32}
 SSD = {"REVERSE": True, "SHIFT": True, "ADD": True, "PRECISION": "tf32x3", "Q": 32}
 CONV = {"SILU": True, "LEAD": 3, "K": 4, "BT": 32, "BD": 32}
+LOSS = {"BR": 64, "BV": 64, "BK": 64, "PRECISION": "tf32x3"}
+GRADIENT = {**LOSS, "BD": 128, "SAMPLED": False}
 STATE = {"K": 4, "BK": 4, "BD": 32}
 KERNELS = [
     ("scan", "scan_forward", {**SCAN, "CHUNK": 16}, 1),
@@ -30,12 +32,43 @@ KERNELS = [
     ("ssd", "ssd_backward", {**SSD, "Q": 16, "BN": 128, "BP": 64}, 8),
     ("ssd", "ssd_last_forward", {"Q": 32, "BN": 64, "BP": 64}, 4),
     ("ssd", "ssd_last_backward", {"Q": 32, "BN": 64, "BP": 64}, 4),
+    ("loss", "loss_forward", LOSS, 4),
+    ("loss", "loss_settle", {"BR": 64, "SAMPLED": True}, 4),
+    ("loss", "loss_output", GRADIENT, 4),
+    ("loss", "loss_output", {**GRADIENT, "SAMPLED": True}, 4),
+    ("loss", "loss_items", GRADIENT, 4),
+    ("loss", "loss_items", {**GRADIENT, "bias": None}, 4),
     ("conv", "conv_forward", CONV, 4),
     ("conv", "conv_gradient", CONV, 4),
     ("conv", "conv_state", STATE, 4),
     ("conv", "conv_state_gradient", STATE, 4),
 ]
-NUMBERS = {"rows", "L", "D", "N", "S", "H", "P", "per_group", "groups", "sx", "sdt", "sB", "sC", "sz", "sgy"}
+OPTIONAL = ("offsets", "of_row", "ids")
+TYPES = {"offsets": "*i64", "of_row": "*i32", "x": "*bf16", "target": "*i64", "ids": "*i64", "hot": "fp32"}
+NUMBERS = set(
+    [
+        "n",
+        "V",
+        "d",
+        "L",
+        "D",
+        "N",
+        "S",
+        "H",
+        "P",
+        "tiles",
+        "shares",
+        "rows",
+        "per_group",
+        "groups",
+        "sx",
+        "sdt",
+        "sB",
+        "sC",
+        "sz",
+        "sgy",
+    ]
+)
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -47,9 +80,9 @@ def test_compiles(module, name, constants, warps, packed, capability):
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
-    types = {"offsets": "*i64", "of_row": "*i32", "x": "*bf16", **dict.fromkeys(NUMBERS, "i32")}
+    types = {**TYPES, **dict.fromkeys(NUMBERS, "i32")}
     if not packed:
-        constants = {**constants, **{a: None for a in ("offsets", "of_row") if a in kernel.arg_names}}
+        constants = {**constants, **{a: None for a in OPTIONAL if a in kernel.arg_names}}
     signature = {a: "constexpr" if a in constants else types.get(a, "*fp32") for a in kernel.arg_names}
     options = {"num_warps": warps, "num_stages": 1}
     source = ASTSource(kernel, signature, constexprs=constants)

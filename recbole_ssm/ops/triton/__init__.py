@@ -21,6 +21,7 @@ from torch import Tensor
 
 from recbole_ssm.ops.backend import HALF, INTERPRETED, requires
 from recbole_ssm.ops.library import MOST_TAPS, implement, no_tangents
+from recbole_ssm.ops.linear_cross_entropy import differentiable, tiled_loss
 from recbole_ssm.ops.table import OPS
 from recbole_ssm.ops.triton import operators, upstream
 
@@ -59,4 +60,21 @@ for _op, _ours in operators.OPERATORS.items():
         for _name, _theirs in upstream.installed(_op):
             implement(_op, "cuda", _theirs, partial(_takes, _op), _name)
     implement(_op, "cuda", _ours, partial(_takes, _op), "triton")
+
+
+def _takes_loss(output: Tensor, items: Tensor, *rest: Any) -> bool:
+    """As the other kernels; beyond so many numbers in a vector the products in memory are as good."""
+    tensors = [t for t in (output, items, *rest) if isinstance(t, Tensor)]
+    types = [t.dtype in (torch.float32, *HALF) for t in tensors if t.is_floating_point()]
+    placed = all(t.is_cuda or INTERPRETED for t in tensors) and no_tangents(*tensors)
+    return placed and all(types) and 0 < output.shape[1] <= operators.MOST_NUMBERS and len(output) * len(items) > 0
+
+
+implement(
+    "linear_cross_entropy",
+    "cuda",
+    differentiable(partial(tiled_loss, tiles=operators.loss_tiles)),
+    _takes_loss,
+    "triton",
+)
 requires("cuda", unusable)

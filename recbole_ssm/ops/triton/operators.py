@@ -26,6 +26,7 @@ from recbole_ssm.ops.library import (
     contiguous_like,
     one_direction,
     taps_before,
+    whole,
 )
 
 MOST_STATE = 256
@@ -34,6 +35,8 @@ MOST_CELLS = 128 * 64
 """N P of SSD: what fits the 99 KiB of shared memory of the smaller GPUs."""
 _SCAN_CHUNK = 16
 """Steps between two states that a scan's forward keeps for its backward."""
+MOST_SHARES = 16
+"""How many programs share one sum at most."""
 _PROGRAMS = 8
 """Programs of a backward that walks over the sequences, for each multiprocessor."""
 
@@ -229,6 +232,54 @@ def _quasi_backward(values: Values) -> Values:
         values |= {f"{gradient}_{name}": found[gradient] for gradient in ("gdt", "gB", "gC")}
         gA = gA + found["gA"].float()
     return values | {"gA": gA}
+
+
+# --- loss ---
+
+MOST_NUMBERS = 128  # of a vector whose gradient a program sums in its registers
+
+
+def loss_tiles(
+    output: Tensor,
+    items: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    wanted: tuple[bool, bool],
+    sampled: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The arguments and results of :func:`recbole_ssm.ops.linear_cross_entropy.torch_tiles`."""
+    (n, d), V = output.shape, len(items)
+    BR, BV = 64, 64
+    by_rows, by_items = _tiles(n, BR), _tiles(V, BV)
+    shares_of_items = min(_programs(output, by_items, max(by_rows, 1)), MOST_SHARES)
+    shares_of_rows = min(_programs(output, by_rows, max(by_items, 1)), MOST_SHARES)
+    present = torch.full((), float(V), device=output.device) if bias is None else (bias > -torch.inf).sum()
+    values: dict[str, Any] = {
+        "x": output, "output": whole(output), "items": whole(items), "target": whole(target), "weight": whole(weight),
+        "bias": whole(bias), "ids": None if sampled is None else whole(sampled[0]), "n": n, "V": V, "d": d,
+        "uniform": label_smoothing / present, "hot": 1 - label_smoothing, "SAMPLED": sampled is not None,
+        "BR": BR, "BV": BV, "BK": min(_width(d, 16), 64), "BD": _width(d, 16), "PRECISION": _precision(output, items),
+        "shares": shares_of_items, "tiles": _tiles(by_items, max(shares_of_items, 1)),
+        "losses": _float(output, n), "lse": _float(output, n), "g_own": _float(output, n),
+        **{name: _float(output, shares_of_items, n) for name in ("highest", "sums", "flat", "own")},
+    }  # fmt: skip
+    _launch("loss.loss_forward", (by_rows, shares_of_items), values)
+    if sampled is not None:
+        values["own"] = sampled[1]
+    _launch("loss.loss_settle", (by_rows, 1), values)
+    gradients: list[Tensor | None] = [None, None]
+    if wanted[0]:
+        shares = _float(output, shares_of_items, n, d)
+        _launch("loss.loss_output", (by_rows, shares_of_items), values | {"gradient": shares})
+        gradients[0] = shares.sum(0)
+    if wanted[1]:
+        shares = _float(output, shares_of_rows, V, d)
+        values["tiles"] = _tiles(by_rows, max(shares_of_rows, 1))
+        _launch("loss.loss_items", (by_items, shares_of_rows), values | {"gradient": shares})
+        gradients[1] = shares.sum(0)
+    return values["losses"].sum(), gradients[0], gradients[1], values["g_own"]
 
 
 # --- convolutions ---
