@@ -68,9 +68,7 @@ class History(Hook):
         self._done["targets"] += step.targets
         if time.monotonic() - self._said > SAY_EVERY:
             self._said = time.monotonic()
-            valid = self.entries[-1]["valid"] if self.entries else None
-            where = {"epoch": len(self.entries) + 1, "epochs": trainer.epochs, "step": step.number + 1}
-            say(self._say, **where, steps=self._steps, valid=valid)
+            self._tell(trainer, len(self.entries) + 1, step.number + 1)
 
     def on_epoch_end(self, trainer: Training, epoch: int, loss: float) -> None:
         """Stop the clock, and write the epoch down."""
@@ -82,7 +80,14 @@ class History(Hook):
         """Note the score of a validation, and tell it; the test is none."""
         if self._fitting:
             self.entries[-1]["valid"] = float(result[trainer.valid_metric])
-            say(self._say, validations=[entry["valid"] for entry in self.entries if entry["valid"] is not None])
+            scores = [entry["valid"] for entry in self.entries if entry["valid"] is not None]
+            self._tell(trainer, len(self.entries), self._steps, validations=scores)
+
+    def _tell(self, trainer: Training, epoch: int, step: int, **more: Any) -> None:
+        """Say how far the run is: the epoch and its step, which count from 1, and the newest validation score."""
+        valid = self.entries[-1]["valid"] if self.entries else None
+        where = {"epoch": epoch, "epochs": trainer.epochs, "step": step, "steps": self._steps}
+        say(self._say, **where, valid=valid, **more)
 
     def on_fit_end(self, trainer: Training) -> None:
         """From here on evaluations are tests."""
