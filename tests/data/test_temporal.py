@@ -167,6 +167,17 @@ def test_leave_one_out_warns_of_what_it_leaks(write_dataset, caplog):
     assert "eval_args split: {'GTS': [0.8, 0.1, 0.1]} does not" in caplog.text
 
 
+def test_the_moment_of_a_split_after_recboles_manner_is_exact(write_dataset):
+    """In float32, as RecBole rounds them, times of 1998 lie 64 s apart, and rows of a minute fall to one side."""
+    rows = "".join(f"u{u}\ti{t}\t{891382800 + 10 * t + u}\n" for u in range(5) for t in range(12))
+    options = write_dataset(HEADER + rows)
+    options["config_dict"] |= {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}
+    train, valid, test = create_dataset(configure("GRU4Rec", **options)).build()
+    moment = np.percentile([891382800 + 10 * t + u for u in range(5) for t in range(1, 12)], 90)
+    assert test.inter_feat["timestamp"].tolist() == [t for t in test.inter_feat["timestamp"].tolist() if t > moment]
+    assert len(test) == 6 and len(train) + len(valid) == 49
+
+
 @pytest.mark.parametrize("model", ["2Mamba4Rec", "SASRec"])
 def test_a_run(write_dataset, model):
     options = write_dataset(text(events()))
