@@ -528,7 +528,10 @@ _NEGATIVES = Fields(
         "candidate_num": _whole("[0, inf)"),
     }
 )
-_MODE = Text("'full', 'labeled', or 'uni' or 'pop' with a number such as 'uni100'", r"full|labeled|(?:uni|pop)[1-9]\d*")
+_MODE = Text(
+    "'full', 'labeled', or 'uni' or 'pop' with a number up to 10000 such as 'uni100'",
+    r"full|labeled|(?:uni|pop)(?:[1-9]\d{0,3}|10000)",
+)
 _EVALUATION = Fields(
     {
         "split": Split(),
@@ -708,8 +711,8 @@ KEYS: dict[str, Key] = {
     "normalize_field": Key(COLUMNS, "data", "Columns of numbers to scale to [0, 1].", empty=True),
     "normalize_all": Key(FLAG, "data", "Scale all columns of numbers to [0, 1].", empty=True),
     "discretization": Key(_BUCKETS, "data", "How columns of numbers are put into buckets.", empty=True),
-    "preload_weight": Key(Table(COLUMN, "{'item_id': 'item_emb'}"), "data", empty=True, about=
-        "The column of pretrained vectors for a column of ids."),
+    "preload_weight": Key(Table(COLUMN, "{'item_id': 'item_emb'}"), "data", empty=True, refused=
+        "no sequential model reads pretrained vectors"),
     "alias_of_user_id": Key(COLUMNS, "data", "Columns that hold users too.", empty=True),
     "alias_of_item_id": Key(COLUMNS, "data", "Columns that hold items too.", empty=True),
     "alias_of_entity_id": Key(COLUMNS, "data", "Columns that hold entities of a knowledge graph too.", empty=True),

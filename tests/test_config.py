@@ -128,6 +128,11 @@ def test_options_with_equals_signs_in_their_value():
         ({"config_file": "x.yaml"}, "config_file: refused, because options are read from config_files"),
         ({"save_dataset": True}, "save_dataset: refused, because it would be a pickle"),
         ({"dataset_save_path": "x.pth"}, "dataset_save_path: refused, because a saved data set is a pickle"),
+        (
+            {"preload_weight": {"iid": "vector"}},
+            "preload_weight: refused, because no sequential model reads pretrained",
+        ),
+        ({"eval_args": {"mode": "pop999999"}}, "eval_args: mode must be a mapping"),
     ],
 )
 def test_errors_name_key_value_and_mend(options, message):
@@ -143,6 +148,7 @@ def test_errors_name_key_value_and_mend(options, message):
         ("Mamba4rec", "model: there is no sequential model 'Mamba4rec'; did you mean 'Mamba4Rec'?"),
         ("sasrec", "model: there is no sequential model 'sasrec'; did you mean 'SASRec'?"),
         ("S3Rec", "model: S3Rec hands its pre-training on as a pickle, which is never loaded here"),
+        ("KSR", "model: KSR reads pretrained vectors of a knowledge graph, which are not read here; take GRU4RecF"),
         ("LightGBM99", "model: there is no sequential model 'LightGBM99'"),
         (5, "model: must be a name, got 5"),
     ],
@@ -151,6 +157,7 @@ def test_wrong_model_names(model, message):
     with pytest.raises(UserError) as caught:
         config(model)
     assert str(caught.value).startswith(message)
+    assert model not in model_names()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ NAMED_OTHERWISE = ("model", "dataset", "metrics", "retriever", "topk")
 BOMB = ["x"] * 9
 for _ in range(9):
     BOMB = [BOMB] * 9
-ROWS = {model: configure(model, "toy").rows for model in ("2Mamba4Rec", *model_names()) if model != "S3Rec"}
+ROWS = {model: configure(model, "toy").rows for model in ("2Mamba4Rec", *model_names())}
 MODEL_OF = {name: model for model in reversed(ROWS) for name in ROWS[model]}
 
 

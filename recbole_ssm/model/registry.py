@@ -16,10 +16,18 @@ from recbole_ssm.keys import shown
 MODELS: dict[str, Any] = {}
 """Our own models; :mod:`recbole_ssm.model` lists them."""
 
+_VECTORS = "reads pretrained vectors of a knowledge graph, which are not read here; take GRU4RecF"
+REFUSED = {
+    "S3Rec": "hands its pre-training on as a pickle, which is never loaded here; take SASRec",
+    "KSR": _VECTORS,
+    "GRU4RecKG": _VECTORS,
+}
+"""RecBole's sequential models that cannot be trained here, and why."""
+
 
 def model_names() -> list[str]:
     """Every name that ``--model`` takes: ours, then RecBole's sequential models."""
-    return [*MODELS, *sorted(set(_recbole_models()) - set(MODELS))]
+    return [*MODELS, *sorted(set(_recbole_models()) - set(MODELS) - set(REFUSED))]
 
 
 def get_model(name: str) -> Any:
@@ -28,8 +36,8 @@ def get_model(name: str) -> Any:
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
-    if name == "S3Rec":
-        raise UserError("model: S3Rec hands its pre-training on as a pickle, which is never loaded here; take SASRec")
+    if name in REFUSED:
+        raise UserError(f"model: {name} {REFUSED[name]}")
     found = MODELS.get(name) or _recbole_models().get(name)
     if found is None:
         hint = did_you_mean(name, model_names()) or f"; known are {', '.join(model_names())}"

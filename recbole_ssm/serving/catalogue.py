@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.keys import shown
 
 Recommendations = list[tuple[str, float]]
 """Item tokens and their scores, best first."""
@@ -30,8 +31,11 @@ class Catalogue:
         """Item ids of tokens.
 
         Raises:
-            UserError: a token is not in the catalogue.
+            UserError: it is one text in place of a list, or a token is not in the catalogue.
         """
+        # The characters of a text are no tokens, though each of them may be one of the catalogue.
+        if isinstance(tokens, (str, bytes)):
+            raise UserError(f"history: must be a list of item tokens, got {shown(tokens)}; write [{shown(tokens)}]")
         try:
             return [self._ids[str(token)] for token in tokens]
         except KeyError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from recbole_ssm import compat
 from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
+from recbole_ssm.keys import shown
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
 
@@ -78,6 +79,8 @@ class Recommender:
         exclude_seen: bool = False,
     ) -> list[Recommendations]:
         """:meth:`recommend` for several histories at once, in their order."""
+        if isinstance(histories, (str, bytes)):
+            raise UserError(f"histories: must be a list of histories, got {shown(histories)}")
         ids = [self._history(history) for history in histories]
         if not ids:
             return []
@@ -117,9 +120,10 @@ class Recommender:
         return scores
 
     def _history(self, history: Sequence[str]) -> list[int]:
-        if isinstance(history, str) or not len(history):
-            raise UserError(f"history: must be a list of one item token or more, got {history!r}")
-        return self.catalogue.ids(history)
+        ids = self.catalogue.ids(history)
+        if not ids:
+            raise UserError(f"history: must be a list of one item token or more, got {shown(history)}")
+        return ids
 
 
 def load_recommender(

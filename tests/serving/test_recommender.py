@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
+from recbole_ssm.model import get_model
+from recbole_ssm.quick_start import configure
+from recbole_ssm.serving import Recommender
 from recbole_ssm.trainer import checkpoint
 
 
@@ -59,12 +63,29 @@ def test_only_the_newest_events_count(recommender):
     assert recommender.recommend(long) == recommender.recommend(long[-20:])
 
 
+def test_one_text_is_no_list_of_items(toy):
+    """Its characters are items of this catalogue, and would be taken for a history."""
+    data = create_dataset(configure("2Mamba4Rec", **toy))
+    model = get_model("2Mamba4Rec")(configure("2Mamba4Rec", **toy), data)
+    tokens = ["[PAD]", *map(str, range(20))]
+    recommender = Recommender(model, configure("2Mamba4Rec", **toy), tokens)
+    for call in (recommender.recommend, recommender.session, lambda text: recommender.recommend_many([text])):
+        for text in ("12", b"12"):
+            with pytest.raises(UserError, match="history: must be a list of item tokens, got b?'12'"):
+                call(text)
+    with pytest.raises(UserError, match="histories: must be a list of histories, got '12'"):
+        recommender.recommend_many("12")
+    session = recommender.session(["12"])
+    session.update("3")
+    assert session._seen == {13, 4}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((["i1", "i99x"],), "history: item 'i99x' is not in the catalogue"),
         (([],), "history: must be a list of one item token or more"),
-        (("i1",), "history: must be a list of one item token or more, got 'i1'"),
+        (("i1",), "history: must be a list of item tokens, got 'i1'; write ['i1']"),
         ((["i1"], 0), "k: must be at least 1, got 0"),
         ((["[PAD]"],), "history: item '[PAD]' is not in the catalogue"),
     ],
