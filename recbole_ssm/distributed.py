@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -17,6 +18,12 @@ def launched() -> bool:
 def start(use_gpu: bool) -> torch.device:
     """Join the other processes, over nccl on GPUs and gloo on CPUs; the device of this process."""
     if not dist.is_initialized():
+        # DistributedDataParallel imports this module, whose functions take the group that there
+        # is at that moment as a default and then hold it for good. The threads of a group that is
+        # held outlive `stop`, and one that still works while Python ends aborts the process.
+        # Imported before there is a group, it holds none.
+        import torch.distributed.nn.functional  # noqa: F401
+
         dist.init_process_group("nccl" if use_gpu else "gloo")
     if not use_gpu:
         return torch.device("cpu")
@@ -26,8 +33,10 @@ def start(use_gpu: bool) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the other processes, if there are any."""
+    """Leave the other processes, if there are any; the group's threads end."""
     if dist.is_initialized():
+        # What only a cycle of references keeps alive may hold the group, and its threads with it.
+        gc.collect()
         dist.destroy_process_group()
 
 
