@@ -22,7 +22,7 @@ def start(use_gpu: bool) -> torch.device:
         # is at that moment as a default and then hold it for good. The threads of a group that is
         # held outlive `stop`, and one that still works while Python ends aborts the process.
         # Imported before there is a group, it holds none.
-        import torch.distributed.nn.functional  # noqa: F401
+        import torch.distributed.nn.functional
 
         dist.init_process_group("nccl" if use_gpu else "gloo")
     if not use_gpu:

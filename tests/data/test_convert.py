@@ -236,7 +236,11 @@ BAD = [
     ("x.jsonl", "[" * 100_000, "x.jsonl, line 1: no JSON object"),
     ("x.jsonl", "__import__('os').mkdir('went-off')\n", "x.jsonl, line 1: no JSON object"),
     ("x.parquet", "PAR1 no", "x.parquet: no readable Parquet file"),
-    ("x.csv.gz", gzip.compress(b"user_id,item_id,timestamp\nu,i,1\n" * 99, mtime=0)[:-9], "x.csv.gz: damaged or cut short"),
+    (
+        "x.csv.gz",
+        gzip.compress(b"user_id,item_id,timestamp\nu,i,1\n" * 99, mtime=0)[:-9],
+        "x.csv.gz: damaged or cut short",
+    ),
     ("x.csv.gz", b"user_id,item_id,timestamp\nu,i,1\n", "x.csv.gz: damaged or cut short"),
     ("x.zip", b"PK\x03\x04 cut", "x.zip: no zip archive, or one that is cut short"),
     ("x.doc", "x", "x.doc: what file is this? known are .csv"),
