@@ -39,6 +39,13 @@ from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
 
 RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
+# The keys that name columns, and the names by which our defaults and RecBole's speak of those columns.
+FIELDS = {
+    "USER_ID_FIELD": "user_id",
+    "ITEM_ID_FIELD": "item_id",
+    "RATING_FIELD": "rating",
+    "TIME_FIELD": "timestamp",
+}
 
 
 class Configurable:
@@ -182,6 +189,8 @@ class Config(recbole.config.Config):
         given = {key: value for key, value in self.external_config_dict.items() if value or key not in refused}
         self.external_config_dict = {key: self._checked(key, value) for key, value in given.items()}
         merged: dict[str, Any] = super()._get_final_config_dict()
+        if "load_col" not in self.external_config_dict:
+            merged["load_col"] = _by_field_names(merged)
         # Entries of eval_args that are not given keep their defaults; RecBole falls back to an order that it refuses.
         merged["eval_args"] = {**self.internal_config_dict["eval_args"], **(merged["eval_args"] or {})}
         self._check_together(merged)
@@ -286,6 +295,16 @@ class Config(recbole.config.Config):
 def _shipped(path: Path) -> dict[str, Any]:
     """A YAML file of RecBole's or ours, which is read once in a process; nobody may change what it holds."""
     return read_yaml(path)
+
+
+def _by_field_names(options: Mapping[str, Any]) -> Any:
+    """The default ``load_col``, with users, items, ratings and times under the names that the keys of fields give."""
+    names = {name: options[key] for key, name in FIELDS.items()}
+    loaded = options["load_col"] or {}
+    return {
+        part: columns if columns == "*" else [names.get(column, column) for column in columns]
+        for part, columns in loaded.items()
+    } or None
 
 
 def _by_new_names(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ from recbole_ssm.files import write_json
 BAR = 50
 # The share of histories in the order of their item ids beyond which the order is hardly that of time.
 SUSPICIOUS = 0.5
+# What the share may be above twice that of chance without a word.
+NOTED = 0.1
+# Standard deviations above chance from which on that share is no chance.
+DEVIATIONS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +123,8 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
 
     Returns:
         ``users``, ``items``, ``interactions``, ``sparsity``, ``length`` (of histories), ``repeated_pairs`` (events
-        beyond the first of their user and item), ``ties`` (consecutive events of one user at one time), ``time``,
-        ``order``, ``split`` and ``warnings``.
+        beyond the first of their user and item), ``repeats`` (shares of the test targets that their histories hold),
+        ``ties`` (consecutive events of one user at one time), ``time``, ``order``, ``split`` and ``warnings``.
 
     Raises:
         UserError: the k-core is empty, or the split has an empty part.
@@ -136,20 +140,25 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
     counts = events.counts()
     same = users[1:] == users[:-1]
     tied = int((same & (times[1:] == times[:-1])).sum())
+    part_of_event = None if parts is None else temporal.split_by_time(times, parts)
+    # Leave-one-out tests the last event of each user who has three; a split by time all of its part but first events.
+    tested = (starts + lengths - 1)[lengths >= 3] if part_of_event is None else np.flatnonzero(part_of_event == 2)
+    targets = np.setdiff1d(tested, starts, assume_unique=True)
+    repeated = np.setdiff1d(np.arange(len(events)), without_repeats(sorted_events, "first"), assume_unique=True)
     positions = temporal.is_position(users, times)
     found: dict[str, Any] = {
         "k_core": k,
         **counts,
         "sparsity": 1 - counts["interactions"] / counts["users"] / counts["items"],
         "length": _lengths(lengths),
-        "repeated_pairs": len(events) - len(without_repeats(events, "first")),
+        "repeated_pairs": len(repeated),
+        "repeats": _repeats(sorted_events.items.codes, targets, repeated),
         "ties": {"events": tied, "share": tied / max(int(same.sum()), 1)},
         "time": _time(times, positions),
         "order": _order(events, sorted_events, starts, lengths),
     }
     warnings = _doubts(found)
-    if parts is not None:
-        part_of_event = temporal.split_by_time(times, parts)
+    if part_of_event is not None:
         found["split"] = {temporal.NAME: temporal.describe(part_of_event, users, sorted_events.items.codes, times)}
         if positions:
             warnings.append("a split by time compares nothing across users here")
@@ -162,7 +171,7 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
 
 def text(found: dict[str, Any]) -> str:
     """The figures for people, with the lengths of histories as bars."""
-    length, time, order = found["length"], found["time"], found["order"]
+    length, time, order, repeats = (found[key] for key in ("length", "time", "order", "repeats"))
     when = f"{temporal.shown(time['first'])} to {temporal.shown(time['last'])}"
     if "from" in time:
         when = f"{time['from']} to {time['to']} ({time['unit']} since 1970)"
@@ -181,6 +190,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"  {span:>14} {bin['users']:>12,} {'#' * round(BAR * bin['users'] / most)}".rstrip())
     lines += [
         f"repeated pairs   {found['repeated_pairs']:,} events beyond the first of their user and item",
+        f"targets          {repeats['in_history']:.1%} of {repeats['targets']:,} test targets are in the history before"
+        f" them; {repeats['newest']:.1%} are the newest item of it",
         f"ties             {found['ties']['events']:,} events at the time of the one before them "
         f"({found['ties']['share']:.1%} of consecutive pairs)",
         f"time             {when}",
@@ -248,20 +259,50 @@ def _time(times: np.ndarray, positions: bool) -> dict[str, Any]:
     return {"first": first, "last": last, "unit": unit, **shown}
 
 
+def _repeats(items: np.ndarray, targets: np.ndarray, repeated: np.ndarray) -> dict[str, Any]:
+    """How many targets there are, and which shares of them are of an item that the history holds, or that ends it.
+
+    Args:
+        items: [events] codes, by user and time.
+        targets: rows that are tested; none is the first of its user.
+        repeated: rows whose user has an earlier one of the same item.
+    """
+    if not len(targets):
+        return {"targets": 0, "in_history": 0.0, "newest": 0.0}
+    return {
+        "targets": len(targets),
+        "in_history": float(np.mean(np.isin(targets, repeated, assume_unique=True))),
+        "newest": float(np.mean(items[targets] == items[targets - 1])),
+    }
+
+
 def _order(events: Events, by_time: Events, starts: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """Whether the file is chronological, and whether time or item ids gave the order."""
     ranks = _ranks(by_time.items)[by_time.items.codes]
     falls = np.append(0, np.cumsum(ranks[1:] < ranks[:-1]))
     # Falls between a user's first and last event.
     within = falls[starts + lengths - 1] - falls[starts]
-    long = lengths >= 3
-    orders = 1 / np.cumprod(np.arange(1.0, 21.0))[np.minimum(lengths[long], 20) - 1]
+    # By chance a history of n events is in order with probability prod(m!) / n!, with m events of each of its items.
+    log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1.0, lengths.max() + 1))))
+    users, items = by_time.users.codes, len(by_time.items.names)
+    pairs, counts = np.unique(users * np.int64(items) + ranks, return_counts=True)
+    alike = np.bincount(pairs // items, weights=log_factorials[counts])[users[starts]]
+    # A history of a single item is in any order.
+    long = (lengths >= 3) & (alike < log_factorials[lengths])
+    chance = np.exp(alike - log_factorials[lengths])[long]
     return {
         "back_in_time": len(rows_back_in_time(events)),
         "sorted_by_item": float(np.mean(within[long] == 0)) if long.any() else 0.0,
-        "sorted_by_chance": float(np.mean(orders)) if long.any() else 0.0,
+        "sorted_by_chance": float(np.mean(chance)) if long.any() else 0.0,
+        "deviations": _deviations(within[long] == 0, chance),
         "histories": int(long.sum()),
     }
+
+
+def _deviations(happened: np.ndarray, chance: np.ndarray) -> float:
+    """By how many standard deviations more often something happened than by its probabilities."""
+    spread = float(np.sqrt(np.sum(chance * (1 - chance))))
+    return float(np.sum(happened) - np.sum(chance)) / spread if spread else 0.0
 
 
 def _ranks(items: Tokens) -> np.ndarray:
@@ -278,11 +319,17 @@ def _ranks(items: Tokens) -> np.ndarray:
 def _doubts(found: dict[str, Any]) -> list[str]:
     warnings = []
     order, ties = found["order"], found["ties"]
-    if order["histories"] >= 20 and order["sorted_by_item"] > SUSPICIOUS:
-        warnings.append(
-            f"{order['sorted_by_item']:.1%} of the histories are in the order of their item ids, so this is hardly the "
-            "order of time; results on it mean nothing; convert the raw data again"
-        )
+    if order["histories"] >= 20 and order["deviations"] > DEVIATIONS:
+        share = f"{order['sorted_by_item']:.1%} of the histories are in the order of their item ids"
+        if order["sorted_by_item"] > SUSPICIOUS:
+            warnings.append(
+                f"{share}, so this is hardly the order of time; results on it mean nothing; convert the raw data again"
+            )
+        elif order["sorted_by_item"] > 2 * order["sorted_by_chance"] + NOTED:
+            warnings.append(
+                f"{share}, and {order['sorted_by_chance']:.1%} would be by chance: either ids were given in the order "
+                "of time, or a part of the data is sorted by item"
+            )
     if ties["share"] > 0.1:
         warnings.append(
             f"{ties['share']:.1%} of consecutive events of a user have one time, so results depend on how ties are "

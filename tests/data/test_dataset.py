@@ -13,7 +13,8 @@ import torch
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.download import download
 from recbole_ssm.errors import UserError
-from recbole_ssm.quick_start import configure
+from recbole_ssm.quick_start import configure, load_recommender, run_recbole_ssm
+from tests.conftest import REPOSITORY
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 GOOD = HEADER + "".join(f"u{u}\ti{(u + t) % 15}\t{t}\n" for u in range(4) for t in range(8))
@@ -326,3 +327,30 @@ def test_an_archive_writes_nowhere_else(serve, tmp_path):
         "a/x/x.inter",
         "a/x/x.item",
     }
+
+
+def test_columns_of_other_names_are_loaded_by_the_keys_that_name_them(toy, tmp_path):
+    """The keys of the fields are enough: load_col need not repeat them, and the results are the same."""
+    names = {"user_id": "session_id", "item_id": "product", "timestamp": "when"}
+    text = (REPOSITORY / "dataset" / "toy" / "toy.inter").read_text()
+    for name, other in names.items():
+        text = text.replace(f"{name}:", f"{other}:")
+    (tmp_path / "data" / "toy").mkdir(parents=True)
+    (tmp_path / "data" / "toy" / "toy.inter").write_text(text)
+    fields = {"USER_ID_FIELD": "session_id", "ITEM_ID_FIELD": "product", "TIME_FIELD": "when"}
+    plain = toy["config_dict"] | {"epochs": 1, "train_rows": 200}
+    expected = run_recbole_ssm("GRU4Rec", "toy", config_dict=plain)
+    found = run_recbole_ssm("GRU4Rec", "toy", config_dict=plain | fields | {"data_path": str(tmp_path / "data")})
+    assert found["test_result"] == expected["test_result"]
+    one, other = (load_recommender(result["checkpoint"], device="cpu") for result in (found, expected))
+    assert one.recommend(["i3", "i4"]) == other.recommend(["i3", "i4"])
+
+
+def test_a_given_load_col_stands_as_it_is(toy):
+    options = {"USER_ID_FIELD": "session_id", "load_col": {"inter": ["session_id", "item_id", "timestamp", "rating"]}}
+    assert configure("GRU4Rec", config_dict=options)["load_col"] == options["load_col"]
+    assert configure("GRU4Rec", config_dict={"USER_ID_FIELD": "session_id"})["load_col"] == {
+        "inter": ["session_id", "item_id", "timestamp"]
+    }
+    loaded = configure("GRU4RecF", config_dict={"ITEM_ID_FIELD": "product"})["load_col"]
+    assert loaded["item"][0] == "product" and "item_id" not in loaded["inter"]

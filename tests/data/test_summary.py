@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import zipfile
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def test_figures(tmp_path, capsys):
         found["time"] | {"unit": "seconds", "from": "2000-12-31 22:00:08", "to": "2000-12-31 22:00:40"} == found["time"]
     )
     # a: 2, 10, 2 falls; b by time: 3, 2, 9 falls
-    assert found["order"] == {"back_in_time": 1, "sorted_by_item": 0.0, "sorted_by_chance": 1 / 6, "histories": 2}
+    # a history of 3 is sorted by chance in 1 of 6 orders, and in 1 of 3 where two of its items are one
+    assert found["order"].pop("sorted_by_chance") == pytest.approx((1 / 3 + 1 / 6) / 2)
+    assert found["order"].pop("deviations") == pytest.approx(-(1 / 2) / (2 / 9 + 5 / 36) ** 0.5)
+    assert found["order"] == {"back_in_time": 1, "sorted_by_item": 0.0, "histories": 2}
     # tests 30 (after it: nothing that trains) and 12 (after it: nothing); 10 and 8 train
     assert found["split"]["LS"] == {"targets": 2, "after_targets": 0.0, "median_future": 0.0}
     out = capsys.readouterr().out
@@ -83,6 +87,40 @@ def test_a_file_sorted_by_item_is_suspected(tmp_path):
     found = look(tmp_path, HEADER + rows)
     assert found["order"]["sorted_by_item"] == 1.0
     assert any("hardly the order of time" in warning for warning in found["warnings"])
+
+
+def test_the_share_of_sorted_histories_is_compared_with_chance(tmp_path):
+    """Short histories of few items are sorted often by chance, and those of one item always: that is no fault."""
+    repeats = "".join(f"u{u}\t{(u if t else u + 1) % 4}\t{978300000 + t}\n" for u in range(60) for t in range(3))
+    found = look(
+        tmp_path, HEADER + repeats + "".join(f"v{v}\t7\t{978300000 + t}\n" for v in range(99) for t in range(3))
+    )
+    order = found["order"]
+    assert (order["histories"], order["sorted_by_chance"]) == (60, pytest.approx(1 / 3))
+    assert order["sorted_by_item"] == 0.25 and not any("in the order of their item" in one for one in found["warnings"])
+    draw = random.Random(1)
+    histories = [draw.sample(range(97), 5) for _ in range(80)]
+    histories = [sorted(items) if u % 4 == 0 else items for u, items in enumerate(histories)]
+    rows = [f"u{u}\t{item}\t{978300000 + t}\n" for u, items in enumerate(histories) for t, item in enumerate(items)]
+    found = look(tmp_path, HEADER + "".join(rows))
+    assert 2 * found["order"]["sorted_by_chance"] < found["order"]["sorted_by_item"] < 0.5
+    assert any("would be by chance: either ids were given in the order of time, or" in one for one in found["warnings"])
+
+
+def test_how_many_targets_are_in_the_history(tmp_path, capsys):
+    """Who repeats the newest item hits a part of the targets, whatever a model learns."""
+    events = {"a": "1213", "b": "1231", "c": "1233", "d": "12", "e": "1234"}
+    rows = [(u, i, 978300000 + t) for u, items in events.items() for t, i in enumerate(items)]
+    found = look(tmp_path, HEADER + "".join(f"{u}\t{i}\t{t}\n" for u, i, t in rows))
+    assert found["repeats"] == {"targets": 4, "in_history": 0.5, "newest": 0.25} and found["repeated_pairs"] == 3
+    assert (
+        "50.0% of 4 test targets are in the history before them; 25.0% are the newest item of it"
+        in capsys.readouterr().out
+    )
+    found = look(tmp_path, HEADER + "".join(f"{u}\t{i}\t{t}\n" for u, i, t in rows), "--split={'GTS': [2, 1, 1]}")
+    assert found["repeats"] == {"targets": 4, "in_history": 0.5, "newest": 0.25}
+    found = look(tmp_path, HEADER + "u\ti\t1\nu\ti\t2\n")
+    assert found["repeats"] == {"targets": 0, "in_history": 0.0, "newest": 0.0}
 
 
 def test_positions_are_no_times(tmp_path):
