@@ -12,7 +12,7 @@
 
 typedef int64_t i64;
 
-enum { ABI = 4 };     // raise with every change here; Python refuses a library of another number
+enum { ABI = 5 };     // raise with every change here; Python refuses a library of another number
 enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
 
 // selective scan: D channels with a state of N each; states are stored [S, N, D]
@@ -25,7 +25,7 @@ struct Scan {
   const float *B; i64 sB; const float *C; i64 sC;
   const float *skip, *z; i64 sz;             // or null
   const float *dt_bias, *state;              // or null
-  float *y, *final, *kept;                   // kept (or null): state at the start of each chunk but the first
+  float *y, *final, *kept;                   // final, kept: or null; kept: state at the start of each chunk but the first
   const float *gy; i64 sgy;                  // or null
   const float* gfinal;                       // or null
   float *gx, *gdt, *gA, *gB, *gC;
@@ -99,11 +99,24 @@ struct Step {
   const float *in_weight, *conv_weight, *conv_bias;
   const float *x_weight, *dt_weight;         // of Mamba
   const float *dt_bias, *A_log, *skip;       // Mamba: [D], [D, N], [D]; Mamba-2: [H] each
-  Norm gate_norm;                            // of Mamba-2, without a bias
+  const float* diagonal;                     // of Hydra, [H, D]: no step, but History takes it
+  Norm gate_norm;                            // of Mamba-2 and Hydra, without a bias
   const float* out_weight;
   Norm norm; const float *w_1, *b_1, *w_2, *b_2; Norm last;
   const float *conv, *ssm;                   // [B, D (Mamba-2: D + 2 G N), K], [B, D, N]
   float *conv_after, *ssm_after, *y;
+  char* workspace;
+};
+
+// Whole histories through `layers` blocks, to the output at the last event of each. Of the blocks the sizes and weights
+// are read.
+struct History {
+  i64 S, L, V, M, threads, layers;           // L: events of all histories
+  const i64 *offsets, *items;                // [S + 1], [L]
+  const float* table;                        // [V, M]
+  Norm first;                                // LayerNorm of the rows of the table
+  const Step* blocks;
+  float* y;                                  // [S, M]
   char* workspace;
 };
 
@@ -155,6 +168,7 @@ struct Kernels {
   void (*conv_forward)(const Conv&);
   void (*conv_backward)(const Conv&);
   void (*step)(const Step&);
+  void (*history)(const History&);
   void (*dropout)(const Dropout&);
   void (*loss)(const Loss&);
   void (*ranks)(const Ranks&);
@@ -163,6 +177,7 @@ struct Kernels {
   i64 (*ssd_last_workspace)(const SsdLast&, i64 backward);
   i64 (*conv_workspace)(const Conv&, i64 backward);
   i64 (*step_workspace)(const Step&);
+  i64 (*history_workspace)(const History&);
   i64 (*loss_workspace)(const Loss&);
   i64 (*ranks_workspace)(const Ranks&);
 };

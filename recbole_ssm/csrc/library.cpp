@@ -124,6 +124,7 @@ SIZE(ssd, Ssd)
 SIZE(ssd_last, SsdLast)
 SIZE(conv, Conv)
 SIZE(step, Step)
+SIZE(history, History)
 SIZE(dropout, Dropout)
 SIZE(loss, Loss)
 SIZE(ranks, Ranks)
@@ -152,6 +153,14 @@ EXPORT i64 recbole_ssm_step(const Step* a, i64 count, i64) {
       if (a[i].rows[b] < 0 || a[i].rows[b] >= a[i].items) return 1;
     chosen->kernels->step(a[i]);
   }
+  return 0;
+}
+
+// 1 where the offsets do not rise from 0 to L, or an item is none of the table.
+EXPORT i64 recbole_ssm_history_workspace(const History* a, i64) { return chosen->kernels->history_workspace(*a); }
+EXPORT i64 recbole_ssm_history(const History* a, i64, i64) {
+  if (!offsets_fit(a->offsets, a->S, a->L) || !within(a->items, a->L, a->V)) return 1;
+  chosen->kernels->history(*a);
   return 0;
 }
 

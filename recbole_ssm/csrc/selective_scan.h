@@ -159,7 +159,7 @@ void scan_forward_channels(const ScanCall& call, i64 s, i64 d0, i64 d1, char* sc
         store(a.y + (row + t) * D + d, out, lanes);
       }
     }
-  for (i64 d = d0; d < d1; d += VL)
+  for (i64 d = d0; a.final && d < d1; d += VL)
     for (i64 n = 0; n < N; n++) store(a.final + (s * N + n) * D + d, load(states + d * N + n * VL), D - d);
 }
 

@@ -107,7 +107,8 @@ struct Widths {
 };
 
 Widths widths_of(const Step& a) {
-  if (a.H) return {a.D + 2 * a.G * a.N, 2 * a.D + 2 * a.G * a.N + a.H, 0};
+  const i64 directions = a.diagonal ? 2 : 1, conv = a.D + 2 * directions * a.G * a.N;
+  if (a.H) return {conv, a.D + conv + directions * a.H, 0};
   return {a.D, 2 * a.D, a.R + 2 * a.N};
 }
 
@@ -202,6 +203,26 @@ void ssd_step(const Step& a, i64 b, const float* in, const float* xBC, float* y)
 
 // --- the whole block ----------------------------------------------------------------------------------------------
 
+// What follows a mixer's gate: y [users, D] becomes the block's output [users, M]. u, the block's input, is written over.
+void finish_rows(const Step& a, i64 users, float* u, const float* y, float* out, float* hidden, float* result) {
+  const i64 M = a.M, D = a.D, F = a.F;
+  if (!F) return linear(users, D, y, D, M, a.out_weight, nullptr, result, M);
+  linear(users, D, y, D, M, a.out_weight, nullptr, out, M);
+  for (i64 i = 0; i < users; i++) {
+    float* row = out + i * M;
+    if (a.residual)
+      for (i64 m = 0; m < M; m++) row[m] += u[i * M + m];
+    layer_norm(M, row, a.norm, row);
+  }
+  linear(users, M, out, M, F, a.w_1, a.b_1, hidden, F);
+  for (i64 i = 0; i < users * F; i += VL) store(hidden + i, gelu(load(hidden + i, users * F - i)), users * F - i);
+  linear(users, F, hidden, F, M, a.w_2, a.b_2, u, M);
+  for (i64 i = 0; i < users; i++) {
+    for (i64 m = 0; m < M; m++) u[i * M + m] += out[i * M + m];
+    layer_norm(M, u + i * M, a.last, result + i * M);
+  }
+}
+
 i64 step_scratch(const Step& a) {
   const Widths w = widths_of(a);
   const i64 users = min_of(USERS, a.B);
@@ -214,11 +235,11 @@ i64 step_workspace(const Step& a) { return 64 + a.threads * room(step_scratch(a)
 void step_task(void* context, i64 task, i64 thread) {
   const Step& a = *(const Step*)context;
   const Widths w = widths_of(a);
-  const i64 b0 = task * USERS, users = min_of(USERS, a.B - b0), M = a.M, D = a.D, F = a.F;
+  const i64 b0 = task * USERS, users = min_of(USERS, a.B - b0), M = a.M, D = a.D;
   Arena arena(a.workspace + thread * room(step_scratch(a), 1));
   float *A2 = arena.floats(VL * padded(a.N)), *u = arena.floats(users * M), *in = arena.floats(users * w.in);
   float *conv = arena.floats(users * w.conv), *maps = arena.floats(users * w.maps), *dt = arena.floats(users * D);
-  float *y = arena.floats(users * D), *out = arena.floats(users * M), *hidden = arena.floats(users * F);
+  float *y = arena.floats(users * D), *out = arena.floats(users * M), *hidden = arena.floats(users * a.F);
 
   for (i64 i = 0; i < users; i++) {
     const float* from = a.u + (a.rows ? a.rows[b0 + i] : b0 + i) * M;
@@ -239,22 +260,7 @@ void step_task(void* context, i64 task, i64 thread) {
     for (i64 i = 0; i < users * D; i += VL) store(dt + i, softplus(load(dt + i, users * D - i)), users * D - i);
     for (i64 d = 0; d < D; d += VL) scan_step(a, b0, users, d, conv, dt, maps, in + D, w.in, A2, y);
   }
-  float* result = a.y + b0 * M;
-  if (!F) return linear(users, D, y, D, M, a.out_weight, nullptr, result, M);
-  linear(users, D, y, D, M, a.out_weight, nullptr, out, M);
-  for (i64 i = 0; i < users; i++) {
-    float* row = out + i * M;
-    if (a.residual)
-      for (i64 m = 0; m < M; m++) row[m] += u[i * M + m];
-    layer_norm(M, row, a.norm, row);
-  }
-  linear(users, M, out, M, F, a.w_1, a.b_1, hidden, F);
-  for (i64 i = 0; i < users * F; i += VL) store(hidden + i, gelu(load(hidden + i, users * F - i)), users * F - i);
-  linear(users, F, hidden, F, M, a.w_2, a.b_2, u, M);
-  for (i64 i = 0; i < users; i++) {
-    for (i64 m = 0; m < M; m++) u[i * M + m] += out[i * M + m];
-    layer_norm(M, u + i * M, a.last, result + i * M);
-  }
+  finish_rows(a, users, u, y, out, hidden, a.y + b0 * M);
 }
 
 void step(const Step& a) {

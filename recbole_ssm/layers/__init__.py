@@ -8,16 +8,17 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recbole_ssm.layers.block import Block, Dropout, FeedForward
+from recbole_ssm.layers.history import in_one_call
 from recbole_ssm.layers.hydra import Hydra
 from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.state import MixerState
 from recbole_ssm.ops import selftest
 
-__all__ = ["Block", "Dropout", "FeedForward", "Hydra", "Mamba", "Mamba2", "MixerState"]
+__all__ = ["Block", "Dropout", "FeedForward", "Hydra", "Mamba", "Mamba2", "MixerState", "in_one_call"]
 
 
 def _example_of_a_step(device: torch.device, batch: int) -> selftest.Example:
@@ -43,4 +44,38 @@ def _example_of_a_step(device: torch.device, batch: int) -> selftest.Example:
     return selftest.Example(call, [torch.randn(batch, 16, device=device), *carried])
 
 
+class _Model(nn.Module):
+    """Blocks of every mixer behind item embeddings, as our models are built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mixers = Mamba(16, 8, 4, 2), Mamba2(16, 8, 4, 2, head_dim=16), Hydra(16, 8, 3, 2, head_dim=16)
+        self.item_embedding, self.norm = nn.Embedding(50, 16), nn.LayerNorm(16)
+        self.blocks = nn.ModuleList(Block(mixer, 16, 0.0, residual=True) for mixer in mixers)
+
+    @in_one_call
+    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+        u, last = self.norm(self.item_embedding(items_L))[None], self.blocks[-1]
+        for block in self.blocks:
+            u, _ = block(u, cu_seqlens=cu_seqlens, last_only=last_only and block is last, return_state=False)
+        return u
+
+
+def _example_of_a_history(device: torch.device, batch: int) -> selftest.Example:
+    """Histories of several lengths through a block of every mixer; as a step, without a gradient."""
+    model = _Model()
+    models = {torch.float32: copy.deepcopy(model).to(device), torch.float64: model.double()}
+    lengths = torch.arange(batch) * 30 + 7
+
+    def call(row: Tensor) -> Tensor:
+        with torch.no_grad():
+            bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(row.device)
+            items = torch.arange(int(lengths.sum()), device=row.device) % 50
+            found = models[row.dtype].encode(items, bounds, last_only=True)
+        return found + 0 * row.sum()
+
+    return selftest.Example(call, [torch.randn(1, device=device)])
+
+
 selftest.more_examples["step"] = _example_of_a_step
+selftest.more_examples["history"] = _example_of_a_history

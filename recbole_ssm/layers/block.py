@@ -88,13 +88,13 @@ class Block(nn.Module):
         out: Tensor = self.feed_forward(y)
         return out
 
-    def step_weights(self) -> dict[str, Any]:
-        """What the kernel of ``step`` reads of this layer; nothing where its mixer has none."""
-        if not hasattr(self.mixer, "step_weights"):
+    def kernel_weights(self) -> dict[str, Any]:
+        """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none."""
+        if not hasattr(self.mixer, "kernel_weights"):
             return {}
         w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
         return {
-            **self.mixer.step_weights(),
+            **self.mixer.kernel_weights(),
             "F": w_1.out_features,
             "residual": self.residual,
             "w_1": w_1.weight,

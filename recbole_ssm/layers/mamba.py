@@ -139,8 +139,8 @@ class Mamba(nn.Module):
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         return causal_conv1d(x, taps, bias, activation="silu", state_BDK=state, cu_seqlens=cu_seqlens)
 
-    def step_weights(self) -> dict[str, Any]:
-        """What the kernel of ``step`` (``csrc/step.h``) reads of this layer."""
+    def kernel_weights(self) -> dict[str, Any]:
+        """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer."""
         return {
             "M": self.in_proj.in_features,
             "D": self.d_inner,

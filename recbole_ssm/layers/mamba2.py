@@ -135,8 +135,8 @@ class Mamba2(nn.Module):
     def _gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
         return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
 
-    def step_weights(self) -> dict[str, Any]:
-        """What the kernel of ``step`` (``csrc/step.h``) reads of this layer."""
+    def kernel_weights(self) -> dict[str, Any]:
+        """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer."""
         return {
             "M": self.in_proj.in_features,
             "D": self.d_inner,

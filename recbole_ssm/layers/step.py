@@ -1,7 +1,7 @@
 """One event at a time in C++ (``csrc/step.h``), where no gradient is wanted.
 
 A layer's ``step`` is its formula in PyTorch, decorated by :func:`in_one_kernel`; beside it,
-``step_weights()`` names what the kernel reads. The formula is the readable form, the oracle of
+``kernel_weights()`` names what the kernel reads. The formula is the readable form, the oracle of
 the tests, and what runs wherever the kernel does not. The kernel takes a few microseconds, in
 which Python reads some ten attributes of a module; so the addresses of the weights are kept
 from call to call.
@@ -51,7 +51,7 @@ def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerSt
     if prepared is None or not prepared.holds():
         prepared = _prepared[layer] = Prepared(layer)
     drops = layer.training and prepared.drops
-    if drops or not prepared.usable or not _plain(u_t, *state):
+    if drops or not prepared.steps or not _plain(u_t, *state):
         return _formula(layer, u_t, state)
     tensors = (u_t, *state, *prepared.weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -77,21 +77,22 @@ def _plain(*tensors: Tensor) -> bool:
         return False
 
 
-class Prepared:
-    """The kernel's structure of a layer with the addresses of its weights.
+class Weights:
+    """What a kernel reads of a module, good as long as it lies where it lay.
 
-    It is good as long as they lie where they lay.
+    Args:
+        module: whose weights are read, or those of modules within it.
+        fields: of the kernel's structure; tensors among them are weights.
 
     Attributes:
-        usable: whether there is a kernel for this layer, its weights are parameters of it, and
-            all lie as they should.
-        weights: what the structure points to.
-        drops: whether the layer drops out while it is trained.
+        usable: whether the fields are there, their weights are parameters of the module, and all
+            lie as they should.
+        weights: what the fields point to.
+        drops: whether the module drops out while it is trained.
     """
 
-    def __init__(self, layer: Any) -> None:
-        fields: dict[str, Any] = layer.step_weights()
-        modules = list(layer.modules())
+    def __init__(self, module: nn.Module, fields: dict[str, Any]) -> None:
+        modules = list(module.modules())
         self.weights = [value for value in fields.values() if isinstance(value, Tensor)]
         self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         owners = {id(p): (m._parameters, name) for m in modules for name, p in m._parameters.items()}
@@ -103,10 +104,6 @@ class Prepared:
         self._children = [(m._modules, *child) for m in modules for child in m.named_children()]
         # nothing else can come to lie where the weights lie while this holds their memory
         self._memory = [p.detach() for p in self.weights]
-        if self.usable:
-            self._fields = native.structure("step", **fields)
-            maps = 2 * fields["G"] * fields["N"] if fields["H"] else 0
-            self._conv = fields["D"] + maps, fields["K"]
 
     def holds(self) -> bool:
         """Whether every weight is the parameter that it was, of the module that it was, and in its place."""
@@ -118,13 +115,30 @@ class Prepared:
                 return False
         return True
 
+
+class Prepared(Weights):
+    """The kernel's structure of a layer with the addresses of its weights.
+
+    Attributes:
+        steps: whether it is usable, and for one event at a time.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        fields: dict[str, Any] = layer.kernel_weights()
+        super().__init__(layer, fields)
+        self.steps = self.usable and "diagonal" not in fields
+        if self.usable:
+            self.fields = native.structure("step", **fields)
+            maps = 2 * fields["G"] * fields["N"] if fields["H"] else 0
+            self._conv = fields["D"] + maps, fields["K"]
+
     def call(self, u: Tensor, before: MixerState, after: MixerState, y: Tensor) -> Any:
         """The structure of a call, which holds no tensor alive; ``after`` may be ``before``.
 
         Raises:
             ValueError: the shapes do not fit the layer or each other.
         """
-        call = type(self._fields).from_buffer_copy(self._fields)
+        call = type(self.fields).from_buffer_copy(self.fields)
         B, (conv, ssm) = len(y), before
         fits = u.shape[1:] == (call.M,) and conv.shape == (B, *self._conv)
         if not fits or ssm.numel() != B * call.D * call.N:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Dropout, Hydra
+from recbole_ssm.layers import Block, Dropout, Hydra, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.recommender import SSMRecommender
 
@@ -62,6 +62,7 @@ class Hydra4Rec(SSMRecommender):
         """A bidirectional model would see its targets."""
         return "Hydra4Rec is bidirectional: within a whole history every position sees the target that it must predict"
 
+    @in_one_call
     def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The mixer knows the order of events, so no position is added.

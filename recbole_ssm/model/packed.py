@@ -101,6 +101,10 @@ def pack(item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[B, L]`` and lengths ``[B]`` -> packed ids ``[total]`` and their
     bounds ``[B + 1]``.
     """
+    if len(item_seq) == 1 and item_seq.is_cpu and not torch.compiler.is_compiling():
+        # The same without four operations, which take longer than the kernels of a short history.
+        length = int(item_seq_len[0])
+        return item_seq[0, :length], torch.tensor([0, length])
     real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
     return item_seq[real], cu_seqlens_of(item_seq_len)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Dropout, Mamba2
+from recbole_ssm.layers import Block, Dropout, Mamba2, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.recommender import SSMRecommender
 
@@ -47,6 +47,7 @@ class TwoMamba4Rec(SSMRecommender):
         self.apply(self._init_weights)
         self._reset_dt()
 
+    @in_one_call
     def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.

@@ -139,18 +139,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def force(function: Callable[..., Any]) -> Iterator[None]:
-    """Let :func:`dispatch` return ``function`` in this thread, so that a self-test can call it."""
-    _forced.function = function
+def force(op: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let :func:`dispatch` return ``function`` for ``op`` in this thread, so that a self-test can call it."""
+    _forced.choice = op, function
     try:
         yield
     finally:
-        _forced.function = None
+        _forced.choice = None
 
 
 def automatic() -> bool:
     """Whether neither a user nor a self-test has chosen a backend."""
-    return _selected == "auto" and getattr(_forced, "function", None) is None
+    return _selected == "auto" and getattr(_forced, "choice", None) is None
 
 
 def _order(x: torch.Tensor) -> tuple[list[str], str]:
@@ -176,8 +176,8 @@ def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The implementation of ``op`` for a tensor like ``x``; the first choice of each kind is logged with its reason."""
     tracing = torch.compiler.is_compiling()
     if not tracing:
-        function: Callable[..., Any] | None = getattr(_forced, "function", None)
-        if function is not None:
+        forced, function = getattr(_forced, "choice", None) or ("", None)
+        if forced == op and function is not None:
             return function
     order, reason = _order(x)
     for backend in order:

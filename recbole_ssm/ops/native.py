@@ -39,7 +39,7 @@ from recbole_ssm.ops.library import (
 )
 from recbole_ssm.ops.linear_cross_entropy import differentiable
 
-ABI = 4  # of csrc/kernels.h
+ABI = 5  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
 OTHER_SOURCES = "built from other sources; install again (from a clone: python setup.py -q build_ext --inplace)"
 LIBRARY = Path(__file__).parent.parent / "_native.so"
@@ -95,6 +95,7 @@ STRUCTURES = {
     "loss": _structure("linear_cross_entropy", "~scale ~smoothing", "goutput gitems", backward=False),
     "ranks": _structure("rank_targets", backward=False),
     "dropout": _structure("dropout", "size seed threshold ~scale", backward=False),
+    "history": _structure("history", "layers", backward=False),
     "step": _structure("step", " ".join(name for name, _ in stored("step").options), backward=False),
 }
 _kernels: dict[str, tuple[Any, Any]] = {}  # name -> (run, size of the workspace)
@@ -191,6 +192,15 @@ def run_steps(calls: Any, count: int) -> None:
     """Run one event through ``count`` blocks, whose structures stand in a row with all their tensors and workspaces."""
     if _kernels["step"][0](calls, count, False):
         raise IndexError("step: there is no item of such an id")
+
+
+def run_history(call: Any) -> None:
+    """Run whole histories through the blocks that ``call`` points to; its workspace is made here."""
+    run, size = _kernels["history"]
+    workspace = torch.empty(size(call, False), dtype=torch.uint8)
+    call.workspace = workspace.data_ptr()
+    if run(call, call.L, False):
+        raise IndexError(f"history: there is no item of such an id, or cu_seqlens do not rise from 0 to {call.L}")
 
 
 # --- the operators ---

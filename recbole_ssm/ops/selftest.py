@@ -116,9 +116,9 @@ def run(device: str = "cpu") -> list[Result]:
 
 def _compare(op: str, name: str, function: Callable[..., Any], example: Example, rounds: int) -> Result:
     reference = implementations(op, "reference")[0].function
-    with force(reference):
+    with force(op, reference):
         expected, expected_gradients, _ = _evaluate(example.call, [t.double().cpu() for t in example.tensors], 1)
-    with force(function):
+    with force(op, function):
         value, gradients, seconds = _evaluate(example.call, example.tensors, rounds)
     error = max(_error(f, e) for f, e in zip(gradients, expected_gradients))
     return Result(op, name, _error(value, expected), error, seconds * 1e3)

@@ -88,7 +88,7 @@ class Stepper:
         self.state = [MixerState(*copy) for copy in copies]
         table = model.item_embedding.weight.detach()
         layers = [Prepared(block) for block in model.blocks]
-        self._native = runs_natively(table) and table.is_contiguous() and all(layer.usable for layer in layers)
+        self._native = runs_natively(table) and table.is_contiguous() and all(layer.steps for layer in layers)
         if not self._native:
             return
         B = len(self.state[0].ssm)

@@ -152,13 +152,13 @@ def test_the_torch_form_is_right_and_a_wrong_one_is_found(op):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("op", [*backend_ops, "step"])
+@pytest.mark.parametrize("op", [*backend_ops, "step", "history"])
 def test_examples_may_be_called_on_any_device(op):
     """The reference is, with tensors on the CPU, whatever the device that an example was made for."""
     example = selftest._examples(torch.device("meta"), 1, 5)[op]
     assert {t.device.type for t in example.tensors} == {"meta"}
     tensors = [torch.randn(t.shape, dtype=torch.float64) for t in example.tensors]
-    with backend.force(backend.implementations(op, "reference")[0].function):
+    with backend.force(op, backend.implementations(op, "reference")[0].function):
         assert example.call(*tensors).device.type == "cpu"
 
 

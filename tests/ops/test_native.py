@@ -304,6 +304,7 @@ def test_sanitizers_find_nothing(tmp_path):
     ]
     environment |= {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
     tests = [sys.executable, "-m", "pytest", "tests/ops", "tests/layers/test_step.py", "-q"]
+    tests.append("tests/layers/test_history.py")
     result = subprocess.run(tests, cwd=repository, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     found = python("from recbole_ssm.ops import native; print(native.unusable)", repository, **{

@@ -17,7 +17,7 @@ from tests.ops.test_ops import arguments
 
 KERNELS_H = (REPOSITORY / "recbole_ssm" / "csrc" / "kernels.h").read_text()
 STRUCTS = {"scan": "Scan", "ssd": "Ssd", "ssd_last": "SsdLast", "conv": "Conv", "step": "Step", "dropout": "Dropout"}
-STRUCTS |= {"loss": "Loss", "ranks": "Ranks"}
+STRUCTS |= {"loss": "Loss", "ranks": "Ranks", "history": "History"}
 
 
 def members(name):

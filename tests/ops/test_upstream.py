@@ -26,7 +26,7 @@ def selective_scan_fn(
 ):
     assert all(t.is_contiguous() for t in (u, delta, B, C)) and return_last_state
     u, delta, B, C, z = (None if t is None else t.transpose(1, 2) for t in (u, delta, B, C, z))
-    with backend.force(backend.implementations("selective_scan", "torch")[0].function):
+    with backend.force("selective_scan", backend.implementations("selective_scan", "torch")[0].function):
         y, final = ops.selective_scan(u, delta, A, B, C, D, z, dt_bias=delta_bias, dt_softplus=delta_softplus)
     return y.transpose(1, 2), final
 
@@ -36,7 +36,7 @@ def causal_conv1d_fn(
     activation=None,
 ):  # fmt: skip
     assert x.stride(1) == 1 and x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4
-    with backend.force(backend.implementations("causal_conv1d", "torch")[0].function):
+    with backend.force("causal_conv1d", backend.implementations("causal_conv1d", "torch")[0].function):
         y, _ = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation=activation, cu_seqlens=bounds_of(seq_idx))
     return y.transpose(1, 2)
 
@@ -63,7 +63,7 @@ def held_against_torch(op, tensors, keywords, cu_seqlens=None):
     results = []
     for function in (torch_form, getattr(upstream, op.__name__)):
         inputs = [t.clone().requires_grad_() for t in tensors]
-        with backend.force(function):
+        with backend.force(op.__name__, function):
             y, state = op(*inputs, **keywords, cu_seqlens=cu_seqlens)
         results.append((y, state, *torch.autograd.grad(y.square().sum(), inputs)))
     for found, expected in zip(*results):
@@ -92,7 +92,7 @@ def test_other_calls_go_to_ours(libraries, op, monkeypatch):
     asked = []
     monkeypatch.setitem(operators.OPERATORS, op.__name__, lambda *given: asked.append(1) or (given[0], None))
     tensors, keywords = arguments(op, 1, 9, 2, torch.float32, SIZES)
-    with backend.force(getattr(upstream, op.__name__)):
+    with backend.force(op.__name__, getattr(upstream, op.__name__)):
         op(*tensors, **keywords, cu_seqlens=torch.tensor([0, 4, 9]))
     assert asked
 
