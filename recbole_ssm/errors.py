@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -25,6 +26,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     # A name that is much longer than all others is near to none, and comparing it would take long.
     near = difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+def require(package: str, message: str = "") -> Any:
+    """Import a package that is not always installed.
+
+    Raises:
+        UserError: it cannot be imported; by default the message is the line that installs it.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise UserError(message or f"{name} is needed and cannot be imported ({error}); pip install {name}") from error
 
 
 def first_line(error: BaseException) -> str:

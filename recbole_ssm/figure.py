@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, require
 from recbole_ssm.files import check_writable, whole
 
 
@@ -21,11 +21,8 @@ def check_drawable(path: Path) -> Any:
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{path.name}: a plot must end in .png, .svg or .pdf")
     check_writable(path)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"{path.name}: plots need Matplotlib; run: pip install matplotlib") from error
-    return Figure
+    message = f"{path.name}: plots need Matplotlib; run: pip install matplotlib"
+    return require("matplotlib.figure", message).Figure
 
 
 @contextmanager

@@ -77,22 +77,29 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def append_lines(path: Path, values: Iterable[Any]) -> None:
-    """Add values to a file of JSON lines, which is there already, and wait for the disk.
+class Journal:
+    """A file of JSON lines, as Optuna's journals are, that several processes may add to.
 
-    Several processes may do so. What a kill or a full disk left of a line is overwritten.
+    A kill at any moment leaves it readable. After Optuna's own class for such a file was killed with its lock, others
+    wait half a minute, and behind a torn line it cannot read on.
     """
-    with open(path, "rb+") as file:
-        lock(file)
-        file.truncate(file.seek(file.read().rfind(b"\n") + 1))
-        file.write(b"".join(json.dumps(value).encode() + b"\n" for value in values))
-        file.flush()
-        os.fsync(file.fileno())
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.touch()
 
-def read_lines(path: Path, start: int = 0) -> list[Any]:
-    """The values of a file of JSON lines from a number on; a last line without its end is not there yet."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[start:-1]]
+    def read_logs(self, log_number_from: int) -> list[Any]:
+        """The values from a number on; a last line without its end is not there yet."""
+        return [json.loads(line) for line in self._path.read_bytes().split(b"\n")[log_number_from:-1]]
+
+    def append_logs(self, logs: Iterable[Any]) -> None:
+        """Add values and wait for the disk; what a kill or a full disk left of a line is overwritten."""
+        with open(self._path, "rb+") as file:
+            lock(file)
+            file.truncate(file.seek(file.read().rfind(b"\n") + 1))
+            file.write(b"".join(json.dumps(value).encode() + b"\n" for value in logs))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def digest(*paths: Path) -> str:

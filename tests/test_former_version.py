@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
+from recbole_ssm.study import compare, runs
+from recbole_ssm.trainer.checkpoint import settings_of
 from tests.conftest import REPOSITORY
 
 FIXTURE = REPOSITORY / "tests" / "fixtures" / "0.1.0"
@@ -76,6 +78,20 @@ def test_tune_goes_on_where_it_was_stopped(home):
     assert rows[: len(done)] == done
     assert [row["status"] for row in rows] == ["done"] * 3
     assert len(list(home.glob("tune/runs/*/outcome.json"))) == 3
+
+
+@pytest.mark.parametrize("command", ["compare", "tune"])
+def test_neither_a_new_key_nor_a_new_version_trains_again(command, home, monkeypatch):
+    def with_a_new_key(config):
+        return {**settings_of(config), "a_new_key": "its default"}
+
+    monkeypatch.setattr(runs, "settings_of", with_a_new_key)
+    monkeypatch.setattr(runs, "__version__", "0.2.0", raising=False)
+    monkeypatch.setattr(runs.Runs, "_train", lambda *arguments: pytest.fail("this run was done"))
+    monkeypatch.setattr(compare, "speeds", lambda runs, todo: [None] * len(todo))
+    before = {path.name for path in (home / command).iterdir() if path.is_dir()}
+    assert main([*EXPECTED[command].split(), *(["--max_evals=2"] if command == "tune" else [])]) == 0
+    assert {path.name for path in (home / command).iterdir() if path.is_dir()} == before
 
 
 @pytest.mark.parametrize("module", EXPECTED["public"])

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, require
 from recbole_ssm.files import digest
 from recbole_ssm.llm.prompt import LETTERS
 
@@ -129,19 +128,6 @@ def size_of(parameters: Iterable[Tensor]) -> int:
     byte.
     """
     return sum(p.numel() * p.element_size() * 2 if type(p).__name__ == "Params4bit" else p.numel() for p in parameters)
-
-
-def require(package: str) -> Any:
-    """A package of the extra ``llm``.
-
-    Raises:
-        UserError: it is not installed; the message is the line that installs it.
-    """
-    try:
-        return import_module(package)
-    except ImportError as error:
-        name = package.partition(".")[0]
-        raise UserError(f"{name} is needed and cannot be imported ({error}); pip install {name}") from error
 
 
 def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

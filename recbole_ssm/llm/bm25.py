@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_ssm.llm.base import require
+from recbole_ssm.errors import require
 
 WORD = re.compile(r"\w+")
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, require
 from recbole_ssm.files import whole
-from recbole_ssm.llm.base import load_base_model, require
+from recbole_ssm.llm.base import load_base_model
 from recbole_ssm.llm.preference import choose_rejected
 from recbole_ssm.llm.prompt import LETTERS, tell_of_shortened
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_ssm import distributed
-from recbole_ssm.errors import UserError
-from recbole_ssm.llm.base import require
+from recbole_ssm.errors import UserError, require
 from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge
 from recbole_ssm.llm.prompt import Counts, piece_encoder, start_of_text
 from recbole_ssm.llm.recommender import LanguageModelRecommender

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,8 @@ from recbole.utils import dict2str
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
-from recbole_ssm.files import append_lines, claim, locked, read_lines, whole
-from recbole_ssm.study.space import (
-    STATES,
-    Search,
-    Space,
-    Trial,
-    optuna,
-    read_space,
-    read_trials,
-    space_of,
-    write_trials,
-)  # fmt: skip
-
-# Trials without progress after which a search stops, as in RecBole.
-PATIENCE = 10
+from recbole_ssm.files import Journal, claim, locked, whole
+from recbole_ssm.study.space import Search, Space, Trial, optuna, read_space, read_trials, space_of, write_trials
 
 Objective = Callable[..., Mapping[str, Any]]
 
@@ -38,8 +25,7 @@ class HyperTuning:
     """RecBole's HyperTuning on Optuna: it can be stopped and goes on, and runs trials side by side.
 
     Parameter files are not evaluated; an exhaustive search visits every point, and stops early only if it is told to; a
-    trial that fails is a row with the reason, and the next :meth:`run` tries it again. RecBole's ``best_params``,
-    ``best_score``, ``best_test_result``, ``params2result``, ``params_list`` and ``score_list`` tell what was found.
+    trial that fails is a row with the reason, and the next :meth:`run` tries it again.
 
     The arguments up to ``early_stop`` are RecBole's, with one of ``space``, ``params_file`` and ``params_dict``.
 
@@ -48,9 +34,9 @@ class HyperTuning:
             ``workers``; returns a result like that of :func:`recbole_ssm.quick_start.objective_function`.
         display_file: where :meth:`run` draws the trials in the end: a PNG, SVG or PDF file.
         max_evals: trials in all; None is 100, and every point for ``exhaustive``.
-        early_stop: stop after so many trials without progress; None is 10, and never for ``exhaustive``.
+        early_stop: stop after so many trials without progress; None is RecBole's 10, and never for ``exhaustive``.
         table: a CSV file that shows the trials, written after each. A journal of the same name beside it keeps them,
-            also for other processes that work on the same search.
+            also for other processes that work on the same search. None: both go with this object.
         workers: trials at a time.
         bigger: whether a higher score is better.
         after: called with each trial that has ended.
@@ -84,29 +70,28 @@ class HyperTuning:
         self.search = Search(algo, self.space, seed)
         exhaustive = self.search.algo == "exhaustive"
         self.max_evals = max_evals if max_evals is not None else (self.search.size or 0) if exhaustive else 100
-        self.early_stop = early_stop if early_stop is not None else None if exhaustive else PATIENCE
+        self.early_stop = early_stop if early_stop is not None else None if exhaustive else 10
         self.objective_function = objective_function
         self.fixed_config_file_list, self.display_file = fixed_config_file_list, display_file
-        self.table, self.workers, self.bigger, self.after, self.prune = table, workers, bigger, after, prune
+        self.workers, self.bigger, self.after, self.prune = workers, bigger, after, prune
         # Set when a run ends by an exception: objectives in threads must then end too.
         self.stopping = False
         # Numbers of trials: those that had failed before this run, and those that this run has begun.
         self._failed, self._begun = set[int](), set[int]()
+        # Held, with a lock on the folder, while a trial begins or ends: by one thread of one process.
         self._lock = threading.Lock()
-        self._claims = None if table is None else open(table.with_suffix(".running"), "a")  # noqa: SIM115
-        with self._alone():
+        if table is None:
+            self._temporary = tempfile.TemporaryDirectory()
+            table = Path(self._temporary.name, "trials.csv")
+        self.table, self._claims = table, open(table.with_suffix(".running"), "a")  # noqa: SIM115
+        with self._lock, locked(self.table.parent):
             self.study = self._open()
-        self._note()
+            self._note()
 
     @property
     def trials(self) -> list[Trial]:
         """All trials so far, those of other processes among them."""
-        found = []
-        for frozen in self.study.get_trials(deepcopy=False):
-            given = [(name, self.space[name]) for name in self.space if name in frozen.params]
-            params = {name: parameter.from_optuna(frozen.params[name]) for name, parameter in given}
-            found.append(Trial(frozen.number + 1, params, **frozen.user_attrs["result"]))
-        return found
+        return [Trial(**kept.user_attrs["trial"]) for kept in self.study.get_trials(deepcopy=False)]
 
     @property
     def best(self) -> Trial | None:
@@ -115,12 +100,7 @@ class HyperTuning:
         return max(done, key=lambda trial: (trial.score or 0.0) * (1 if self.bigger else -1), default=None)
 
     def run(self) -> None:
-        """Run the trials that are left and that no other process runs.
-
-        Raises:
-            UserError: all of them failed.
-            KeyboardInterrupt: the next :meth:`run` begins with what was running.
-        """
+        """Run the trials that are left and that no other process runs; a UserError says that all failed."""
         self._failed = {trial.number for trial in self.trials if trial.status == "failed"}
         self._begun.clear()
         if self.workers == 1:
@@ -143,11 +123,10 @@ class HyperTuning:
         """Write all trials in the form of RecBole's result file."""
         with whole(Path(output_file)) as path, open(path, "w", encoding="utf-8") as file:
             for trial in self.trials:
-                file.write(f"{self.params2str(trial.params)}\n")
+                told = f"{trial.status}: {trial.error}"
                 if trial.status == "done":
-                    file.write(f"Valid result:\n{dict2str(trial.valid)}\nTest result:\n{dict2str(trial.test)}\n\n")
-                else:
-                    file.write(f"{trial.status}: {trial.error}\n\n")
+                    told = f"Valid result:\n{dict2str(trial.valid)}\nTest result:\n{dict2str(trial.test)}"
+                file.write(f"{self.params2str(trial.params)}\n{told}\n\n")
 
     @staticmethod
     def params2str(params: Mapping[str, Any]) -> str:
@@ -156,75 +135,62 @@ class HyperTuning:
 
     def plot(self, path: Path, metric: str = "validation score") -> None:
         """Draw the score of each trial, and the best so far."""
-        done = [trial for trial in self.trials if trial.status == "done" and trial.score is not None]
-        best = (np.maximum if self.bigger else np.minimum).accumulate([trial.score or 0.0 for trial in done])
+        done = [(trial.number, trial.score) for trial in self.trials if trial.status == "done"]
+        numbers, scores = zip(*done) if done else ((), ())
         with figure(path) as drawn:
             axes = drawn.subplots()
-            axes.plot([t.number for t in done], [t.score for t in done], "o", label="trial")
-            axes.step([t.number for t in done], best, where="post", label="best so far")
+            axes.plot(numbers, scores, "o", label="trial")
+            best = (np.maximum if self.bigger else np.minimum).accumulate(scores)
+            axes.step(numbers, best, where="post", label="best so far")
             axes.set(xlabel="trial", ylabel=metric)
             axes.legend()
 
     def _work(self) -> None:
         """Run one trial after the other until none is left."""
         while not self.stopping and (trial := self._next()):
-            handle = self._handle(trial)
+            kept = self.study.get_trials(deepcopy=False)[trial.number - 1]
+            handle = optuna().trial.Trial(self.study, kept._trial_id)
+            reporting = [handle] if self.prune else []
             try:
-                self._evaluate(trial, [handle] if self.prune else [])
+                result = self.objective_function(dict(trial.params), self.fixed_config_file_list, *reporting)
+                trial.score, trial.seconds = float(result["best_valid_score"]), result.get("seconds")
+                if not math.isfinite(trial.score):
+                    raise UserError(f"the validation score is {trial.score}")
+                trial.valid = {name: float(value) for name, value in (result["best_valid_result"] or {}).items()}
+                trial.test = {name: float(value) for name, value in (result["test_result"] or {}).items()}
+                trial.status = "done"
             except optuna().TrialPruned:
-                reported = self.study.get_trials(deepcopy=False)[handle.number].intermediate_values.values()
+                reported = self.study.get_trials(deepcopy=False)[kept.number].intermediate_values.values()
                 trial.status, trial.score = "pruned", (max if self.bigger else min)(reported)
             except Exception as error:
-                text = " ".join(str(error).splitlines())
-                trial.error = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-                trial.status = "failed"
-            with self._alone():
-                handle.set_user_attr("result", trial.result())
-                if trial.status != "failed":
-                    score = trial.score if trial.status == "done" else None
-                    self.study.tell(handle, score, state=optuna().trial.TrialState[STATES[trial.status]])
+                error = error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")
+                trial.status, trial.score, trial.error = "failed", None, str(error)
+            with self._lock, locked(self.table.parent):
+                handle.set_user_attr("trial", vars(trial))
+                if trial.status == "done":
+                    self.study.tell(handle, trial.score)
+                elif trial.status == "pruned":
+                    self.study.tell(handle, state=optuna().trial.TrialState.PRUNED)
                 self._note()
             self.after(trial)
 
-    def _evaluate(self, trial: Trial, handle: list[Any]) -> None:
-        result = self.objective_function(dict(trial.params), self.fixed_config_file_list, *handle)
-        score = float(result["best_valid_score"])
-        if not math.isfinite(score):
-            raise UserError(f"the validation score is {score}")
-        trial.status, trial.score, trial.seconds = "done", score, result.get("seconds")
-        trial.valid = {name: float(value) for name, value in (result["best_valid_result"] or {}).items()}
-        trial.test = {name: float(value) for name, value in (result["test_result"] or {}).items()}
-
     def _next(self) -> Trial | None:
         """Begin the next trial: one that was interrupted or had failed, else a new one; None where none is left."""
-        with self._alone():
+        with self._lock, locked(self.table.parent):
             trials = self.trials
-            again = next((trial for trial in trials if self._is_open(trial)), None)
-            params = again.params if again else self._propose(trials)
-            if params is None:
-                return None
-            trial = Trial(again.number if again else len(trials) + 1, params)
-            if again:
-                self._handle(trial).set_user_attr("result", trial.result())
-            else:
+            again = (t for t in trials if t.status == "running" or (t.status == "failed" and t.number in self._failed))
+            left = (t for t in again if t.number not in self._begun and claim(self._claims, t.number))
+            if trial := next(left, None):
+                trial = Trial(trial.number, trial.params)
+            elif params := self._propose(trials):
+                trial = Trial(len(trials) + 1, params)
                 self.study.add_trial(self.search.frozen(trial))
-                self._claim(trial)
+                claim(self._claims, trial.number)
+            else:
+                return None
             self._begun.add(trial.number)
             self._note()
             return trial
-
-    def _handle(self, trial: Trial) -> Any:
-        """A trial as Optuna's, to be reported and told."""
-        kept = self.study.get_trials(deepcopy=False)[trial.number - 1]
-        return optuna().trial.Trial(self.study, kept._trial_id)
-
-    def _is_open(self, trial: Trial) -> bool:
-        """Whether a trial must be tried again, and no process is at it."""
-        again = trial.status == "running" or (trial.status == "failed" and trial.number in self._failed)
-        return again and trial.number not in self._begun and self._claim(trial)
-
-    def _claim(self, trial: Trial) -> bool:
-        return self._claims is None or claim(self._claims, trial.number)
 
     def _propose(self, trials: list[Trial]) -> dict[str, Any] | None:
         """The values of a new trial, unless there are enough or the last ones brought no progress."""
@@ -233,16 +199,10 @@ class HyperTuning:
         stale = patience is not None and best is not None and len(ended) - 1 - ended.index(best.number) >= patience
         return None if stale or len(trials) >= self.max_evals else self.search.propose(trials, self.bigger)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other thread or process begins or ends a trial."""
-        with self._lock, nullcontext() if self.table is None else locked(self.table.absolute().parent):
-            yield
-
     def _note(self) -> None:
         """Write the table, and bring RecBole's attributes up to date."""
         trials, best = self.trials, self.best
-        if self.table is not None and trials:
+        if trials:
             write_trials(self.table, trials, self.space)
         done = [trial for trial in trials if trial.status == "done"]
         self.best_params, self.best_score = best and best.params, best and best.score
@@ -253,42 +213,23 @@ class HyperTuning:
         self.params2result = dict(zip(self.params_list, results))
 
     def _open(self) -> Any:
-        """The study in memory or in the journal, which is made from the table if only that is there, as of 0.1.0."""
-        pruners = optuna().pruners
-        options = {
-            "study_name": "tune",
-            "load_if_exists": True,
-            "direction": "maximize" if self.bigger else "minimize",
-            "pruner": pruners.MedianPruner(n_warmup_steps=self.prune) if self.prune else pruners.NopPruner(),
-        }
-        if self.table is None:
-            return optuna().create_study(**options)
-        journal, storage = self.table.with_suffix(".journal"), optuna().storages.JournalStorage
+        """The study in the journal, which is made from the table if only that is there, as of 0.1.0."""
+        pruners, journal = optuna().pruners, self.table.with_suffix(".journal")
+
+        def study(path: Path) -> Any:
+            return optuna().create_study(
+                study_name="tune",
+                storage=optuna().storages.JournalStorage(Journal(path)),
+                load_if_exists=True,
+                direction="maximize" if self.bigger else "minimize",
+                pruner=pruners.MedianPruner(n_warmup_steps=self.prune) if self.prune else pruners.NopPruner(),
+            )
+
         if not journal.is_file():
             trials = [self.search.frozen(trial) for trial in read_trials(self.table, self.space)]
             with whole(journal) as new:
-                optuna().create_study(storage=storage(Journal(new)), **options).add_trials(trials)
+                study(new).add_trials(trials)
         try:
-            return optuna().create_study(storage=storage(Journal(journal)), **options)
+            return study(journal)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{journal}: damaged ({error}); move it away, and {self.table} takes its place") from error
-
-
-class Journal:
-    """A file of Optuna's journal that several processes may write, and that a kill at any moment leaves readable.
-
-    After Optuna's own class for such a file was killed with its lock, others wait half a minute, and behind a torn line
-    it cannot read on.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.touch()
-
-    def read_logs(self, log_number_from: int) -> list[Any]:
-        """The entries from a number on."""
-        return read_lines(self._path, log_number_from)
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Add entries."""
-        append_lines(self._path, logs)

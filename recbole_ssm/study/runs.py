@@ -1,9 +1,9 @@
 """Many training runs, each done once.
 
-A run is cached under a digest of its resolved configuration, of the package's version and of the data set's files, so
-a study can be stopped anywhere and called again: what is done is read, what was interrupted goes on from its
-checkpoint, what failed is tried again. Each run trains in a process of its own (:mod:`recbole_ssm.study.child`), which
-may crash or be killed without harm to the others.
+A run is cached under a digest of its resolved configuration, of the data set's files and of :data:`RESULTS`, so a study
+can be stopped anywhere and called again: what is done is read, what was interrupted goes on from its checkpoint, what
+failed is tried again. Each run trains in a process of its own (:mod:`recbole_ssm.study.child`), which may crash or be
+killed without harm to the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -26,18 +26,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from recbole_ssm import __version__
 from recbole_ssm.config import Config
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest, digest_of_json, write_json
-from recbole_ssm.keys import KEYS, renamed
+from recbole_ssm.keys import ALIASES, KEYS, renamed
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import settings_of
 
-# What changes neither a run's result nor what is reported of it.
+RESULTS = "0.1.0"
+"""The version since which runs give the results of today; what versions before it left is trained again."""
 NOT_CACHED = {name for name, key in KEYS.items() if not key.result}
+"""The keys that change neither a run's result nor what is reported of it."""
 RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
 
 Progress = Callable[[dict[str, Any]], None]
@@ -136,6 +137,18 @@ def runs_in(folder: Path, keys: Mapping[str, Any]) -> tuple[Runs, dict[str, Any]
     return Runs(folder / "runs", machine), {key: value for key, value in keys.items() if key not in NOT_CACHED}
 
 
+def existing(stem: Path, digits: int, contents: Iterable[Any]) -> Path:
+    """The first folder that is there among those named by the stem and the digests of contents; else the first."""
+    first = None
+    for content in contents:
+        folder = stem.with_name(f"{stem.name}{digest_of_json(content)[:digits]}")
+        if folder.is_dir():
+            return folder
+        first = first or folder
+    assert first is not None
+    return first
+
+
 class Runs:
     """A folder of runs.
 
@@ -152,8 +165,8 @@ class Runs:
         self._contents: dict[Path, dict[str, Any]] = {}
 
     def content(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's result: the package's version, the resolved settings, and digests of the data files,
-        of a ranker's retriever and of a base model that is a folder or a file.
+        """All that decides a run's result: :data:`RESULTS`, the resolved settings, and digests of the data files, of a
+        ranker's retriever and of a base model that is a folder or a file.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set, or it cannot be read.
@@ -179,7 +192,7 @@ class Runs:
         if config["base_model"] is not None and (base := Path(str(config["base_model"])).expanduser()).exists():
             parts = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.json")]
             files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
-        return {"version": __version__, "settings": settings, "files": files}
+        return {"version": RESULTS, "settings": settings, "files": files}
 
     def config(self, run: Run) -> Config:
         """A run's resolved configuration.
@@ -203,34 +216,34 @@ class Runs:
             # This downloads it.
             create_dataset(config)
 
-    def digest(self, run: Run) -> str:
-        """The SHA-256 of :meth:`content`."""
-        return digest_of_json(self.content(run))
+    def contents(self, run: Run) -> Iterator[dict[str, Any]]:
+        """:meth:`content`, and then what versions that knew fewer keys, or other names, would say of the same run.
+
+        These versions are those of the runs of the same model and data set that lie here. A key that one of them did
+        not know has its default in this run.
+        """
+        content = self.content(run)
+        yield content
+        for file in sorted(self.folder.glob(f"{glob.escape(f'{run.model}-{run.dataset}-')}*/{RUN}")):
+            try:
+                former = self._content_in(file)["settings"]
+            except (OSError, ValueError, KeyError):
+                # Another run's file is damaged, which does not concern this one.
+                continue
+            names, values = {ALIASES.get(name, name): name for name in former}, renamed(former)
+            new = content["settings"].keys() - names.keys()
+            if new.isdisjoint({*run.options, *self.machine_options}):
+                alike = {key: value for key, value in content["settings"].items() if key not in new}
+                spelled = {names[key]: former[names[key]] if values[key] == alike[key] else alike[key] for key in alike}
+                yield {**content, "settings": spelled}
 
     def folder_of(self, run: Run) -> Path:
         """The folder in which a run is kept, or will be.
 
-        A run that was done before this package knew some key is the same run wherever that key has its default.
-
         Raises:
             UserError: as of :meth:`content`.
         """
-        content = self.content(run)
-        stem = f"{run.model}-{run.dataset}-"
-        exact = self.folder / f"{stem}{digest_of_json(content)[:16]}"
-        if not (exact / RUN).is_file():
-            for file in sorted(self.folder.glob(f"{glob.escape(stem)}*/{RUN}")):
-                try:
-                    before = self._content_in(file)
-                    before = {**before, "settings": renamed(before["settings"])}
-                except (OSError, ValueError, KeyError):
-                    # Another run's file is damaged, which does not concern this one.
-                    continue
-                new = set(content["settings"]) - set(before["settings"])
-                kept = {k: v for k, v in content["settings"].items() if k not in new}
-                if {**content, "settings": kept} == before and not new & {*run.options, *self.machine_options}:
-                    return file.parent
-        return exact
+        return existing(self.folder / f"{run.model}-{run.dataset}-", 16, self.contents(run))
 
     def get(self, run: Run, progress: Progress = ignore) -> Outcome:
         """Read a run's outcome, or train it now.

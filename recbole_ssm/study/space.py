@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.arguments import PROPERTIES, literal
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, require
 from recbole_ssm.files import write_csv
 from recbole_ssm.keys import Span, row
 
@@ -33,10 +32,7 @@ STATES = {"done": "COMPLETE", "pruned": "PRUNED", "failed": "RUNNING", "running"
 
 def optuna() -> Any:
     """Import Optuna; where it is not installed, a :class:`UserError` says how to get it."""
-    try:
-        module = importlib.import_module("optuna")
-    except ImportError as error:
-        raise UserError("tuning needs Optuna, which the extra 'tune' brings; run: pip install 'optuna>=4'") from error
+    module = require("optuna", "tuning needs Optuna, which the extra 'tune' brings; run: pip install 'optuna>=4'")
     module.logging.set_verbosity(module.logging.WARNING)
     return module
 
@@ -56,12 +52,10 @@ class Parameter:
 
     def grid(self) -> list[Any] | None:
         """All values in order, or None where they cannot be counted."""
-        if self.kind == "choice":
-            return list(self.values)
         if self.kind == "quniform":
             low, high, step = self.values
             return [self._rounded(n * step) for n in range(round(low / step), round(high / step) + 1)]
-        return None
+        return list(self.values) if self.kind == "choice" else None
 
     def sample(self, rng: np.random.Generator) -> Any:
         """A random value; the logarithm of a ``loguniform`` one is uniform."""
@@ -85,15 +79,13 @@ class Parameter:
 
     def from_optuna(self, value: Any) -> Any:
         """The value that Optuna means."""
-        if self.kind == "choice":
-            return json.loads(value)
+        value = json.loads(value) if self.kind == "choice" else value
         return self._rounded(value) if self.kind == "quniform" else value
 
     def from_cell(self, text: str) -> Any:
         """The value that stands in a table as ``text``."""
-        if self.kind == "choice":
-            return next((value for value in self.values if cell(value) == text), literal(text))
-        return literal(text)
+        choices = self.values if self.kind == "choice" else ()
+        return next((value for value in choices if cell(value) == text), literal(text))
 
     def holds(self, params: Mapping[str, Any]) -> bool:
         """Whether the parameter is tuned beside these values of earlier ones."""
@@ -129,26 +121,17 @@ def shipped_space(model: str) -> Path | None:
 
 
 def read_space(path: Path) -> Space:
-    """The parameters of a file in RecBole's format: a line for each, ``name type values``; # begins a comment line.
-
-    Two things are not RecBole's: a line that is a name alone takes its values from the table of keys, and a line may
-    end with a condition on an earlier one, ``if loss_type == 'gBCE'`` or ``if num_layers in [1, 2]``.
-
-    Raises:
-        UserError: there is no such file, or a line is wrong; the message names it.
-    """
-    shipped = PROPERTIES / "hyper" / path.name
-    if not path.is_file() and path.parent.name == "hyper" and shipped.is_file():
+    """The parameters of a file, as ``recbole-ssm tune --help`` shows one; a UserError names the line that is wrong."""
+    if not path.is_file() and path.parent.name == "hyper":
         # "properties/hyper/X.hyper" means the shipped file from any folder.
-        path = shipped
+        path = shipped_space(path.stem) or path
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise UserError(f"params_file {path}: {reason}") from error
+        raise UserError(f"params_file {path}: {getattr(error, 'strerror', 'is not UTF-8')}") from error
     space: Space = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not line.lstrip().startswith("#"):
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
             parameter = _parsed(line, f"{path}, line {number}", space)
             space[parameter.name] = parameter
     if not space:
@@ -157,16 +140,9 @@ def read_space(path: Path) -> Space:
 
 
 def space_of(params_dict: Mapping[str, Mapping[str, Any]]) -> Space:
-    """The parameters of RecBole's ``params_dict``: ``{"choice": {"num_layers": [1, 2]}, "uniform": {...}}``.
-
-    Raises:
-        UserError: a kind or its values are wrong.
-    """
-    return {
-        name: _parameter(name, kind, values, f"params_dict, {name}")
-        for kind, parameters in params_dict.items()
-        for name, values in parameters.items()
-    }
+    """The parameters of RecBole's ``params_dict``: ``{"choice": {"num_layers": [1, 2]}, "uniform": {...}}``."""
+    given = [(name, kind, values) for kind, names in params_dict.items() for name, values in names.items()]
+    return {name: _parameter(name, kind, values, f"params_dict, {name}") for name, kind, values in given}
 
 
 def _parsed(line: str, where: str, space: Space) -> Parameter:
@@ -183,72 +159,64 @@ def _parsed(line: str, where: str, space: Space) -> Parameter:
         if not isinstance(wanted, list) or not _plain(wanted) or (known and not {*map(cell, wanted)} <= {*known}):
             raise UserError(f"{where}: the condition must name values of {parent}, such as {' and '.join(known[:2])}")
         condition = parent, wanted
-    name, *words = line.split(None, 2)
+    name, kind, text = [*line.split(None, 2), "", ""][:3]
     key = row(name)
-    if not words and key and key.tune:
-        values: Any = list(key.tune)
-        words = ["choice", ""]
-        if isinstance(key.tune, Span):
-            low, high, log = key.tune
-            words, values = (["loguniform"], [math.log(low), math.log(high)]) if log else (["uniform"], [low, high])
-    elif len(words) < 2:
-        raise UserError(
-            f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line.strip()}'"
-        )
+    if not kind and key and isinstance(key.tune, Span):
+        low, high, log = key.tune
+        kind, values = ("loguniform", [math.log(low), math.log(high)]) if log else ("uniform", [low, high])
+    elif not kind and key and key.tune:
+        kind, values = "choice", list(key.tune)
+    elif not text:
+        raise UserError(f"{where}: must be 'name type values', such as 'dropout_prob choice [0.1, 0.2]', got '{line}'")
     else:
-        values = literal(words[1]) if words[0] == "choice" else [literal(part) for part in words[1].split(",")]
+        values = literal(text) if kind == "choice" else [literal(part) for part in text.split(",")]
     if name in space:
         raise UserError(f"{where}: {name} stands on {space[name].where.rpartition(', ')[2]} already; keep one")
-    return replace(_parameter(name, words[0], values, where), condition=condition)
+    return replace(_parameter(name, kind, values, where), condition=condition)
 
 
 def _parameter(name: str, kind: str, values: Any, where: str) -> Parameter:
+    """A parameter whose kind and values are checked."""
     if kind not in KINDS:
         raise UserError(f"{where}: there is no type '{kind}'{did_you_mean(kind, KINDS)}; known are {', '.join(KINDS)}")
+    values = list(values) if isinstance(values, (list, tuple)) else []
+    given = f"{values}" if values else "something else"
     if kind == "choice":
-        if not isinstance(values, (list, tuple)) or not values or not _plain(list(values)):
+        if not values or not _plain(values):
             raise UserError(f"{where}: choice needs a list of literals such as [0.1, 0.2] or ['CE', 'BPR']")
-        return Parameter(name, kind, tuple(json.loads(json.dumps(list(values)))), where)
+        return Parameter(name, kind, tuple(json.loads(json.dumps(values))), where)
     count = 3 if kind == "quniform" else 2
-    numbers = list(values) if isinstance(values, (list, tuple)) else []
-    if len(numbers) != count or not all(type(v) in (int, float) and math.isfinite(v) for v in numbers):
-        raise UserError(f"{where}: {kind} needs {count} numbers as {KINDS[kind]}, got {values}")
-    if numbers[0] >= numbers[1] or (count == 3 and numbers[2] <= 0):
-        raise UserError(f"{where}: {kind} needs low < high{' and a step above 0' * (count == 3)}, got {values}")
-    if kind == "loguniform" and (numbers[1] > 700 or 0 < numbers[0] < numbers[1] <= 0.1):
-        low, high = (f"{math.log(bound):.4g}" if bound > 0 else "" for bound in numbers)
-        hint = f"; for {numbers[0]} to {numbers[1]} write {low},{high}" if low else ""
+    if len(values) != count or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        raise UserError(f"{where}: {kind} needs {count} numbers as {KINDS[kind]}, got {given}")
+    if values[0] >= values[1] or (count == 3 and values[2] <= 0):
+        raise UserError(f"{where}: {kind} needs low < high{' and a step above 0' * (count == 3)}, got {given}")
+    if kind == "loguniform" and (values[1] > 700 or 0 < values[0] < values[1] <= 0.1):
+        low, high = (f"{math.log(bound):.4g}" if bound > 0 else "" for bound in values)
+        hint = f"; for {values[0]} to {values[1]} write {low},{high}" if low else ""
         raise UserError(f"{where}: the bounds of loguniform are natural logarithms, got {values}{hint}")
-    return Parameter(name, kind, tuple(numbers), where)
+    return Parameter(name, kind, tuple(values), where)
 
 
 def _plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
     try:
-        json.dumps(value, allow_nan=False)
+        return bool(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         return False
-    return True
 
 
 @dataclass
 class Trial:
-    """One set of values, and what came of it."""
+    """One set of values, and what came of it: ``running``, ``done``, ``pruned`` (with its best score) or ``failed``."""
 
     number: int
     params: dict[str, Any]
     status: str = "running"
-    """``running``, ``done``, ``pruned`` or ``failed``."""
     score: float | None = None
-    """The best validation score; of a pruned trial the best until then."""
     valid: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
-    """Of training, where the objective tells."""
     error: str = ""
-
-    def result(self) -> dict[str, Any]:
-        """All but the number and the values."""
-        return {key: value for key, value in vars(self).items() if key not in ("number", "params")}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={cell(value)}" for name, value in self.params.items())
@@ -257,46 +225,26 @@ class Trial:
 class Search:
     """Proposes values as a function of the seed and the trials so far, so a search that was stopped can go on.
 
-    Args:
-        algo: ``exhaustive`` (or ``grid``), all points in random order; ``random``; or ``bayes`` (or ``tpe``), Optuna's
-            tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials.
-        space: the parameters.
-        seed: of the random numbers.
-
-    Raises:
-        UserError: there is no such algorithm, the grid is too large or has no end, or Optuna is not installed.
+    ``algo`` is ``exhaustive`` (``grid``), all points in random order; ``random``; or ``bayes`` (``tpe``), Optuna's
+    tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials. A UserError says that there is
+    no such algorithm, that the grid is too large or has no end, or that Optuna is not installed.
     """
 
     def __init__(self, algo: str, space: Space, seed: int) -> None:
         self.algo, self.space, self.seed = ALIASES.get(algo, algo), space, seed
         if self.algo not in ALGORITHMS:
             raise UserError(f"algo: '{algo}' is not one of {', '.join(ALGORITHMS)}{did_you_mean(algo, ALGORITHMS)}")
-        grids = {name: parameter.grid() for name, parameter in space.items()}
-        endless = [space[name] for name, grid in grids.items() if grid is None]
-        self.size = None if endless else math.prod(len(grid or ()) for grid in grids.values())
+        grids = [parameter.grid() for parameter in space.values()]
+        self.size = None if None in grids else math.prod(len(grid or ()) for grid in grids)
         """Points of the grid; None where they cannot be counted. Conditions count in an exhaustive search alone."""
         if self.algo == "exhaustive":
-            if endless:
-                raise UserError(
-                    f"{endless[0].where}: there is no end of the values of {endless[0].kind}; for an exhaustive "
-                    "search take choice or quniform, or search with --algo=random or bayes"
-                )
-            if self.size and self.size > LARGEST_GRID:
-                raise UserError(f"algo: the grid has {self.size:,} points; search with --algo=random or bayes")
-            points: list[dict[str, Any]] = [{}]
-            for name, parameter in space.items():
-                each = [{name: value} for value in grids[name] or ()]
-                points = [{**point, **more} for point in points for more in (each if parameter.holds(point) else [{}])]
-            self.size = len(points)
-            self._points = [points[number] for number in np.random.default_rng(seed).permutation(self.size)]
-        if self.algo == "bayes":
+            self._points = self._grid()
+            self.size = len(self._points)
+        elif self.algo == "bayes":
             optuna()
 
     def propose(self, trials: Sequence[Trial], bigger: bool) -> dict[str, Any] | None:
-        """The values of the trial that follows these; None where nothing new is left.
-
-        ``bigger`` says that a higher score is better.
-        """
+        """The values of the trial after these, whose ``bigger`` scores are better; None where nothing new is left."""
         number = len(trials)
         if self.algo == "exhaustive":
             return self._points[number] if number < len(self._points) else None
@@ -314,7 +262,7 @@ class Search:
         return None
 
     def frozen(self, trial: Trial) -> Any:
-        """A trial as Optuna's; our own form of what came of it is a user attribute."""
+        """A trial as Optuna's; our own form of it is a user attribute."""
         space = {name: self.space[name] for name in trial.params}
         choices = {name: json.dumps(trial.params[name]) for name in space if space[name].kind == "choice"}
         return optuna().trial.create_trial(
@@ -324,8 +272,22 @@ class Search:
             distributions={name: parameter.distribution() for name, parameter in space.items()},
             # By these Optuna compares trials that were pruned.
             intermediate_values={1: trial.score} if trial.status == "pruned" else None,
-            user_attrs={"result": trial.result()},
+            user_attrs={"trial": vars(trial)},
         )
+
+    def _grid(self) -> list[dict[str, Any]]:
+        """All points in random order."""
+        if self.size and self.size > LARGEST_GRID:
+            raise UserError(f"algo: the grid has {self.size:,} points; search with --algo=random or bayes")
+        points: list[dict[str, Any]] = [{}]
+        for name, parameter in self.space.items():
+            grid = parameter.grid()
+            if grid is None:
+                kind, mend = parameter.kind, "take choice or quniform, or search with --algo=random or bayes"
+                raise UserError(f"{parameter.where}: there is no end of the values of {kind}; {mend}")
+            each = [{name: value} for value in grid]
+            points = [{**point, **more} for point in points for more in (each if parameter.holds(point) else [{}])]
+        return [points[number] for number in np.random.default_rng(self.seed).permutation(len(points))]
 
     def _parzen(self, trials: Sequence[Trial], bigger: bool, seed: int) -> dict[str, Any]:
         """What Optuna's sampler makes of these trials, of which it is told no test metrics."""
@@ -341,41 +303,32 @@ class Search:
 def write_trials(path: Path, trials: Sequence[Trial], space: Space) -> None:
     """The table of trials as comma-separated values, whole or not at all."""
     rows = [
-        {
-            "trial": trial.number,
-            "status": trial.status,
-            "score": trial.score,
-            **{name: cell(trial.params[name]) if name in trial.params else "" for name in space},
-            **{f"valid {name}": value for name, value in trial.valid.items()},
-            **{f"test {name}": value for name, value in trial.test.items()},
-            "seconds": trial.seconds,
-            "error": trial.error,
-        }
+        {"trial": trial.number, "status": trial.status, "score": trial.score}
+        | {name: cell(trial.params[name]) if name in trial.params else "" for name in space}
+        | {f"valid {name}": value for name, value in trial.valid.items()}
+        | {f"test {name}": value for name, value in trial.test.items()}
+        | {"seconds": trial.seconds, "error": trial.error}
         for trial in trials
     ]
     write_csv(path, rows)
 
 
 def read_trials(path: Path, space: Space) -> list[Trial]:
-    """The trials of a table that :func:`write_trials` wrote; none where there is no table.
-
-    Raises:
-        UserError: the table is damaged, or of other parameters.
-    """
+    """The trials of a table that :func:`write_trials` wrote; none where there is no table."""
     if not path.is_file():
         return []
+
+    def trial(row: dict[str, str]) -> Trial:
+        params = values(space, lambda parameter: parameter.from_cell(row[parameter.name]))
+        score, seconds = (float(row[key]) if row[key] else None for key in ("score", "seconds"))
+        valid, test = (
+            {key.removeprefix(part): float(text) for key, text in row.items() if key.startswith(part) and text}
+            for part in ("valid ", "test ")
+        )
+        return Trial(int(row["trial"]), params, row["status"], score, valid, test, seconds, row["error"])
+
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [_trial(row, space) for row in csv.DictReader(file)]
+            return list(map(trial, csv.DictReader(file)))
     except (KeyError, ValueError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged, or not a table of these parameters ({error}); move it away") from error
-
-
-def _trial(row: dict[str, str], space: Space) -> Trial:
-    params = values(space, lambda parameter: parameter.from_cell(row[parameter.name]))
-    score, seconds = (float(row[key]) if row[key] else None for key in ("score", "seconds"))
-    valid, test = (
-        {key[len(part) :]: float(row[key]) for key in row if key.startswith(part) and row[key]}
-        for part in ("valid ", "test ")
-    )
-    return Trial(int(row["trial"]), params, row["status"], score, valid, test, seconds, row["error"])

@@ -30,16 +30,13 @@ from tqdm import tqdm
 
 from recbole_ssm.arguments import at_least, one_of, path_that, read_yaml
 from recbole_ssm.config import Config
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, require
 from recbole_ssm.figure import check_drawable
-from recbole_ssm.files import check_writable, digest_of_json, write_text
+from recbole_ssm.files import check_writable, write_csv, write_text
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
-from recbole_ssm.study.runs import Progress, Run, Runs, ignore
+from recbole_ssm.study.runs import Progress, Run, Runs, existing, ignore
 from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, shipped_space
-
-# RecBole calls the tool of one machine Hyperopt.
-TOOLS = ("Optuna", "Hyperopt", "Ray")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prune = "stop a trial that is behind the median of the others after N validations; N is 3 where it is not given"
     add("--prune", type=at_least(1), nargs="?", const=3, metavar="N", help=prune)
     add("--workers", type=at_least(1), metavar="N", help="trials at a time; default 1, with Ray as many as fit")
+    # RecBole calls the tool of one machine Hyperopt.
+    tool = one_of(("Optuna", "Hyperopt", "Ray"))
     tools = "Optuna (default) on this machine; Ray on its cluster, or on this machine if there is none"
-    add("--tool", type=one_of(TOOLS), default="Optuna", metavar="TOOL", help=tools)
+    add("--tool", type=tool, default="Optuna", metavar="TOOL", help=tools)
     add("--trial_cpus", type=float, default=1, metavar="N", help="Ray: processors of a trial; default 1")
     add("--trial_gpus", type=float, default=0, metavar="N", help="Ray: GPUs of a trial, also parts; default 0")
     file, drawn = path_that(check_writable), path_that(check_drawable)
@@ -65,27 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
-    """Tune one model on one data set; ``trials.csv``, ``best.yaml`` and ``trials.png`` come into a folder of its own.
-
-    Raises:
-        UserError: the space or an option is wrong, or every trial failed.
-    """
-    fixed: dict[str, Any] = {}
+    """Tune one model on one data set; tables, ``best.yaml`` and a plot come into a folder of its own."""
+    given: dict[str, Any] = {}
     for file in options.config_files.split():
-        fixed |= read_yaml(Path(file))
-    config = configure(config_dict={**fixed, **keys})
+        given |= read_yaml(Path(file))
+    config = configure(config_dict={**given, **keys})
     space = _space(options, config, keys)
-    fixed = {key: value for key, value in {**fixed, **keys}.items() if key not in ("model", "dataset", *space)}
-    metric, bigger = str(config["valid_metric"]).lower(), bool(config["valid_metric_bigger"])
+    fixed = {key: value for key, value in {**given, **keys}.items() if key not in ("model", "dataset", *space)}
+    metric = str(config["valid_metric"]).lower()
     # Absolute, because a trial may run in another working directory.
     data_path = str(Path(fixed.pop("data_path", "dataset/")).absolute())
     runs, base = Runs(options.folder / "runs", {"data_path": data_path}), Run(config.model, config.dataset, fixed)
-    folder = _folder(options, space, base, runs.content(base))
+    folder = _folder(options, space, base, runs)
     if (options.workers or 1) > 1:
         # Each trial has its share of the processors.
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.workers, 1)))
-    tool = _tool(options, kept_objective(runs, base, metric))
-    with tool as (objective, workers), tqdm(unit="trial", disable=None) as bar:
+    with _tool(options, kept_objective(runs, base, metric)) as (objective, workers):
 
         def progress(state: dict[str, Any]) -> None:
             if tuning.stopping:
@@ -100,8 +94,10 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
 
         def write_best() -> None:
             if best := tuning.best:
-                named = {"model": config.model, "dataset": config.dataset, "data_path": data_path}
-                write_text(folder / "best.yaml", _config_file({**named, **fixed}, best, metric))
+                settings = {"model": config.model, "dataset": config.dataset, "data_path": data_path, **fixed}
+                text = yaml.safe_dump({**settings, **best.params}, sort_keys=False, allow_unicode=True)
+                head = f"# Trial {best.number}: validation {metric} {best.score:.6f}. Train it again:\n"
+                write_text(folder / "best.yaml", f"{head}# run_recbole_ssm.py --config_files best.yaml\n{text}")
 
         tuning = HyperTuning(
             partial(objective, progress=progress),
@@ -109,28 +105,24 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
             table=folder / "trials.csv",
             workers=workers,
             seed=config["seed"],
-            bigger=bigger,
+            bigger=bool(config["valid_metric_bigger"]),
             after=after,
             **{name: getattr(options, name) for name in ("algo", "max_evals", "early_stop", "prune")},
         )
         before = sum(trial.status in ("done", "pruned") for trial in tuning.trials)
-        bar.reset(total=tuning.max_evals)
-        bar.update(before)
-        bar.write(
-            f"tune {config.model} on {config.dataset}: {tuning.search.algo} search of {tuning.max_evals} trials over "
-            f"{', '.join(space)}, by {metric}; {before} are done; the table is {folder / 'trials.csv'}"
-        )
-        tuning.run()
+        with tqdm(unit="trial", disable=None, total=tuning.max_evals, initial=before) as bar:
+            bar.write(
+                f"tune {config.model} on {config.dataset}: {tuning.search.algo} search of {tuning.max_evals} trials "
+                f"over {', '.join(space)}, by {metric}; {before} are done; the table is {tuning.table}"
+            )
+            tuning.run()
         # Also where the last process was killed before it came to this.
         write_best()
     return _report(tuning, options, folder, metric)
 
 
 def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
-    """An objective whose ``runs`` are kept and done once; ``base`` is what is fixed, ``metric`` the score.
-
-    Where it is given Optuna's trial, it tells it of each validation, and stops the run if the trial is pruned.
-    """
+    """An objective whose runs are kept; Optuna's trial, if it is given, is told of validations and may stop a run."""
 
     def objective(params: dict[str, Any], files: Any, trial: Any = None, progress: Progress = ignore) -> dict[str, Any]:
         # A run that was interrupted tells its earlier validations again.
@@ -172,12 +164,12 @@ def _space(options: argparse.Namespace, config: Config, keys: Mapping[str, Any])
     return space
 
 
-def _folder(options: argparse.Namespace, space: Space, base: Run, content: dict[str, Any]) -> Path:
-    """The folder of a search; another model, data set, space, option or version is another search."""
+def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) -> Path:
+    """The folder of a search; another model, data set, space or option is another search."""
     search: list[Any] = [ALIASES.get(options.algo, options.algo)]
     search += [(p.name, p.kind, p.values, *([p.condition] if p.condition else [])) for p in space.values()]
-    search += [content, *([options.prune] if options.prune else [])]
-    folder: Path = options.folder / f"{base.model}-{base.dataset}-{digest_of_json(search)[:8]}"
+    searches = ([*search, content, *([options.prune] if options.prune else [])] for content in runs.contents(base))
+    folder = existing(options.folder / f"{base.model}-{base.dataset}-", 8, searches)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -186,17 +178,10 @@ def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     best, told = tuning.best or trial, f"failed: {trial.error}"
     if trial.status == "done":
         so_far = "the best so far" if best == trial else f"best {best.score:.4f} of trial {best.number}"
-        told = f"{metric} {trial.score:.4f} ({so_far})"
-        told += "" if trial.seconds is None else f", trained in {trial.seconds:.0f} s"
+        told = f"{metric} {trial.score:.4f} ({so_far}), trained in {trial.seconds:.0f} s"
     elif trial.status == "pruned":
         told = f"stopped at {metric} {trial.score:.4f}, behind the median"
     return f"trial {trial.number} of {tuning.max_evals}: {told}; {trial}"
-
-
-def _config_file(settings: Mapping[str, Any], trial: Trial, metric: str) -> str:
-    text = yaml.safe_dump({**settings, **trial.params}, sort_keys=False, allow_unicode=True)
-    head = f"# Trial {trial.number}: validation {metric} {trial.score:.6f}. Train it again:\n"
-    return f"{head}# run_recbole_ssm.py --config_files best.yaml\n{text}"
 
 
 def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metric: str) -> str:
@@ -206,21 +191,26 @@ def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metr
     best = tuning.best
     if best is None:
         return "no trial is done yet; other processes are at this search"
-    lines = []
+    lines = [f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}"]
     try:
         tuning.plot(options.display_file or folder / "trials.png", f"validation {metric}")
     except UserError as error:
-        if options.display_file:
-            raise
         lines.append(f"no plot: {error}")
-    lines.append(f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}")
     if len(set(tuning.score_list)) > 3:
-        # By functional analysis of variance (Hutter et al., ICML 2014).
-        method = optuna().importance.FanovaImportanceEvaluator(seed=tuning.search.seed)
-        shares = optuna().importance.get_param_importances(tuning.study, evaluator=method)
-        told = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
-        lines.append(f"importance (share of the variance of {metric} over the trials): {told}")
+        lines.append(_importance(tuning, folder / "importance.csv", metric))
     return "\n".join([*lines, f"train it: run_recbole_ssm.py --config_files {folder / 'best.yaml'}"])
+
+
+def _importance(tuning: HyperTuning, path: Path, metric: str) -> str:
+    """What each key decides, by functional analysis of variance (Hutter et al., ICML 2014), as a file and as text."""
+    method = optuna().importance.FanovaImportanceEvaluator(seed=tuning.search.seed)
+    shares = optuna().importance.get_param_importances(tuning.study, evaluator=method)
+    told = ", ".join(f"{key} {share:.2f}" for key, share in shares.items())
+    # Variances can be compared among keys alone that every trial has.
+    conditional = [key for key in tuning.space if key not in shares]
+    write_csv(path, [{"key": key, "importance": shares.get(key)} for key in [*shares, *conditional]])
+    left_out = f"; left out, because not every trial has a value: {', '.join(conditional)}" if conditional else ""
+    return f"importance (share of the variance of {metric} over the trials): {told}{left_out}"
 
 
 @contextmanager
@@ -229,13 +219,9 @@ def _tool(options: argparse.Namespace, objective: Objective) -> Iterator[tuple[C
     if options.tool != "Ray":
         yield objective, options.workers or 1
         return
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--tool=Ray: Ray is not installed; run: pip install 'ray>=2.9', or take --workers") from error
+    ray = require("ray", "--tool=Ray: Ray is not installed; run: pip install 'ray>=2.9', or take --workers")
     # The cluster of RAY_ADDRESS or of "ray start", else this machine alone.
-    ray.init(ignore_reinit_error=True)
-    try:
+    with ray.init(ignore_reinit_error=True):
         call = ray.remote(num_cpus=options.trial_cpus, num_gpus=options.trial_gpus)(lambda *given: objective(*given))
 
         def there(*given: Any, progress: Progress) -> Any:
@@ -244,9 +230,6 @@ def _tool(options: argparse.Namespace, objective: Objective) -> Iterator[tuple[C
                 progress({})
             return ray.get(running)
 
-        have = ray.cluster_resources()
-        fits = [have.get("CPU", 0) / options.trial_cpus] if options.trial_cpus else []
-        fits += [have.get("GPU", 0) / options.trial_gpus] if options.trial_gpus else []
+        needs = {"CPU": options.trial_cpus, "GPU": options.trial_gpus}
+        fits = [ray.cluster_resources().get(name, 0) / need for name, need in needs.items() if need]
         yield there, options.workers or max(int(min(fits, default=1)), 1)
-    finally:
-        ray.shutdown()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.files import digest_of_json
 from recbole_ssm.study import runs as module
 from recbole_ssm.study import speed
 from recbole_ssm.study.runs import OUTCOME, RANKS, RUN, Outcome, Run, Runs
@@ -80,7 +81,7 @@ def test_what_makes_another_run(done, monkeypatch, tmp_path):
     file = tmp_path / "data" / "toy" / "toy.inter"
     file.write_text(file.read_text().replace("\ti1\t", "\ti2\t", 1))
     folders.append(there.folder_of(SHORT))
-    monkeypatch.setattr(module, "__version__", "0.0")
+    monkeypatch.setattr(module, "RESULTS", "0.0")
     folders.append(runs.folder_of(SHORT))
     assert len(set(folders)) == len(folders)
 
@@ -92,21 +93,22 @@ def test_another_retriever_makes_another_run(tmp_path):
     digests = set()
     for content in (b"one", b"two"):
         checkpoint.write_bytes(content)
-        digests.add(runs.digest(run))
+        digests.add(digest_of_json(runs.content(run)))
         named = Runs(tmp_path / "runs", {"data_path": "dataset", "retriever_checkpoint": str(tmp_path)})
-        assert named.digest(run) in digests  # by its folder
+        assert digest_of_json(named.content(run)) in digests  # by its folder
     assert len(digests) == 2
     checkpoint.unlink()
     with pytest.raises(UserError, match="retriever_checkpoint: there is no such file"):
-        runs.digest(run)
+        digest_of_json(runs.content(run))
 
 
 def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
     """A run of before some key existed is today's run with the key at its default, and no other."""
     runs = Runs(tmp_path / "r", DATA)
-    before = shutil.copytree(done[1].folder, tmp_path / "r" / "Mamba4Rec-toy-before")
-    job = json.loads((before / RUN).read_text())
+    job = json.loads((done[1].folder / RUN).read_text())
     assert job["content"]["settings"].pop("readout") == "last"
+    before = tmp_path / "r" / f"Mamba4Rec-toy-{digest_of_json(job['content'])[:16]}"
+    shutil.copytree(done[1].folder, before)
     (before / RUN).write_text(json.dumps(job))
     monkeypatch.setattr(Runs, "_train", never)
     assert runs.get(SHORT).test == done[1].test
@@ -120,7 +122,7 @@ def test_a_key_that_was_renamed_voids_nothing(tmp_path):
     run = Run("Mamba4Rec", "toy", {"average_power": 8.0})
     content = runs.content(run)
     content["settings"]["learner_average"] = content["settings"].pop("average_power")
-    before = tmp_path / "r" / "Mamba4Rec-toy-before"
+    before = tmp_path / "r" / f"Mamba4Rec-toy-{digest_of_json(content)[:16]}"
     before.mkdir(parents=True)
     (before / RUN).write_text(json.dumps({"content": content}))
     assert runs.folder_of(run) == before

@@ -15,8 +15,8 @@ from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study.runs import Outcome, Run
-from recbole_ssm.study.space import Trial, read_trials, space_of, write_trials
-from recbole_ssm.study.tune import HyperTuning, kept_objective
+from recbole_ssm.study.space import Trial, read_space, read_trials, space_of, write_trials
+from recbole_ssm.study.tune import HyperTuning, _importance, kept_objective
 from tests.conftest import REPOSITORY
 
 GRID = {"choice": {"a": [1, 2, 3], "b": ["x", "y"]}}
@@ -304,6 +304,18 @@ def test_runs_tell_optuna_of_their_validations_and_stop_where_it_says(tmp_path):
     with pytest.raises(optuna.TrialPruned):
         objective({"a": 1}, None, trial)
     assert study.trials[1].intermediate_values == {1: 0.3, 2: 0.1}
+
+
+def test_importances_are_a_file_that_names_what_is_left_out(tmp_path):
+    """A key with a condition is in some trials only, so its share of the variance cannot be compared with others."""
+    (tmp_path / "s.hyper").write_text("a choice [1, 2, 3, 4]\nb choice [1, 2]\nc uniform 0,1 if a in [1, 2]\n")
+    space = read_space(tmp_path / "s.hyper")
+    tuning = tuned(Objective(lambda params: params["a"]), params_dict=None, space=space, algo="random", max_evals=9)
+    text = _importance(tuning, tmp_path / "importance.csv", "hit@1")
+    assert "; left out, because not every trial has a value: c" in text
+    with open(tmp_path / "importance.csv", newline="") as file:
+        rows = {row["key"]: row["importance"] for row in csv.DictReader(file)}
+    assert list(rows) == ["a", "b", "c"] and float(rows["a"]) > 0.9 and rows["c"] == ""
 
 
 def test_prune_needs_no_value(tmp_path, monkeypatch):
