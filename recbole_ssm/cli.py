@@ -14,10 +14,12 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   train and test a model
     run_recbole_ssm.py [--model=Hydra4Rec] [--dataset=ml-100k] [--config_files "a.yaml b.yaml"] [--key=value ...]
 
-      --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, GRU4Rec, BERT4Rec ...)
+      --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
+                  or a class of your own: --model=my_package.my_file:MyModel
       --dataset   ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
                   amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files under data_path
-      --resume    a checkpoint, or the folder of a run: go on from its newest whole checkpoint, byte for byte
+      --resume    a checkpoint, the folder of a run, or the folder above: go on from the newest, byte for byte
+      --init      start from the weights of a checkpoint or run, on data with new users, events and items
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
@@ -65,6 +67,7 @@ def train(arguments: list[str]) -> None:
     options = join_values(arguments)
     files = _take(options, "config_files")
     resume, allow_pickle = _take(options, "resume"), _take(options, "allow_pickle")
+    init = _take(options, "init")
 
     from recbole_ssm.quick_start import run_recbole_ssm
 
@@ -72,6 +75,7 @@ def train(arguments: list[str]) -> None:
         config_file_list=files.split(),
         command_line=options,
         resume=resume or None,
+        init=init or None,
         allow_pickle=allow_pickle.lower() == "true",
     )
 

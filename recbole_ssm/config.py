@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from logging import getLogger
@@ -21,7 +22,7 @@ import yaml
 from recbole_ssm import compat
 from recbole_ssm.arguments import PROPERTIES, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, Key, plain, renamed, row, rows
+from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows
 
 compat.install()
 
@@ -46,6 +47,8 @@ FIELDS = {
     "RATING_FIELD": "rating",
     "TIME_FIELD": "timestamp",
 }
+UNDECLARED = Key(Anything(), "model")
+"""The row of a key that a user's own model reads and no file declares."""
 
 
 class Configurable:
@@ -53,6 +56,9 @@ class Configurable:
 
     A class of ours inherits them and gives its own.
     """
+
+    model_name: str
+    """The name that users type, where it is not the class's."""
 
     reads_text = False
     """Whether a language model reads the histories: batches and epochs are then the model's own on every data set."""
@@ -77,8 +83,8 @@ class Config(recbole.config.Config):
 
     Args:
         find_model: the class of a model's name; a name that it does not know is a UserError.
-        model: name of one of our models or of a sequential model of RecBole's; None leaves it to the options, and they
-            to properties/overall.yaml.
+        model: name of one of our models or of a sequential model of RecBole's; or a class of the user's own, or its
+            path as ``package.module:Class``. None leaves it to the options, and they to properties/overall.yaml.
         dataset: name of the data set; None likewise.
         config_file_list: YAML files.
         config_dict: options as a dict.
@@ -92,7 +98,7 @@ class Config(recbole.config.Config):
     def __init__(
         self,
         find_model: Callable[[str], type],
-        model: str | None = None,
+        model: str | type | None = None,
         dataset: str | None = None,
         config_file_list: Iterable[str] | None = None,
         config_dict: Mapping[str, Any] | None = None,
@@ -141,19 +147,29 @@ class Config(recbole.config.Config):
         self.external_config_dict: dict[str, Any] = {key: plain(key, value) for key, value in given.items()}
 
     @property
+    def class_path(self) -> str | None:
+        """``package.module:Class`` of a user's own model; None of one that is known by its name."""
+        kind = self.model_class
+        return f"{kind.__module__}:{kind.__qualname__}" if _is_own(kind) else None
+
+    @property
     def _rules(self) -> type[Configurable]:
         return self.model_class if issubclass(self.model_class, Configurable) else Configurable
 
     # --- defaults ------------------------------------------------------------------------------------------------
 
-    def _get_model_and_dataset(self, model: str | None, dataset: str | None) -> tuple[str, Any, str]:
+    def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, Any, str]:
         named = {**_shipped(PROPERTIES / "overall.yaml"), **self.external_config_dict}
-        model, dataset = model or named["model"], dataset or named["dataset"]
-        model, dataset = KEYS["model"].take("model", model), KEYS["dataset"].take("dataset", dataset)
-        assert isinstance(model, str) and isinstance(dataset, str)
+        model, dataset = model or named["model"], KEYS["dataset"].take("dataset", dataset or named["dataset"])
+        assert isinstance(dataset, str)
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
-        return model, self._find_model(model), dataset
+        if isinstance(model, type):
+            return vars(model).get("model_name", model.__name__), model, dataset
+        name = KEYS["model"].take("model", model)
+        assert isinstance(name, str)
+        # A class that is named by its path goes by its own name.
+        return name.rpartition(":")[2], self._find_model(name), dataset
 
     def _update_internal_config_dict(self, file: str | Path) -> dict[str, Any]:
         found = _shipped(Path(file))
@@ -161,16 +177,22 @@ class Config(recbole.config.Config):
         return found
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
-        super()._load_internal_config_dict(model, model_class, dataset)
+        parent = _known_name(model, model_class)
+        super()._load_internal_config_dict(parent, model_class, dataset)
         defaults = self.internal_config_dict
         own_load_col = defaults["load_col"]
-        files = ["overall.yaml", f"model/{model}.yaml", f"dataset/{dataset}.yaml"]
-        if self._rules.reads_text:
-            # A data set's batches and epochs are sized for embeddings of items.
-            files[1:] = files[:0:-1]
-        for file in files:
-            if (PROPERTIES / file).is_file():
-                self._update_internal_config_dict(PROPERTIES / file)
+        own_file = _own_file(model_class)
+        of_model = [PROPERTIES / f"model/{parent}.yaml", *([own_file] if own_file else [])]
+        of_dataset = [PROPERTIES / f"dataset/{dataset}.yaml"]
+        # A data set's batches and epochs are sized for embeddings of items, not for language models.
+        later = [*of_dataset, *of_model] if self._rules.reads_text else [*of_model, *of_dataset]
+        for file in [PROPERTIES / "overall.yaml", *later]:
+            if file.is_file():
+                self._update_internal_config_dict(file)
+        defaults.update(getattr(model_class, "default_config", {}))
+        if not hasattr(model_class, "input_type"):
+            # RecBole reads from the loss what the rows of a batch hold.
+            defaults.setdefault("loss_type", "CE")
         if own_load_col and len(own_load_col) > 1:
             # A model that reads features of items or users.
             defaults["load_col"] = own_load_col
@@ -179,7 +201,7 @@ class Config(recbole.config.Config):
         if samples_none:
             # RecBole's default samples negatives, and then refuses to run.
             defaults["train_neg_sample_args"] = None
-        files_of_model = (folder / "model" / f"{model}.yaml" for folder in (RECBOLE_PROPERTIES, PROPERTIES))
+        files_of_model = [RECBOLE_PROPERTIES / f"model/{parent}.yaml", *of_model]
         texts = [file.read_text(encoding="utf-8") for file in files_of_model if file.is_file()]
         self.rows: dict[str, Key] = rows(defaults, *texts)
 
@@ -256,8 +278,10 @@ class Config(recbole.config.Config):
         if key in self._base and self._base[key] == value and not (found and found.refused):
             # It has run with that value, and goes on with it.
             return value
-        if found is None:
-            raise UserError(f"{key}: there is no such key{did_you_mean(str(key), self.known_keys())}")
+        near = "" if found else did_you_mean(str(key), self.known_keys())
+        if found is None and (near or self.class_path is None):
+            raise UserError(f"{key}: there is no such key{near}")
+        found = found or UNDECLARED
         return found.take(key, value, self.internal_config_dict.get(key))
 
     def _check_together(self, merged: dict[str, Any]) -> None:
@@ -305,6 +329,28 @@ def _by_field_names(options: Mapping[str, Any]) -> Any:
         part: columns if columns == "*" else [names.get(column, column) for column in columns]
         for part, columns in loaded.items()
     } or None
+
+
+def _known_name(model: str, model_class: type) -> str:
+    """The name of the model whose files of defaults count: this one, or the nearest parent that has some."""
+    for kind in model_class.__mro__:
+        name = model if kind is model_class else vars(kind).get("model_name", kind.__name__)
+        if any((folder / f"model/{name}.yaml").is_file() for folder in (PROPERTIES, RECBOLE_PROPERTIES)):
+            return name
+    return model
+
+
+def _own_file(model_class: type) -> Path | None:
+    """The YAML file of a user's own class, ``<Class>.yaml`` beside its module."""
+    source = getattr(sys.modules.get(model_class.__module__), "__file__", None)
+    if source is None or not _is_own(model_class):
+        return None
+    return Path(source).with_name(f"{model_class.__name__}.yaml")
+
+
+def _is_own(model_class: type) -> bool:
+    """Whether a user wrote the class."""
+    return model_class.__module__.partition(".")[0] not in ("recbole", "recbole_ssm")
 
 
 def _by_new_names(options: Mapping[str, Any]) -> dict[str, Any]:

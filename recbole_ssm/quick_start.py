@@ -21,14 +21,21 @@ from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
+from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
+from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer  # noqa: E402
 
-__all__ = ["export_pairs", "load_recommender", "objective_function", "run_recbole_ssm"]
+__all__ = ["export_pairs", "load_data_and_model", "load_recommender", "objective_function", "run_recbole_ssm"]
+
+Saved = tuple[Path, checkpoint.Checkpoint]
+"""A checkpoint, and where it was read from."""
 
 
 @contextlib.contextmanager
@@ -51,7 +58,7 @@ def recbole_refusals(what: str) -> Iterator[None]:
 
 
 def run_recbole_ssm(
-    model: str | None = None,
+    model: str | type | None = None,
     dataset: str | None = None,
     config_file_list: Iterable[str] | None = None,
     config_dict: Mapping[str, Any] | None = None,
@@ -60,12 +67,14 @@ def run_recbole_ssm(
     resume: str | Path | None = None,
     allow_pickle: bool = False,
     hooks: Iterable[Hook] = (),
+    init: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train and test a model on a data set, as recbole.quick_start.run_recbole does.
 
     Args:
-        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's. None
-            takes it from the options, or Hydra4Rec.
+        model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's; or a
+            class of your own, or its path as ``package.module:Class``. None takes it from the
+            options, or Hydra4Rec.
         dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter``
             and so on. None takes it from the options, or ml-100k.
         config_file_list: YAML files; a later one wins.
@@ -80,6 +89,10 @@ def run_recbole_ssm(
             loading runs whatever code the file holds. Take it only from whom you trust. Model,
             data set and options must then be given.
         hooks: called during training and evaluation; see :class:`recbole_ssm.trainer.Hook`.
+        init: start from the weights of this checkpoint, or of the best one of this run's folder,
+            on a data set that may have new users, events and items. An item keeps its vector by
+            its token, a new one starts as configured, and so does the optimiser. Keys that shape
+            the model are the checkpoint's.
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
@@ -93,25 +106,71 @@ def run_recbole_ssm(
         UserError: something given is wrong; the message is one line that says what and how to
             mend it.
     """
+    if resume is not None and init is not None:
+        raise UserError("init: a run that is resumed has its weights; leave out init, or resume")
     start = None if resume is None else _read_resume(Path(resume), allow_pickle)
-    base = {}
-    if start is not None and "config" in start[1].info:
-        saved_run = start[1].info
-        base = {
-            **saved_run["training"]["options"],
-            "model": saved_run["model"],
-            "dataset": saved_run["config"]["dataset"],
-        }
-    config = configure(model, dataset, config_file_list, config_dict, command_line, base)
+    given: dict[str, Any] = {
+        "dataset": dataset,
+        "config_file_list": config_file_list,
+        "config_dict": config_dict,
+        "command_line": list(command_line),
+    }
+    if init is not None:
+        first = checkpoint.find_best(Path(init))
+        config = _configure_from(first, model, **given)
+    elif start is not None and "config" in start[1].info:
+        config = _configure_again(start, model, **given)
+    else:
+        config = configure(model, **given)
     if distributed.rank() == 0:
         init_logger(config)
-    result = _run(config, saved, start, hooks)
+    result = _run(config, saved, start, hooks, first if init is not None else None)
     distributed.stop()
     return result
 
 
+def load_data_and_model(
+    model_file: str | Path,
+    model: str | type | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Iterable[str] = (),
+) -> tuple[Config, Any, Any, Any, Any, Any]:
+    """A trained model with its data set, as RecBole's function of this name gives them to its case studies.
+
+    Args:
+        model_file: a ``.safetensors`` checkpoint, or the folder of a run, for its best one.
+        model: the class of the model, or its path, where it is one of your own.
+        config_dict: options that are to be others than in the run: another ``data_path`` or
+            ``dataset``, another split, other metrics.
+        command_line: the same as ``["--key=value", ...]``; they win.
+
+    Returns:
+        ``config, model, dataset, train_data, valid_data, test_data``. Events with items that the
+        checkpoint does not know are left out, and counted in the log.
+
+    Raises:
+        UserError: something given is wrong, or the checkpoint is of another model.
+    """
+    saved = checkpoint.find_best(Path(model_file))
+    config = _configure_again(saved, model, config_dict=config_dict, command_line=command_line)
+    init_logger(config)
+    init_seed(config["seed"], config["reproducibility"])
+    set_backend(config["ssm_backend"])
+    path, found = saved
+    items = checkpoint.items_of(found)
+    with recbole_refusals(config["dataset"]):
+        dataset = create_dataset(config, items)
+        loaders = create_loaders(config, dataset)
+    recommender = build_model(config.final_config_dict, dataset, config["device"], config.model_class)
+    if _items_of(dataset) == items:
+        checkpoint.load_weights(recommender, found, path)
+    else:
+        _transfer(recommender, config, dataset, saved)
+    return config, recommender.eval(), dataset, *loaders
+
+
 def configure(
-    model: str | None = None,
+    model: str | type | None = None,
     dataset: str | None = None,
     config_file_list: Iterable[str] | None = None,
     config_dict: Mapping[str, Any] | None = None,
@@ -124,15 +183,92 @@ def configure(
     return Config(get_model, model, dataset, config_file_list, config_dict, command_line, base)
 
 
+def _configure_again(saved: Saved, model: str | type | None, **given: Any) -> Config:
+    """The configuration of a checkpoint's run, with what is given in its place."""
+    path, found = saved
+    base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
+    # The class that a file names is never imported: whoever loads it gives it again.
+    base.pop("model", None)
+    if "class" not in found.info:
+        base["model"] = found.info["model"]
+    config = configure(model, **given, base=base)
+    class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
+    return config
+
+
+def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Config:
+    """The configuration of a run that starts from a checkpoint's weights, on other data."""
+    path, found = saved
+    base = {"dataset": found.info["config"]["dataset"]}
+    if "class" not in found.info:
+        base["model"] = found.info["model"]
+    config = configure(model, **given, base=base)
+    if getattr(config.model_class, "reads_text", False):
+        raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
+    if config["model"] == found.info["model"]:
+        config = configure(model, **given, base={**base, **shaping_keys(found, config.rows)})
+    require_same_shape(found, path, config)
+    return config
+
+
+def _items_of(dataset: Any) -> list[str]:
+    """The tokens of a data set's items by id."""
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+
+
+def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> None:
+    """Take over a checkpoint's weights, item by item, and say how many it knew."""
+    path, found = saved
+    items = _items_of(dataset)
+
+    def build(settings: Mapping[str, Any], outline: Any) -> Any:
+        return build_model(settings, outline, "cpu", config.model_class)
+
+    known = transfer(recommender, items, found, path, build)
+    getLogger().info(
+        f"weights of {path}: {known:,} of {len(items) - 1:,} items keep their vectors, the others are new; "
+        f"{len(checkpoint.items_of(found)) - 1 - known:,} of the checkpoint's are not in this data set"
+    )
+
+
+def _require_same_items(dataset: Any, saved: Saved) -> None:
+    """Make sure that a run goes on with the items that it had.
+
+    Raises:
+        UserError: some are new, gone or called otherwise.
+    """
+    path, found = saved
+    # RecBole's own checkpoints hold no catalogue.
+    now = _items_of(dataset)
+    before = checkpoint.items_of(found) if "catalogue" in found.info else now
+    if before == now:
+        return
+    differing = {"new": sorted(set(now) - set(before)), "gone": sorted(set(before) - set(now))}
+    found_out = [f"{len(names):,} {kind}, such as {shown(names[0])}" for kind, names in differing.items() if names]
+    raise UserError(
+        f"resume: the items are no longer those of {path}: {' and '.join(found_out) or 'they are in another order'}; "
+        "to train on from its weights, give --init"
+    )
+
+
 def _run(
     config: Config,
     saved: bool,
-    start: tuple[Path, checkpoint.Checkpoint] | None,
+    start: Saved | None,
     hooks: Iterable[Hook],
+    first: Saved | None = None,
 ) -> dict[str, Any]:
     """One model, from its data to its test."""
     logger = getLogger()
+    if start is not None and not hasattr(config.model_class, "first_stage"):
+        # Before the data is read. A model of two stages knows all its settings only when it is built.
+        path, found = start
+        require_same_run(found, path, config, None)
     recommender, train_data, valid_data, test_data = _prepare(config, start)
+    if start is not None:
+        _require_same_items(train_data._dataset, start)
+    if first is not None:
+        _transfer(recommender, config, train_data._dataset, first)
     logger.info(recommender)
     # Each process draws dropout of its own.
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])
@@ -170,7 +306,7 @@ def _run(
     return result
 
 
-def _prepare(config: Config, start: tuple[Path, checkpoint.Checkpoint] | None) -> tuple[Any, TrainLoader, Any, Any]:
+def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any, Any]:
     """Model and loaders of a configuration; the first stage of a model of two, such as
     LlamaRec, is trained or read.
     """
@@ -250,7 +386,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     return pairs.export(Path(path), recommender, train_data, config["show_progress"])
 
 
-def _read_resume(path: Path, allow_pickle: bool) -> tuple[Path, checkpoint.Checkpoint]:
+def _read_resume(path: Path, allow_pickle: bool) -> Saved:
     if path.suffix != ".pth":
         return checkpoint.find(path)
     if not allow_pickle:

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 import zipfile
+from collections.abc import Collection
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from recbole_ssm.data.prefixes import Prefixes  # noqa: E402
 from recbole_ssm.data.splits import SplitDataset  # noqa: E402
 
 
-def create_dataset(config: Any) -> Any:
-    """The filtered data set of a configuration.
+def create_dataset(config: Any, items: Collection[str] | None = None) -> Any:
+    """The filtered data set of a configuration; events of other ``items`` are left out, None keeps all.
 
     RecBole's function of this name first unpickles whatever ``<checkpoint_dir>/<dataset>-SequentialDataset.pth`` holds.
 
@@ -44,7 +45,7 @@ def create_dataset(config: Any) -> Any:
     base = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
     kind = SequentialDataset if base is None else type(base.__name__, (SequentialDataset, base), {})
     try:
-        return kind(config)
+        return kind(config, items)
     except UserError:
         raise
     except ValueError as error:
@@ -65,6 +66,10 @@ class SequentialDataset(SplitDataset):
     - ``eval_args: {split: {GTS: [0.8, 0.1, 0.1]}}`` splits all events by two moments in time, and leave-one-out says in
       the log how much of the future it trains on.
     """
+
+    def __init__(self, config: Any, items: Collection[str] | None = None) -> None:
+        self._known_items = items
+        super().__init__(config)
 
     def _load_data(self, token: str, dataset_path: str) -> None:
         folder = Path(dataset_path)
@@ -309,6 +314,15 @@ class SequentialDataset(SplitDataset):
         return found
 
     def _filter_by_field_value(self) -> None:
+        if self._known_items is not None:
+            known = self.inter_feat[self.iid_field].isin(set(self._known_items))
+            if not known.all():
+                unknown = self.inter_feat[self.iid_field][~known]
+                self.logger.warning(
+                    f"{len(unknown):,} of {len(known):,} events are of {unknown.nunique():,} items that the checkpoint "
+                    "does not know; they are left out"
+                )
+                self.inter_feat = self.inter_feat[known].reset_index(drop=True)
         for field, accepted in (self.config["val_interval"] or {}).items():
             kind = self.field2type.get(field)
             if kind is None:

@@ -1,14 +1,18 @@
-"""Models by the names that users type: ours, and every sequential model of RecBole's."""
+"""Models by the names that users type: ours, every sequential model of RecBole's, and a user's own class."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import pkgutil
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 import recbole.model.sequential_recommender as recbole_models
 import torch
+from recbole.model.abstract_recommender import SequentialRecommender
 
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.keys import shown
@@ -31,11 +35,15 @@ def model_names() -> list[str]:
 
 
 def get_model(name: str) -> Any:
-    """The model class of that name, ours or a sequential model of RecBole's.
+    """The model class of that name: ours, a sequential model of RecBole's, or the class that
+    ``package.module:Class`` names, which is imported from the working folder or from what is
+    installed.
 
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
+    if ":" in name:
+        return _imported(name)
     if name in REFUSED:
         raise UserError(f"model: {name} {REFUSED[name]}")
     found = MODELS.get(name) or _recbole_models().get(name)
@@ -45,20 +53,71 @@ def get_model(name: str) -> Any:
     return found
 
 
-def build_model(settings: Mapping[str, Any], dataset: Any, device: torch.device | str) -> Any:
+def class_of(info: Mapping[str, Any], path: object, model: str | type | None = None) -> Any:
+    """The class of a checkpoint's model.
+
+    Args:
+        info: the checkpoint's header.
+        path: where it was read from, for the error.
+        model: the class or its name, as the caller knows it; a user's own class must be given so,
+            because the path that a file names is never imported.
+
+    Raises:
+        UserError: the checkpoint is of an own class, and ``model`` is not it.
+    """
+    own = info.get("class")
+    found: Any = get_model(model) if isinstance(model, str) else model
+    if own is None:
+        known = get_model(info["model"])
+        right = found in (None, known)
+        found = found or known
+    elif found is None:
+        raise UserError(
+            f"checkpoint {path}: its model is the class {own}, and what a file names is not imported; give the class "
+            f"as model={own.rpartition(':')[2]}, or its path as --model={own}"
+        )
+    else:
+        right = found.__qualname__ == own.rpartition(":")[2]
+    if not right:
+        raise UserError(f"checkpoint {path}: its model is {own or info['model']}, not {found.__qualname__}")
+    return found
+
+
+def build_model(
+    settings: Mapping[str, Any],
+    dataset: Any,
+    device: torch.device | str,
+    model_class: Any = None,
+) -> Any:
     """The model of a checkpoint's settings, with the weights that it starts from, on the device.
 
     Args:
         settings: what a checkpoint's header holds as ``config``.
         dataset: a data set, or as much of one as the model asks for.
         device: where the model is to run.
+        model_class: its class; None takes the one of its name.
 
     Raises:
         UserError: there is no such model, or it asks the data set for more than there is.
     """
     # RecBole's models read keys that no default is shipped for, and expect None.
     config = defaultdict(lambda: None, settings, device=device)
-    return get_model(config["model"])(config, dataset).to(device)
+    return (model_class or get_model(config["model"]))(config, dataset).to(device)
+
+
+def _imported(path: str) -> type:
+    """The class that ``package.module:Class`` names."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"model: {shown(path)} cannot be imported ({error}); it reads package.module:Class") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(found, type) or not issubclass(found, SequentialRecommender):
+        raise UserError(f"model: {path} is no class of RecBole's SequentialRecommender")
+    return found
 
 
 def _recbole_models() -> dict[str, Any]:

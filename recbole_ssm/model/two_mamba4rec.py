@@ -26,6 +26,8 @@ class TwoMamba4Rec(SSMRecommender):
     :mod:`recbole_ssm.layers.mamba2`. Readout, scores and loss are Mamba4Rec's.
     """
 
+    model_name = "2Mamba4Rec"
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
 

@@ -21,7 +21,7 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.graphs import score_by_graphs  # noqa: E402
-from recbole_ssm.model.registry import build_model  # noqa: E402
+from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.serving.catalogue import Catalogue, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
@@ -131,20 +131,23 @@ def load_recommender(
     device: str | torch.device | None = None,
     *,
     cuda_graphs: bool = False,
+    model: str | type | None = None,
 ) -> Recommender:
     """A recommender from a checkpoint file alone: no data set, and whatever machine it was trained on.
 
     Args:
-        path: a ``.safetensors`` checkpoint that this package wrote.
+        path: a ``.safetensors`` checkpoint that this package wrote, or the folder of a run, for
+            its best one.
         device: where to run; None takes a GPU if there is one.
         cuda_graphs: as of :class:`Recommender`.
+        model: the class of the model, or its path as ``package.module:Class``, where it is one
+            of your own.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or the model needs more than
             items.
     """
-    path = Path(path)
-    saved = checkpoint.read(path)
+    path, saved = checkpoint.find_best(Path(path))
     try:
         name, catalogue = saved.info["model"], saved.info["catalogue"]
         config = dict(saved.info["config"], model=name)
@@ -153,6 +156,6 @@ def load_recommender(
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
     config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     outline = DatasetOutline(sizes, name, catalogue.get("titles"))
-    model = build_model(config, outline, config["device"])
-    load_weights(model, saved, path)
-    return Recommender(model, config, items, cuda_graphs=cuda_graphs)
+    built = build_model(config, outline, config["device"], class_of(saved.info, path, model))
+    load_weights(built, saved, path)
+    return Recommender(built, config, items, cuda_graphs=cuda_graphs)

@@ -130,12 +130,32 @@ def read_pickle(path: Path) -> Checkpoint:
 
 
 def find(path: Path) -> tuple[Path, Checkpoint]:
-    """A checkpoint by its file, or the newest whole one of a run's folder, and where it lies.
+    """A checkpoint to go on from: a file, or the newest whole one of a run's folder; and where it lies.
+
+    A folder of runs stands for the run in it that was written to last.
 
     Raises:
         UserError: as of :func:`read` and :func:`newest`.
     """
-    return newest(path) if path.is_dir() else (path, read(path))
+    return newest(run_folder(path)) if path.is_dir() else (path, read(path))
+
+
+def find_best(path: Path) -> tuple[Path, Checkpoint]:
+    """A checkpoint to test or to serve: a file, or the best one of a run's folder; as :func:`find`."""
+    path = run_folder(path) / BEST if path.is_dir() else path
+    return path, read(path)
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of a run: this one, or the one in it that was written to last, which is logged."""
+    if any(path.glob(f"*{SUFFIX}")):
+        return path
+    written = {file.parent: file.stat().st_mtime_ns for file in path.glob(f"*/*{SUFFIX}")}
+    if not written:
+        return path
+    newest_run = max(written, key=lambda folder: (written[folder], folder.name))
+    getLogger().info(f"{path}: its newest run is {newest_run.name}")
+    return newest_run
 
 
 def newest(folder: Path) -> tuple[Path, Checkpoint]:
@@ -211,6 +231,12 @@ def catalogue_of(dataset: Any, model: Any = None) -> dict[str, Any]:
     items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     titles = {"titles": model.titles} if hasattr(model, "titles") else {}
     return {"items": items, "sizes": {field: dataset.num(field) for field in fields}, **titles}
+
+
+def items_of(saved: Checkpoint) -> list[str]:
+    """The item tokens of a checkpoint by id; id 0 is padding."""
+    items: list[str] = saved.info["catalogue"]["items"]
+    return items
 
 
 def load_weights(model: torch.nn.Module, saved: Checkpoint, path: Path) -> None:

@@ -327,6 +327,9 @@ class Trainer(EvaluatingTrainer):
                 "config": settings_of(self.config, self.model),
                 "catalogue": self.catalogue,
             }
+            # Of a user's own model; who loads the checkpoint gives the class again.
+            if own_class := getattr(self.config, "class_path", None):
+                header["class"] = own_class
             checkpoint.write(path, tensors, {**header, **info})
 
     def _snapshot(self, states: list[RandomStates]) -> Snapshot:
