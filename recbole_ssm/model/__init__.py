@@ -8,6 +8,7 @@ from recbole_ssm import compat
 
 compat.install()
 
+from recbole_ssm.model.baselines import Pop, RepeatNewest  # noqa: E402
 from recbole_ssm.model.gpt4rec import GPT4Rec  # noqa: E402
 from recbole_ssm.model.gru4rec import GRU4Rec  # noqa: E402
 from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
@@ -28,6 +29,8 @@ MODELS |= {
     # These two take the place of RecBole's: the same weights and scores, packed.
     "SASRec": SASRec,
     "GRU4Rec": GRU4Rec,
+    "Pop": Pop,
+    "RepeatNewest": RepeatNewest,
 }
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "LlamaRec",
     "Mamba4Rec",
     "PackedRecommender",
+    "Pop",
+    "RepeatNewest",
     "SASRec",
     "SSMRecommender",
     "TwoMamba4Rec",

@@ -14,7 +14,7 @@ from typing import Any
 
 from recbole_ssm.arguments import at_least, each_once
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.model import get_model
+from recbole_ssm.model import Pop, get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
@@ -222,6 +222,9 @@ def samples(run: Run, count: int, seed: int, default: Mapping[str, Any]) -> list
     Raises:
         UserError: the model has none, or it is smaller.
     """
+    if issubclass(get_model(run.model), Pop):
+        # It learns nothing, so that all settings are one.
+        return [{}] * count
     path = shipped_space(run.model)
     if path is None:
         raise UserError(f"--tune: no search space ships for {run.model}; leave it out of --models, or do not tune")
