@@ -4,7 +4,9 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +14,16 @@ from torch import Tensor
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import shown
 
-Recommendations = list[tuple[str, float]]
-"""Item tokens and their scores, best first."""
+Ids = list[int]
+
+
+class Recommendations(list[tuple[str, float]]):
+    """Item tokens and their scores, best first; of equal scores, the item with the lower id first."""
+
+    source: Literal["model", "popularity"] = "model"
+    """Who answers: the model, or, for a history without a known item, how often items were training targets."""
+    skipped: int = 0
+    """How many items of the history the catalogue does not know."""
 
 
 class Catalogue:
@@ -21,46 +31,132 @@ class Catalogue:
 
     Args:
         items: the token of each item id; id 0 is padding.
+        counts: how often each item was a training target, by id; None where that is not known.
     """
 
-    def __init__(self, items: Sequence[str]) -> None:
+    def __init__(self, items: Sequence[str], counts: Tensor | None = None) -> None:
         self.items = list(items)
+        self._counts = counts
         self._ids = {token: index for index, token in enumerate(self.items) if index}
 
-    def ids(self, tokens: Sequence[str]) -> list[int]:
-        """Item ids of tokens.
+    def ids(self, tokens: Iterable[Any], what: str = "history") -> Ids:
+        """Item ids of the tokens of a history, in their order; as :meth:`known`, which skips nothing."""
+        return self.known(tokens, what, skip_unknown=False)[0]
+
+    def known(self, tokens: Iterable[Any], what: str, skip_unknown: bool) -> tuple[Ids, int]:
+        """The ids of those tokens that are items, in their order, and how many are not.
+
+        Args:
+            tokens: a list, an array, or whatever else gives one token after the other.
+            what: its name in an error.
+            skip_unknown: leave out what the catalogue does not know.
 
         Raises:
-            UserError: it is one text in place of a list, or a token is not in the catalogue.
+            UserError: it is one text or has no order, or a token is not in the catalogue.
         """
         # The characters of a text are no tokens, though each of them may be one of the catalogue.
         if isinstance(tokens, (str, bytes)):
-            raise UserError(f"history: must be a list of item tokens, got {shown(tokens)}; write [{shown(tokens)}]")
-        try:
-            return [self._ids[str(token)] for token in tokens]
-        except KeyError as error:
-            token = str(error.args[0])
-            raise UserError(f"history: item '{token}' is not in the catalogue of {len(self._ids)} items") from None
+            raise UserError(f"{what}: must be a list of item tokens, got {shown(tokens)}; write [{shown(tokens)}]")
+        if isinstance(tokens, (Set, Mapping)) or not isinstance(tokens, Iterable):
+            raise UserError(f"{what}: must be a list of item tokens, oldest first, got {shown(tokens)}")
+        found, skipped = [], 0
+        for token in tokens:
+            index = self._ids.get(str(token))
+            if index is not None:
+                found.append(index)
+            elif skip_unknown:
+                skipped += 1
+            else:
+                raise UserError(
+                    f"{what}: item '{token}' is not in the catalogue of {len(self._ids):,} items; skip_unknown=True "
+                    "leaves such items out"
+                )
+        return found, skipped
 
-    def best(self, scores: Tensor, k: int, excluded: Sequence[Sequence[int]] | None = None) -> list[Recommendations]:
+    def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor:
+        """Which ids are never recommended ``[V]``: padding, what is denied, and what is not allowed.
+
+        Args:
+            allow: tokens of the items that may be recommended; None means all.
+            deny: tokens of items that may not be.
+
+        Raises:
+            UserError: a token is not in the catalogue, or one text stands in place of a list.
+        """
+        mask = torch.zeros(len(self.items), dtype=torch.bool)
+        for name, tokens in (("allow", allow), ("deny", deny)):
+            if tokens is None:
+                continue
+            # A set will do here: no order is needed.
+            ids = self.ids(list(tokens) if isinstance(tokens, Set) else tokens, name)
+            chosen = torch.zeros_like(mask)
+            chosen[ids] = True
+            mask |= ~chosen if name == "allow" else chosen
+        mask[0] = True
+        return mask
+
+    def best(
+        self,
+        scores: Tensor,
+        k: int,
+        excluded: Sequence[Ids] | None = None,
+        refused: Tensor | None = None,
+    ) -> list[Recommendations]:
         """The k best items of each row; fewer where there are not so many. Padding is never among them.
 
         Args:
             scores: of all items ``[B, V]``; they are written into.
             k: how many items.
             excluded: for each row, item ids that are left out.
+            refused: as of :meth:`refused`.
 
         Raises:
-            UserError: k is below 1.
+            UserError: k is no whole number from 1 up.
         """
-        if k < 1:
-            raise UserError(f"k: must be at least 1, got {k}")
+        k = whole_number("k", k)
         scores = scores[:, : len(self.items)]
         scores[:, 0] = -torch.inf
-        for row, seen in enumerate(excluded or ()):
-            scores[row, seen] = -torch.inf
+        if refused is not None:
+            scores[:, refused.to(scores.device)] = -torch.inf
+        for row, ids in enumerate(excluded or ()):
+            scores[row, ids] = -torch.inf
         best = scores.topk(min(k, len(self.items) - 1))
-        return [
-            [(self.items[item], score) for item, score in zip(items, row) if score > -torch.inf]
-            for items, row in zip(best.indices.tolist(), best.values.tolist())
-        ]
+        found = []
+        for ids, values in zip(best.indices.tolist(), best.values.tolist()):
+            order = sorted(zip(values, ids), key=lambda pair: (-pair[0], pair[1]))
+            found.append(Recommendations((self.items[item], score) for score, item in order if score > -torch.inf))
+        return found
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether it is known how often items occur."""
+        return self._counts is not None
+
+    def popular(self, k: int, excluded: Ids, refused: Tensor | None) -> Recommendations:
+        """The k items that were training targets most often, as :meth:`best`.
+
+        Raises:
+            UserError: the counts are not known.
+        """
+        if self._counts is None:
+            raise UserError(
+                "history: must be a list of one item token or more that the catalogue knows; this checkpoint does not "
+                "say how often items occur, so it cannot answer by popularity"
+            )
+        found = self.best(self._counts[None].double(), k, [excluded], refused)[0]
+        found.source = "popularity"
+        return found
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A number from 1 up.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{name}: must be a whole number, got {shown(value)}")
+    number = operator.index(value)
+    if number < 1:
+        raise UserError(f"{name}: must be at least 1, got {number}")
+    return number

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,27 @@ from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.graphs import score_by_graphs  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
-from recbole_ssm.serving.catalogue import Catalogue, Recommendations  # noqa: E402
+from recbole_ssm.serving.catalogue import Catalogue, Ids, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
+
+MOST_SCORES = 1 << 23
+"""So many scores are held at once, 32 MiB of them; but those of one history always are."""
 
 
 class Recommender:
     """Next items for histories that need not have been in the training data.
 
+    Where ``allow``, ``deny``, ``exclude`` and ``skip_unknown`` are taken, they mean: the tokens of
+    the items that alone may be recommended; of those that may not be; of those that may not be
+    for one history; and to leave unknown items of a history out, and count them, in place of an
+    error. A history without a known item is answered by popularity, and the answer says so.
+
     Args:
         model: a trained sequential model; it is put in evaluation mode.
         config: the configuration it was built with.
         items: the token of each item id; id 0 is padding.
+        counts: how often each item was a training target, by id ``[V]``; None where that is not
+            known, and an empty history an error.
         cuda_graphs: on a GPU, score as a CUDA graph for each number of histories
             (:mod:`recbole_ssm.graphs`); a model of ours that reads the last position.
 
@@ -40,11 +51,19 @@ class Recommender:
         UserError: CUDA graphs for another model.
     """
 
-    def __init__(self, model: Any, config: Any, items: Sequence[str], *, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        items: Sequence[str],
+        counts: Tensor | None = None,
+        *,
+        cuda_graphs: bool = False,
+    ) -> None:
         if cuda_graphs:
             score_by_graphs(model)
         self.model = model.eval()
-        self.catalogue = Catalogue(items)
+        self.catalogue = Catalogue(items, counts)
         self.items = self.catalogue.items
         self._list_field = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
@@ -52,7 +71,15 @@ class Recommender:
         self._device = config["device"]
         self._name = config["model"]
 
-    def recommend(self, history: Sequence[str], k: int = 10, *, exclude_seen: bool = False) -> Recommendations:
+    def recommend(
+        self,
+        history: Iterable[str],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Iterable[str] = (),
+        **choice: Any,
+    ) -> Recommendations:
         """The k items most likely to come next.
 
         Args:
@@ -60,31 +87,136 @@ class Recommender:
                 used.
             k: how many items; fewer come back where the catalogue is smaller.
             exclude_seen: leave out the items of the history; RecBole's evaluation does not.
+            exclude: tokens of further items to leave out.
+            **choice: ``allow``, ``deny``, ``skip_unknown``; see the class.
 
         Returns:
             ``[(item token, score), ...]``, best first.
 
         Raises:
-            UserError: the history is empty or holds an unknown token, k is below 1, or the
-                model needs more than items.
+            UserError: the history holds an unknown token, k is below 1, or the model needs more
+                than items.
         """
-        return self.recommend_many([history], k, exclude_seen=exclude_seen)[0]
+        options = {"exclude_seen": exclude_seen, "exclude": [exclude], **choice}
+        return next(self._answers([history], k, "history", "exclude", **options))
+
+    def recommend_many(self, histories: Iterable[Iterable[str]], k: int = 10, **options: Any) -> list[Recommendations]:
+        """:meth:`recommend` for many histories, in their order; ``exclude`` holds the tokens of each.
+
+        They are scored so many at a time that the scores take 32 MiB.
+        """
+        return list(self.stream(histories, k, **options))
+
+    def stream(self, histories: Iterable[Iterable[str]], k: int = 10, **options: Any) -> Iterator[Recommendations]:
+        """:meth:`recommend_many`, one answer after the other, for histories that may come one after the other too."""
+        if isinstance(histories, (str, bytes, Set, Mapping)) or not isinstance(histories, Iterable):
+            raise UserError(f"histories: must be a list of histories, got {shown(histories)}")
+        return self._answers(histories, k, "histories[{}]", "exclude[{}]", **options)
 
     @torch.inference_mode()
-    def recommend_many(
+    def _answers(
         self,
-        histories: Sequence[Sequence[str]],
-        k: int = 10,
+        histories: Iterable[Iterable[str]],
+        k: int,
+        named: str,
+        exclude_named: str,
         *,
         exclude_seen: bool = False,
-    ) -> list[Recommendations]:
-        """:meth:`recommend` for several histories at once, in their order."""
-        if isinstance(histories, (str, bytes)):
-            raise UserError(f"histories: must be a list of histories, got {shown(histories)}")
-        ids = [self._history(history) for history in histories]
+        exclude: Iterable[Iterable[str]] | None = None,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        skip_unknown: bool = False,
+    ) -> Iterator[Recommendations]:
+        refused = self.catalogue.refused(allow, deny)
+        left_out = itertools.repeat(()) if exclude is None else iter(exclude)
+        numbered = enumerate(histories)
+        while part := list(itertools.islice(numbered, self._rows_at_once())):
+            rows = []
+            for number, history in part:
+                ids, skipped = self.catalogue.known(history, named.format(number), skip_unknown)
+                others, _ = self.catalogue.known(next(left_out, ()), exclude_named.format(number), True)
+                rows.append((ids, skipped, [*others, *(ids if exclude_seen else ())]))
+            known = [(ids, outside) for ids, _, outside in rows if ids]
+            scored: Iterator[Recommendations] = iter(())
+            if known:
+                scores = self.scores([ids for ids, _ in known])
+                scored = iter(self.catalogue.best(scores, k, [outside for _, outside in known], refused))
+            for ids, skipped, outside in rows:
+                answer = next(scored) if ids else self.catalogue.popular(k, outside, refused)
+                answer.skipped = skipped
+                yield answer
+
+    def _rows_at_once(self) -> int:
+        return max(1, min(1024, MOST_SCORES // len(self.items)))
+
+    @torch.inference_mode()
+    def score(self, history: Iterable[str], items: Iterable[str]) -> list[float]:
+        """The scores of some items, in their order, after a history.
+
+        Raises:
+            UserError: a token is unknown, or the history is empty.
+        """
+        ids = self.catalogue.ids(history)
         if not ids:
-            return []
-        return self.catalogue.best(self.scores(ids), k, ids if exclude_seen else None)
+            raise UserError("history: must be a list of one item token or more, got none")
+        found: list[float] = self.scores([ids])[0, self.catalogue.ids(items, "items")].tolist()
+        return found
+
+    @torch.inference_mode()
+    def similar_items(self, item: str, k: int = 10, **choice: Any) -> Recommendations:
+        """The k items whose vectors have the largest cosine with that of an item, which is not among them.
+
+        Args:
+            item: its token.
+            k: how many.
+            **choice: ``allow`` and ``deny``; see the class.
+
+        Raises:
+            UserError: the item is unknown, or the model has no vectors of items.
+        """
+        (index,) = self.catalogue.ids([item], "item")
+        vectors = torch.nn.functional.normalize(self._table(), dim=1)
+        cosines = (vectors @ vectors[index])[None]
+        refused = self.catalogue.refused(choice.pop("allow", None), choice.pop("deny", None))
+        if choice:
+            raise UserError(f"similar_items: takes allow and deny, got {', '.join(choice)}")
+        return self.catalogue.best(cosines, k, [[index]], refused)[0]
+
+    def item_vectors(self) -> Tensor:
+        """The vectors ``[items, d]`` of all items in the order of ``items[1:]``, on the CPU.
+
+        Raises:
+            UserError: the model has none.
+        """
+        return self._table()[1:].float().cpu()
+
+    @torch.inference_mode()
+    def user_vectors(self, histories: Sequence[Iterable[str]], skip_unknown: bool = False) -> Tensor:
+        """The vectors ``[B, d]`` of users by their histories, on the CPU; a history without a known item has zeros.
+
+        Raises:
+            UserError: a history holds an unknown item, or the model makes no vector of a history.
+        """
+        named = [(f"histories[{number}]", history) for number, history in enumerate(histories)]
+        ids = [self.catalogue.known(history, name, skip_unknown)[0] for name, history in named]
+        rows = [number for number, one in enumerate(ids) if one]
+        found = torch.zeros(len(ids), self._table().shape[1])
+        for start in range(0, len(rows), self._rows_at_once()):
+            part = rows[start : start + self._rows_at_once()]
+            batch = self._batch([ids[number] for number in part])
+            try:
+                vectors = self.model.forward(batch[self._list_field], batch[self._length_field])
+                found[part] = vectors.float().cpu()
+            except (TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(f"{self._name}: makes no vector of a history of items ({error})") from error
+        return found
+
+    def _table(self) -> Tensor:
+        table = getattr(getattr(self.model, "item_embedding", None), "weight", None)
+        if table is None:
+            raise UserError(f"{self._name}: has no vectors of items")
+        found: Tensor = table.detach()[: len(self.items)]
+        return found
 
     def session(self, history: Sequence[str] = ()) -> Session:
         """A user whose events come one by one: ``update(item)`` takes one, ``top(k)`` recommends.
@@ -100,30 +232,27 @@ class Recommender:
         return Session(self.model, self.catalogue, self.catalogue.ids(history))
 
     @torch.inference_mode()
-    def scores(self, histories: Sequence[Sequence[int]]) -> Tensor:
+    def scores(self, histories: Sequence[Ids]) -> Tensor:
         """Scores ``[B, V]`` of all items for histories of item ids; padding scores minus
         infinity.
         """
-        recent = [list(history)[-self._max_length :] for history in histories]
-        # padded to the full length, as RecBole's loaders do: some models count on it
-        padded = torch.tensor([ids + [0] * (self._max_length - len(ids)) for ids in recent])
-        lengths = torch.tensor([len(ids) for ids in recent])
-        rows = Interaction({self._list_field: padded, self._length_field: lengths}).to(self._device)
+        rows = self._batch(histories)
         try:
             scores: Tensor = self.model.full_sort_predict(rows)
         except KeyError as error:
             raise UserError(
                 f"{self._name} needs {error} beside the items; recommend() serves models of items alone"
             ) from error
-        scores = scores.view(len(recent), -1)[:, : len(self.items)].clone()
+        scores = scores.view(len(histories), -1)[:, : len(self.items)].clone()
         scores[:, 0] = -torch.inf
         return scores
 
-    def _history(self, history: Sequence[str]) -> list[int]:
-        ids = self.catalogue.ids(history)
-        if not ids:
-            raise UserError(f"history: must be a list of one item token or more, got {shown(history)}")
-        return ids
+    def _batch(self, histories: Sequence[Ids]) -> Any:
+        recent = [list(history)[-self._max_length :] for history in histories]
+        # padded to the full length, as RecBole's loaders do: some models count on it
+        padded = torch.tensor([ids + [0] * (self._max_length - len(ids)) for ids in recent])
+        lengths = torch.tensor([len(ids) for ids in recent])
+        return Interaction({self._list_field: padded, self._length_field: lengths}).to(self._device)
 
 
 def load_recommender(
@@ -154,8 +283,16 @@ def load_recommender(
         items, sizes = catalogue["items"], catalogue["sizes"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
-    config["device"] = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config["device"] = _device(device)
     outline = DatasetOutline(sizes, name, catalogue.get("titles"))
     built = build_model(config, outline, config["device"], class_of(saved.info, path, model))
     load_weights(built, saved, path)
     return Recommender(built, config, items, cuda_graphs=cuda_graphs)
+
+
+def _device(named: str | torch.device | None) -> torch.device:
+    """The device of that name; None takes a GPU if there is one."""
+    try:
+        return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device: {shown(named)} is none; take cpu, cuda or cuda:0") from error

@@ -5,7 +5,7 @@ after any history.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,16 +61,93 @@ class Session:
         self._seen.add(index)
 
     @torch.inference_mode()
-    def top(self, k: int = 10, *, exclude_seen: bool = False) -> Recommendations:
-        """The k items most likely to come next; as :meth:`Recommender.recommend`.
+    def top(
+        self,
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Iterable[str] = (),
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+    ) -> Recommendations:
+        """The k items most likely to come next; as :meth:`Recommender.recommend`, by popularity before the first event.
 
         Raises:
-            UserError: there was no event yet, or k is below 1.
+            UserError: there was no event yet and the checkpoint has no counts of items, k is below
+                1, or a token is unknown.
         """
+        refused = self._catalogue.refused(allow, deny)
+        excluded = [*self._catalogue.known(exclude, "exclude", True)[0], *(self._seen if exclude_seen else ())]
         if self._output is None:
-            raise UserError("session: there was no event yet; give a history, or update(item) first")
+            if not self._catalogue.has_counts:
+                raise UserError("session: there was no event yet; give a history, or update(item) first")
+            return self._catalogue.popular(k, excluded, refused)
         scores = self._output @ self._model.item_embedding.weight.T
-        return self._catalogue.best(scores, k, [list(self._seen)] if exclude_seen else None)[0]
+        return self._catalogue.best(scores, k, [excluded], refused)[0]
+
+    # --- the state as an object ---
+
+    @torch.inference_mode()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the user as tensors on the CPU, copied: what :meth:`load_state_dict` of a session of the same
+        model takes, and safetensors writes.
+
+        ``seen`` holds the ids of the items seen ``[n]``, ``output`` the vector of the history
+        ``[1, hidden_size]``, without which there was no event; ``block.<n>.<part>`` the state of a
+        block.
+        """
+        found = {"seen": torch.tensor(sorted(self._seen), dtype=torch.int64)}
+        if self._output is not None:
+            found["output"] = self._output
+        for number, one in enumerate(self._step.state):
+            found |= {f"block.{number}.{part}": tensor for part, tensor in one._asdict().items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+
+    @torch.inference_mode()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on as the session did whose :meth:`state_dict` this is.
+
+        Raises:
+            UserError: it is of another model or another catalogue; the session stays as it was.
+        """
+        now = self.state_dict()
+        weight = self._model.item_embedding.weight
+        now.setdefault("output", torch.empty(1, weight.shape[1], dtype=weight.dtype))
+        if missing := sorted(set(now) - set(state) - {"output"}) or sorted(set(state) - set(now)):
+            raise UserError(f"session: a state of another model; it differs in {missing[0]}")
+        for name, tensor in state.items():
+            fits = tensor.ndim == 1 if name == "seen" else tensor.shape == now[name].shape
+            if not fits or tensor.dtype != now[name].dtype:
+                raise UserError(
+                    f"session: a state of another model; {name} is {tensor.dtype} {list(tensor.shape)} there and "
+                    f"{now[name].dtype} {list(now[name].shape)} here"
+                )
+        seen = set(state["seen"].tolist())
+        if any(not 0 < item < len(self._catalogue.items) for item in seen):
+            raise UserError("session: a state of another catalogue; it has seen items that are not in this one")
+        self._seen = seen
+        self._output = state["output"].to(weight.device, copy=True) if "output" in state else None
+        for number, one in enumerate(self._step.state):
+            for part, tensor in one._asdict().items():
+                tensor.copy_(state[f"block.{number}.{part}"])
+
+    def clone(self) -> Session:
+        """Another session in the same state, of the same model; what one takes afterwards the other does not know.
+
+        ``copy.copy`` and ``copy.deepcopy`` do the same.
+        """
+        other = Session(self._model, self._catalogue, ())
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def __copy__(self) -> Session:
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self.clone()
+
+    def __reduce__(self) -> Any:
+        raise UserError("session: is not pickled, because its model would be too; keep its state_dict()")
 
 
 class Stepper:

@@ -12,6 +12,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.serving import Recommender
+from recbole_ssm.serving.catalogue import Catalogue
 from recbole_ssm.trainer import checkpoint
 
 
@@ -71,7 +72,7 @@ def test_one_text_is_no_list_of_items(toy):
     recommender = Recommender(model, configure("2Mamba4Rec", **toy), tokens)
     for call in (recommender.recommend, recommender.session, lambda text: recommender.recommend_many([text])):
         for text in ("12", b"12"):
-            with pytest.raises(UserError, match="history: must be a list of item tokens, got b?'12'"):
+            with pytest.raises(UserError, match=r"(history|histories\[0\]): must be a list of item tokens, got b?'12'"):
                 call(text)
     with pytest.raises(UserError, match="histories: must be a list of histories, got '12'"):
         recommender.recommend_many("12")
@@ -128,3 +129,72 @@ def test_models_of_more_than_items_say_so(toy):
     result = run_recbole_ssm("HGN", toy["dataset"], config_dict=toy["config_dict"])
     with pytest.raises(UserError, match="serves models of items alone"):
         load_recommender(result["checkpoint"], device="cpu").recommend(["i1"])
+
+
+def test_allow_deny_and_exclude(recommender):
+    everything = [token for token, _ in recommender.recommend(["i3"], 20)]
+    few = [token for token, _ in recommender.recommend(["i3"], 20, allow={"i1", "i2", "i3"}, deny=["i2"])]
+    assert few == [token for token in everything if token in ("i1", "i3")]
+    many = recommender.recommend_many([["i3"], ["i3"]], 20, exclude=[["i4", "no such item"], []])
+    assert [[token for token, _ in one] for one in many] == [[t for t in everything if t != "i4"], everything]
+    with pytest.raises(UserError, match="allow: item 'x' is not in the catalogue"):
+        recommender.recommend(["i3"], allow=["x"])
+
+
+def test_histories_come_in_chunks_and_are_named(recommender, monkeypatch):
+    histories = [[f"i{n % 20}", f"i{(n + 1) % 20}"] for n in range(50)]
+    whole = recommender.recommend_many(histories, 3)
+    monkeypatch.setattr("recbole_ssm.serving.recommender.MOST_SCORES", 7 * 21)
+    sizes = []
+    scores = recommender.scores
+    monkeypatch.setattr(recommender, "scores", lambda ids: sizes.append(len(ids)) or scores(ids))
+    in_chunks = recommender.recommend_many((iter(history) for history in histories), 3)
+    assert sizes == [7] * 7 + [1]
+    for one, other in zip(whole, in_chunks):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        assert [score for _, score in one] == pytest.approx([score for _, score in other], abs=1e-5)
+    histories[41] = ["i1", "x"]
+    with pytest.raises(UserError, match=r"histories\[41\]: item 'x' is not in the catalogue"):
+        recommender.recommend_many(histories, 3)
+    answers = recommender.recommend_many(histories, 3, skip_unknown=True)
+    assert [answer.skipped for answer in answers] == [0] * 41 + [1] + [0] * 8
+
+
+@pytest.mark.parametrize("history", [{"i1"}, {"i1": 1}, 5, None])
+def test_a_history_has_an_order(recommender, history):
+    with pytest.raises(UserError, match="history: must be a list of item tokens, oldest first"):
+        recommender.recommend(history)
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3", None])
+def test_k_is_a_whole_number(recommender, k):
+    with pytest.raises(UserError, match="k: must be a whole number"):
+        recommender.recommend(["i1"], k)
+
+
+def test_an_empty_history_is_answered_by_popularity(recommender):
+    items = recommender.items
+    recommender.catalogue = Catalogue(items, torch.arange(21))
+    alone, answer = recommender.recommend_many([["i3"], []], 3)
+    assert alone.source == "model" and answer.source == "popularity"
+    assert answer == [(items[20], 20.0), (items[19], 19.0), (items[18], 18.0)]
+    unknown = recommender.recommend(["x"], 2, skip_unknown=True, deny=[items[20]])
+    assert unknown.skipped == 1 and [token for token, _ in unknown] == [items[19], items[18]]
+    assert recommender.session().top(3) == answer and recommender.session().top(3).source == "popularity"
+
+
+def test_scores_and_vectors(recommender):
+    best = dict(recommender.recommend(["i3", "i4"], 20))
+    assert recommender.score(["i3", "i4"], ["i7", "i1"]) == pytest.approx([best["i7"], best["i1"]])
+    items, users = recommender.item_vectors(), recommender.user_vectors([["i3", "i4"], [], ["i5"]])
+    assert items.shape[0] == 20 and users.shape == (3, items.shape[1]) and not users[1].any()
+    torch.testing.assert_close(users[0] @ items.T, torch.tensor([best[item] for item in recommender.items[1:]]))
+    cosines = torch.nn.functional.cosine_similarity(items, items[2:3])
+    similar = recommender.similar_items(recommender.items[3], 19)
+    assert {token for token, _ in similar} == set(recommender.items[1:]) - {recommender.items[3]}
+    assert [value for _, value in similar] == pytest.approx(sorted(cosines.tolist(), reverse=True)[1:], abs=1e-5)
+
+
+def test_a_device_that_is_none(path):
+    with pytest.raises(UserError, match="device: 'gpu' is none; take cpu, cuda or cuda:0"):
+        load_recommender(path, device="gpu")

@@ -1,5 +1,8 @@
 """Sessions: event by event gives what the whole history gives, in place and for less."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -125,3 +128,41 @@ def test_a_stepper_equals_the_model(trained, name, users, backend):
             stepper([1000] * users)
         for one, other in zip(stepper.state, state):
             torch.testing.assert_close(one.ssm, other.ssm, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec"])
+def test_a_state_is_an_object(trained, name, backend):
+    recommender, history = trained[name], walk(12)
+    with ops.use_backend(backend):
+        for begin in (0, 6):
+            session = recommender.session(history[:begin])
+            copies = [session.clone(), copy.copy(session), copy.deepcopy(session), recommender.session()]
+            copies[-1].load_state_dict(session.state_dict())
+            session.update("i3")
+            for other in copies:
+                for item in history[begin:]:
+                    other.update(item)
+                assert_same(other.top(20), recommender.recommend(history, 20), 1e-5)
+                assert other._seen == {int(item[1:]) + 1 for item in history}
+            # The copies have taken nothing of the original's, nor it of theirs.
+            assert_same(session.top(20), recommender.recommend([*history[:begin], "i3"], 20), 1e-5)
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_is_pickled(trained):
+    session = trained["Mamba4Rec"].session(["i1"])
+    before = session.top(5)
+    state = session.state_dict()
+    for wrong in (
+        trained["2Mamba4Rec"].session(["i1"]).state_dict(),
+        {name: tensor for name, tensor in state.items() if name != "block.1.ssm"},
+        {**state, "more": torch.zeros(1)},
+        {**state, "output": state["output"].double()},
+        {**state, "seen": torch.tensor([21])},
+        {**state, "seen": torch.zeros(1, 1, dtype=torch.int64)},
+    ):
+        with pytest.raises(UserError, match="session: a state of another"):
+            session.load_state_dict(wrong)
+        assert session.top(5) == before
+    with pytest.raises(UserError, match="not pickled"):
+        pickle.dumps(session)
