@@ -62,14 +62,32 @@ def test_any_shape_equals_the_reference(op, instruction_set, data):
 @given(data=st.data())
 def test_threads_do_not_change_a_byte(op, data):
     tensors, keywords, cu_seqlens = a_call(data, op)
-    results = []
+    results, grain = [], native.GRAIN
+    native.GRAIN = 1e-9  # small calls start threads too
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(values_and_gradients(op, "native", tensors, keywords, torch.float32, cu_seqlens))
     torch.set_num_threads(1)
+    native.GRAIN = grain
     for one, *others in zip(*results):
         for other in others:
             assert torch.equal(one, other)
+
+
+def test_small_calls_run_on_one_thread(monkeypatch):
+    """Whatever PyTorch may use; a long call gets all of it, and the kernels are told."""
+    asked = []
+    run, size = native._kernels["scan"]
+    monkeypatch.setitem(
+        native._kernels, "scan", (lambda call, *rest: asked.append(call.threads) or run(call, *rest), size)
+    )
+    torch.set_num_threads(5)
+    for L in (50, 400, 20_000):
+        tensors, keywords = arguments(ops.selective_scan, 1, L, 1, torch.float32, sizes=(16, 16, 1, 1, 1, 4))
+        with ops.use_backend("native"):
+            ops.selective_scan(*tensors, **keywords)
+    torch.set_num_threads(1)
+    assert asked == [1, 1, 5]
 
 
 def crooked(t):
