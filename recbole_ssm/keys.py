@@ -185,7 +185,7 @@ class Choice(Kind):
         self.values = values
 
     def __str__(self) -> str:
-        return f"one of {', '.join(map(str, self.values))}"
+        return f"one of {', '.join(map(str, self.values))}" if len(self.values) > 1 else repr(self.values[0])
 
     def take(self, value: Any) -> Any:
         """See :meth:`Kind.take`."""
@@ -432,6 +432,8 @@ class Key:
     """Whether None is accepted."""
     refused: str = ""
     """Why a user may not give the key; RecBole has it."""
+    named: bool = False
+    """Whether a study's table says the key's value even where nobody gave it."""
 
     @property
     def result(self) -> bool:
@@ -605,18 +607,20 @@ KEYS: dict[str, Key] = {
     "dataloaders_save_path": Key(NAME, "run", refused=f'saved data loaders are a pickle, and {_PICKLE}'),
 
     # how weights are learned
-    "epochs": Key(AT_LEAST_1, "training", "The number of training epochs.", effect="free"),
-    "stopping_step": Key(_whole("[0, inf)"), "training", effect="free", about=
+    "epochs": Key(AT_LEAST_1, "training", "The number of training epochs.", effect="free", named=True),
+    "stopping_step": Key(_whole("[0, inf)"), "training", effect="free", named=True, about=
         "Stop after more than so many validations without a better one."),
     "eval_step": Key(AT_LEAST_1, "training", "Validate after every so many epochs."),
-    "train_batch_size": Key(AT_LEAST_1, "training", "Targets in a batch.", tune=(256, 512, 1024, 2048, 4096)),
+    "train_batch_size": Key(AT_LEAST_1, "training", tune=(256, 512, 1024, 2048, 4096), named=True, about=
+        "Targets in a batch."),
     "gradient_accumulation_steps": Key(_whole(most=100_000), "training", about=
         "Parts into which a batch is cut, one after the other through the model: less memory, and the same step "
         "where the loss is a mean over targets."),
     "shuffle": Key(FLAG, "training", "Shuffle the training rows before each epoch."),
-    "train_mode": Key(Choice("packed", "prefix"), "training", empty=True, about=
+    "train_mode": Key(Choice("packed", "prefix"), "training", empty=True, named=True, about=
         "'packed': whole histories, a loss at every position. 'prefix': RecBole's rows, one loss each. Empty: "
         "packed wherever the model allows it."),
+    "packed_context": Key(AT_LEAST_1, "training", refused="it follows from packed_window and the model"),
     "packed_window": Key(AT_LEAST_1, "training", empty=True, about=
         "Targets of one window of a history longer than MAX_ITEM_LIST_LENGTH. Empty: the model's own choice."),
     "train_last": Key(AT_LEAST_1, "training", empty=True, about=
@@ -630,9 +634,10 @@ KEYS: dict[str, Key] = {
     "ft_ratio": Key(Number("[0, 1]"), "training", "How often 'mask_itemseq' masks the last item only."),
     "eta": Key(Number("(0, 1]"), "training", "The share of a history that 'crop_itemseq' keeps."),
     "beta": Key(Number("[0, 1]"), "training", "The share of a history that 'reorder_itemseq' shuffles."),
-    "learner": Key(_LEARNER, "training", "The optimiser."),
-    "learning_rate": Key(POSITIVE, "training", "The optimiser's learning rate.", tune=Span(0.0001, 0.01, log=True)),
-    "weight_decay": Key(NOT_NEGATIVE, "training", tune=(0.0, 1e-05, 0.0001, 0.001, 0.01), about=
+    "learner": Key(_LEARNER, "training", "The optimiser.", named=True),
+    "learning_rate": Key(POSITIVE, "training", tune=Span(0.0001, 0.01, log=True), named=True, about=
+        "The optimiser's learning rate."),
+    "weight_decay": Key(NOT_NEGATIVE, "training", tune=(0.0, 1e-05, 0.0001, 0.001, 0.01), named=True, about=
         "The optimiser's weight decay."),
     "learner_args": Key(OPTIONS, "training", empty=True, about=
         "More arguments of the learner's class, such as {'betas': [0.9, 0.98]}; 'usgm' and 'usfgm' need {'D': 100, "
@@ -664,7 +669,7 @@ KEYS: dict[str, Key] = {
     # what is measured, and on which rows
     "metrics": Key(_METRICS, "evaluation", "Evaluation metrics."),
     "topk": Key(Many(AT_LEAST_1, or_one=True, least=1), "evaluation", "Cut-offs of the ranking metrics."),
-    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", _NAME), "evaluation", about=
+    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", _NAME), "evaluation", named=True, about=
         "The metric that chooses the best epoch."),
     "valid_metric_bigger": Key(FLAG, "evaluation", "Whether more of it is better; RecBole knows it from the metric."),
     "tail_ratio": Key(Number("[0, 1]"), "evaluation", "The share of least popular items that TailPercentage counts."),
@@ -686,7 +691,8 @@ KEYS: dict[str, Key] = {
     "on_bad_lines": Key(Choice("error", "skip"), "data", about=
         "A line of a data file that cannot be used stops the run, or is skipped, counted and kept in "
         "checkpoint_dir."),
-    "MAX_ITEM_LIST_LENGTH": Key(AT_LEAST_1, "data", "The longest history that a model sees.", tune=(20, 50, 100, 200)),
+    "MAX_ITEM_LIST_LENGTH": Key(AT_LEAST_1, "data", tune=(20, 50, 100, 200), named=True, about=
+        "The longest history that a model sees."),
     "load_col": Key(_LOADED, "data", "The columns to read of each file.", empty=True),
     "unload_col": Key(Table(COLUMNS, "{'inter': ['rating']}"), "data", empty=True, about=
         "The columns of each file not to read."),
@@ -737,19 +743,20 @@ KEYS: dict[str, Key] = {
     "relation_kg_num_interval": Key(Filter(), "data", "How many triples a relation must have to stay.", empty=True),
 
     # what the model computes; the sentences stand in properties/model
-    "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
+    "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256), named=True),
     "embedding_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
     "inner_size": Key(AT_LEAST_1, "model", tune=(128, 256, 512)),
-    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3)),
-    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3)),
+    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3), named=True),
+    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3), named=True),
+    "residual": Key(Choice("auto", True, False), "model", named=True),
     "n_heads": Key(AT_LEAST_1, "model", tune=(1, 2, 4)),
-    "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
-    "hidden_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
-    "attn_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6)),
+    "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6), named=True),
+    "hidden_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6), named=True),
+    "attn_dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6), named=True),
     "hidden_act": Key(Choice("gelu", "relu", "swish", "tanh", "sigmoid"), "model"),
     "initializer_range": Key(NOT_NEGATIVE, "model"),
     "layer_norm_eps": Key(POSITIVE, "model"),
-    "loss_type": Key(Choice("CE", "BPR"), "model"),
+    "loss_type": Key(Choice("CE", "BPR"), "model", named=True),
     "num_negatives": Key(AT_LEAST_1, "model", tune=(64, 128, 256, 512)),
     "negative_power": Key(NOT_NEGATIVE, "model", tune=Span(0.0, 1.0)),
     "gbce_t": Key(Number("[0, 1]"), "model", tune=Span(0.0, 1.0)),
@@ -758,7 +765,6 @@ KEYS: dict[str, Key] = {
     "expand": Key(AT_LEAST_1, "model", tune=(1, 2)),
     "head_dim": Key(AT_LEAST_1, "model"),
     "n_groups": Key(AT_LEAST_1, "model"),
-    "residual": Key(Choice("auto", True, False), "model"),
     "dt_init": Key(Choice("log_uniform", "zero_bias"), "model"),
     "readout": Key(Choice("last", "mean"), "model"),
     "base_model": Key(_BASE, "model", effect="free"),

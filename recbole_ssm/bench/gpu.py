@@ -34,13 +34,14 @@ from recbole_ssm.bench import Row
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
 from recbole_ssm.errors import UserError, first_line
+from recbole_ssm.model import STATE_SPACE
 
 COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
 MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last", "ssd_last", "quasiseparable")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 AS_SHIPPED = f"{RECBOLE}, as shipped"
-MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec")
+COMPARED = (*STATE_SPACE, "SASRec")
 ITEMS = 12_101
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
@@ -221,7 +222,7 @@ def _check_graphs() -> list[Row]:
 def _check_training() -> list[Row]:
     """Ten steps without dropout give the same losses on the GPU as on the CPU."""
     rows = []
-    for name in MODELS:
+    for name in COMPARED:
         rates = ("hidden_dropout_prob", "attn_dropout_prob") if name == "SASRec" else ("dropout_prob",)
         undropped: dict[str, Any] = dict.fromkeys(rates, 0.0)
         losses = {}
@@ -250,7 +251,7 @@ def _steps(rounds: int) -> list[Row]:
     """A training step and an evaluation step of every model at (2048, 50)."""
     training: dict[str, Work] = {}
     evaluation: dict[str, Work] = {}
-    for name in (RECBOLE, *MODELS):
+    for name in (RECBOLE, *COMPARED):
         model, batch = _model_and_batch(name, 2048)
         optimizer = torch.optim.Adam(model.parameters())
 

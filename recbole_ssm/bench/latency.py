@@ -36,11 +36,10 @@ from recbole_ssm.figure import check_drawable, figure
 compat.install()
 
 from recbole_ssm.bench.untrained import random_histories, untrained_model  # noqa: E402
-from recbole_ssm.model import model_names  # noqa: E402
+from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, model_names  # noqa: E402
 from recbole_ssm.serving import Stepper  # noqa: E402
 from recbole_ssm.trainer.timing import Latency  # noqa: E402
 
-MODELS = ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec", "SASRec", "GRU4Rec")
 MEASURED = (
     "calls", "p50_s", "p95_s", "p99_s", "users_per_s", "encode_s", "score_s", "topk_s", "memory_mib", "note",
 )  # fmt: skip
@@ -55,7 +54,8 @@ PATHS = ("one event", "history")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     models = some_of(model_names())
-    parser.add_argument("--models", type=models, default=",".join(MODELS), help="separated by commas")
+    everything = ",".join([*STATE_SPACE, *NEURAL_BASELINES])
+    parser.add_argument("--models", type=models, default=everything, help="separated by commas")
     parser.add_argument("--lengths", type=sizes, default="50,200,1000,4000,16000", help="events of a history")
     parser.add_argument("--batch_sizes", type=sizes, default="1,64,4096", help="histories in a call")
     parser.add_argument("--items", type=sizes, default="12101,1000000", help="items of the catalogue")

@@ -19,9 +19,10 @@ from recbole_ssm.arguments import add_counts, at_least, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import Function, add_device, backends_on, medians
 from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
+from recbole_ssm.model import STATE_SPACE
 from recbole_ssm.serving import Stepper
 
-MODELS = (RECBOLE, "SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec")
+COMPARED = (RECBOLE, "SASRec", *STATE_SPACE)
 # One event is too short for the clock, so many are timed as one call.
 EVENTS = 200
 CALLS = {"train": 1, "evaluate": 1, "one event": EVENTS, "in place": EVENTS}
@@ -29,7 +30,7 @@ CALLS = {"train": 1, "evaluate": 1, "one event": EVENTS, "in place": EVENTS}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--models", type=some_of(MODELS), default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--models", type=some_of(COMPARED), default=",".join(COMPARED), help="separated by commas")
     parser.add_argument("--items", type=at_least(2), default=12_102, help="in the catalogue, padding included")
     add_counts(
         parser,

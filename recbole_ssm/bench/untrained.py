@@ -14,7 +14,7 @@ from recbole.data.interaction import Interaction  # noqa: E402
 from recbole.model.sequential_recommender import SASRec  # noqa: E402
 
 from recbole_ssm.data.outline import DatasetOutline  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model.registry import build_model  # noqa: E402
 from recbole_ssm.quick_start import configure  # noqa: E402
 
 RECBOLE = "RecBole SASRec"
@@ -29,10 +29,9 @@ def untrained_model(name: str, items: int, device: torch.device, **options: Any)
         device: where it lives.
         **options: config keys, such as ``MAX_ITEM_LIST_LENGTH``.
     """
-    model_class = SASRec if name == RECBOLE else get_model(name)
     config = configure("SASRec" if name == RECBOLE else name, "generated", config_dict={"state": "ERROR", **options})
-    config["device"] = device
-    return model_class(config, DatasetOutline(items + 1)).to(device)
+    model_class = SASRec if name == RECBOLE else None
+    return build_model(config.final_config_dict, DatasetOutline(items + 1), device, model_class)
 
 
 def model_of_a_step(name: str, items: int, device: torch.device, length: int, layers: int) -> Any:

@@ -8,18 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recbole.utils.argument_list import dataset_arguments
-
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
+from recbole_ssm.keys import KEYS
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import Checkpoint, load_weights, plain, settings_of
-
-SHARED = {*dataset_arguments, "model", "dataset", "data_path", "eval_args", "legacy_time_order", "on_bad_lines"}
-"""These say what data there is and how it is split. They are the same for a ranker and its
-retriever, which otherwise could learn what is tested.
-"""
 
 
 class Retriever(NamedTuple):
@@ -86,7 +80,7 @@ def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type
     """
     own = options["retriever_config"] or {}
     for key in own:
-        if key in SHARED:
+        if key in ("model", "data_path") or (key in KEYS and KEYS[key].scope == "data"):
             raise UserError(
                 f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is "
                 f"tested; give {key} beside retriever_config"
@@ -98,9 +92,8 @@ def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type
 
 
 def _config_of(config: Any, configure: Callable[..., Any]) -> Any:
-    """``retriever_config``, with the ranker's options of data, evaluation and machine."""
-    shared = {key for kind in ("General", "Evaluation", "Dataset") for key in config.parameters[kind]}
-    shared |= {"ssm_backend", "legacy_time_order", "on_bad_lines", "eval_rows"}
+    """``retriever_config``, with the ranker's options but for those of its model and of its training."""
+    shared = {key for key, row in KEYS.items() if row.scope not in ("model", "training")} - {"model"}
     options = {key: value for key, value in config.external_config_dict.items() if key in shared}
     options |= {**(config["retriever_config"] or {}), "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"]}
     return configure(config["retriever"], config["dataset"], config_dict=options)

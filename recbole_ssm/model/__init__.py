@@ -15,9 +15,9 @@ from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
 from recbole_ssm.model.llamarec import LlamaRec  # noqa: E402
 from recbole_ssm.model.mamba4rec import Mamba4Rec  # noqa: E402
 from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
-from recbole_ssm.model.recommender import SSMRecommender  # noqa: E402
 from recbole_ssm.model.registry import MODELS, get_model, model_names  # noqa: E402
 from recbole_ssm.model.sasrec import SASRec  # noqa: E402
+from recbole_ssm.model.ssm import SSMRecommender  # noqa: E402
 from recbole_ssm.model.two_mamba4rec import TwoMamba4Rec  # noqa: E402
 
 MODELS |= {
@@ -33,8 +33,15 @@ MODELS |= {
     "RepeatNewest": RepeatNewest,
 }
 
+STATE_SPACE = tuple(name for name, model in MODELS.items() if issubclass(model, SSMRecommender))
+"""Our models of state-space layers, which studies and benchmarks compare with the others."""
+NEURAL_BASELINES = ("SASRec", "GRU4Rec")
+"""What they are compared with: models of attention and of recurrent layers, packed as they are."""
+
 __all__ = [
     "MODELS",
+    "NEURAL_BASELINES",
+    "STATE_SPACE",
     "GPT4Rec",
     "GRU4Rec",
     "Hydra4Rec",

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError, require
 from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge
+from recbole_ssm.llm.model import LanguageModelRecommender
 from recbole_ssm.llm.prompt import Counts, piece_encoder, start_of_text
-from recbole_ssm.llm.recommender import LanguageModelRecommender
 
 BOUGHT = "Previously, the customer has bought:"
 WANTS = " In the future, the customer wants to buy"

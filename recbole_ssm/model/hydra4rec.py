@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import Block, Dropout, Hydra, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
-from recbole_ssm.model.recommender import SSMRecommender
+from recbole_ssm.model.ssm import SSMRecommender
 
 
 class Hydra4Rec(SSMRecommender):

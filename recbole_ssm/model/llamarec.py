@@ -16,10 +16,9 @@ from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import shown
 from recbole_ssm.llm import preference
-from recbole_ssm.llm.prompt import LETTERS, Prompts, Question, prompt_words
-from recbole_ssm.llm.recommender import LanguageModelRecommender
+from recbole_ssm.llm.model import LanguageModelRecommender
+from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
 from recbole_ssm.llm.reranking import Reranked, Reranking, fuse, target_ranks
 from recbole_ssm.llm.retriever import check_retriever, find_retriever
 from recbole_ssm.llm.verbalizer import Verbalizer
@@ -66,16 +65,6 @@ class LlamaRec(LanguageModelRecommender):
             UserError: a value is impossible, or does not go with another.
         """
         check_retriever(options, find_model)
-        if not 2 <= options["num_candidates"] <= len(LETTERS):
-            raise UserError(
-                f"num_candidates: must be from 2 to {len(LETTERS)}, as each candidate has a letter, got "
-                f"{options['num_candidates']}; try num_candidates: 20"
-            )
-        weight = options["fusion_weight"]
-        if weight not in (None, TUNED) and not (isinstance(weight, (int, float)) and 0 <= weight <= 1):
-            raise UserError(
-                f"fusion_weight: must lie in [0, 1] or be '{TUNED}', got {shown(weight)}; try fusion_weight: 0.5"
-            )
         three = options["train_objective"], options["verbalizer"], options["orpo_probabilities"]
         if three == ("orpo", "embedding", "vocabulary"):
             raise UserError(

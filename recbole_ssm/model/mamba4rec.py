@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import Block, Dropout, Mamba, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
-from recbole_ssm.model.recommender import SSMRecommender
+from recbole_ssm.model.ssm import SSMRecommender
 
 
 class Mamba4Rec(SSMRecommender):

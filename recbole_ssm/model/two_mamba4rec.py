@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers import Block, Dropout, Mamba2, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
-from recbole_ssm.model.recommender import SSMRecommender
+from recbole_ssm.model.ssm import SSMRecommender
 
 
 class TwoMamba4Rec(SSMRecommender):
@@ -34,7 +34,6 @@ class TwoMamba4Rec(SSMRecommender):
         # load parameters info
         keys = ("d_state", "d_conv", "expand", "head_dim", "n_groups", "dt_init")
         sizes = {key: config[key] for key in keys}
-        sizes["joint_norm"] = bool(config["joint_norm"])
 
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)

@@ -14,21 +14,20 @@ from typing import Any
 
 from recbole_ssm.arguments import at_least, each_once
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.model import Pop, get_model
+from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
 from recbole_ssm.study import report
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
 from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
 
-MODELS = "SASRec,GRU4Rec,Mamba4Rec,2Mamba4Rec,Hydra4Rec"
 FIRST_SEED = 2020
 UNTUNED = "none; every model has its defaults and what the command gives"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    add_common_arguments(parser, MODELS, "ml-100k", 5)
+    add_common_arguments(parser, ",".join([*NEURAL_BASELINES, *STATE_SPACE]), "ml-100k", 5)
     parser.add_argument(
         "--tune",
         type=at_least(0),

@@ -19,6 +19,7 @@ from recbole_ssm.evaluation.ranks import metric
 from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
+from recbole_ssm.keys import KEYS
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
@@ -269,13 +270,6 @@ def _counts(entries: Sequence[Entry]) -> str:
     return f" ({len(np.unique(done[0].ranks()[0])):,} users tested, {done[0].items:,} items)"
 
 
-SHOWN = (
-    "MAX_ITEM_LIST_LENGTH", "epochs", "stopping_step", "valid_metric", "train_batch_size", "learner", "learning_rate",
-    "weight_decay", "loss_type", "train_mode", "hidden_size", "num_layers", "n_layers", "residual", "dropout_prob",
-    "hidden_dropout_prob", "attn_dropout_prob",
-)  # fmt: skip
-
-
 def _common(entries: Sequence[Entry]) -> str:
     """The split, and what all entries share."""
     split = entries[0].settings["eval_args"]["split"]
@@ -308,10 +302,10 @@ def _value(entry: Entry, key: str) -> Any:
 
 
 def _shown(entries: Sequence[Entry]) -> list[str]:
-    """The keys of SHOWN that are set somewhere, and any other that the user gave."""
-    given = dict.fromkeys(key for entry in entries for outcome in entry.outcomes for key in outcome.run.options)
-    others = [key for key in given if key not in (*SHOWN, *NOT_CACHED, "seed")]
-    return [*(key for key in SHOWN if any(key in entry.settings for entry in entries)), *others]
+    """The keys that every table names, as far as they are set somewhere, and any other that the user gave."""
+    named = [k for k, row in KEYS.items() if row.named and any(k in entry.settings for entry in entries)]
+    given = (key for entry in entries for outcome in entry.outcomes for key in outcome.run.options)
+    return list(dict.fromkeys([*named, *(key for key in given if key not in NOT_CACHED and key != "seed")]))
 
 
 def machines(outcomes: Iterable[Outcome]) -> list[str]:

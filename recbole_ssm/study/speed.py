@@ -18,7 +18,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json, write_json
-from recbole_ssm.llm.recommender import LanguageModelRecommender
+from recbole_ssm.llm.model import LanguageModelRecommender
 from recbole_ssm.model import get_model
 from recbole_ssm.ops import set_backend
 from recbole_ssm.quick_start import configure

@@ -33,9 +33,6 @@ Backward = Callable[[Part], list[float]]
 COLUMNS = ("step", "batch_size", "step_size", "sigma", "nu", "L")
 """The figures of a measured step; sigma squared is the variance of a single sample's gradient."""
 
-OF_THE_RUN = {"batch_size", "rule", "budget", "processes"}
-"""Arguments of AdaptiveBatchSize that follow from the run."""
-
 
 class Gradients:
     """Takes the parts of a step one after the other; several processes average their gradients in the last part.
@@ -130,18 +127,18 @@ class AdaptiveGradients(Gradients):
                 f"adaptive_batch: needs gradient_accumulation_steps: 1, got {config['gradient_accumulation_steps']}; "
                 "set what fits into memory instead: adaptive_batch_args: {'memory_size': 1024}"
             )
-        arguments = {"D": (config["learner_args"] or {}).get("D"), **(config["adaptive_batch_args"] or {})}
-        for key in sorted(OF_THE_RUN & set(arguments)):
-            raise UserError(f"adaptive_batch_args: {key} is not for you to give; it follows from the run")
         world = distributed.world_size()
+        arguments = {"D": (config["learner_args"] or {}).get("D"), **(config["adaptive_batch_args"] or {})}
+        of_the_run = {
+            "batch_size": loader.step,
+            "rule": config["adaptive_batch"],
+            "budget": float(epochs * loader.plan.total),
+            "processes": world,
+        }
+        for key in sorted(of_the_run.keys() & arguments):
+            raise UserError(f"adaptive_batch_args: {key} is not for you to give; it follows from the run")
         try:
-            self.sizes = AdaptiveBatchSize(
-                loader.step,
-                rule=config["adaptive_batch"],
-                budget=float(epochs * loader.plan.total),
-                processes=world,
-                **arguments,
-            )
+            self.sizes = AdaptiveBatchSize(**of_the_run, **arguments)
         except TypeError as error:
             raise UserError(f"adaptive_batch_args: {error}") from error
         self.device, self.model = config["device"], model

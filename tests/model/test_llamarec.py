@@ -480,10 +480,10 @@ def test_evaluation_on_some_rows(circle):
     [
         ({"retriever": "2Mamba4rec"}, "model: there is no sequential model '2Mamba4rec'; did you mean '2Mamba4Rec'?"),
         ({"retriever": "LlamaRec"}, "retriever: LlamaRec is a ranker itself; try retriever: 2Mamba4Rec"),
-        ({"num_candidates": 30}, "num_candidates: must be from 2 to 26, as each candidate has a letter, got 30; try"),
-        ({"num_candidates": 1}, "num_candidates: must be from 2 to 26, as each candidate has a letter, got 1"),
-        ({"fusion_weight": 2}, "fusion_weight: must lie in [0, 1] or be 'tuned', got 2; try fusion_weight: 0.5"),
-        ({"fusion_weight": "tune"}, "fusion_weight: must lie in [0, 1] or be 'tuned', got 'tune'"),
+        ({"num_candidates": 30}, "num_candidates: must lie in [2, 26], got 30"),
+        ({"num_candidates": 1}, "num_candidates: must lie in [2, 26], got 1"),
+        ({"fusion_weight": 2}, "fusion_weight: must be 'tuned' or a number in [0, 1], got 2"),
+        ({"fusion_weight": "tune"}, "fusion_weight: must be 'tuned' or a number in [0, 1], got 'tune'"),
         ({"orpo_lambda": -1.0}, "orpo_lambda: must be 0 or more, got -1.0; try orpo_lambda: 0.1"),
         ({"verbalizer": "letter"}, "verbalizer: 'letter' is not one of letters, title_likelihood, embedding; did you"),
         ({"train_objective": "dpo"}, "train_objective: 'dpo' is not one of sft, orpo"),
@@ -499,6 +499,7 @@ def test_evaluation_on_some_rows(circle):
             "retriever_config: eval_args is the ranker's too, as another one could show the retriever what is tested",
         ),
         ({"retriever_config": {"MAX_ITEM_LIST_LENGTH": 9}}, "retriever_config: MAX_ITEM_LIST_LENGTH is the ranker's"),
+        ({"retriever_config": {"encoding": "latin-1"}}, "retriever_config: encoding is the ranker's too"),
         ({"retriever": 3}, "retriever: must be a name such as 2Mamba4Rec, got 3"),
         (
             {"retriever_config": None, "retriever_checkpoint": 3},

@@ -1,7 +1,6 @@
 """The trainer: hooks, accumulation, precision, schedules, latency, and losses that are none."""
 
 import csv
-import errno
 import json
 import math
 import pathlib
@@ -11,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.data import create_dataset
@@ -173,15 +173,17 @@ def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_last_good_check
 
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(toy, monkeypatch):
     trainer, train, valid = build("2Mamba4Rec", toy, epochs=3)
-    count = []
+    real, count = checkpoint.save_file, []
 
-    def fills_up(descriptor):
-        count.append(descriptor)
+    def fills_up(tensors, path, metadata):
+        count.append(path)
         if len(count) > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr("os.fsync", fills_up)
-    with pytest.raises(OSError, match=r"checkpoint saved.* was not written: No space left on device"):
+    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    with pytest.raises(OSError, match=r"checkpoint saved.* was not written: I/O error: No space left on device"):
         trainer.fit(train, valid)
     assert sorted(p.name for p in trainer.folder.iterdir()) == ["best.safetensors", "step-000000005.safetensors"]
     assert checkpoint.newest(trainer.folder)[1].info["training"]["epoch"] == 1
