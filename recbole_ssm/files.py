@@ -135,11 +135,11 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def lock(file: IO[Any], wait: bool = True) -> None:
+def lock(file: IO[Any] | int, wait: bool = True) -> None:
     """Lock an open file until it is closed or the process dies.
 
     Args:
-        file: open to write.
+        file: open to write, or the descriptor of a folder.
         wait: for whoever holds it.
 
     Raises:

@@ -32,6 +32,9 @@ from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
 from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
 from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer  # noqa: E402
 
+NOT_BY_A_FILE = ("checkpoint_dir", "log_wandb", "base_model_download")
+"""What a run that goes on must be given again, if it is wanted."""
+
 __all__ = ["export_pairs", "load_data_and_model", "load_recommender", "objective_function", "run_recbole_ssm"]
 
 Saved = tuple[Path, checkpoint.Checkpoint]
@@ -157,7 +160,8 @@ def load_data_and_model(
     init_seed(config["seed"], config["reproducibility"])
     set_backend(config["ssm_backend"])
     path, found = saved
-    items = checkpoint.items_of(found)
+    items = checkpoint.items_of(found, path)
+    _require_data(config, saved)
     with recbole_refusals(config["dataset"]):
         dataset = create_dataset(config, items)
         loaders = create_loaders(config, dataset)
@@ -186,7 +190,11 @@ def configure(
 def _configure_again(saved: Saved, model: str | type | None, **given: Any) -> Config:
     """The configuration of a checkpoint's run, with what is given in its place."""
     path, found = saved
-    base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
+    try:
+        base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path}: it holds no training to go on with; take one that a run wrote") from error
+    base = {key: value for key, value in base.items() if key not in NOT_BY_A_FILE}
     # The class that a file names is never imported: whoever loads it gives it again.
     base.pop("model", None)
     if "class" not in found.info:
@@ -211,6 +219,17 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
     return config
 
 
+def _require_data(config: Config, saved: Saved) -> None:
+    """Make sure that no data set is downloaded because a file names it.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = Path(config["data_path"])
+    if saved[1].info.get("config", {}).get("dataset") == config["dataset"] and not any(folder.glob("*")):
+        raise UserError(f"data_path: there are no data in {folder}; give the data_path that holds them now")
+
+
 def _items_of(dataset: Any) -> list[str]:
     """The tokens of a data set's items by id."""
     return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
@@ -227,7 +246,7 @@ def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> N
     known = transfer(recommender, items, found, path, build)
     getLogger().info(
         f"weights of {path}: {known:,} of {len(items) - 1:,} items keep their vectors, the others are new; "
-        f"{len(checkpoint.items_of(found)) - 1 - known:,} of the checkpoint's are not in this data set"
+        f"{len(checkpoint.items_of(found, path)) - 1 - known:,} of the checkpoint's are not in this data set"
     )
 
 
@@ -240,7 +259,7 @@ def _require_same_items(dataset: Any, saved: Saved) -> None:
     path, found = saved
     # RecBole's own checkpoints hold no catalogue.
     now = _items_of(dataset)
-    before = checkpoint.items_of(found) if "catalogue" in found.info else now
+    before = checkpoint.items_of(found, path) if "catalogue" in found.info else now
     if before == now:
         return
     differing = {"new": sorted(set(now) - set(before)), "gone": sorted(set(before) - set(now))}
@@ -318,13 +337,16 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
 
+    if start is not None:
+        _require_data(config, start)
     with recbole_refusals(config["dataset"]):
         data = create_dataset(config)
         logger.info(data)
         loaders = create_loaders(config, data)
 
     init_seed(config["seed"], config["reproducibility"])
-    with recbole_refusals(config["model"]):
+    doubts = checkpoint.doubted(*start[::-1]) if start else contextlib.nullcontext()
+    with recbole_refusals(config["model"]), doubts:
         recommender = config.model_class(config, loaders[0]._dataset, *([stage.settings] if stage else ()))
         recommender = recommender.to(config["device"])
     if stage:

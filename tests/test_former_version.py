@@ -52,6 +52,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_never_been_killed(home):
     last = max((home / "run").glob("step-*"))
     assert last.name == "step-000000020.safetensors"
     found, expected = load_file(last), load_file(FIXTURE / "never-killed.safetensors")
+    # The tokens of items were no tensors then.
+    found = {name: tensor for name, tensor in found.items() if not name.startswith("catalogue.")}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():  # equal but for how another processor rounds
         assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -251,7 +251,11 @@ void finish_panels(const Step& a, const Group& g) {
     if (a.diagonal) panel_norm(width, a.D, y, a.gate_norm, false);
     panel_linear(width, a.M, u, a.D, gate_weight(a), nullptr, g.z);
     gate(a.D * width, y, g.z);
-    if (a.H && !a.diagonal) panel_norm(width, a.D, y, a.gate_norm, false);
+    for (i64 k = 0, n = a.H && !a.diagonal ? a.D / a.G : 0; n && k < a.G; k++) {
+      Norm of_group = a.gate_norm;
+      of_group.weight += k * n;
+      panel_norm(width, n, y + k * n * width, of_group, false);
+    }
     panel_linear(width, a.D, y, a.M, a.out_weight, nullptr, out);
     for (i64 i = 0; a.residual && i < a.M * width; i += VL) store(out + i, load(out + i) + load(u + i));
     panel_norm(width, a.M, out, a.norm, true);
@@ -276,11 +280,11 @@ void finish_last(const Step& a, const Group& g, float* result) {
       const float diagonal = dot(a.diagonal + h * a.D, x, a.D) + a.skip[h];
       for (i64 p = h * P; p < (h + 1) * P; p++) y[p] += diagonal * x[p];
     }
-    if (a.diagonal) rms_norm(a.D, y, a.gate_norm);
+    if (a.diagonal) rms_norm(1, a.D, y, a.gate_norm);
   }
   linear(g.S, a.M, g.last_u, a.M, a.D, gate_weight(a), nullptr, g.last_z, a.D);
   gate(g.S * a.D, g.y, g.last_z);
-  for (i64 s = 0; a.H && !a.diagonal && s < g.S; s++) rms_norm(a.D, g.y + s * a.D, a.gate_norm);
+  for (i64 s = 0; a.H && !a.diagonal && s < g.S; s++) rms_norm(a.G, a.D / a.G, g.y + s * a.D, a.gate_norm);
   finish_rows(a, g.S, g.last_u, g.y, g.out, g.last_hidden, result);
 }
 

@@ -81,11 +81,15 @@ void layer_norm(i64 n, const float* x, const Norm& norm, float* y) {
   }
 }
 
-void rms_norm(i64 n, float* x, const Norm& norm) {
-  vec squares = all(0.f);
-  for (i64 i = 0; i < n; i += VL) squares += load(x + i, n - i) * load(x + i, n - i);
-  const float scale = 1.f / sqrtf(sum(squares) / n + (float)norm.eps);
-  for (i64 i = 0; i < n; i += VL) store(x + i, load(x + i, n - i) * scale * load(norm.weight + i, n - i), n - i);
+// Each of some groups of n neighbouring channels by itself.
+void rms_norm(i64 groups, i64 n, float* x, const Norm& norm) {
+  const float* weight = norm.weight;
+  for (i64 g = 0; g < groups; g++, x += n, weight += n) {
+    vec squares = all(0.f);
+    for (i64 i = 0; i < n; i += VL) squares += load(x + i, n - i) * load(x + i, n - i);
+    const float scale = 1.f / sqrtf(sum(squares) / n + (float)norm.eps);
+    for (i64 i = 0; i < n; i += VL) store(x + i, load(x + i, n - i) * scale * load(weight + i, n - i), n - i);
+  }
 }
 
 // x (1 + erf(x / sqrt 2)) / 2; erf by Abramowitz and Stegun 7.1.26, to 1.5e-7
@@ -198,7 +202,7 @@ void ssd_step(const Step& a, i64 b, const float* in, const float* xBC, float* y)
       store(y + d, out * gate * sigmoid(gate), lanes);
     }
   }
-  rms_norm(D, y, a.gate_norm);
+  rms_norm(a.G, D / a.G, y, a.gate_norm);
 }
 
 // --- the whole block ----------------------------------------------------------------------------------------------

@@ -79,6 +79,10 @@ class Tokens:
     codes: np.ndarray
     names: pa.StringArray
 
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The cells of those rows (indices or a mask)."""
+        return Tokens(self.codes[rows], self.names)
+
     def objects(self) -> np.ndarray:
         """[rows] ``str``, NaN where the cell is empty; equal ids are one object, so a row costs 8 bytes."""
         names = np.empty(len(self.names) + 1, dtype=object)
@@ -131,7 +135,7 @@ def read_columns(
         raise UserError("seq_separator: must not be empty; a space is written ' '")
     bad = BadLines(path) if bad is None else bad
     names = list(read_header(path, separator, encoding))
-    found = Columns({name: _BUILDERS[kind](seq_separator) for name, kind in columns.items()}, required)
+    found = Columns({name: BUILDERS[kind](seq_separator) for name, kind in columns.items()}, required)
     with open(path, "rb") as file, progress(f"Read {path.name}", path.stat().st_size) as bar:
         for block in below_header(read_blocks(file, path, encoding)):
             bar.update(file.tell() - bar.n)
@@ -375,7 +379,7 @@ class FloatLists(TokenLists):
         return "" if sound else "which are not all finite numbers; correct it or drop the line"
 
 
-_BUILDERS: dict[str, type[Words] | type[Values]] = {
+BUILDERS: dict[str, type[Words] | type[Values]] = {
     "token": Words,
     "float": Floats,
     "token_seq": TokenLists,

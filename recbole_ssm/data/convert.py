@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm import __version__
-from recbole_ssm.data.atomic import Columns, Floats, Values, Words
-from recbole_ssm.data.events import Events, without_repeats
+from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Values, Words
+from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, check_separator, progress
-from recbole_ssm.data.sources import EVENT, Descriptions, Raw, open_raw
-from recbole_ssm.data.times import Moments, decimals
-from recbole_ssm.errors import ArgumentParser, UserError, excerpt
+from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, check_names, kind_of, open_raw
+from recbole_ssm.data.times import Moments, check_form, decimals
+from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
 from recbole_ssm.files import digest, write_json
 
 # Rows that are written at once.
 WRITTEN_AT_ONCE = 1 << 20
 TIES = "events of one user and one time keep the order of the source"
+FILE_ORDER = "the source has no times; they count each user's events in the order of the file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)")
     for field in (*EVENT, "text"):
         what = {"text": "words that describe an item, for .item"}.get(field, f"{field} (default: guessed)")
-        parser.add_argument(f"--{field}", metavar="COLUMN", help=f"name of the column with the {what}")
-    parser.add_argument("--meta", type=Path, metavar="FILE", help="Amazon's metadata (default: meta_... beside SOURCE)")
+        parser.add_argument(
+            f"--{field}", metavar="COLUMN", help=f"the column with the {what}: its name, or without a header its place"
+        )
+    parser.add_argument("--sequences", action="store_true", help="each line is USER ITEM ITEM ..., oldest first")
+    parser.add_argument("--file_order", action="store_true", help="there are no times; take the order of the file")
+    parser.add_argument("--time_format", default="", metavar="FORM", help="of dates, such as '%%d.%%m.%%Y %%H:%%M:%%S'")
+    parser.add_argument(
+        "--keep", default="", metavar="COLUMN[:TYPE],...", help="further columns for .inter; types are guessed"
+    )
+    parser.add_argument(
+        "--meta", type=Path, metavar="FILE", help="a table of the items, for .item (default: meta_... beside SOURCE)"
+    )
+    parser.add_argument("--meta_item", metavar="COLUMN", help="of the items' ids in --meta (default: guessed)")
     parser.add_argument(
         "--k_core", type=int, default=0, metavar="K", help="keep users and items with K events, repeated"
     )
+    parser.add_argument("--user_core", type=int, metavar="K", help="another K for users (default: --k_core)")
+    parser.add_argument("--item_core", type=int, metavar="K", help="another K for items (default: --k_core)")
     parser.add_argument(
         "--duplicates",
         choices=("keep", "same_time", "first", "last"),
@@ -85,8 +99,15 @@ def convert(
     name: str,
     out: Path = Path("dataset"),
     *,
+    sequences: bool = False,
+    file_order: bool = False,
+    time_format: str = "",
+    keep: str = "",
     meta: Path | None = None,
+    meta_item: str | None = None,
     k_core: int = 0,
+    user_core: int | None = None,
+    item_core: int | None = None,
     duplicates: str = "keep",
     on_bad_lines: str = "error",
     separator: str | None = None,
@@ -99,9 +120,16 @@ def convert(
         source: what :func:`recbole_ssm.data.sources.open_raw` knows.
         name: of the data set.
         out: the folder of data sets.
+        sequences: each line of the source is a user and the items of the user, oldest first.
+        file_order: the source has no times; each user's events are counted from 1 in the order of the file.
+        time_format: how its dates are written, as of :meth:`datetime.datetime.strptime`; "" knows those of ISO 8601.
+        keep: further columns for ``.inter``, as ``"price:float,shop"``; a type that is not given is guessed.
         meta: a file that describes the items.
+        meta_item: its column of item ids; None guesses.
         k_core: keep users and items with so many events, until all have them; 0 or 1 keeps all. After ``duplicates``,
             as in RecBole.
+        user_core: of users, if not ``k_core``.
+        item_core: of items, if not ``k_core``.
         duplicates: ``keep``; ``same_time`` for one event of each user, item and time; or ``first`` or ``last`` of each
             pair of user and item.
         on_bad_lines: ``error``, or ``skip``.
@@ -117,8 +145,12 @@ def convert(
     """
     if not re.fullmatch(r"[\w][\w.\-]*", name):
         raise UserError(f"--name: {name!r} is no name of a folder; use letters, digits, - and _")
-    if k_core < 0:
-        raise UserError(f"--k_core: must be 0 or more, got {k_core}")
+    cores = tuple(k_core if core is None else core for core in (user_core, item_core))
+    for key, core in (("k_core", k_core), ("user_core", cores[0]), ("item_core", cores[1])):
+        if core < 0:
+            raise UserError(f"--{key}: must be 0 or more, got {core}")
+    if time_format:
+        check_form("--time_format", time_format)
     target = out / name
     if target.exists():
         raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
@@ -126,30 +158,22 @@ def convert(
     reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
     if separator is not None:
         check_separator("--separator", reading.get("separator", ""))
-    raw = open_raw(source, asked, meta, encoding=encoding, **reading)
+    raw = open_raw(
+        source, asked, meta, meta_item, sequences=sequences, file_order=file_order, encoding=encoding, **reading
+    )
+    kept = columns_to_keep(raw, keep)
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out, ignore_cleanup_errors=True) as temporary:
         scratch = Path(temporary, name)
         scratch.mkdir()
         with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
-            events, digits = read_events(raw, bad)
-        steps = [{"step": "read", **events.counts()}]
-        if duplicates != "keep":
-            events = events.take(without_repeats(events, duplicates))
-            kept = (
-                "first of each user, item and time"
-                if duplicates == "same_time"
-                else f"{duplicates} of each user and item"
-            )
-            steps.append({"step": kept, **events.counts()})
-        if k_core > 1:
-            events = events.take(rows_of_core(events.users.codes, events.items.codes, k_core, k_core))
-            steps.append({"step": f"{k_core}-core", **events.counts()})
+            events, digits = read_events(raw, bad, kept, time_format)
+        events, steps = filtered(events, duplicates, *cores)
         if not len(events):
             raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
-        write_inter(scratch / f"{name}.inter", events, digits)
+        write_inter(scratch / f"{name}.inter", events, digits, kept)
         skipped, described, contradicting = len(bad), 0, 0
         if raw.items is not None:
             # The faults of a table that describes its own items were told when its events were read.
@@ -179,7 +203,7 @@ def convert(
             "described_items": described,
             "contradicting_descriptions": contradicting,
             "skipped_lines": skipped,
-            "ties": TIES,
+            "ties": TIES if "time" in raw.fields else FILE_ORDER,
             "time": {"first": as_written(events.times.min()), "last": as_written(events.times.max())},
             "written": {
                 path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
@@ -191,19 +215,74 @@ def convert(
     return card
 
 
-def read_events(raw: Raw, bad: BadLines) -> tuple[Events, int]:
+def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
+    """``"price:float,shop"`` as ``{column: type}``; "" is a type to be guessed.
+
+    Raises:
+        UserError: the source has no such column, there is no such type, or the header would hold a name twice.
+    """
+    kept: dict[str, str] = {}
+    columns, lists = raw.events.columns(), raw.events.lists()
+    for entry in filter(None, keep.split(",")):
+        column, colon, kind = entry.rpartition(":") if entry not in columns else (entry, "", "")
+        column = column if colon else entry
+        if column not in columns:
+            there = f"there are {listed(columns)}{did_you_mean(column, columns)}"
+            raise UserError(f"--keep: {raw.events.file} has no column '{column}' ({there})")
+        if colon and kind not in TYPES:
+            raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
+        kept[column] = kind if colon else "token_seq" if column in lists else ""
+    check_names("--keep", [*kept, "user_id", "item_id", "timestamp", *(["rating"] if "rating" in raw.fields else [])])
+    return kept
+
+
+def filtered(events: Events, duplicates: str, user_core: int, item_core: int) -> tuple[Events, list[dict[str, Any]]]:
+    """The events that the filters leave, and what each step left."""
+    steps: list[dict[str, Any]] = [{"step": "read", **events.counts()}]
+    if duplicates != "keep":
+        events = events.take(without_repeats(events, duplicates))
+        same = "first of each user, item and time"
+        kept = same if duplicates == "same_time" else f"{duplicates} of each user and item"
+        steps.append({"step": kept, **events.counts()})
+    if max(user_core, item_core) > 1:
+        events = events.take(rows_of_core(events.users.codes, events.items.codes, user_core, item_core))
+        both = f"{user_core}-core"
+        step = both if user_core == item_core else f"{both} of users, {item_core}-core of items"
+        steps.append({"step": step, **events.counts()})
+    return events, steps
+
+
+def read_events(
+    raw: Raw, bad: BadLines, kept: Mapping[str, str] | None = None, time_format: str = ""
+) -> tuple[Events, int]:
     """All events of a source, checked, and how many digits behind the point their times have, which are whole here.
 
     Raises:
         UserError: the first faulty row (or none, if ``bad`` skips), or there is no row at all.
     """
-    times = Moments()
-    builders: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": Floats()}
-    columns = Columns({field: builders[field] for field in raw.fields}, EVENT[:3], raw.fields)
-    for rows in raw.events.rows(raw.fields, bad):
+    times = Moments(time_format)
+    known: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": Floats()}
+    # No column of a source is called as these are, because of the tab.
+    others = {f"\t{column}": column for column in kept or ()}
+    builders = {field: known[field] for field in raw.fields} | {key: Anything() for key in others}
+    shown = {field: f"column {name}" if name.isdecimal() else name for field, name in raw.fields.items()}
+    columns = Columns(builders, EVENT[:3], shown)
+    for rows in raw.events.rows({**raw.fields, **others}, bad):
         columns.add(rows.cells, rows.numbers, rows.raw, bad)
     found = columns.finish(str(raw.events.file), bad, "no event in it")
-    return Events(found["user"], found["item"], found["time"], found.get("rating")), times.digits
+    if "time" not in found:
+        found["time"] = places(found["user"].codes)
+    further = {column: found[key] for key, column in others.items()}
+    return Events(found["user"], found["item"], found["time"], found.get("rating"), further), times.digits
+
+
+class Anything(Words):
+    """A column whose cells are all taken."""
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """No cell is a fault."""
+        self._parsed = cells
+        return {}
 
 
 class Ids(Words):
@@ -217,23 +296,39 @@ class Ids(Words):
         return faults
 
 
-def write_inter(path: Path, events: Events, digits: int) -> None:
-    """Write events, whose times count units of ``10 ** -digits``, as an atomic file; whole numbers have no point."""
+def write_inter(path: Path, events: Events, digits: int, kept: Mapping[str, str]) -> None:
+    """Write events, whose times count units of ``10 ** -digits``, as an atomic file; whole numbers have no point.
+
+    Raises:
+        UserError: a further column is not of the type that ``kept`` gives it.
+    """
     columns = {"user_id:token": events.users, "item_id:token": events.items}
+    further = {}
+    for name, column in events.others.items():
+        words = pa.array([_one_line(word) for word in column.names.to_pylist()], pa.string())
+        kind = kept[name] or KINDS[kind_of(words)] or "token"
+        if fault := next(iter(BUILDERS[kind](" ").parse(words, False).values()), ""):
+            raise UserError(f"--keep: {name} {fault}, or keep it as {name}:token")
+        further[f"{name}:{kind}"] = Tokens(column.codes, words)
     ratings = events.ratings
     with open(path, "wb") as file, progress(f"Write {path.name}", len(events), "rows") as bar:
-        header = [*columns, *(["rating:float"] if ratings is not None else []), "timestamp:float"]
+        header = [*columns, *(["rating:float"] if ratings is not None else []), "timestamp:float", *further]
         file.write("\t".join(header).encode() + b"\n")
         for start in range(0, len(events), WRITTEN_AT_ONCE):
             rows = slice(start, start + WRITTEN_AT_ONCE)
-            cells = [ids.names.take(pa.array(ids.codes[rows])) for ids in columns.values()]
+            cells = [_words(ids, rows) for ids in columns.values()]
             cells += [_spelt(ratings[rows])] if ratings is not None else []
-            cells += [decimals(events.times[rows], digits)]
+            cells += [decimals(events.times[rows], digits), *(_words(column, rows) for column in further.values())]
             # Arrow's writer of CSV refuses quotation marks where it may not quote
             lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*cells, "\t"), "", "\n")
             _, ends, characters = lines.buffers()
             file.write(memoryview(characters)[: np.frombuffer(ends, np.int32)[len(lines)]])
             bar.update(len(cells[0]))
+
+
+def _words(column: Tokens, rows: slice) -> pa.StringArray:
+    codes = column.codes[rows]
+    return column.names.take(pa.array(codes, mask=codes < 0)).fill_null("")
 
 
 def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,12 +27,14 @@ class Events:
         items: on what; no cell is empty.
         times: [rows] int64 or float64, in whatever unit the file has.
         ratings: [rows] float64, or None.
+        others: further columns by name.
     """
 
     users: Tokens
     items: Tokens
     times: np.ndarray
     ratings: np.ndarray | None = None
+    others: dict[str, Tokens] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -46,15 +48,25 @@ class Events:
         """The events at those rows (indices or a mask)."""
         return replace(
             self,
-            users=Tokens(self.users.codes[rows], self.users.names),
-            items=Tokens(self.items.codes[rows], self.items.names),
+            users=self.users.take(rows),
+            items=self.items.take(rows),
             times=self.times[rows],
             ratings=None if self.ratings is None else self.ratings[rows],
+            others={name: column.take(rows) for name, column in self.others.items()},
         )
 
     def by_user_and_time(self) -> np.ndarray:
         """[rows] the order by user (as the file first names them) and time; events of one time keep their order."""
         return np.lexsort((self.times, self.users.codes))
+
+
+def places(users: np.ndarray) -> np.ndarray:
+    """[rows] the place of each row among those of its user, from 1; ``users`` are codes [rows]."""
+    order = np.argsort(users, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(users[order]) != 0))
+    found = np.empty(len(users), dtype=np.int64)
+    found[order] = np.arange(1, len(users) + 1) - np.repeat(starts, np.diff(np.append(starts, len(users))))
+    return found
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> np.ndarray:

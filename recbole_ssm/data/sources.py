@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from recbole_ssm.data.archives import File, members
-from recbole_ssm.data.lines import BadLines
-from recbole_ssm.data.tables import JsonLines, Parquet, Table, Text, cell_of
+from recbole_ssm.data.atomic import EXACT
+from recbole_ssm.data.lines import BadLines, split_header
+from recbole_ssm.data.tables import JsonLines, Parquet, Sequences, Table, Text, cell_of
 from recbole_ssm.data.times import is_time
 from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
 
@@ -29,6 +35,8 @@ ML_100K_GENRES = (
 )  # fmt: skip
 # Names of MovieLens' files of ratings -> of items.
 MOVIELENS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
+# Separators in the order in which they are preferred; one that stands in no first line leaves white space.
+SEPARATORS = ("\t", ",", ";", "|", "\x01", "::")
 TEXT, JSON, PARQUET = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter"), (".json", ".jsonl", ".ndjson"), (".parquet",)
 ASIN = re.compile(r"[0-9A-Z]{10}")
 AMAZON_USER = re.compile(r"A[0-9A-Z]{9,27}")
@@ -59,7 +67,7 @@ class Raw:
     Attributes:
         kind: what it is, in words.
         events: the table of its events.
-        fields: ``{user, item, time, rating: column}``; rating may be absent.
+        fields: ``{user, item, time, rating: column}``; rating may be absent, and time where the order is the file's.
         items: what it says of its items, if anything.
     """
 
@@ -74,33 +82,53 @@ class Raw:
         return list(dict.fromkeys([self.events.file, *([self.items.file] if self.items else [])]))
 
 
-def open_raw(source: Path, named: Mapping[str, str], meta: Path | None = None, **reading: str) -> Raw:
+def open_raw(
+    source: Path,
+    named: Mapping[str, str],
+    meta: Path | None = None,
+    meta_item: str | None = None,
+    *,
+    sequences: bool = False,
+    file_order: bool = False,
+    **reading: str,
+) -> Raw:
     """Find out what a raw data set is.
 
     Args:
         source: a file, a folder or a zip archive.
-        named: the columns that the caller names, ``{user, item, time, rating, text: column}``; they win over ours.
-        meta: a file that describes the items (Amazon); by default ``meta_<name of source>`` beside it.
+        named: the columns that the caller names, ``{user, item, time, rating, text: column}``; they win over ours. All
+            of them numbers: the file has no header, and these are the places of the columns, from 1.
+        meta: a file that describes the items; by default Amazon's ``meta_<name of source>`` beside it.
+        meta_item: the column of item ids in that file.
+        sequences: each line is a user and the items of the user.
+        file_order: there are no times; events are in the order of the file.
         reading: ``separator`` and ``encoding``, where they are not to be guessed.
 
     Raises:
         UserError: it is nothing that we know; the message says how to name its columns.
     """
     file = _find(source)
-    if file.name in MOVIELENS and not named and (file.suffix != ".csv" or "movieId" in file.first_line("utf-8")):
+    if sequences:
+        if named or file.suffix not in TEXT:
+            raise UserError(f"--sequences: each line of a text file is a user and items, so no column is named: {file}")
+        lines = Sequences(file, reading.get("separator"), reading.get("encoding") or "utf-8")
+        fields = {"user": "user", "item": "item"}
+        return Raw("sequences", lines, fields, _meta(file, fields["item"], meta, meta_item, reading))
+    plain = not (named or file_order)
+    if file.name in MOVIELENS and plain and (file.suffix != ".csv" or "movieId" in file.first_line("utf-8")):
         if meta:
             raise UserError(
                 f"--meta: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop --meta {meta}"
             )
         return _movielens(file)
-    table = _table(file, reading)
-    kind, fields = _events(table, named)
+    table = _table(file, reading, positions=bool(named) and all(column.isdecimal() for column in named.values()))
+    kind, fields = _events(table, named, file_order)
     if "text" in named and meta:
         raise UserError(f"--text {named['text']} and --meta {meta} both describe the items; give one of them")
     if "text" in named:
         items: Descriptions | None = _texts(table, fields["item"], named["text"])
     else:
-        items = _amazon_items(file, meta)
+        items = _meta(file, fields["item"], meta, meta_item, reading)
     return Raw(kind, table, fields, items)
 
 
@@ -125,29 +153,48 @@ def _find(source: Path) -> File:
     return likely[0]
 
 
-def _events(table: Table, named: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[str, dict[str, str]]:
     """What kind of table it is, and which of its columns are user, item, time and rating."""
     columns = table.columns()
     there = f"there are {listed(columns)}"
-    kind, known = next(
-        ((kind, names) for kind, names in KNOWN.items() if set(names[:3]) <= set(columns)), ("a table", ())
-    )
-    fields = {part: name for part, name in zip(EVENT, known) if name in columns}
-    fields |= {part: name for part, name in named.items() if part in EVENT}
+    if file_order and "time" in named:
+        raise UserError(f"--file_order: the events would be in the order of --time {named['time']}; give one of them")
     for part, name in named.items():
         if name not in columns:
             raise UserError(f"--{part}: {table.file} has no column '{name}' ({there}{did_you_mean(name, columns)})")
+    parts = EVENT[:2] if file_order else EVENT[:3]
+    whole = [kind for kind, names in KNOWN.items() if set(names[: len(parts)]) <= set(columns)]
+    guessed = EVENT if whole or not set(parts) <= set(named) else ()
+    fields: dict[str, str] = {}
+    for kind in [*whole[:1], *KNOWN]:
+        for part, name in zip(EVENT, KNOWN[kind]):
+            if part in guessed and name in columns and name not in named.values():
+                fields.setdefault(part, name)
+    fields |= {part: name for part, name in named.items() if part in EVENT}
+    if file_order:
+        fields.pop("time", None)
     if isinstance(table, Text) and table.names is None and is_time(fields.get("time", "")):
         raise UserError(
             f"{table.file}, line 1: no header, but an event at {fields['time'][:60]}; write a line above it that "
-            "names the columns"
+            "names the columns, or give their places, as --user=1 --item=2 --time=3"
         )
-    if missing := [part for part in EVENT[:3] if part not in fields]:
-        raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there})")
-    return "a table" if named else kind, {part: fields[part] for part in EVENT if part in fields}
+    if missing := [part for part in parts if part not in fields]:
+        hint = "" if "time" not in missing else "; without times, say --file_order"
+        if isinstance(table, Text) and any(map(is_time, columns)):
+            hint += "; without a header, give their places, as --user=1 --item=2; lines of many items are --sequences"
+        raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there}){hint}")
+    lists = table.lists()
+    for part, name in fields.items():
+        if name in lists:
+            raise UserError(
+                f"--{part}: column '{name}' of {table.file} holds lists, and each row must be one event; write a row "
+                "for each entry, as explode of pandas does"
+            )
+    known = not named and not file_order and whole
+    return whole[0] if known else "a table", {part: fields[part] for part in EVENT if part in fields}
 
 
-def _table(file: File, reading: Mapping[str, str]) -> Table:
+def _table(file: File, reading: Mapping[str, str], positions: bool = False) -> Table:
     encoding = reading.get("encoding") or "utf-8"
     if file.suffix in PARQUET:
         return Parquet(file)
@@ -157,9 +204,17 @@ def _table(file: File, reading: Mapping[str, str]) -> Table:
         kinds = ", ".join((*TEXT, *JSON, *PARQUET))
         raise UserError(f"{file}: what file is this? known are {kinds}, each also as .gz or within a .zip")
     line = file.first_line(encoding)
-    separator = reading.get("separator") or max("\t", ",", ";", "|", key=line.count)
+    guess = max(SEPARATORS, key=line.count)
+    separator = reading.get("separator") or (guess if guess in line or " " not in line else " ")
     quoted = file.suffix != ".inter" and len(separator) == 1 and separator != '"'
-    cells = line.split(separator)
+    cells = split_header(line, separator, str(file))
+    if positions:
+        if header := [cell for cell in cells if any(cell in names for names in KNOWN.values())]:
+            raise UserError(
+                f"{file}, line 1: a header, with {header[0]}; name the columns as it does, not by their places"
+            )
+        places = tuple(map(str, range(1, len(cells) + 1)))
+        return Text(file, separator, places, quoted=quoted, encoding=encoding)
     headless = len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3])
     return Text(file, separator, _amazon_ratings(file, cells) if headless else None, quoted=quoted, encoding=encoding)
 
@@ -239,16 +294,89 @@ def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
     return ("reviewerID", "asin", rating, time) if user_first else ("asin", "reviewerID", rating, time)
 
 
-def _amazon_items(file: File, meta: Path | None) -> Descriptions | None:
-    """Amazon's metadata of a category: those that are named, or those that stand beside its reviews or ratings."""
+def _meta(
+    file: File, item: str, meta: Path | None, meta_item: str | None, reading: Mapping[str, str]
+) -> Descriptions | None:
+    """The file that describes the items: the one that is named, or Amazon's beside its reviews or ratings."""
     category = re.sub(r"^(reviews|ratings)_|_5$", "", PurePosixPath(file.name).stem)
     beside = (file.beside(f"meta_{category}{suffix}") for suffix in JSON)
     described = _find(meta) if meta else next(filter(None, beside), None)
     if not described:
+        if meta_item:
+            raise UserError(f"--meta_item: {meta_item} is a column of --meta, and there is none; name that file")
         return None
-    if described.suffix not in JSON:
-        raise UserError(f"--meta: {meta} is no JSON file; Amazon's metadata are named meta_<category>.json or .jsonl")
-    table = JsonLines(described)
+    table = _table(described, {"encoding": reading.get("encoding", "")})
+    columns = table.columns()
+    if isinstance(table, JsonLines) and not meta_item and {"parent_asin", "asin"} & set(columns):
+        return _amazon_items(table)
+    likely = [name for name in (item, *(names[1] for names in KNOWN.values()), "item") if name in columns]
+    if meta_item is None and not likely:
+        raise UserError(f"--meta: {meta} has no column '{item}' (there are {listed(columns)}); name it by --meta_item")
+    return _described(table, meta_item or likely[0])
+
+
+def _described(table: Table, item: str) -> Descriptions:
+    """Any table of items; all of its columns are kept."""
+    columns = table.columns()
+    if item not in columns:
+        there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
+        raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
+    names = {name: name for name in columns if name != item}
+    check_names("--meta", [*names, "item_id"])
+    kinds = dict.fromkeys(names, 0)
+    for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
+        for name in names:
+            kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
+    kinds |= dict.fromkeys(table.lists() & set(names), KINDS.index("token_seq"))
+
+    def read(bad: BadLines) -> Iterator[Described]:
+        for rows in table.rows({"": item, **names}, bad):
+            for name, *cells in zip(*(column.to_pylist() for column in rows.cells.columns)):
+                yield name, dict(zip(names, cells))
+
+    return Descriptions(table.file, {name: KINDS[kind] or "token" for name, kind in kinds.items()}, read)
+
+
+# What a column may be, each the more general; "" is one without content.
+KINDS = ("", "float", "token", "token_seq")
+
+
+def kind_of(cells: pa.StringArray) -> int:
+    """What some cells of a column are, as an index of :data:`KINDS`.
+
+    Numbers are ``float``, but not those with zeros before them, nor those that a float64 would merge; words with spaces
+    between them are ``token_seq``.
+    """
+    cells = pc.utf8_trim_whitespace(cells)
+    cells = cells.filter(pc.not_equal(cells, ""))
+    if not len(cells):
+        return 0
+    if pc.any(pc.match_substring_regex(cells, r"\s")).as_py():
+        return 3
+    try:
+        sizes = np.abs(cells.cast(pa.float64()).to_numpy())
+    except pa.ArrowInvalid:
+        return 2
+    padded = pc.any(pc.match_substring_regex(cells, "^[+-]?0[0-9]")).as_py()
+    return 2 if padded or np.any(sizes >= EXACT) else 1
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    """Make sure that names can stand in the header of an atomic file, each once.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name in names:
+        if not name or re.search(r"[:\t\r\n\0]", name):
+            raise UserError(f"{option}: {excerpt(name)} cannot name a column of an atomic file; rename it")
+    twice, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{option}: there would be two columns {excerpt(twice)}; rename one in the source")
+
+
+def _amazon_items(table: JsonLines) -> Descriptions:
+    """Amazon's metadata of a category."""
 
     def read(bad: BadLines) -> Iterator[Described]:
         for number, line, found in table.objects(bad):
@@ -265,7 +393,7 @@ def _amazon_items(file: File, meta: Path | None) -> Descriptions | None:
             categories = ", ".join(dict.fromkeys(names))
             yield item, {"title": cell_of(found.get("title")), "categories": categories, "brand": cell_of(brand)}
 
-    return Descriptions(described, {"title": "token_seq", "categories": "token_seq", "brand": "token"}, read)
+    return Descriptions(table.file, {"title": "token_seq", "categories": "token_seq", "brand": "token"}, read)
 
 
 def _texts(table: Table, item: str, text: str) -> Descriptions:

@@ -79,6 +79,10 @@ class Text:
         names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
         return _distinct(names, f"{self.file}, line 1")
 
+    def lists(self) -> set[str]:
+        """The columns that hold lists: none that is known as such."""
+        return set()
+
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows; ``fields`` is ``{field: column}``."""
         names = self.columns()
@@ -139,6 +143,11 @@ class JsonLines:
         except ValueError as error:
             raise UserError(f"{self.file}, line 1: no JSON object: {line[:60]!r}") from error
 
+    def lists(self) -> set[str]:
+        """The keys under which its first object has lists."""
+        found = _object(self.file.first_line(self.encoding))
+        return {key for key, value in found.items() if isinstance(value, list)}
+
     def objects(self, bad: BadLines) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         """``(line number, line, object)`` of each line."""
         for block in self.file.blocks(self.encoding):
@@ -157,8 +166,9 @@ class JsonLines:
         yield from _batches(self._sound(fields, bad), fields)
 
     def _sound(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[_Row]:
+        lists = self.lists()
         for number, line, found in self.objects(bad):
-            cells = [cell_of(found.get(key)) for key in fields.values()]
+            cells = [(_joined if key in lists else cell_of)(found.get(key)) for key in fields.values()]
             if any(map(_broken, cells)):
                 bad.add(number, f"half a character (a lone surrogate): {line[:60]!r}; drop the line", line)
             else:
@@ -184,6 +194,11 @@ class Parquet:
         with self._open() as parquet:
             return _distinct(tuple(parquet.schema_arrow.names), str(self.file))
 
+    def lists(self) -> set[str]:
+        """The columns that hold lists."""
+        with self._open() as parquet:
+            return {field.name for field in parquet.schema_arrow if _is_list(field.type)}
+
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows, counted from 1; ``fields`` is ``{field: column}``."""
         start = 1
@@ -201,7 +216,47 @@ class Parquet:
                 bar.update(len(batch))
 
 
-Table = Text | JsonLines | Parquet
+@dataclass
+class Sequences:
+    """Text in which each line is a user and the items of the user, oldest first; no separator is any white space."""
+
+    file: File
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    def columns(self) -> tuple[str, ...]:
+        """``user`` and ``item``."""
+        return ("user", "item")
+
+    def lists(self) -> set[str]:
+        """None: each entry of a line is an event."""
+        return set()
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """A row for each item; ``fields`` is ``{field: "user" or "item"}``."""
+        for block in self.file.blocks(self.encoding):
+            events: dict[str, list[str]] = {"user": [], "item": []}
+            numbers: list[int] = []
+            lines: list[bytes] = []
+            for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
+                raw = original(line, self.encoding)
+                try:
+                    user, *items = line.decode().strip().split(self.separator) or [""]
+                except UnicodeDecodeError:
+                    bad.add(number, f"not {self.encoding} text: {raw[:60]!r}; set encoding to what it is", raw)
+                    continue
+                if not items:
+                    bad.add(number, f"no user with items after it: {raw[:60]!r}; drop the line", raw)
+                events["user"] += [user] * len(items)
+                events["item"] += items
+                numbers += [number] * len(items)
+                lines += [raw] * len(items)
+            if numbers:
+                cells = {name: pa.array(events[column], pa.string()) for name, column in fields.items()}
+                yield Rows(pa.table(cells), np.array(numbers), partial(list, lines))
+
+
+Table = Text | JsonLines | Parquet | Sequences
 # The number of a row's first line, its lines, and the cells that were asked for.
 _Row = tuple[int, bytes, Sequence[str]]
 
@@ -216,6 +271,15 @@ def cell_of(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return repr(value).removesuffix(".0") if isinstance(value, float) and not math.isnan(value) else ""
+
+
+def _joined(value: Any) -> str:
+    """A list as a cell: its entries with spaces between them."""
+    return " ".join(filter(None, map(cell_of, value))) if isinstance(value, list) else cell_of(value)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
@@ -274,7 +338,7 @@ def _broken(text: str) -> bool:
 
 
 def _strings(column: pa.Array) -> pa.StringArray:
-    """A column of Parquet as text; dates and times as seconds since 1970; null and NaN as ""."""
+    """A column of Parquet as text; dates and times as seconds since 1970; lists with spaces; null and NaN as ""."""
     kind = column.type
     if pa.types.is_timestamp(kind):
         return _decimals(column.cast(pa.int64()), {"s": 0, "ms": 3, "us": 6, "ns": 9}[kind.unit])
@@ -283,6 +347,8 @@ def _strings(column: pa.Array) -> pa.StringArray:
         return _decimals(pc.multiply(days, 86_400), 0)
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
+    if _is_list(column.type):
+        return pa.array(map(_joined, column.to_pylist()), pa.string())
     if pa.types.is_nested(column.type):
         return pa.array([""] * len(column), pa.string())
     if pa.types.is_floating(column.type):

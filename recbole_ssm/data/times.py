@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.atomic import Values
-from recbole_ssm.errors import excerpt
+from recbole_ssm.errors import UserError, excerpt
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Digits of a fraction that are kept.
@@ -23,17 +23,23 @@ class Moments(Values):
 
     A date is in UTC unless it says otherwise. Among dates, 20200102 is one too.
 
+    Args:
+        form: how dates are written, as of :meth:`datetime.datetime.strptime`; "" knows those of ISO 8601.
+
     Attributes:
         digits: of the fraction of the times; :meth:`finish` counts in units of ``10 ** -digits``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, form: str = "") -> None:
         super().__init__()
+        self._form = form
         self._kind = ""
         self.digits = 0
 
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
         """Parse the cells of a block; the faults by row."""
+        if self._form:
+            return self._parse_dates_of_form(cells)
         if self._kind != "dates":
             try:
                 self._parsed = _numbers(cells)
@@ -63,6 +69,16 @@ class Moments(Values):
                 faults[row] = f"is {excerpt(cell)}, which is no finite number and no date; correct it or drop the line"
         return faults
 
+    def _parse_dates_of_form(self, cells: pa.StringArray) -> dict[int, str]:
+        # Many events have one date.
+        distinct = cells.dictionary_encode()
+        read = [_date_of_form(cell, self._form) for cell in distinct.dictionary.to_pylist()]
+        codes = distinct.indices.to_numpy()
+        self._parsed = np.array([time or (0, 0) for time in read], dtype=np.int64).reshape(-1, 2)[codes]
+        wrong = np.flatnonzero(np.array([time is None for time in read], dtype=bool)[codes])
+        fault = f"is {{}}, which is not written as --time_format={self._form}; correct it or drop the line"
+        return {int(row): fault.format(excerpt(cells[int(row)].as_py())) for row in wrong}
+
     def finish(self) -> np.ndarray:
         """[rows] int64: the whole column, in units of ``10 ** -digits``.
 
@@ -91,11 +107,39 @@ def date_of(cell: str) -> tuple[int, int] | None:
     if split := re.fullmatch(r"(.+:\d{2})[.,](\d+)(.*)", text):
         text, fraction = split[1] + split[3], split[2][:DIGITS]
     try:
-        date = datetime.fromisoformat(text)
-        since = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - EPOCH
+        seconds, _ = _since_1970(datetime.fromisoformat(text))
     except (ValueError, OverflowError):
         return None
-    return since.days * 86_400 + since.seconds, int(fraction.ljust(DIGITS, "0"))
+    return seconds, int(fraction.ljust(DIGITS, "0"))
+
+
+def check_form(key: str, form: str) -> None:
+    """Make sure that dates can be read by a form of :meth:`datetime.datetime.strptime`.
+
+    Raises:
+        UserError: it has a directive that is none, or says no day.
+    """
+    day = datetime(2013, 2, 11, tzinfo=timezone.utc)
+    try:
+        read = datetime.strptime(day.strftime(form), form)
+    except ValueError as error:
+        raise UserError(f"{key}: {excerpt(form)} is no form of dates ({error}); try %d.%m.%Y %H:%M:%S") from error
+    if read.date() != day.date():
+        raise UserError(f"{key}: {excerpt(form)} does not say year, month and day; try %d.%m.%Y %H:%M:%S")
+
+
+def _date_of_form(cell: str, form: str) -> tuple[int, int] | None:
+    try:
+        date = datetime.strptime(cell.strip(), form)
+        return _since_1970(date)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _since_1970(date: datetime) -> tuple[int, int]:
+    """Whole seconds since 1970, and the nanoseconds above them; a date without a zone is in UTC."""
+    since = (date if date.tzinfo else date.replace(tzinfo=timezone.utc)) - EPOCH
+    return since.days * 86_400 + since.seconds, since.microseconds * 1000
 
 
 def decimals(ticks: np.ndarray, digits: int) -> pa.StringArray:

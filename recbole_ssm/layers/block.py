@@ -90,11 +90,12 @@ class Block(nn.Module):
 
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none."""
-        if not hasattr(self.mixer, "kernel_weights"):
+        mixer = self.mixer.kernel_weights() if hasattr(self.mixer, "kernel_weights") else {}
+        if not mixer:
             return {}
         w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
         return {
-            **self.mixer.kernel_weights(),
+            **mixer,
             "F": w_1.out_features,
             "residual": self.residual,
             "w_1": w_1.weight,

@@ -7,7 +7,7 @@ All that the scan reads is projected from u at once, in parallel:
     dt = softplus(dt + dt_bias)                  one step size for each head
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T   a state [P, N] and one decay for each head
     y_t = h_t C_t + D x_t
-    out = out_proj(RMSNorm(y SiLU(z)))
+    out = out_proj(RMSNorm(y SiLU(z)))           each group of heads by itself
 
 Parameters carry the names of the reference implementation, so weights can be exchanged.
 """
@@ -38,6 +38,8 @@ class Mamba2(nn.Module):
         head_dim: P; it divides D, and H = D / P.
         n_groups: groups of heads that share B and C; it divides H.
         dt_init: how step sizes start, see :func:`recbole_ssm.layers.init.init_dt_bias`.
+        joint_norm: one norm over all channels, whatever the groups, as weights of version 0.1.0
+            were trained.
 
     Raises:
         UserError: a size is below 1 or does not divide what it must, or ``dt_init`` is unknown.
@@ -52,12 +54,14 @@ class Mamba2(nn.Module):
         head_dim: int,
         n_groups: int = 1,
         dt_init: str = "log_uniform",
+        joint_norm: bool = False,
     ) -> None:
         super().__init__()
         sizes = (d_state, d_conv, expand, head_dim, n_groups)
         self.d_inner, self.n_heads = head_sizes(d_model, *sizes)
         self.d_state, self.d_conv, self.dt_init = d_state, d_conv, dt_init
         self.head_dim, self.n_groups = head_dim, n_groups
+        self.norm_groups = 1 if joint_norm else n_groups
         # x, B and C pass through the convolution
         self.d_conv_in = self.d_inner + 2 * n_groups * d_state
         d_in_proj = self.d_inner + self.d_conv_in + self.n_heads
@@ -133,10 +137,20 @@ class Mamba2(nn.Module):
         return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+        gated = y.flatten(-2) * F.silu(z)
+        if self.norm_groups == 1:
+            return self.out_proj(self.norm(gated))
+        grouped = gated.unflatten(-1, (self.norm_groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.norm.eps).flatten(-2)
+        return self.out_proj(normed * self.norm.weight)
 
     def kernel_weights(self) -> dict[str, Any]:
-        """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer."""
+        """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer.
+
+        They have no joint norm of several groups.
+        """
+        if self.norm_groups != self.n_groups:
+            return {}
         return {
             "M": self.in_proj.in_features,
             "D": self.d_inner,

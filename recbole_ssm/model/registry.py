@@ -91,6 +91,9 @@ def build_model(
 ) -> Any:
     """The model of a checkpoint's settings, with the weights that it starts from, on the device.
 
+    One of ours or RecBole's is built without memory first, so that sizes that cannot be are an error before they take
+    any.
+
     Args:
         settings: what a checkpoint's header holds as ``config``.
         dataset: a data set, or as much of one as the model asks for.
@@ -100,9 +103,14 @@ def build_model(
     Raises:
         UserError: there is no such model, or it asks the data set for more than there is.
     """
+    model = model_class or get_model(settings["model"])
+    known = model.__module__.startswith(("recbole.", "recbole_ssm."))
     # RecBole's models read keys that no default is shipped for, and expect None.
-    config = defaultdict(lambda: None, settings, device=device)
-    return (model_class or get_model(config["model"]))(config, dataset).to(device)
+    config = defaultdict(lambda: None, settings)
+    if known and not getattr(model, "reads_text", False):
+        with torch.device("meta"):
+            model(config | {"device": torch.device("meta")}, dataset)
+    return model(config | {"device": device}, dataset).to(device)
 
 
 def _imported(path: str) -> type:

@@ -34,6 +34,7 @@ class TwoMamba4Rec(SSMRecommender):
         # load parameters info
         keys = ("d_state", "d_conv", "expand", "head_dim", "n_groups", "dt_init")
         sizes = {key: config[key] for key in keys}
+        sizes["joint_norm"] = bool(config["joint_norm"])
 
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)

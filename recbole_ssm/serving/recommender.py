@@ -13,9 +13,9 @@ from torch import Tensor
 from recbole_ssm import compat
 from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import shown
+from recbole_ssm.keys import KEYS, shown
 from recbole_ssm.trainer import checkpoint
-from recbole_ssm.trainer.checkpoint import load_weights
+from recbole_ssm.trainer.checkpoint import items_of, load_weights, texts_in
 
 compat.install()
 
@@ -278,16 +278,25 @@ def load_recommender(
     """
     path, saved = checkpoint.find_best(Path(path))
     try:
-        name, catalogue = saved.info["model"], saved.info["catalogue"]
-        config = dict(saved.info["config"], model=name)
-        items, sizes = catalogue["items"], catalogue["sizes"]
-    except (KeyError, TypeError, ValueError) as error:
+        name, sizes = saved.info["model"], saved.info["catalogue"]["sizes"]
+        # What a file says causes no download.
+        config = {**saved.info["config"], "model": name, "base_model_download": False}
+        for key in ("ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "MAX_ITEM_LIST_LENGTH"):
+            KEYS[key].take(key, config[key])
+        titles = texts_in(saved, path, "titles")
+    except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
+    items = items_of(saved, path)
     config["device"] = _device(device)
-    outline = DatasetOutline(sizes, name, catalogue.get("titles"))
-    built = build_model(config, outline, config["device"], class_of(saved.info, path, model))
-    load_weights(built, saved, path)
-    return Recommender(built, config, items, cuda_graphs=cuda_graphs)
+    outline = DatasetOutline(sizes, name, titles)
+    with checkpoint.doubted(saved, path):
+        built = build_model(config, outline, config["device"], class_of(saved.info, path, model))
+        load_weights(built, saved, path)
+        recommender = Recommender(built, config, items, cuda_graphs=cuda_graphs)
+        if not getattr(built, "reads_text", False) and not cuda_graphs:
+            # Settings that do not fit may show in the scores alone.
+            recommender.scores([[1]])
+    return recommender
 
 
 def _device(named: str | torch.device | None) -> torch.device:

@@ -1,39 +1,91 @@
 """Checkpoints: one safetensors file, tensors and a JSON header; loading one never runs code.
 
 The header's metadata holds two entries. ``recbole_ssm`` is JSON with the format's version, the
-model's name, its plain configuration, the item catalogue and the state of training; ``sha256``
-is the digest of that text and of all tensors, so that a damaged file is known as such. A file
-is whole or absent: it is written under a temporary name, flushed to the disk and renamed.
+model's name, its plain configuration and the state of training; ``sha256`` is the digest of that
+text and of all tensors, so that a damaged file is known as such. The tokens of the items are
+tensors too, since a header of safetensors may not be large. Equal checkpoints are equal files:
+all entries of a header are sorted. A file is whole or absent: it is written under a temporary
+name, flushed to the disk and renamed.
+
+Format 2, of version 0.1.0, is read as well. There the tokens stand in the JSON, and Mamba-2 with
+several groups normalises over all of its channels at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import hashlib
-import itertools
 import json
+import math
 import os
 import pickle
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.files import whole
-from recbole_ssm.keys import MACHINE_KEYS, renamed
+from recbole_ssm.keys import (
+    MACHINE_KEYS,
+    NONE,
+    OPTIONS,
+    Either,
+    Fields,
+    Flag,
+    KindError,
+    Many,
+    Number,
+    Table,
+    Text,
+    renamed,
+)
+from recbole_ssm.trainer.tensorfile import bytes_of, digest, header, in_order, packed, unpacked
 
-FORMAT = 2
+FORMAT, FORMER = 3, 2
 SUFFIX = ".safetensors"
 BEST = "best" + SUFFIX
+MOST_LISTS = 1_000_000
+"""How many lists and mappings a header may hold, so that a small file cannot take much memory."""
+
+_COUNT = Number("[0, inf)", whole=True)
+INFO = {
+    "model": Text(),
+    "config": OPTIONS,
+    "catalogue": Fields({"sizes": Table(_COUNT, "{'item_id': 5}")}, open=True, needs=("sizes",)),
+    "training": Either(
+        NONE,
+        Fields(
+            {
+                **dict.fromkeys(("epoch", "number", "seen", "global_step", "cur_step"), _COUNT),
+                "loss": Many(Number()),
+                "ended": Flag(),
+                "best_valid_score": Either(NONE, Number()),
+                "best_valid_result": Either(NONE, OPTIONS),
+                "train_losses": Table(Number(), "{'0': 0.5}"),
+                "optimizer": Fields({"param_groups": Many(OPTIONS), "others": Table(OPTIONS, "{'0': {}}")}),
+                "scheduler": Either(NONE, OPTIONS),
+                "scaler": OPTIONS,
+                "adaptive": Either(NONE, OPTIONS),
+                "hooks": Table(OPTIONS, "{'Latency': {}}"),
+                "fingerprint": Text(),
+                "options": OPTIONS,
+            },
+            open=True,
+        ),
+    ),
+}
+"""What the entries of a header may be."""
 
 
 class Checkpoint(NamedTuple):
@@ -59,20 +111,35 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) ->
         OSError: the disk is full or the folder cannot be written; a former file of that name is
             left whole.
     """
-    plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **info})
+    beginning = header(plain, {"recbole_ssm": text, "sha256": digest(plain, text)})
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with whole(path) as temporary:
-            save_file(plain, temporary, metadata={"recbole_ssm": text, "sha256": _digest(plain, text)})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-    except SafetensorError as error:
-        # The writer of safetensors reports a failing disk in this way.
-        raise OSError(f"checkpoint {path} was not written: {error}") from error
+        with whole(path) as temporary, open(temporary, "wb") as file:
+            file.write(beginning)
+            for name in in_order(plain):
+                file.write(bytes_of(plain[name]))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         text = f"checkpoint {path} was not written: {error.strerror or error}"
         raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+
+
+def check_room(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Before training: that a checkpoint of these can be written to a folder.
+
+    Raises:
+        UserError: what is no tensor is more than a header may hold, or the disk is too full.
+    """
+    header(tensors, {"recbole_ssm": json.dumps(info), "sha256": "0" * 64})
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"checkpoint_dir: a checkpoint takes {needed / 2**20:,.0f} MiB, and {folder} has {free / 2**20:,.0f} MiB "
+            "left; make room or name another folder"
+        )
 
 
 def read(path: Path) -> Checkpoint:
@@ -87,27 +154,53 @@ def read(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
+            text = metadata.get("recbole_ssm")
+            if text is not None and text.count("[") + text.count("{") > MOST_LISTS:
+                raise ValueError(f"more than {MOST_LISTS:,} lists in its header")
             # They lie in the mapped file, which could not be replaced on Windows while they do:
             # so they are cloned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        text = metadata.get("recbole_ssm")
         info = json.loads(text) if text is not None else None
     except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"checkpoint {path}: cut short or damaged ({reason}); take another one") from error
     if text is None or not isinstance(info, dict) or not isinstance(info.get("format"), int):
         raise UserError(f"checkpoint {path}: a safetensors file, but none that recbole_ssm wrote")
-    if info["format"] != FORMAT:
+    if info["format"] not in (FORMAT, FORMER):
         other = "a later" if info["format"] > FORMAT else "an earlier"
         raise UserError(
             f"checkpoint {path}: written by {other} recbole_ssm (format {info['format']}, here {FORMAT}); "
             "read it with that version"
         )
-    if metadata.get("sha256") != _digest(tensors, text):
+    if metadata.get("sha256") != digest(tensors, text):
         raise UserError(f"checkpoint {path}: damaged (its content is not what was written); take another one")
+    _check_info(path, info)
     if "config" in info:
         info["config"] = renamed(info["config"])
+    if info["format"] == FORMER:
+        _keep_former_norm(info)
     return Checkpoint(tensors, info)
+
+
+def _check_info(path: Path, info: Mapping[str, Any]) -> None:
+    """That what a header holds is of the right types."""
+    for name, kind in INFO.items():
+        try:
+            if name in info:
+                kind.take(info[name])
+        except KindError as error:
+            raise UserError(f"checkpoint {path}: inconsistent, its {name} {error}; take another one") from error
+
+
+def _keep_former_norm(info: dict[str, Any]) -> None:
+    """Let 2Mamba4Rec normalise as it did when an earlier version trained it, where it has several groups."""
+    config = info.get("config", {})
+    options = (info.get("training") or {}).get("options", {})
+    for settings in (config, config.get("retriever_settings") or {}):
+        if settings.get("model") == "2Mamba4Rec" and settings.get("n_groups", 1) != 1:
+            settings["joint_norm"] = True
+            if settings is config:
+                options["joint_norm"] = True
 
 
 def read_pickle(path: Path) -> Checkpoint:
@@ -175,40 +268,6 @@ def newest(folder: Path) -> tuple[Path, Checkpoint]:
     raise UserError(f"folder {folder}: no checkpoint that could be read; a run's folder holds step-*{SUFFIX}")
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """Make the folder of a run, ``<parent>/<name>-<time>``; no two runs share one."""
-    stem = f"{name}-{datetime.datetime.now().strftime('%Y%m%d-%H%M%S')}"
-    for attempt in itertools.count(1):
-        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            break
-    return folder
-
-
-def step_file(folder: Path, step: int) -> Path:
-    """The name of the checkpoint after so many steps of a run."""
-    return folder / f"step-{step:09d}{SUFFIX}"
-
-
-def keep_newest(folder: Path, count: int) -> None:
-    """Delete all but the newest ``count`` of a run's numbered checkpoints, and what killed
-    writers left half done.
-    """
-    for path in [*sorted(folder.glob(f"step-*{SUFFIX}"))[:-count], *folder.glob(f".*{SUFFIX}")]:
-        path.unlink(missing_ok=True)
-
-
-def set_aside(folder: Path, step: int) -> None:
-    """Rename a run's checkpoints beyond a step: a run that goes on from there comes to those
-    numbers again.
-    """
-    for path in folder.glob(f"step-*{SUFFIX}"):
-        if path > step_file(folder, step):
-            path.rename(path.with_name(f"abandoned-{path.name}"))
-            getLogger().warning(f"{path} is further than where training goes on; kept as abandoned-{path.name}")
-
-
 def settings_of(config: Any, model: Any = None) -> dict[str, Any]:
     """A configuration in JSON's terms, without what belongs to the machine.
 
@@ -222,21 +281,86 @@ def settings_of(config: Any, model: Any = None) -> dict[str, Any]:
     return plain({k: v for k, v in {**config.final_config_dict, **added}.items() if k not in MACHINE_KEYS})
 
 
-def catalogue_of(dataset: Any, model: Any = None) -> dict[str, Any]:
+def catalogue_of(dataset: Any, model: Any = None) -> Checkpoint:
     """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for.
 
     A model that reads titles has them by item id as its attribute ``titles``; they are added.
     """
     fields = [field for field in dataset.field2type if field in dataset.field2id_token]
-    items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    titles = {"titles": model.titles} if hasattr(model, "titles") else {}
-    return {"items": items, "sizes": {field: dataset.num(field) for field in fields}, **titles}
+    texts = {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]]}
+    if hasattr(model, "titles"):
+        texts["titles"] = model.titles
+    tensors = {f"catalogue.{name}.{part}": t for name, list_ in texts.items() for part, t in packed(list_).items()}
+    return Checkpoint(tensors, {"catalogue": {"sizes": {field: dataset.num(field) for field in fields}}})
 
 
-def items_of(saved: Checkpoint) -> list[str]:
-    """The item tokens of a checkpoint by id; id 0 is padding."""
-    items: list[str] = saved.info["catalogue"]["items"]
+def texts_in(saved: Checkpoint, path: Path, name: str) -> list[str] | None:
+    """The ``items`` or the ``titles`` of a checkpoint's catalogue, by item id; None where it has none.
+
+    Raises:
+        UserError: they are no list of texts.
+    """
+    found = saved.info["catalogue"].get(name)
+    try:
+        if f"catalogue.{name}.bytes" in saved.tensors:
+            found = unpacked(*(saved.tensors[f"catalogue.{name}.{part}"] for part in ("bytes", "offsets")))
+        if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+            raise ValueError("no list of texts")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: inconsistent, its {name} cannot be read ({error})") from error
+    return found
+
+
+def items_of(saved: Checkpoint, path: Path) -> list[str]:
+    """The item tokens of a checkpoint by id; id 0 is padding.
+
+    Raises:
+        UserError: there are none, or they do not fit what the checkpoint says of them.
+    """
+    try:
+        items, size = (
+            texts_in(saved, path, "items"),
+            saved.info["catalogue"]["sizes"][saved.info["config"]["ITEM_ID_FIELD"]],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
+    if items is None or not len(items) == len(set(items)) == size:
+        raise UserError(f"checkpoint {path}: inconsistent, its items are not {size:,} different ones; take another one")
     return items
+
+
+@contextlib.contextmanager
+def doubted(saved: Checkpoint, path: Path) -> Iterator[None]:
+    """While a model is built from a checkpoint's settings: it has hardly more weights than the checkpoint holds.
+
+    A frozen base model is no part of a checkpoint; a random one has 100 million weights at most.
+
+    Raises:
+        UserError: it has more, or its class does not take the settings.
+    """
+    weights = [tensor.numel() for name, tensor in saved.tensors.items() if name.startswith("model.")]
+    base = saved.info.get("config", {}).get("base_model")
+    spare = {"None": 0, "random": 10**8}.get(str(base), math.inf)
+    tensors, numbers = 4 * len(weights) + 1000, 4 * sum(weights) + 10**6 + spare
+
+    def count(module: Any, name: str, value: Any) -> None:
+        nonlocal tensors, numbers
+        if value is not None:
+            tensors, numbers = tensors - 1, numbers - value.numel()
+        if min(tensors, numbers) < 0 and spare < math.inf:
+            raise UserError(f"checkpoint {path}: inconsistent, its settings are of a larger model than its weights")
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Constructors raise anything of settings that are not theirs.
+        raise UserError(f"checkpoint {path}: its settings do not fit its model ({first_line(error)})") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_weights(model: torch.nn.Module, saved: Checkpoint, path: Path) -> None:
@@ -248,9 +372,14 @@ def load_weights(model: torch.nn.Module, saved: Checkpoint, path: Path) -> None:
         path: where it was read from, for the error.
 
     Raises:
-        UserError: the names or sizes of the weights do not fit.
+        UserError: the names or sizes of the weights do not fit, or one is not a finite number.
     """
     weights = {name.removeprefix("model."): t for name, t in saved.tensors.items() if name.startswith("model.")}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"checkpoint {path}: its weight {name} holds values that are not finite; take an earlier one"
+            )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -318,12 +447,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) or (hasattr(value, "__float__") and not isinstance(value, Tensor)):
         return float(value)
     return str(value)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.memory import peak_memory, return_free_memory
 from recbole_ssm.trainer import checkpoint
+from recbole_ssm.trainer import folder as folders
 from recbole_ssm.trainer.checkpoint import catalogue_of, load_weights, plain, settings_of
 from recbole_ssm.trainer.gradients import AdaptiveGradients, Gradients
 from recbole_ssm.trainer.hooks import Hook
@@ -69,7 +71,7 @@ class Trainer(EvaluatingTrainer):
         self.best_valid_score: float
         self.cur_step: int
         self.folder: Path | None = None
-        self.catalogue: dict[str, Any] = {}
+        self.catalogue = checkpoint.Checkpoint({}, {})
         self.fingerprint = ""
         self.global_step = 0
         self.position = Position()
@@ -78,6 +80,8 @@ class Trainer(EvaluatingTrainer):
         # What a checkpoint holds in place of the random states of the moment.
         self._random: RandomStates | None = None
         self._saved = False
+        # The checkpoint to go on from.
+        self._start: Path | None = None
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         # RecBole calls this; its own attribute ``learner`` is the name of the optimiser.
@@ -116,7 +120,9 @@ class Trainer(EvaluatingTrainer):
         """
         self._prepare(train_data, saved)
         self._notify("on_fit_start", train_data)
-        with self._signals.held(self._save_for_later):
+        if saved:
+            checkpoint.check_room(self.open_folder(), *self._contents([random_states()]))
+        with self._folder_held(), self._signals.held(self._save_for_later):
             if self._random is not None:
                 set_random_states(self._random)
                 self._random = None
@@ -150,8 +156,6 @@ class Trainer(EvaluatingTrainer):
             self.gradients.load_state_dict(self._gradients_state)
         self.learner.take_back()
         self._saved = saved
-        if saved:
-            self.open_folder()
 
     def _run_epoch(
         self,
@@ -292,24 +296,56 @@ class Trainer(EvaluatingTrainer):
         """The folder of this run, made on the first call; no two runs share one."""
         if self.folder is None and distributed.rank() == 0:
             name = f"{self.config['model']}-{self.config['dataset']}"
-            self.folder = checkpoint.new_folder(Path(self.checkpoint_dir), name)
+            self.folder = folders.new_folder(Path(self.checkpoint_dir), name)
         self.folder = distributed.broadcast(self.folder)
         self.saved_model_file = str(self.folder / checkpoint.BEST)
         return self.folder
 
+    @contextlib.contextmanager
+    def _folder_held(self) -> Iterator[None]:
+        """Keep other runs out of this run's folder, which becomes what it was at the moment to go on from."""
+        with contextlib.ExitStack() as stack:
+            refusal = None
+            if self._saved and self.folder and distributed.rank() == 0:
+                try:
+                    stack.enter_context(folders.held(self.folder))
+                    if self._start:
+                        folders.go_back(self._start, self.global_step, self._stands_at_the_best())
+                except UserError as error:
+                    refusal = error
+            refusal = distributed.broadcast(refusal)
+            if refusal is not None:
+                raise refusal
+            best = distributed.broadcast(Path(self.saved_model_file).exists())
+            if self._saved and self._start and not best and math.isfinite(self.best_valid_score):
+                self.logger.warning(
+                    f"{self.folder}: the best checkpoint until here is gone; the best from here on counts"
+                )
+                self.best_valid_score = -math.inf if self.valid_metric_bigger else math.inf
+                self.best_valid_result = None
+            self._start = None
+            yield
+
+    def _stands_at_the_best(self) -> bool:
+        """Whether this is the end of an epoch, and its validation the best so far."""
+        epoch, number, *_, ended = self.position
+        return self.cur_step == 0 and number == 0 and not ended and epoch > 0 and epoch % self.eval_step == 0
+
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write the best checkpoint."""
-        path = self.open_folder() / checkpoint.BEST
+        path = self.open_folder() / f".{checkpoint.BEST}"
         self._write(path)
+        if distributed.rank() == 0:
+            folders.put_best(path, self.global_step)
         if verbose:
-            self.logger.info(f"Saving current: {path}")
+            self.logger.info(f"Saving current: {self.saved_model_file}")
 
     def _save_step(self) -> None:
         """Write the checkpoint of this moment, and drop the oldest."""
         folder = self.open_folder()
-        self._write(checkpoint.step_file(folder, self.global_step))
+        self._write(folders.step_file(folder, self.global_step))
         if distributed.rank() == 0:
-            checkpoint.keep_newest(folder, self.config["checkpoint_keep"])
+            folders.keep_newest(folder, self.config["checkpoint_keep"])
 
     def _save_for_later(self) -> str:
         """Save what an interrupted run can go on from, and say so."""
@@ -321,16 +357,16 @@ class Trainer(EvaluatingTrainer):
     def _write(self, path: Path) -> None:
         states = distributed.gather(self._random or random_states())
         if distributed.rank() == 0:
-            tensors, info = self._snapshot(states).checkpoint()
-            header = {
-                "model": self.config["model"],
-                "config": settings_of(self.config, self.model),
-                "catalogue": self.catalogue,
-            }
-            # Of a user's own model; who loads the checkpoint gives the class again.
-            if own_class := getattr(self.config, "class_path", None):
-                header["class"] = own_class
-            checkpoint.write(path, tensors, {**header, **info})
+            checkpoint.write(path, *self._contents(states))
+
+    def _contents(self, states: list[RandomStates]) -> checkpoint.Checkpoint:
+        """All that a checkpoint of this moment holds."""
+        tensors, info = self._snapshot(states).checkpoint()
+        header = {"model": self.config["model"], "config": settings_of(self.config, self.model)}
+        # Of a user's own model; who loads the checkpoint gives the class again.
+        if own_class := getattr(self.config, "class_path", None):
+            header["class"] = own_class
+        return checkpoint.Checkpoint({**self.catalogue.tensors, **tensors}, {**header, **self.catalogue.info, **info})
 
     def _snapshot(self, states: list[RandomStates]) -> Snapshot:
         """This moment of training; ``states`` are the random states of all processes."""
@@ -381,8 +417,7 @@ class Trainer(EvaluatingTrainer):
         if saved.info.get("format"):
             self.folder = path.parent
             self.saved_model_file = str(path.parent / checkpoint.BEST)
-            if distributed.rank() == 0:
-                checkpoint.set_aside(path.parent, self.global_step)
+            self._start = path
         self.logger.info(
             f"Checkpoint loaded from {path}. Resume training from epoch {self.position.epoch}, "
             f"step {self.position.number}"

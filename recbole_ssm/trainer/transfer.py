@@ -72,7 +72,7 @@ def transfer(
     Raises:
         UserError: a weight is missing, or has another size for another reason.
     """
-    settings, before = saved.info["config"], items_of(saved)
+    settings, before = saved.info["config"], items_of(saved, path)
     sizes, field = saved.info["catalogue"]["sizes"], settings["ITEM_ID_FIELD"]
     outlines = [DatasetOutline({**sizes, field: count}, settings["model"]) for count in (8, 9)]
     small, larger = (build(settings, outline).state_dict() for outline in outlines)

@@ -446,6 +446,191 @@ def test_damaged_and_ambiguous_archives(tmp_path):
     assert not (tmp_path / "out" / "made").exists()
 
 
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|", "\x01", "::", " "])
+def test_columns_by_their_places_and_separators_that_are_guessed(tmp_path, separator):
+    """Session logs have no header and all kinds of separators; the first line is an event like the others."""
+    rows = ratings()
+    lines = [separator.join([str(t), "view", u, i, f"{r:g}"]) for u, i, r, t in rows]
+    (tmp_path / "x.dat").write_text("\n".join(lines) + "\n")
+    convert(tmp_path / "x.dat", "made", tmp_path / "out", user="3", item="4", time="1", rating="5")
+    assert written(tmp_path / "out" / "made") == expected(rows)
+
+
+@pytest.mark.parametrize("separator", [None, ",", "\t"])
+def test_one_sequence_a_line(tmp_path, separator):
+    """As S3Rec, SASRec and P5 publish their data: a user, and the user's items in the order of time."""
+    lines = [["1", "12", "7", "7", "30"], ["2", "5"], ["10", "7", "12"], ["2", "9"]]
+    (tmp_path / "Beauty.txt").write_text("".join((separator or " ").join(line) + "\n" for line in lines))
+    card = convert(tmp_path / "Beauty.txt", "made", tmp_path / "out", sequences=True, separator=separator)
+    assert written(tmp_path / "out" / "made") == [
+        ("1", "12", 1), ("1", "7", 2), ("1", "7", 3), ("1", "30", 4), ("2", "5", 1), ("2", "9", 2),
+        ("10", "7", 1), ("10", "12", 2),
+    ]  # fmt: skip
+    assert card["kind"] == "sequences" and card["steps"][0]["interactions"] == 8
+    assert card["ties"].startswith("the source has no times")
+
+
+def test_faulty_sequences(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"1 12 7\n\n2\n3 \xff\n4 [PAD] 5\n")
+    for line, fault in ((2, "no user with items after it: b''"), (3, "no user with items"), (4, "not utf-8 text")):
+        with pytest.raises(UserError, match=f"x.txt, line {line}: {fault}"):
+            convert(tmp_path / "x.txt", "made", tmp_path / "out", sequences=True)
+        content = (tmp_path / "x.txt").read_bytes().split(b"\n")
+        content[line - 1] = b"9 9"
+        (tmp_path / "x.txt").write_bytes(b"\n".join(content))
+    with pytest.raises(UserError, match="x.txt, line 5: item is '.PAD.', RecBole's padding"):
+        convert(tmp_path / "x.txt", "made", tmp_path / "out", sequences=True)
+    (tmp_path / "x.txt").write_bytes(b"1 12 7\n\n2\n3 \xff\n4 [PAD] 5\n")
+    card = convert(tmp_path / "x.txt", "made", tmp_path / "out", sequences=True, on_bad_lines="skip")
+    assert written(tmp_path / "out" / "made") == [("1", "12", 1), ("1", "7", 2), ("4", "5", 1)]
+    assert card["skipped_lines"] == 4
+    skipped = (tmp_path / "out" / "made" / "made.skipped").read_bytes().splitlines()
+    assert [line.split(b"\t")[::2] for line in skipped] == [
+        [b"2", b""],
+        [b"3", b"2"],
+        [b"4", b"3 \xff"],
+        [b"5", b"4 [PAD] 5"],
+    ]
+
+
+def test_without_times_the_order_is_the_files(tmp_path):
+    (tmp_path / "x.txt").write_text("u i\nv j\nu j\nu i\nv i\n")
+    convert(tmp_path / "x.txt", "made", tmp_path / "out", user="1", item="2", file_order=True)
+    assert written(tmp_path / "out" / "made") == [
+        ("u", "i", 1),
+        ("u", "j", 2),
+        ("u", "i", 3),
+        ("v", "j", 1),
+        ("v", "i", 2),
+    ]
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,soon\nu,j,later\n")
+    convert(tmp_path / "x.csv", "named", tmp_path / "out", file_order=True)
+    assert written(tmp_path / "out" / "named") == [("u", "i", 1), ("u", "j", 2)]
+
+
+FORMS = [
+    ("%d.%m.%Y %H:%M", ["02.01.2020 00:00", "01.01.2020 12:30"], ["1577881800", "1577923200"]),
+    ("%m/%d/%y", ["01/02/20", "01/01/20"], ["1577836800", "1577923200"]),
+    ("%d %b %Y %H:%M:%S.%f", ["01 Jan 2020 00:00:00.25"], ["1577836800.25"]),
+    ("%Y-%m-%dT%H:%M:%S%z", ["2020-01-01T01:00:00+0100", "2020-01-01T00:00:01Z"], ["1577836800", "1577836801"]),
+    ("%Y%j", ["2020002"], ["1577923200"]),
+]
+
+
+@pytest.mark.parametrize(("form", "cells", "times"), FORMS)
+def test_dates_in_another_form(tmp_path, form, cells, times):
+    rows = [f'u,i{k},"{cell}"\n' for k, cell in enumerate(cells)]
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=form)
+    assert times_of(tmp_path / "out" / "made") == times
+    with (tmp_path / "x.csv").open("a") as file:
+        file.write("u,j,tomorrow\nu,j,\n")
+    card = convert(tmp_path / "x.csv", "again", tmp_path / "out", time_format=form, on_bad_lines="skip")
+    assert card["skipped_lines"] == 2 and times_of(tmp_path / "out" / "again") == times
+
+
+def test_some_columns_are_named_and_others_known(tmp_path):
+    (tmp_path / "x.csv").write_text("session_id,item_id,timestamp,rating,user_id\ns,i,1,5,u\ns,j,2,4,u\n")
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", user="session_id")
+    assert written(tmp_path / "out" / "made") == [("s", "i", 5, 1), ("s", "j", 4, 2)]
+    (tmp_path / "y.csv").write_text("visitorid,movieId,timestamp\nv,i,1\n")
+    convert(tmp_path / "y.csv", "other", tmp_path / "out", user="visitorid")
+    assert written(tmp_path / "out" / "other") == [("v", "i", 1)]
+    with pytest.raises(UserError, match="y.csv: name its columns by --user .there are visitorid, movieId, timestamp.$"):
+        convert(tmp_path / "y.csv", "third", tmp_path / "out")
+
+
+def test_users_and_items_have_cores_of_their_own(tmp_path):
+    rows = [("a", "i"), ("a", "j"), *((user, item) for user in "bcd" for item in "ik")]
+    (tmp_path / "x.csv").write_text("user_id,item_id\n" + "".join(f"{u},{i}\n" for u, i in rows))
+    options = {"file_order": True, "out": tmp_path / "out"}
+    card = convert(tmp_path / "x.csv", "made", k_core=3, user_core=2, **options)
+    assert card["steps"][1] == {"step": "2-core of users, 3-core of items", "users": 3, "items": 2, "interactions": 6}
+    assert [row[:2] for row in written(tmp_path / "out" / "made")] == rows[2:]
+    with pytest.raises(UserError, match="3-core leaves nothing"):
+        convert(tmp_path / "x.csv", "none", k_core=3, **options)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "jsonl"])
+def test_further_columns_are_kept_with_types_that_are_guessed_or_given(tmp_path, form):
+    columns = {"user_id": ["v", "u", "u"], "item_id": ["i", "j", "k"], "timestamp": [3, 2, 1]}
+    columns |= {
+        "price": ["1.5", "", "20"],
+        "zip": ["0815", "4711", ""],
+        "words": ["a  b [PAD]", "c", ""],
+        "tags": [["x", "y"], [], ["z"]],
+    }
+    if form == "csv":
+        del columns["tags"]
+        lines = [",".join(map(str, row)) for row in [list(columns), *zip(*columns.values())]]
+        (tmp_path / "x.csv").write_text("\n".join(lines))
+    elif form == "parquet":
+        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    else:
+        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep = ",".join(["price", "zip", "words", *(["tags"] if "tags" in columns else [])])
+    convert(tmp_path / f"x.{form}", "made", tmp_path / "out", keep=keep, duplicates="first")
+    path = tmp_path / "out" / "made" / "made.inter"
+    tags = {"tags": "token_seq"} if "tags" in columns else {}
+    assert read_header(path) == {
+        "user_id": "token", "item_id": "token", "timestamp": "float", "price": "float", "zip": "token",
+        "words": "token_seq", **tags,
+    }  # fmt: skip
+    end = {"csv": ("", "", "")}.get(form, ("\tx y", "\tz", "\t"))
+    assert path.read_text().splitlines()[1:] == [
+        f"v\ti\t3\t1.5\t0815\ta b{end[0]}", f"u\tk\t1\t20\t\t{end[1]}", f"u\tj\t2\t\t4711\tc{end[2]}"
+    ]  # fmt: skip
+    convert(tmp_path / f"x.{form}", "typed", tmp_path / "out", keep="price:token,zip:float")
+    assert list(read_header(tmp_path / "out" / "typed" / "typed.inter").items())[3:] == [
+        ("price", "token"),
+        ("zip", "float"),
+    ]
+    with pytest.raises(
+        UserError, match="--keep: words is 'a b', which is no finite number; .* keep it as words:token$"
+    ):
+        convert(tmp_path / f"x.{form}", "wrong", tmp_path / "out", keep="words:float")
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_any_table_of_items_is_joined(tmp_path, form):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\nu,j,2\nu,k,3\n")
+    columns = {
+        "sku": ["j", "i", "nobody", "j"],
+        "title": ["One two", "Three", "", "One two"],
+        "price": [1.5, 2, 3, 1.5],
+    }
+    columns |= {
+        "shelf": ["a1", "07", "x", "a1"],
+        "empty": ["", "", "", ""],
+        "tags": [["p q", "r"], [], ["s"], ["p q", "r"]],
+    }
+    if form == "csv":
+        columns["tags"] = [" ".join(tags) for tags in columns["tags"]]
+        lines = [";".join(map(str, row)) for row in [list(columns), *zip(*columns.values())]]
+        (tmp_path / "items.csv").write_text("\n".join(lines))
+    elif form == "jsonl":
+        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "items.parquet")
+    meta = tmp_path / f"items.{form}"
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", meta=meta, meta_item="sku")
+    assert (card["described_items"], card["contradicting_descriptions"], len(card["source"])) == (2, 0, 2)
+    path = tmp_path / "out" / "made" / "made.item"
+    assert path.read_text().splitlines() == [
+        "item_id:token\ttitle:token_seq\tprice:float\tshelf:token\tempty:token\ttags:token_seq",
+        "j\tOne two\t1.5\ta1\t\tp q r",
+        "i\tThree\t2\t07\t\t",
+    ]
+    as_frame(read_columns(path, read_header(path)))
+    with pytest.raises(
+        UserError,
+        match=f"--meta: .*items.{form} has no column 'item_id' .there are sku, title, .* name it by --meta_item",
+    ):
+        convert(tmp_path / "x.csv", "other", tmp_path / "out", meta=meta)
+
+
 def test_what_is_there_stays(tmp_path):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
     convert(tmp_path / "x.csv", "made", tmp_path / "out")
@@ -465,11 +650,45 @@ def test_what_is_there_stays(tmp_path):
         (["x.csv", "--name=a", "--user=users"], "--user: x.csv has no column 'users' (there are user_id, item_id, "),
         (["x.csv", "--name=a", "--encoding=latin-99"], "encoding: there is no encoding 'latin-99'"),
         (["x.csv", "--name=a", "--k_core=9"], "x.csv: 9-core leaves nothing; choose a smaller --k_core"),
-        (["x.csv", "--name=a", "--meta=x.csv"], "--meta: x.csv is no JSON file"),
+        (
+            ["x.csv", "--name=a", "--meta=m.csv"],
+            "--meta: m.csv has no column 'item_id' (there are sku, a:b); name it by",
+        ),
+        (["x.csv", "--name=a", "--meta=m.csv", "--meta_item=id"], "--meta_item: m.csv has no column 'id' (there are "),
+        (["x.csv", "--name=a", "--meta=m.csv", "--meta_item=sku"], "--meta: 'a:b' cannot name a column of an atomic"),
+        (["x.csv", "--name=a", "--meta_item=sku"], "--meta_item: sku is a column of --meta, and there is none; name"),
+        (["x.csv", "--name=a", "--user_core=-1"], "--user_core: must be 0 or more, got -1"),
+        (["x.csv", "--name=a", "--item_core=9"], "x.csv: 0-core of users, 9-core of items leaves nothing; choose"),
+        (["x.csv", "--name=a", "--keep=x"], "--keep: x.csv has no column 'x' (there are user_id, item_id, timestamp)"),
+        (["x.csv", "--name=a", "--keep=user_id"], "--keep: there would be two columns 'user_id'; rename one in the"),
+        (["x.csv", "--name=a", "--keep=user_id:int"], "--keep: user_id has type 'int'; known are token, token_seq, "),
+        (["x.csv", "--name=a", "--time_format=%q"], "--time_format: '%q' is no form of dates ('q' is a bad directive"),
+        (["x.csv", "--name=a", "--time_format=%H:%M"], "--time_format: '%H:%M' does not say year, month and day; try"),
+        (["x.csv", "--name=a", "--time_format=%Y-%m-%d"], "x.csv, line 2: timestamp is '1', which is not written as"),
+        (["x.csv", "--name=a", "--sequences", "--item=item_id"], "--sequences: each line of a text file is a user and"),
+        (
+            ["x.csv", "--name=a", "--file_order", "--time=timestamp"],
+            "--file_order: the events would be in the order of",
+        ),
+        (["h.csv", "--name=a", "--user=0", "--item=2", "--time=3"], "--user: h.csv has no column '0' (there are 1, 2,"),
+        (["x.csv", "--name=a", "--user=1", "--item=2", "--time=3"], "x.csv, line 1: a header, with user_id; name the"),
+        (
+            ["h.csv", "--name=a", "--user=1", "--item=2", "--time=3"],
+            "h.csv, line 1: column 3 is 'x', which is no finite",
+        ),
+        (
+            ["h.txt", "--name=a"],
+            "h.txt: name its columns by --user, --item, --time (there are 1, 7, 8); without times, ",
+        ),
+        (["l.jsonl", "--name=a"], "--item: column 'item_id' of l.jsonl holds lists, and each row must be one event; "),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
+    (tmp_path / "m.csv").write_text("sku,a:b\ni,1\n")
+    (tmp_path / "h.txt").write_text("1 7 8\n2 8\n")
+    (tmp_path / "h.csv").write_text("1,7,x\n2,8,5\n")
+    (tmp_path / "l.jsonl").write_text('{"user_id": "u", "item_id": ["i", "j"], "timestamp": 1}\n')
     assert main(["convert", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"recbole_ssm: error: {message}")
     assert not list(tmp_path.glob("dataset/*"))
@@ -514,13 +733,25 @@ def test_mutated_sources_are_converted_or_refused_in_one_line(tmp_path, count, s
         "x.csv.gz": gzip.compress(("user_id,item_id,rating,timestamp\n" + lines).encode()),
         "x.parquet": parquet.getvalue(),
         "x.zip": zipped(tmp_path / "good.zip", movielens("10m", rows)).read_bytes(),
+        "x.txt": "".join(f"{u} {i} {i}\n" for u, i, _, _ in rows).encode(),
+        "meta.csv": ("item_id,title,price\n" + "".join(f'{i},"a {i}",{r}\n' for _, i, r, _ in rows)).encode(),
+    }
+    events = sources["x.csv"]
+    options = {
+        "x.txt": {"sequences": True},
+        "meta.csv": {"meta": tmp_path / "meta.csv"},
     }
     outcomes = {True: 0, False: 0}
     for k in range(count):
         name = draw.choice(list(sources))
         (tmp_path / name).write_bytes(mutated(draw, sources[name]))
+        source = name
+        if name == "meta.csv":
+            source = "events.csv"
+            (tmp_path / source).write_bytes(events)
+        how = {"on_bad_lines": draw.choice(["error", "skip"]), **options.get(name, {})}
         try:
-            convert(tmp_path / name, f"n{k}", tmp_path / "out", on_bad_lines=draw.choice(["error", "skip"]))
+            convert(tmp_path / source, f"n{k}", tmp_path / "out", **how)
         except UserError as error:
             assert "\n" not in str(error), error
             outcomes[False] += 1

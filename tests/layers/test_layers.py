@@ -92,6 +92,19 @@ def test_last_only_has_the_same_gradients(kind):
         close(gradients[0][name], gradients[1][name])
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_mamba2_normalises_each_group_as_upstream_does(joint):
+    """mamba_ssm's RMSNormGated with ``group_size = d_ssm // ngroups``; version 0.1.0 had one norm over all channels."""
+    mixer = Mamba2(16, 4, 4, 2, head_dim=8, n_groups=2, joint_norm=joint).double()
+    torch.nn.init.normal_(mixer.norm.weight)
+    y, z = torch.randn(2, 3, 5, 32, dtype=torch.float64)
+    x = y * z * torch.sigmoid(z)
+    groups = x.view(3, 5, 1 if joint else 2, -1)
+    scale = 1 / torch.sqrt(groups.square().mean(-1, keepdim=True) + 1e-5)
+    expected = (groups * scale).view(3, 5, 32) * mixer.norm.weight @ mixer.out_proj.weight.T
+    close(mixer._gate_and_project(y.view(3, 5, 4, 8), z), expected)
+
+
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_causal_mixers_see_no_future(kind):
     mixer = build(kind)

@@ -31,11 +31,11 @@ def instruction_set(request):
     native.select("")
 
 
-def build(kind, d_model=16, N=5, K=4, expand=2, heads=4, groups=2):
+def build(kind, d_model=16, N=5, K=4, expand=2, heads=4, groups=2, joint=False):
     if kind == "Mamba":
         mixer = Mamba(d_model, N, K, expand)
     else:
-        mixer = Mamba2(d_model, N, K, expand, expand * d_model // heads, groups)
+        mixer = Mamba2(d_model, N, K, expand, expand * d_model // heads, groups, joint_norm=joint)
     for parameter in mixer.parameters():  # norms and biases of one and zero would hide a mistake
         nn.init.normal_(parameter, std=0.3)
     block = Block(mixer, d_model, dropout=0.2, residual=True)
@@ -91,6 +91,15 @@ def test_kernel_equals_the_formula(kind, instruction_set, data):
         assert torch.equal(after.conv_BDK[..., :-1], before.conv_BDK[..., 1:])
         assert_close(after.conv_BDK, state_expected.conv_BDK)
         assert torch.equal(state.ssm, before.ssm) and torch.equal(state.conv_BDK, before.conv_BDK)
+
+
+def test_a_joint_norm_of_several_groups_is_left_to_the_formula():
+    block = build("Mamba2", joint=True)
+    u, state = torch.randn(3, 16), random_state(block.mixer, 3)
+    with torch.no_grad():
+        assert torch.equal(block.step(u, state)[0], formula(block)(u, state)[0])
+        block.mixer.norm_groups = 2
+        assert not torch.allclose(block.step(u, state)[0], formula(build("Mamba2", joint=True))(u, state)[0])
 
 
 @needs_kernels

@@ -4,6 +4,7 @@ import errno
 import json
 import pathlib
 import random
+import shutil
 
 import pytest
 import safetensors.torch
@@ -14,8 +15,10 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
-from recbole_ssm.trainer import Trainer, checkpoint
+from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
+from recbole_ssm.trainer.tensorfile import packed, unpacked
+from tests.children import in_child
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def test_a_run_leaves_its_best_and_its_newest(trained, tmp_path):
     assert files[0] == tmp_path / trained["checkpoint"]
     saved = checkpoint.read(files[0])
     assert saved.info["model"] == "Mamba4Rec"
-    assert saved.info["catalogue"]["items"][0] == "[PAD]"
+    assert checkpoint.texts_in(saved, files[0], "items") == ["[PAD]", *(f"i{n}" for n in range(20))]
     assert saved.info["config"]["d_state"] == 32
     assert "data_path" not in saved.info["config"]
 
@@ -88,6 +91,10 @@ def test_shared_and_strided_tensors_are_stored(tmp_path):
         (safetensors.torch.save({}, {"recbole_ssm": json.dumps({"format": 99})}), "written by a later recbole_ssm"),
         (safetensors.torch.save({}, {"recbole_ssm": json.dumps({"format": 1})}), "written by an earlier recbole_ssm"),
         (safetensors.torch.save({}, {"recbole_ssm": json.dumps({"format": 2})}), "damaged .its content is not what"),
+        (
+            safetensors.torch.save({}, {"recbole_ssm": f'{{"format": 3, "x": [{"[]," * 10**6}0]}}'}),
+            "lists in its header",
+        ),
     ],
 )
 def test_foreign_files_are_refused_in_one_line(tmp_path, content, message):
@@ -141,6 +148,110 @@ def test_a_thousand_mutated_files_are_refused_in_one_line(tmp_path):
         # a changed blank in the header's padding: nothing of the content differs
         assert found.info["config"] == {"x": 1.5} and kind in (1, 3)
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path):
+    tensors = {"b": torch.ones(3), "a": torch.tensor(2.0), "c": torch.arange(3), "d": torch.ones(5, dtype=torch.bool)}
+    tensors |= {"e": torch.ones(0, 4), "f": torch.ones(2, 2, dtype=torch.bfloat16)}
+    contents = set()
+    for number in range(8):
+        names = random.Random(number).sample(sorted(tensors), len(tensors))
+        checkpoint.write(tmp_path / "x.safetensors", {name: tensors[name] for name in names}, {"model": "x"})
+        contents.add((tmp_path / "x.safetensors").read_bytes())
+    assert len(contents) == 1
+    found = safetensors.torch.load(contents.pop())
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["[PAD]", "a", "", "é\0\n", "\ud800", "x" * 1000], ["\U0001f600"] * 3])
+def test_texts_are_tensors(texts):
+    assert unpacked(**{{"bytes": "content"}.get(k, k): t for k, t in packed(texts).items()}) == texts
+
+
+@pytest.mark.parametrize("items", [300_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_ids_of_any_catalogue_are_written_and_read(tmp_path, items):
+    """UUIDs; in the header, which readers limit to 100 MB, 2.4 million of them had no room."""
+    path = tmp_path / "x.safetensors"
+
+    def work():
+        tokens = [f"{k:08x}-0000-4000-8000-{k * 2654435761 % 2**48:012x}" for k in range(items)]
+        tensors = {f"catalogue.items.{part}": tensor for part, tensor in packed(tokens).items()}
+        checkpoint.write(path, tensors, {"catalogue": {"sizes": {"item_id": items}}})
+        return checkpoint.texts_in(checkpoint.read(path), path, "items") == tokens
+
+    outcome = in_child(work, seconds=300)
+    assert outcome[:2] == ("done", True)
+    assert outcome.memory < 400 * items + (1 << 28)
+
+
+def test_what_cannot_be_saved_is_refused_before_training(toy, monkeypatch):
+    steps = []
+
+    class Large(Hook):
+        def on_step_end(self, trainer, step, loss):
+            steps.append(step)
+
+        def state_dict(self):
+            return {"large": "x" * 2_000_000}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recbole_ssm.trainer.tensorfile.LARGEST_HEADER", 1_000_000)
+        with pytest.raises(UserError, match="what is no tensor takes 2,0.* bytes, and a header may have 1,000,000"):
+            run_recbole_ssm("2Mamba4Rec", **toy, hooks=[Large()])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(UserError, match="checkpoint_dir: a checkpoint takes .* MiB, and saved.* has 0 MiB left"):
+            run_recbole_ssm("2Mamba4Rec", **toy, hooks=[Large()])
+    assert steps == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(trained, value):
+    path = pathlib.Path(trained["checkpoint"])
+    saved = checkpoint.read(path)
+    saved.tensors["model.item_embedding.weight"][3, 1] = value
+    checkpoint.write(path, *saved)
+    for act in (load_recommender, lambda path: run_recbole_ssm(resume=path)):
+        with pytest.raises(
+            UserError, match="its weight item_embedding.weight holds values that are not finite; take an earlier"
+        ):
+            act(path)
+
+
+def test_a_file_says_of_itself_nothing_that_fetches_or_makes_folders(trained, tmp_path):
+    path = pathlib.Path(trained["checkpoint"])
+    saved = checkpoint.read(path)
+    options = saved.info["training"]["options"]
+    assert options.keys() >= {"data_path", "epochs"}
+    options |= {"checkpoint_dir": str(tmp_path / "theirs"), "log_wandb": True, "epochs": 2}
+    checkpoint.write(path, *saved)
+    run_recbole_ssm(resume=path)
+    assert not (tmp_path / "theirs").exists() and not (tmp_path / "wandb").exists()
+    options["data_path"] = str(tmp_path / "elsewhere")
+    checkpoint.write(path, *saved)
+    with pytest.raises(UserError, match="data_path: there are no data in .*elsewhere.toy; give the data_path"):
+        run_recbole_ssm(resume=path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_2mamba4rec_of_a_former_format_keeps_its_norm(toy, monkeypatch):
+    """Version 0.1.0 had one norm over all groups; its weights go on with that, and new ones have a norm a group."""
+    toy["config_dict"] |= {"n_groups": 2, "head_dim": 32, "epochs": 1}
+    path = pathlib.Path(run_recbole_ssm("2Mamba4Rec", **toy)["checkpoint"])
+    now = load_recommender(path, "cpu").model.blocks[0].mixer.norm_groups
+    saved = checkpoint.read(path)
+    del saved.info["config"]["joint_norm"]
+    saved.info["catalogue"]["items"] = checkpoint.texts_in(saved, path, "items")
+    tensors = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith("catalogue.")}
+    checkpoint.write(path, tensors, saved.info | {"format": 2})
+    assert (now, load_recommender(path, "cpu").model.blocks[0].mixer.norm_groups) == (2, 1)
+    result = run_recbole_ssm(resume=path, config_dict={"epochs": 2})
+    again = checkpoint.read(pathlib.Path(result["checkpoint"]))
+    assert again.info["format"] == 3 and again.info["config"]["joint_norm"] is True
+    assert load_recommender(result["checkpoint"], "cpu").model.blocks[0].mixer.norm_groups == 1
 
 
 def test_weights_of_another_size_are_refused(toy, trained):

@@ -176,8 +176,70 @@ def test_an_older_checkpoint_goes_on_and_the_newer_ones_are_kept_aside(straight)
     folder = pathlib.Path(first["checkpoint"]).parent
     run_recbole_ssm(resume=folder / "step-000000003.safetensors", hooks=[Count()])
     assert_same(last_of(folder), expected)
-    names = sorted(p.name for p in folder.glob("abandoned-*"))
+    names = sorted(p.name for p in folder.glob("abandoned-step-*"))
     assert names == [f"abandoned-step-{n:09d}.safetensors" for n in range(4, 11)]
+
+
+def best_of(path):
+    """What a best checkpoint holds of its moment."""
+    training = checkpoint.read(path).info["training"]
+    return training["global_step"], training["best_valid_score"]
+
+
+@pytest.mark.parametrize("keep", [1, 20])
+def test_an_abandoned_future_leaves_no_best(straight, toy, keep):
+    """A run goes back to its third step and ends where a run of one epoch ends; nothing later counts."""
+    more = {"learning_rate": 0.05, "checkpoint_steps": 1}
+    _, expected, _ = straight("2Mamba4Rec", epochs=1, **more)
+    _, first, _ = straight("2Mamba4Rec", epochs=4, checkpoint_keep=20, **more)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    assert best_of(folder / "best.safetensors")[0] > 5
+    formers = sorted(path.name for path in folder.glob("former-best-*"))
+    assert formers[0] == "former-best-000000010.safetensors"
+    options = {"epochs": 1, "checkpoint_keep": keep}
+    found = run_recbole_ssm(resume=folder / "step-000000003.safetensors", config_dict=options, hooks=[Count()])
+    assert found["test_result"] == expected["test_result"]
+    assert found["best_valid_score"] == expected["best_valid_score"]
+    assert best_of(folder / "best.safetensors") == best_of(pathlib.Path(expected["checkpoint"]))
+    assert not list(folder.glob("former-best-*"))
+    assert len(list(folder.glob("abandoned-*"))) == 17 + 1 + len(formers)
+    # From the end of the second epoch, which was the best then.
+    _, first, _ = straight("2Mamba4Rec", epochs=4, checkpoint_keep=20, **more)
+    _, expected, _ = straight("2Mamba4Rec", epochs=2, **more)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    found = run_recbole_ssm(resume=folder / "step-000000010.safetensors", config_dict=options | {"epochs": 2})
+    assert found["test_result"] == expected["test_result"]
+    assert best_of(folder / "best.safetensors") == best_of(pathlib.Path(expected["checkpoint"]))
+
+
+def test_the_best_of_a_step_is_gone_in_folders_of_former_versions(straight, caplog):
+    _, first, _ = straight("2Mamba4Rec", epochs=4, checkpoint_steps=1, checkpoint_keep=20, learning_rate=0.05)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    for path in folder.glob("former-best-*"):
+        path.unlink()
+    found = run_recbole_ssm(resume=folder / "step-000000007.safetensors", config_dict={"epochs": 2})
+    assert "the best checkpoint until here is gone; the best from here on counts" in caplog.text
+    step, score = best_of(folder / "best.safetensors")
+    assert step == 10 and score == found["best_valid_score"]
+    names = {path.name for path in folder.glob("abandoned-*")}
+    assert "abandoned-best.safetensors" in names
+
+
+def test_two_runs_in_one_folder(straight):
+    _, first, _ = straight("2Mamba4Rec")
+    folder = pathlib.Path(first["checkpoint"]).parent
+    second = []
+
+    class Rival(Hook):
+        def on_epoch_start(self, trainer, epoch):
+            with pytest.raises(UserError, match=f"{folder}: another run is at work in this folder; wait for its end"):
+                run_recbole_ssm(resume=folder, config_dict={"epochs": 4})
+            second.append(epoch)
+
+    before = sorted(folder.iterdir())
+    run_recbole_ssm(resume=folder, config_dict={"epochs": 3}, hooks=[Rival()])
+    assert second == [2]
+    assert len(before) == len(list(folder.iterdir()))
 
 
 def test_a_signal_at_the_very_end_is_an_interruption_too(toy):
