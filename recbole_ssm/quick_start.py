@@ -23,7 +23,7 @@ from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
+from recbole_ssm.model import Pop, get_model  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
@@ -213,6 +213,8 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
     config = configure(model, **given, base=base)
     if getattr(config.model_class, "reads_text", False):
         raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
+    if issubclass(config.model_class, Pop):
+        raise UserError(f"init: {config['model']} learns nothing, so it counts the new data alone; leave out init")
     if config["model"] == found.info["model"]:
         config = configure(model, **given, base={**base, **shaping_keys(found, config.rows)})
     require_same_shape(found, path, config)
