@@ -677,7 +677,7 @@ KEYS: dict[str, Key] = {
         "Validate and test on so many rows (users, for leave-one-out), drawn once by the seed. Empty: on all."),
     "drop_cold_targets": Key(FLAG, "evaluation", about=
         "Leave out targets of validation and test that training never saw; the log counts them either way."),
-    "eval_batch_size": Key(AT_LEAST_1, "evaluation", "Rows that are scored at once.", effect="none"),
+    "eval_batch_size": Key(AT_LEAST_1, "evaluation", "Rows that are read and encoded at once.", effect="none"),
     "metric_decimal_place": Key(_DECIMALS, "evaluation", "Decimal places to which metrics are rounded.", effect="free"),
     "repeatable": Key(Only(True, "True, because the next item may be one of the history"), "evaluation", about=
         "Whether items of the history may be recommended."),

@@ -212,14 +212,13 @@ def test_frozen_keys():
     assert sorted(ours) == [
         "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
         "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "fusion_weight",
-        "gbce_t", "gradient_checkpointing", "head_dim", "hidden_size", "initializer_range", "learning_rate",
-        "length_penalty", "lora_alpha",
-        "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler", "lr_scheduler_args",
+        "gbce_t", "gradient_checkpointing", "head_dim", "hidden_size", "initializer_range", "joint_norm",
+        "learning_rate", "length_penalty", "lora_alpha", "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler", "lr_scheduler_args",
         "lr_scheduler_interval", "n_groups", "negative_power", "num_beams", "num_candidates", "num_layers",
         "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
         "prompt_history", "prompt_tokens", "quantize_4bit", "random_base_args", "readout", "rerank", "residual",
-        "retriever", "retriever_checkpoint", "retriever_config", "title_field", "title_tokens", "train_batch_size",
-        "train_candidates", "train_last", "train_objective", "verbalizer",
+        "retriever", "retriever_checkpoint", "retriever_config", "stopping_step", "title_field", "title_tokens",
+        "train_batch_size", "train_candidates", "train_last", "train_neg_sample_args", "train_objective", "verbalizer",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
         "adaptive_batch", "adaptive_batch_args", "average_power", "checkpoint_keep", "checkpoint_steps", "cuda_graphs",

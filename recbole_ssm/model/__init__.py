@@ -9,6 +9,7 @@ from recbole_ssm import compat
 compat.install()
 
 from recbole_ssm.model.baselines import Pop, RepeatNewest  # noqa: E402
+from recbole_ssm.model.bert4rec import BERT4Rec  # noqa: E402
 from recbole_ssm.model.gpt4rec import GPT4Rec  # noqa: E402
 from recbole_ssm.model.gru4rec import GRU4Rec  # noqa: E402
 from recbole_ssm.model.hydra4rec import Hydra4Rec  # noqa: E402
@@ -29,6 +30,8 @@ MODELS |= {
     # These two take the place of RecBole's: the same weights and scores, packed.
     "SASRec": SASRec,
     "GRU4Rec": GRU4Rec,
+    # And this one, which reads the oldest event of a history too.
+    "BERT4Rec": BERT4Rec,
     "Pop": Pop,
     "RepeatNewest": RepeatNewest,
 }
@@ -42,6 +45,7 @@ __all__ = [
     "MODELS",
     "NEURAL_BASELINES",
     "STATE_SPACE",
+    "BERT4Rec",
     "GPT4Rec",
     "GRU4Rec",
     "Hydra4Rec",
