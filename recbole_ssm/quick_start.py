@@ -15,7 +15,7 @@ from recbole_ssm import compat, distributed
 
 compat.install()
 
-from recbole.utils import dict2str, init_logger, init_seed  # noqa: E402
+from recbole.utils import init_logger, init_seed  # noqa: E402
 
 from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
@@ -23,7 +23,7 @@ from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
-from recbole_ssm.model import Pop, get_model  # noqa: E402
+from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
@@ -99,8 +99,9 @@ def run_recbole_ssm(
 
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
-        ``test_result``; and ``checkpoint``, the path of the best checkpoint (None if not
-        saved), and ``model``, its name. For LlamaRec also ``reranking``, the metrics of the
+        ``test_result``; ``best_valid_result_masked`` and ``test_result_masked``, the same metrics
+        in lists without the items of the user's history; and ``checkpoint``, the path of the best
+        checkpoint (None if not saved), and ``model``, its name. For LlamaRec also ``reranking``, the metrics of the
         test in the retriever's, the language model's and the fused order, overall and among the
         users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's
         target.
@@ -213,8 +214,6 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
     config = configure(model, **given, base=base)
     if getattr(config.model_class, "reads_text", False):
         raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
-    if issubclass(config.model_class, Pop):
-        raise UserError(f"init: {config['model']} learns nothing, so it counts the new data alone; leave out init")
     if config["model"] == found.info["model"]:
         config = configure(model, **given, base={**base, **shaping_keys(found, config.rows)})
     require_same_shape(found, path, config)
@@ -310,8 +309,8 @@ def _run(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
         )
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
-    for name, metrics in (("best valid", best_valid_result), ("test result", test_result)):
-        logger.info(f"{name}: {dict2str(metrics) if metrics else 'the split leaves no rows'}")
+    for name, found in (("best valid", best_valid_result), ("test result", test_result)):
+        logger.info(f"{name}:\n{found}" if found else f"{name}: there is none")
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
     result = {
@@ -319,7 +318,9 @@ def _run(
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
+        "best_valid_result_masked": best_valid_result.masked if best_valid_result else None,
         "test_result": test_result,
+        "test_result_masked": test_result.masked if test_result else None,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
     for hook in trainer.hooks:

@@ -310,7 +310,8 @@ class _Calls:
         scores.topk(self._top_k)
         self._clock.on_evaluation_batch_end(self._trainer, self.batch)
         parts = {name: values.pop() for name, values in self._clock.seconds.items()}
-        self.seconds.append((parts.get("encode", 0.0), parts["score"], parts["top_k"], parts["evaluate"]))
+        encode, score, whole = parts.get("encode", 0.0), parts["score"], parts["evaluate"]
+        self.seconds.append((encode, score, whole - encode - score, whole))
 
 
 class _Processor(Latency):

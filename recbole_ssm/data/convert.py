@@ -174,37 +174,45 @@ def convert(
             raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
         write_inter(scratch / f"{name}.inter", events, digits, kept)
-        card = {**card_of(name, raw, events, digits), "steps": steps, "skipped_lines": len(bad)}
-        card |= {"described_items": 0, "contradicting_descriptions": 0}
+        skipped, described, contradicting = len(bad), 0, 0
         if raw.items is not None:
             # The faults of a table that describes its own items were told when its events were read.
             again = raw.items.file == raw.events.file
             side = scratch / f"{name}.item.skipped"
             with BadLines(str(raw.items.file), *(("skip",) if again else (on_bad_lines, side))) as bad:
-                card |= write_items(scratch / f"{name}.item", raw.items, events, bad)
-            card["skipped_lines"] += 0 if again else len(bad)
-        card["written"] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
+                described, contradicting = write_items(scratch / f"{name}.item", raw.items, events, bad)
+            if not described:
+                raise UserError(
+                    f"{raw.items.file}: describes none of the items; is it of another data set? Name the right one by "
+                    "--meta, or move it away"
+                )
+            skipped += 0 if again else len(bad)
+
+        def as_written(time: Any) -> int | float:
+            return int(time) / 10**digits if digits else int(time)
+
+        card: dict[str, Any] = {
+            "name": name,
+            "source": [
+                {"file": str(file), "bytes": file.path.stat().st_size, "sha256": digest(file.path)}
+                for file in raw.files
+            ],
+            "kind": raw.kind,
+            "columns": raw.fields,
+            "steps": steps,
+            "described_items": described,
+            "contradicting_descriptions": contradicting,
+            "skipped_lines": skipped,
+            "ties": TIES if "time" in raw.fields else FILE_ORDER,
+            "time": {"first": as_written(events.times.min()), "last": as_written(events.times.max())},
+            "written": {
+                path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
+            },
+            "by": f"recbole_ssm {__version__}",
         }
         write_json(scratch / f"{name}.card.json", card)
         os.replace(scratch, target)
     return card
-
-
-def card_of(name: str, raw: Raw, events: Events, digits: int) -> dict[str, Any]:
-    """What a card says of a source and of the times of the events that stay."""
-    first, last = int(events.times.min()), int(events.times.max())
-    return {
-        "name": name,
-        "source": [
-            {"file": str(file), "bytes": file.path.stat().st_size, "sha256": digest(file.path)} for file in raw.files
-        ],
-        "kind": raw.kind,
-        "columns": raw.fields,
-        "ties": TIES if "time" in raw.fields else FILE_ORDER,
-        "time": {"first": first / 10**digits, "last": last / 10**digits} if digits else {"first": first, "last": last},
-        "by": f"recbole_ssm {__version__}",
-    }
 
 
 def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
@@ -323,16 +331,13 @@ def _words(column: Tokens, rows: slice) -> pa.StringArray:
     return column.names.take(pa.array(codes, mask=codes < 0)).fill_null("")
 
 
-def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> dict[str, int]:
+def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> tuple[int, int]:
     """Write the descriptions of those items that events have; the first one of an item counts.
 
     RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
 
     Returns:
-        ``described_items``, and ``contradicting_descriptions``, how many of them are described again in another way.
-
-    Raises:
-        UserError: none is described.
+        How many items are described, and how many of them again in another way.
     """
     wanted = set(events.items.names.take(pa.array(np.unique(events.items.codes))).to_pylist())
     written: dict[str, int] = {}
@@ -347,12 +352,7 @@ def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) 
                     file.write(line)
                 elif written[item] != hash(line):
                     contradicting.add(item)
-    if not written:
-        raise UserError(
-            f"{items.file}: describes none of the items; is it of another data set? Name the right one by --meta, or "
-            "move it away"
-        )
-    return {"described_items": len(written), "contradicting_descriptions": len(contradicting)}
+    return len(written), len(contradicting)
 
 
 def _spelt(values: np.ndarray) -> pa.StringArray:

@@ -7,9 +7,7 @@ and the number of worker processes changes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from logging import getLogger
@@ -19,12 +17,14 @@ import numpy as np
 import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.transform import construct_transform
-from recbole.data.utils import create_samplers, get_dataloader
+from recbole.data.utils import _create_sampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recbole_ssm import distributed
+from recbole_ssm.data.evaluation import EvalLoader
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.data.sampling import LocalGenerator, seeded
 from recbole_ssm.data.splits import look_at_cold_targets, some_rows
 from recbole_ssm.errors import UserError
 
@@ -286,7 +286,7 @@ class TrainLoader(TrainDataLoader):
             collate_fn=_as_it_is,
             num_workers=config["worker"],
             # A generator of its own, because the global one belongs to the model.
-            generator=_Generator(),
+            generator=LocalGenerator(),
         )
 
     def fingerprint(self) -> str:
@@ -314,13 +314,6 @@ class TrainLoader(TrainDataLoader):
         return batch._replace(negative=self._sampler.sample_by_user_ids(ones, batch.target.numpy(), 1))
 
 
-class _Generator(torch.Generator):
-    """A generator that stays where it is: sent to a spawned worker, which has no use for it, PyTorch's would break."""
-
-    def __reduce__(self) -> Any:
-        return torch.Generator, ()
-
-
 class _Gather(Dataset[Step]):
     """Steps by their description; in a worker process too."""
 
@@ -343,27 +336,16 @@ def _as_it_is(step: Any) -> Any:
     return step
 
 
-class _SeededCollate:
-    """A loader's collate_fn, whose samples are a function of the seed and of the batch's first row."""
-
-    def __init__(self, loader: Any, *seed: int) -> None:
-        self.loader, self.seed = loader, seed
-
-    def __call__(self, rows: list[int]) -> Any:
-        with seeded(*self.seed, rows[0]):
-            # The loader's own attribute of that name is this object.
-            return type(self.loader).collate_fn(self.loader, rows)
-
-
-def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
+def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, EvalLoader, EvalLoader]:
     """Split a data set; loaders for training, validation and test.
 
-    As RecBole's data_preparation, which unpickles what it finds in the checkpoint folder. In a run of several
-    processes, full ranking is shared out row by row; ranking against samples is done by every process. The samples of
-    an evaluation are the same in every epoch, every process and any number of workers; RecBole draws new ones.
+    As RecBole's data_preparation, which unpickles what it finds in the checkpoint folder. The rows of an evaluation are
+    shared out to the processes of a run, one by one. The samples of a row are the same in every epoch, whatever the
+    processes, workers and batches; RecBole draws new ones.
 
     Raises:
-        UserError: there are fewer rows to evaluate than processes, or ``train_last`` does not fit the data.
+        UserError: there are fewer rows to evaluate than processes, ``train_last`` does not fit the data, or a target is
+            to be ranked among more items than there are.
     """
     _check_transform(config)
     built = dataset.build()
@@ -372,21 +354,19 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, Any, Any]:
         built[0] = built[0].newest(config["train_last"])
     if config["train_rows"]:
         built[0] = _sample(built[0], config["train_rows"], config["seed"])
-    samplers = create_samplers(config, dataset, built)
-    train = TrainLoader(config, built[0], samplers[0])
+    negatives = config["train_neg_sample_args"]
+    sampler = _create_sampler(dataset, built, negatives["distribution"], config["repeatable"], negatives["alpha"])
+    train = TrainLoader(config, built[0], sampler.set_phase("train") if sampler else None)
     evaluation = []
     world = distributed.world_size()
-    for number, (phase, split, sampler) in enumerate(zip(("valid", "test"), built[1:], samplers[1:])):
+    for phase, split in zip(("valid", "test"), built[1:]):
         if config["eval_rows"]:
             split = _sample(split, config["eval_rows"], config["seed"])
         if 0 < len(split) < world:
             raise UserError(f"{phase}: {len(split)} rows for {world} processes; start at most {len(split)} processes")
-        if config["eval_args"]["mode"][phase] == "full" and world > 1:
+        if world > 1:
             split = some_rows(split, np.arange(distributed.rank(), len(split), world))
-        loader = get_dataloader(config, phase)(config, split, sampler, shuffle=False)
-        loader.generator = _Generator()
-        loader.collate_fn = _SeededCollate(loader, config["seed"], number)
-        evaluation.append(loader)
+        evaluation.append(EvalLoader(config, split, phase, built[0], dataset))
     return train, evaluation[0], evaluation[1]
 
 
@@ -414,20 +394,3 @@ def share_evenly(work: np.ndarray, parts: int) -> list[np.ndarray]:
         owner[index] = loads.argmin()
         loads[owner[index]] += work[index]
     return [np.flatnonzero(owner == part) for part in range(parts)]
-
-
-@contextlib.contextmanager
-def seeded(*seed: int) -> Iterator[None]:
-    """Python's and NumPy's global random states fixed by ``seed`` for a while, and put back.
-
-    RecBole's negatives are drawn from NumPy's, its masks from Python's.
-    """
-    before = random.getstate(), np.random.get_state()
-    mixed = np.random.SeedSequence(seed).generate_state(2)
-    random.seed(int(mixed[0]))
-    np.random.seed(mixed[1])
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])

@@ -120,6 +120,19 @@ class Prefixes:
         """Forget a field of the events, and with it its list; RecBole calls it as that of a DataFrame."""
         self.events.pop(columns.removesuffix(self.list_suffix), None)
 
+    def histories(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All that the users of some rows did before the targets, however long ago.
+
+        Returns:
+            The place of a row in ``index``, and an event, for each event of each row, in rising order ``[E]``.
+        """
+        user = self.events[self.user_field].numpy()
+        target = self.target[index].astype(np.int64)
+        length = target - np.searchsorted(user, user[target], side="left")
+        row = np.repeat(np.arange(len(target)), length)
+        within = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
+        return row, np.repeat(target - length, length) + within
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _with(self, target: np.ndarray, length: np.ndarray) -> Prefixes:

@@ -70,17 +70,14 @@ class Moments(Values):
         return faults
 
     def _parse_dates_of_form(self, cells: pa.StringArray) -> dict[int, str]:
-        seconds = _seconds_of_form(cells, self._form)
-        self._parsed = np.stack([seconds.fill_null(0).to_numpy(), np.zeros(len(cells), dtype=np.int64)], axis=1)
-        faults = {}
-        for row in np.flatnonzero(seconds.is_null().to_numpy(zero_copy_only=False)):
-            cell = cells[int(row)].as_py()
-            time = _date_of_form(cell, self._form)
-            self._parsed[row] = time or (0, 0)
-            if time is None:
-                wanted = f"which is not written as --time_format={self._form}"
-                faults[int(row)] = f"is {excerpt(cell)}, {wanted}; correct it or drop the line"
-        return faults
+        # Many events have one date.
+        distinct = cells.dictionary_encode()
+        read = [_date_of_form(cell, self._form) for cell in distinct.dictionary.to_pylist()]
+        codes = distinct.indices.to_numpy()
+        self._parsed = np.array([time or (0, 0) for time in read], dtype=np.int64).reshape(-1, 2)[codes]
+        wrong = np.flatnonzero(np.array([time is None for time in read], dtype=bool)[codes])
+        fault = f"is {{}}, which is not written as --time_format={self._form}; correct it or drop the line"
+        return {int(row): fault.format(excerpt(cells[int(row)].as_py())) for row in wrong}
 
     def finish(self) -> np.ndarray:
         """[rows] int64: the whole column, in units of ``10 ** -digits``.
@@ -129,20 +126,6 @@ def check_form(key: str, form: str) -> None:
         raise UserError(f"{key}: {excerpt(form)} is no form of dates ({error}); try %d.%m.%Y %H:%M:%S") from error
     if read.date() != day.date():
         raise UserError(f"{key}: {excerpt(form)} does not say year, month and day; try %d.%m.%Y %H:%M:%S")
-
-
-def _seconds_of_form(cells: pa.StringArray, form: str) -> pa.Int64Array:
-    """[rows] seconds since 1970, a million a second; null where Python's slower reading is to decide."""
-    nothing = pa.nulls(len(cells), pa.int64())
-    if not set(re.findall("%(.)", form)) <= set("YmdHMS"):
-        return nothing
-    try:
-        found = pc.strptime(cells, format=form, unit="s", error_is_null=True)
-        # What is spelt the same again has been understood; the 31st of February is not.
-        same = pc.fill_null(pc.equal(pc.strftime(found, format=form), cells), False)
-    except pa.ArrowException:
-        return nothing
-    return pc.if_else(same, found.cast(pa.int64()), None)
 
 
 def _date_of_form(cell: str, form: str) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from recbole_ssm.evaluation.ranks import Floats, metric
+from recbole_ssm.evaluation.metrics import Floats, metric
 
 K = 10
 METRICS = (f"Hit@{K}", f"NDCG@{K}", f"MRR@{K}")

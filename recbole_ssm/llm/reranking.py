@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import clock, distributed
-from recbole_ssm.evaluation.ranks import metric
+from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.files import write_json
 from recbole_ssm.trainer.hooks import Hook, Training
 

@@ -85,8 +85,15 @@ class PackedRecommender(Configurable, SequentialRecommender):
         """Scores ``[B, V]`` of all items."""
         if self.graphed is not None:
             return self.graphed(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        output, items = self.factors(interaction)
+        return output @ items.T
+
+    def factors(self, interaction: Any) -> tuple[Tensor, Tensor]:
+        """What the scores are products of: vectors of the rows ``[B, hidden_size]`` and of all items
+        ``[V, hidden_size]``. Evaluation counts ranks by them, unless a subclass has a ``full_sort_predict`` of its own.
+        """
         output = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return output @ self.item_embedding.weight.T
+        return output, self.item_embedding.weight
 
     def fixed_shape_scores(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Scores ``[B, V]`` of all items for histories ``[B, L]``, in shapes that do not depend on their lengths.

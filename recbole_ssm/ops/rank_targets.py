@@ -25,7 +25,7 @@ class TargetRanks(NamedTuple):
     @property
     def ranks(self) -> Tensor:
         """Ranks ``[n, 2]``, float64, 1 the best; items of one score share the mean of their ranks."""
-        return 1 + self.higher + self.ties / 2.0
+        return 1 + self.higher + self.ties.double() / 2
 
 
 @torch.no_grad()
@@ -60,10 +60,25 @@ def rank_targets(
     return TargetRanks(higher, ties)
 
 
+@torch.no_grad()
+def rank_scores(scores_nV: Tensor, target_n: Tensor, *, seen: tuple[Tensor, Tensor] | None = None) -> TargetRanks:
+    """As :func:`rank_targets`, where the scores are there and may be of any kind of model.
+
+    Args:
+        scores_nV: scores of a list of items ``[n, V]``.
+        target_n: columns of the items that came ``[n]``, int64.
+        seen: rows and columns of what was seen before ``[E]`` each; as of :func:`rank_targets`.
+    """
+    lists = (None, None) if seen is None else _lists(*seen, target_n, scores_nV.shape[1])
+    return TargetRanks(*_count(scores_nV, target_n, *lists))
+
+
 def _lists(row: Tensor, item: Tensor, target: Tensor, items: int) -> tuple[Tensor, Tensor]:
     """What each row has seen, each item once and in rising order, without the target; and where each row's begin."""
-    pairs = torch.unique(row * items + item)
-    row, item = pairs // items, pairs % items
+    pairs = row * items + item
+    if (pairs.diff() <= 0).any():
+        pairs = torch.unique(pairs)
+        row, item = pairs // items, pairs % items
     others = item != target[row]
     row, item = row[others], item[others]
     counts = torch.bincount(row, minlength=len(target))
@@ -107,16 +122,21 @@ def torch_ranks(
     for first in range(0, len(output), rows):
         o, t = output[first : first + rows], target[first : first + rows]
         scores = o @ items.T if bias is None else o @ items.T + bias
-        own = scores.gather(1, t[:, None])
-        below, alike, count = (scores < own).sum(1), (scores == own).sum(1), torch.full_like(t, len(items))
-        columns = [torch.stack(_counts(below, alike, count))] * 2  # [2, rows] each
-        if seen is not None and offsets is not None:
-            bounds = offsets[first : first + rows + 1]
-            row = torch.arange(len(t), device=t.device).repeat_interleave(bounds.diff())
-            scores, own = scores[row, seen[bounds[0] : bounds[-1]]], own[row, 0]
-            below = below.index_add(0, row, -(scores < own).long())
-            alike = alike.index_add(0, row, -(scores == own).long())
-            columns[1] = torch.stack(_counts(below, alike, count - bounds.diff()))
-        found.append(torch.stack(columns, 2))
+        found.append(_count(scores, t, seen, None if offsets is None else offsets[first : first + rows + 1]))
     higher, ties = torch.cat(found, 1) if found else target.new_zeros(2, 0, 2)
     return higher, ties
+
+
+def _count(scores: Tensor, target: Tensor, seen: Tensor | None, bounds: Tensor | None) -> Tensor:
+    """Higher and ties ``[2, rows, 2]`` of scores that are there."""
+    own = scores.gather(1, target[:, None])
+    below, alike = (scores < own).sum(1), (scores == own).sum(1)
+    count = torch.full_like(target, scores.shape[1])
+    columns = [torch.stack(_counts(below, alike, count))] * 2  # [2, rows] each
+    if seen is not None and bounds is not None:
+        row = torch.arange(len(target), device=target.device).repeat_interleave(bounds.diff())
+        scores, own = scores[row, seen[bounds[0] : bounds[-1]]], own[row, 0]
+        below = below.index_add(0, row, -(scores < own).long())
+        alike = alike.index_add(0, row, -(scores == own).long())
+        columns[1] = torch.stack(_counts(below, alike, count - bounds.diff()))
+    return torch.stack(columns, 2)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.evaluation.ranks import metric
+from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text

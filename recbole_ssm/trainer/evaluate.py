@@ -24,8 +24,12 @@ from recbole_ssm.trainer.timing import Latency
 compat.install()
 
 import recbole.trainer  # noqa: E402
-from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
-from recbole.utils import EvaluatorType  # noqa: E402
+from recbole.evaluator.collector import DataStruct  # noqa: E402
+
+from recbole_ssm.data.evaluation import EvalLoader  # noqa: E402
+from recbole_ssm.evaluation import metrics  # noqa: E402
+from recbole_ssm.evaluation.metrics import OF_ITEMS, Result  # noqa: E402
+from recbole_ssm.evaluation.ranks import Ranking, Scorer  # noqa: E402
 
 
 class EvaluatingTrainer(recbole.trainer.Trainer):
@@ -37,8 +41,9 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         # RecBole makes this folder in a way in which several processes race.
         Path(config["checkpoint_dir"]).mkdir(parents=True, exist_ok=True)
         super().__init__(config, model)
-        self.item_tensor: Any
         self.tensorboard: Any
+        # The rows of the newest evaluation with ranks.
+        self.ranking: Ranking | None = None
         self._signals = Signals()
         if config["cuda_graphs"]:
             score_by_graphs(model)
@@ -74,10 +79,14 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         model_file: str | None = None,
         show_progress: bool = False,
     ) -> Any:
-        """The metrics on some rows, as RecBole's; None where there are no rows.
+        """The metrics on some rows, a :class:`~recbole_ssm.evaluation.metrics.Result`; None where there are no rows.
 
-        ``load_best_model`` takes the weights of ``model_file`` first, by default the run's best
-        checkpoint.
+        Args:
+            eval_data: rows of :func:`recbole_ssm.data.loader.create_loaders`, or a loader of RecBole's, whose rows are
+                evaluated in the same way: one list a target.
+            load_best_model: take the weights of ``model_file`` first, by default the run's best checkpoint.
+            model_file: a checkpoint.
+            show_progress: whether a bar shows how far it is.
         """
         if not eval_data:
             return None
@@ -86,35 +95,45 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
             load_weights(self.model, checkpoint.read(path), path)
             self.logger.info(f"Loading model structure and parameters from {path}")
         self.model.eval()
-        full = isinstance(eval_data, FullSortEvalDataLoader)
-        score_batch = self._full_sort_batch_eval if full else self._neg_sample_batch_eval
-        if full and self.item_tensor is None:
-            self.item_tensor = eval_data._dataset.get_item_feature().to(self.device)
-        if self.config["eval_type"] == EvaluatorType.RANKING:
-            self.tot_item_num = eval_data._dataset.item_num
+        if not isinstance(eval_data, EvalLoader):
+            phase = getattr(eval_data._sampler, "phase", "test")
+            eval_data = EvalLoader(self.config, eval_data._dataset, phase)
+        scorer = Scorer(self.model, eval_data._dataset, self.config["eval_batch_size"])
+        k = max(self.config["topk"]) if {m.lower() for m in self.config["metrics"]} & set(OF_ITEMS) else 0
+        found: list[tuple[torch.Tensor, ...]] = []
         self._notify("on_evaluation_start")
         for batch in tqdm(eval_data, desc="Evaluate", unit="batch", disable=not show_progress):
             self._notify("on_evaluation_batch_start")
-            interaction, scores, positive_u, positive_i = score_batch(batch)
-            self._notify("on_scores", len(scores))
-            self.eval_collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
-            self._notify("on_evaluation_batch_end", len(scores))
-            if full:
-                self._notify("on_ranking", eval_data._dataset, interaction, scores, positive_u, positive_i)
+            batch = batch.to(self.device)
+            rows: tuple[torch.Tensor, ...]
+            if eval_data.labelled:
+                rows = scorer.among(batch.interaction, batch.candidates), batch.labels
+            else:
+                rows = batch.interaction[eval_data.user_field], batch.target, batch.events, *scorer.rank(batch, k)
+            self._notify("on_scores", len(batch.target))
+            found.append(tuple(values.cpu() for values in rows))
+            self._notify("on_evaluation_batch_end", len(batch.target))
             if distributed.world_size() == 1:
                 # Several processes need not have the same number of batches, and all must agree
                 # to stop.
                 self._signals.stop_if_asked()
-        self.eval_collector.model_collect(self.model)
-        collected = self.eval_collector.get_data_struct()
-        if full:
-            for key in ("rec.topk", "rec.items", "rec.meanrank", "rec.score"):
-                if key in collected:
-                    collected.set(key, distributed.gather_rows(collected.get(key)))
-        result = self.evaluator.evaluate(collected)
-        self.wandblogger.log_eval_metrics(result, head="eval")
+        result = self._of_labels(found) if eval_data.labelled else self._of_ranks(found, eval_data)
+        self.wandblogger.log_eval_metrics(result.both(), head="eval")
         self._notify("on_evaluation_end", result)
         return result
+
+    def _of_ranks(self, found: list[tuple[torch.Tensor, ...]], rows: EvalLoader) -> Result:
+        self.ranking = Ranking.of(found)
+        self._notify("on_ranking", self.ranking, rows._dataset)
+        return metrics.result(self.ranking, self.config, rows.training)
+
+    def _of_labels(self, found: list[tuple[torch.Tensor, ...]]) -> Result:
+        """RecBole's metrics of scores and labels."""
+        scores, labels = (distributed.gather_rows(torch.cat(column)).flatten() for column in zip(*found))
+        collected = DataStruct()
+        collected.set("rec.score", scores)
+        collected.set("data.label", labels)
+        return Result(self.evaluator.evaluate(collected))
 
 
 class _Silence:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from recbole_ssm.data.loader import Step
+from recbole_ssm.evaluation.ranks import Ranking
 
 
 class Training(Protocol):
@@ -90,26 +90,16 @@ class Hook:
         """When a batch has been read and nothing is computed yet."""
 
     def on_scores(self, trainer: Training, rows: int) -> None:
-        """When the scores of a batch are there, and its best items are not yet chosen."""
+        """When a batch is scored and its targets are ranked."""
 
     def on_evaluation_batch_end(self, trainer: Training, rows: int) -> None:
-        """When the best items of a batch are chosen."""
+        """When a batch's ranks are on the CPU."""
 
-    def on_ranking(
-        self,
-        trainer: Training,
-        dataset: Any,
-        interaction: Any,
-        scores: Tensor,
-        row: Tensor,
-        item: Tensor,
-    ) -> None:
-        """After a batch of full ranking: ``scores`` [rows, items], and the ``item`` of each
-        target and its ``row``.
-        """
+    def on_ranking(self, trainer: Training, ranking: Ranking, dataset: Any) -> None:
+        """Before the metrics of an evaluation that ranks: its rows, which are of the split ``dataset``."""
 
     def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:
-        """With the metrics."""
+        """With the metrics, a :class:`recbole_ssm.evaluation.metrics.Result`."""
 
     def result(self) -> dict[str, Any]:
         """What the run's result holds of this hook, beside the metrics."""

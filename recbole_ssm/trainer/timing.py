@@ -26,8 +26,8 @@ class Latency(Hook):
 
     Parts: ``step``, a whole step of training without the reading of its batch; ``encode``, the
     model's forward over the histories of an evaluation batch; ``score``, the products with all
-    items; ``top_k``, the choice of the best; ``evaluate``, the three together. A model whose
-    scores do not come from ``forward`` has no ``encode`` of its own.
+    items and the count of those that score higher than the target; ``evaluate``, all that a batch
+    takes. A model whose scores do not come from ``forward`` has no ``encode`` of its own.
 
     Targets are those of all processes; positions, users and times are this one's. After every
     evaluation the report is written to ``latency.json`` in the run's folder, if it has one.
@@ -83,7 +83,6 @@ class Latency(Hook):
         if self._encoded:
             self._note("encode", self._encoded)
         self._note("score", self._scored - self._begin - self._encoded)
-        self._note("top_k", end - self._scored)
         self._note("evaluate", end - self._begin, users=rows)
 
     def on_evaluation_end(self, trainer: Training, result: dict[str, float]) -> None:

@@ -33,9 +33,10 @@ from recbole_ssm.trainer.snapshot import (
 
 compat.install()
 
-from recbole.utils import dict2str, early_stopping  # noqa: E402
+from recbole.utils import early_stopping  # noqa: E402
 
 from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
+from recbole_ssm.evaluation.metrics import Result  # noqa: E402
 from recbole_ssm.trainer.evaluate import EvaluatingTrainer  # noqa: E402
 
 __all__ = ["Interrupted", "Trainer"]
@@ -146,7 +147,6 @@ class Trainer(EvaluatingTrainer):
         if self.fingerprint not in ("", fingerprint):
             raise UserError("resume: the training data is not what it was when the checkpoint was written")
         self.fingerprint = fingerprint
-        self.eval_collector.data_collect(train_data)
         if self.config["train_neg_sample_args"].get("dynamic", False):
             train_data.get_model(self.model)
         self.learner.check_length(self.epochs, len(train_data.steps))
@@ -204,13 +204,13 @@ class Trainer(EvaluatingTrainer):
             self.best_valid_result = result
         if verbose:
             self.logger.info(f"epoch {epoch} evaluating [time: {time.time() - begin:.2f}s, valid_score: {score:f}]")
-            self.logger.info(f"valid result: \n{dict2str(result)}")
+            self.logger.info(f"valid result: \n{result}")
             if stop:
                 best = epoch - self.cur_step * self.eval_step
                 self.logger.info(f"Finished training, best eval result in epoch {best}")
         # The name is RecBole's spelling, which its users' plots read.
         self.tensorboard.add_scalar("Vaild_score", score, epoch)
-        self.wandblogger.log_metrics({**result, "valid_step": epoch // self.eval_step}, head="valid")
+        self.wandblogger.log_metrics({**result.both(), "valid_step": epoch // self.eval_step}, head="valid")
         return improved, score
 
     def _train_epoch(self, train_data: Any, epoch_idx: int, show_progress: bool = False) -> float | tuple[float, ...]:
@@ -377,6 +377,7 @@ class Trainer(EvaluatingTrainer):
             "cur_step": self.cur_step,
             "best_valid_score": best if math.isfinite(best) else None,
             "best_valid_result": plain(self.best_valid_result),
+            "best_valid_result_masked": plain(getattr(self.best_valid_result, "masked", None)),
             "train_losses": plain(self.train_loss_dict),
             **self.learner.progress(),
             "adaptive": self.gradients.state_dict(),
@@ -436,7 +437,8 @@ class Trainer(EvaluatingTrainer):
         if "global_step" not in progress:
             return
         self.global_step, self.fingerprint = progress["global_step"], progress["fingerprint"]
-        self.best_valid_result = progress["best_valid_result"]
+        if progress["best_valid_result"] is not None:
+            self.best_valid_result = Result(progress["best_valid_result"], progress.get("best_valid_result_masked"))
         self.train_loss_dict = {int(epoch): loss for epoch, loss in progress["train_losses"].items()}
         self._gradients_state = progress["adaptive"]
         for hook in self.hooks:

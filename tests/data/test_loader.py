@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm.data import create_dataset
-from recbole_ssm.data.loader import Rows, Steps, Windows, create_loaders, seeded, share_evenly
+from recbole_ssm.data.loader import Rows, Steps, Windows, create_loaders, share_evenly
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.data.sampling import seeded
 from recbole_ssm.quick_start import configure
 
 

@@ -80,9 +80,7 @@ def test_there_is_nothing_to_tune(tmp_path):
     assert compare.samples(run, 3, 7, Runs(tmp_path).config(run)) == [{}] * 3
 
 
-def test_what_they_have_no_answer_to(options):
+def test_they_carry_no_state(options):
     checkpoint = run_recbole_ssm("Pop", **options)["checkpoint"]
-    with pytest.raises(UserError, match="init: Pop learns nothing, so it counts the new data alone; leave out init"):
-        run_recbole_ssm("Pop", **options, init=checkpoint)
     with pytest.raises(UserError, match="session: Pop carries no state"):
         load_recommender(checkpoint).session(["1"])

@@ -338,9 +338,9 @@ def test_latency_is_split_and_written(toy, model, caplog):
     with caplog.at_level("INFO"):
         result = run_recbole_ssm(model, "toy", config_dict=options)
     report = json.loads((pathlib.Path(result["checkpoint"]).parent / "latency.json").read_text())
-    assert set(report) == {"step", "encode", "score", "top_k", "evaluate", "peak_memory_bytes"}
+    assert set(report) == {"step", "encode", "score", "evaluate", "peak_memory_bytes"}
     assert report["step"]["count"] == 15 - 3 and report["evaluate"]["count"] == 4 - 3
-    for part in ("step", "encode", "score", "top_k", "evaluate"):
+    for part in ("step", "encode", "score", "evaluate"):
         assert 0 < report[part]["p50_s"] <= report[part]["p95_s"] <= report[part]["p99_s"]
     assert report["step"]["targets_per_second"] > 0 and report["evaluate"]["users_per_second"] > 0
     assert report["peak_memory_bytes"] > 10**7

@@ -1,0 +1,122 @@
+"""The rows of validation and test in order: each with its history, and with the items among which its target is ranked.
+
+What belongs to a row depends on the row and the seed alone, never on the batch in which it comes.
+"""
+
+from __future__ import annotations
+
+from logging import getLogger
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.data.transform import construct_transform
+from recbole.utils import EvaluatorType
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.data.sampling import Candidates, LocalGenerator, seeded
+
+
+class EvalBatch(NamedTuple):
+    """B rows to evaluate."""
+
+    interaction: Any
+    """RecBole's Interaction of the rows."""
+    target: Tensor
+    """Item ids ``[B]``."""
+    events: Tensor
+    """How many events of the user are known before the target ``[B]``."""
+    seen_row: Tensor
+    """Rows and items of whole histories, without the targets, in rising order and each pair once ``[E]``."""
+    seen_item: Tensor
+    candidates: Tensor | None
+    """Ids of the items that are ranked ``[B, C]``, the target first; None: all items."""
+    labels: Tensor | None
+    """Labels of the candidates ``[B, C]``, where metrics compare scores with labels."""
+
+    def to(self, device: torch.device | str) -> EvalBatch:
+        """The same batch elsewhere."""
+        return EvalBatch._make(None if values is None else values.to(device) for values in self)
+
+
+class EvalLoader(DataLoader[Any]):
+    """Rows of one split, as :class:`EvalBatch`.
+
+    A history is all that the user did before the target, also what is longer ago than MAX_ITEM_LIST_LENGTH events; of
+    files that were split beforehand it is the list that stands there.
+
+    Args:
+        config: ``eval_args``, ``eval_batch_size`` and ``seed`` count.
+        dataset: the split.
+        phase: ``valid`` or ``test``.
+        training: the training set, from which the popularity of items is taken.
+        everything: the data set whose items ``popN`` counts; None takes the split.
+    """
+
+    def __init__(self, config: Any, dataset: Any, phase: str, training: Any = None, everything: Any = None) -> None:
+        self.config, self._dataset = config, dataset
+        self._seed = config["seed"], ("valid", "test").index(phase)
+        self.step = config["eval_batch_size"]
+        self.training, self.user_field = training, dataset.uid_field
+        self.item_num: int = dataset.item_num
+        self._transform = construct_transform(config)
+        self._fields = dataset.iid_field, config["LIST_SUFFIX"], config["ITEM_LIST_LENGTH_FIELD"]
+        self._rows: Any = dataset.inter_feat
+        self.labelled = config["eval_type"] == EvaluatorType.VALUE
+        self._candidates = None
+        if (sample := config[f"{phase}_neg_sample_args"]["sample_num"]) != "none":
+            weights = np.ones(self.item_num)
+            if config[f"{phase}_neg_sample_args"]["distribution"] == "popularity":
+                targets = (everything or dataset).inter_feat[dataset.iid_field].numpy()
+                weights = np.bincount(targets, minlength=self.item_num).astype(np.float64)
+            weights[0] = 0
+            others = np.count_nonzero(weights) - 1
+            if sample > others:
+                getLogger().warning(
+                    f"eval_args: mode: {config['eval_args']['mode'][phase]} asks for {sample} items beside each "
+                    f"target, and there are {others}; all of them are taken"
+                )
+            self._candidates = Candidates(min(sample, others), weights, self._seed)
+        super().__init__(
+            range(len(dataset)),  # type: ignore[arg-type]
+            batch_size=self.step,
+            collate_fn=self.gather,
+            num_workers=config["worker"],
+            generator=LocalGenerator(),
+        )
+
+    def gather(self, index: list[int]) -> EvalBatch:
+        """Some rows of the split."""
+        rows = np.array(index)
+        with seeded(*self._seed, index[0]):
+            interaction: Interaction = self._transform(self._dataset, self._dataset[rows])
+        target = interaction[self._fields[0]]
+        row, seen = self._histories(rows, interaction)
+        events = torch.from_numpy(np.bincount(row, minlength=len(rows)))
+        row, seen = np.divmod(np.unique(row * self.item_num + seen), self.item_num)
+        others = seen != target.numpy()[row]
+        pairs = torch.from_numpy(row[others]), torch.from_numpy(seen[others])
+        candidates = labels = None
+        if self._candidates is not None:
+            # The event that is the target stands for the row, whatever rows there are beside it.
+            keys = self._rows.target[rows] if isinstance(self._rows, Prefixes) else rows
+            drawn = [self._candidates.draw(*which) for which in zip(keys.tolist(), target.tolist())]
+            candidates = torch.from_numpy(np.stack(drawn))
+            labels = torch.zeros(candidates.shape)
+            labels[:, 0] = 1
+        elif self.labelled:
+            candidates, labels = target[:, None], interaction[self.config["LABEL_FIELD"]][:, None]
+        return EvalBatch(interaction, target, events, *pairs, candidates, labels if self.labelled else None)
+
+    def _histories(self, rows: np.ndarray, interaction: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The place of a row, and an item, for each event of each history ``[E]``."""
+        item, suffix, length = self._fields
+        if isinstance(self._rows, Prefixes):
+            row, event = self._rows.histories(rows)
+            return row, self._rows.events[item].numpy()[event]
+        listed = interaction[item + suffix].numpy()
+        row, column = np.nonzero(np.arange(listed.shape[1]) < interaction[length].numpy()[:, None])
+        return row, listed[row, column]
