@@ -48,6 +48,7 @@ def install() -> None:
     fill_missing_values_in_place()
     never_unpickle_dataloaders()
     use_current_grad_scaler()
+    collect_more_than_tensors()
     seed_exhaustive_search()
     with without_ray():
         importlib.import_module("recbole.quick_start")
@@ -146,6 +147,25 @@ def use_current_grad_scaler() -> None:
         return torch.amp.GradScaler("cuda", enabled=enabled)
 
     recbole.trainer.trainer.amp = types.SimpleNamespace(GradScaler=grad_scaler)
+
+
+def collect_more_than_tensors() -> None:
+    """Collector.get_data_struct calls ``.cpu()`` on numbers too, so that ItemCoverage and others end in a traceback."""
+    from recbole.evaluator.collector import Collector
+
+    get_tensors = Collector.get_data_struct
+
+    def get_data_struct(self: Any) -> Any:
+        collected = self.data_struct._data_dict
+        others = {key: value for key, value in collected.items() if not isinstance(value, torch.Tensor)}
+        for key in others:
+            del collected[key]
+        found = get_tensors(self)
+        collected |= others
+        found._data_dict |= others
+        return found
+
+    Collector.get_data_struct = get_data_struct
 
 
 def seed_exhaustive_search() -> None:

@@ -264,7 +264,7 @@ class Config(recbole.config.Config):
         if self.final_config_dict["use_gpu"]:
             super()._init_device()
         else:
-            # RecBole's default device ignores use_gpu; to hide all GPUs would hide them from the whole process.
+            # RecBole would keep to use_gpu by hiding all GPUs, and so from everything else in this process too.
             self.final_config_dict |= {"device": torch.device("cpu"), "single_spec": True, "local_rank": 0}
 
     # --- checks --------------------------------------------------------------------------------------------------

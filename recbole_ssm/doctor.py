@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from recbole_ssm import __version__, layers, ops  # noqa: F401  (layers: what is compared includes their step)
+from recbole_ssm import __version__, layers, ops  # noqa: F401  (layers add their steps to the self-test)
 from recbole_ssm.compat import INSTALL_RECBOLE
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import lacks

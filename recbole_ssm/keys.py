@@ -25,11 +25,11 @@ from typing import Any, Literal, NamedTuple
 from recbole_ssm.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
-"""No whole number may be larger, where its key says nothing else."""
+"""The largest whole number for a key that names no bound of its own."""
 DEEPEST = 20
-"""How many mappings and lists a value may hold one in the other."""
+"""How deeply mappings and lists may be nested in a value."""
 MOST_VALUES = 200_000
-"""How many values a value may hold in all."""
+"""How many numbers, texts, lists and mappings a value may hold in all."""
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 12, 12
@@ -234,7 +234,7 @@ class Either(Kind):
 
 @dataclass(frozen=True)
 class Many(Kind):
-    """A list of values of one kind; ``or_one`` of them without its list."""
+    """A list of values of one kind; with ``or_one``, a single value may stand without its list."""
 
     of: Kind
     or_one: bool = False
@@ -431,7 +431,7 @@ class Key:
     empty: bool = False
     """Whether None is accepted."""
     refused: str = ""
-    """Why a user may not give the key; RecBole has it."""
+    """Why a user may not give the key, which stands in the table because RecBole knows it."""
     named: bool = False
     """Whether a study's table says the key's value even where nobody gave it."""
 

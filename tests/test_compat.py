@@ -183,3 +183,13 @@ def test_defaults_that_did_not_run_run(write_dataset):
     assert run_recbole_ssm("SASRec", **options)["test_result"]
     options["config_dict"]["loss_type"] = "BPR"
     assert run_recbole_ssm("SASRec", **options)["test_result"]
+
+
+def test_metrics_of_the_catalogue_and_sparse_adam_end_in_no_traceback(toy):
+    """RecBole's collector takes the number of items for a tensor, and its SparseAdam fails in the midst of training."""
+    options = {**toy["config_dict"], "epochs": 1, "train_rows": 64, "hidden_size": 8}
+    metrics = ["Hit", "ItemCoverage", "AveragePopularity", "ShannonEntropy", "GiniIndex", "TailPercentage"]
+    found = run_recbole_ssm("GRU4Rec", "toy", config_dict={**options, "metrics": metrics}, saved=False)["test_result"]
+    assert 0 < found["itemcoverage@10"] <= 1 and found["averagepopularity@10"] > 0
+    with pytest.raises(UserError, match="learner: sparse_adam is for sparse gradients, and GRU4Rec has none; try adam"):
+        run_recbole_ssm("GRU4Rec", "toy", config_dict={**options, "learner": "sparse_adam"}, saved=False)

@@ -47,7 +47,7 @@ class PackedBatch(NamedTuple):
     """A sampled item for each target ``[n]``, where the loss asks for one."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch elsewhere."""
+        """The same batch on another device."""
         return PackedBatch._make(None if values is None else values.to(device) for values in self)
 
     @property
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
 
 def _no_gather(piece: slice) -> Any:
-    raise NotImplementedError("this step has its parts")
+    raise NotImplementedError("the parts of this step are gathered already")
 
 
 class Step(NamedTuple):
@@ -81,7 +81,7 @@ class Step(NamedTuple):
     """Targets of this step, of all processes together."""
     parts: list[Part]
     gather: Callable[[slice], Any] = _no_gather
-    """Where the step comes whole: the batch of some of its targets."""
+    """Gathers the batch of some of its targets, where the trainer cuts the step itself and ``parts`` is empty."""
 
 
 class Description(NamedTuple):
@@ -93,7 +93,7 @@ class Description(NamedTuple):
     targets: int
     parts: list[tuple[float, np.ndarray]]
     order: np.ndarray | None
-    """The epoch's order, where the step is to come whole."""
+    """The epoch's order, where the trainer cuts the step itself."""
 
 
 class Rows:
@@ -126,8 +126,8 @@ class Windows:
 
     Consecutive targets of a user form a run. A run whose inputs fit ``max_length`` is one window, and every target
     sees exactly what RecBole's prefix would show it. A longer run is cut into windows of at most ``window`` targets, at
-    an offset drawn anew every epoch; each window starts with the ``context`` events before its first target (fewer at
-    the start of the history), which carry no loss. So each target is predicted once an epoch, from at least
+    an offset that every epoch draws for itself; each window starts with the ``context`` events before its first target
+    (fewer at the start of the history), which carry no loss. So each target is predicted once an epoch, from at least
     ``min(history, context)`` events and at most ``context + window - 1``. A step may end within a window: the rest of
     it opens the next step, with its own context.
 
@@ -143,7 +143,7 @@ class Windows:
         self.target = prefixes.target[order]
         length = prefixes.length[order]
         self.total = len(order)
-        # It is as long as the data, and wider than what is kept.
+        # It is as long as the data, and takes more memory than all that is kept.
         del order
         self.context = np.minimum(length, context)
         self.window = window
@@ -220,7 +220,7 @@ class Steps(Sampler[Any]):
         self.epoch = 0
         self.number = 0
         self.start = 0
-        # Whether steps come whole, to be cut by the trainer.
+        # Whether the trainer cuts the steps into parts itself.
         self.sliced = False
 
     def begin(self, epoch: int, number: int = 0, start: int = 0) -> None:
@@ -315,7 +315,7 @@ class TrainLoader(TrainDataLoader):
 
 
 class _Gather(Dataset[Step]):
-    """Steps by their description; in a worker process too."""
+    """Makes steps from their descriptions, in a worker process if there is one."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader

@@ -19,7 +19,7 @@ class Prefixes:
     """Rows of (history, next event), as SequentialDataset's ``inter_feat`` after data_augmentation.
 
     Row r predicts event ``target[r]`` from the ``length[r]`` events before it. Selecting rows gives RecBole's
-    Interaction with its very columns: ``<field>`` of the target, and ``<field>_list [rows, max_length]``, padded with
+    Interaction with the same columns: ``<field>`` of the target, and ``<field>_list [rows, max_length]``, padded with
     zeros on the right, for all fields but the user.
 
     Args:
@@ -100,7 +100,7 @@ class Prefixes:
         return self._with(self.target[index], self.length[index])
 
     def sort(self, by: str | Sequence[str], ascending: bool | Sequence[bool] = True) -> None:
-        """Reorder the rows by columns of their targets, stably, as Interaction.sort."""
+        """Sort the rows stably by columns of their targets, as Interaction.sort does."""
         fields = [by] if isinstance(by, str) else list(by)
         rising = [ascending] * len(fields) if isinstance(ascending, bool) else list(ascending)
         for field, up in zip(reversed(fields), reversed(rising)):
@@ -113,11 +113,11 @@ class Prefixes:
         self.target, self.length = self.target[order], self.length[order]
 
     def shuffle(self) -> None:
-        """Reorder the rows at random, as Interaction.shuffle."""
+        """Reorder the rows at random, as Interaction.shuffle does."""
         self.reorder(torch.randperm(len(self)).numpy())
 
     def drop(self, columns: str, inplace: bool = True) -> None:
-        """Forget a field of the events, and with it its list; RecBole calls it as that of a DataFrame."""
+        """Remove a field of the events and its list; RecBole calls this as it would call DataFrame.drop."""
         self.events.pop(columns.removesuffix(self.list_suffix), None)
 
     def histories(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

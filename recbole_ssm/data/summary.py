@@ -25,9 +25,9 @@ from recbole_ssm.files import write_json
 BAR = 50
 # The share of histories in the order of their item ids beyond which the order is hardly that of time.
 SUSPICIOUS = 0.5
-# What the share may be above twice that of chance without a word.
+# By how much the share may exceed twice that of chance before a warning is given.
 NOTED = 0.1
-# Standard deviations above chance from which on that share is no chance.
+# A share that lies more standard deviations than these above that of chance does not come about by chance.
 DEVIATIONS = 5.0
 
 
@@ -260,7 +260,7 @@ def _time(times: np.ndarray, positions: bool) -> dict[str, Any]:
 
 
 def _repeats(items: np.ndarray, targets: np.ndarray, repeated: np.ndarray) -> dict[str, Any]:
-    """How many targets there are, and which shares of them are of an item that the history holds, or that ends it.
+    """How many targets there are, the share whose item the history holds, and the share whose item is its newest.
 
     Args:
         items: [events] codes, by user and time.
@@ -287,7 +287,7 @@ def _order(events: Events, by_time: Events, starts: np.ndarray, lengths: np.ndar
     users, items = by_time.users.codes, len(by_time.items.names)
     pairs, counts = np.unique(users * np.int64(items) + ranks, return_counts=True)
     alike = np.bincount(pairs // items, weights=log_factorials[counts])[users[starts]]
-    # A history of a single item is in any order.
+    # Histories of one item alone are left out, because every order of them is the same.
     long = (lengths >= 3) & (alike < log_factorials[lengths])
     chance = np.exp(alike - log_factorials[lengths])[long]
     return {

@@ -22,9 +22,9 @@ __all__ = ["Block", "Dropout", "FeedForward", "Hydra", "Mamba", "Mamba2", "Mixer
 
 
 def _example_of_a_step(device: torch.device, batch: int) -> selftest.Example:
-    """One event through both causal mixers, with all that comes of it in one row.
+    """One event through both causal mixers; the outputs and the states after it are joined in one row.
 
-    The kernel of a step has no gradient, so that of the row is zero.
+    The kernel of a step has no gradient, so the gradient of this row is zero.
     """
     mixers = Mamba(16, 8, 4, 2), Mamba2(16, 8, 4, 2, head_dim=16)
     # the reference is called in float64, on the CPU whatever the device

@@ -150,10 +150,10 @@ def _run(name: str, backward: bool, values: Values, refusal: Exception | None = 
     Args:
         name: of the kernel.
         backward: whether its backward is run.
-        values: members of its structure, and perhaps more; they hold the tensors until it
-            returns.
-        refusal: the error that stands for wrong values in them, where those are not wrong
-            bounds.
+        values: the members of its structure by name; other names are ignored. The tensors must
+            live until the kernel returns, which this mapping sees to.
+        refusal: the error for a value that the kernel refuses; None says that ``cu_seqlens``
+            are wrong.
     """
     if name not in _kernels:  # an exported program on a machine that has not built them
         raise RuntimeError(f"{name}: the native kernels are not usable here: {unusable}")

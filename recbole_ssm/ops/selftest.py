@@ -52,7 +52,10 @@ class Example(NamedTuple):
 
 
 more_examples: dict[str, Callable[[torch.device, int], Example]] = {}
-"""Examples of what is no op but is chosen like one, by name: called with a device and a number of sequences."""
+"""Examples by name of what is not in the table of ops but has backends as an op has, such as the step of a layer.
+
+Each is called with a device and a number of sequences.
+"""
 
 
 def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> str:

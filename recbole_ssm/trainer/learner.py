@@ -155,6 +155,8 @@ def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
         # Such an optimiser finds its own.
         del defaults["lr"]
     if name == "sparse_adam":
+        if not any(getattr(module, "sparse", False) for module in model.modules()):
+            raise UserError(f"learner: sparse_adam is for sparse gradients, and {config['model']} has none; try adam")
         del defaults["weight_decay"]
     own: Mapping[str, Any] = config["learner_groups"] or {}
     try:
