@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_ssm.ops.backend import automatic, dispatch, implements
+from recbole_ssm.ops.backend import automatic, dispatch, implementations, implements
 from recbole_ssm.ops.table import check
 
 
@@ -64,6 +64,10 @@ def linear_cross_entropy(
         raise ValueError("linear_cross_entropy: label smoothing needs all items, so it takes no candidates")
     if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
         raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
+    options = (weight_n, bias_V, mask_V, candidates_K)
+    plain = all(t is None for t in options) and temperature == 1 and not label_smoothing
+    if plain and _fits_pytorch(output_nd, items_Vd, target_n):
+        return F.cross_entropy(output_nd @ items_Vd.T, target_n)
     dtype = wide(output_nd, items_Vd)
     if mask_V is not None:
         bias_V = output_nd.new_zeros(len(items_Vd), dtype=dtype) if bias_V is None else bias_V
@@ -72,18 +76,35 @@ def linear_cross_entropy(
     tensors = (output_nd, items_Vd, target_n, weight_n, bias_V, candidates_K)
     check("linear_cross_entropy", *tensors)
     logits = len(output_nd) * len(items_Vd if candidates_K is None else candidates_K)
-    small = logits < SMALL.get(output_nd.device.type, 0) and automatic()
+    small = logits < _small(output_nd) and automatic()
     function = _reference if small else dispatch("linear_cross_entropy", output_nd)
     with torch.autocast(output_nd.device.type, enabled=False):
         loss: Tensor = function(*tensors, float(temperature), float(label_smoothing))
     return loss
 
 
-SMALL = {"cpu": 2**17, "cuda": 2**26}
-"""Fewer logits than this are not worth tiles, where no backend is asked for.
+SMALL = {"native": 2**17, "cpu": 2**21, "cuda": 2**26}
+"""Fewer logits than this are not worth tiles, where no backend is asked for: with the kernels of C++, by PyTorch on a
+CPU, on a GPU.
 
 On a CPU they fit the cache whole and PyTorch is as fast on them; a GPU reads its 256 MiB in a tenth of a millisecond.
 """
+
+
+def _small(output: Tensor) -> int:
+    """The number of logits from which tiles are worth it."""
+    device = output.device.type
+    compiled = device == "cpu" and output.dtype == torch.float32 and implementations("linear_cross_entropy", "native")
+    return SMALL.get("native" if compiled else device, 0)
+
+
+def _fits_pytorch(output: Tensor, items: Tensor, target: Tensor) -> bool:
+    """Whether a call without options is so small that all that surrounds the op would take longer than PyTorch does."""
+    fits = output.dim() == items.dim() == 2 and output.shape[1] == items.shape[1] and target.shape == output.shape[:1]
+    wide_enough = output.dtype == items.dtype and output.dtype in (torch.float32, torch.float64)
+    if not (fits and wide_enough and 0 < len(output) * len(items) < _small(output) and automatic()):
+        return False
+    return target.dtype == torch.int64 and not torch.is_autocast_enabled(output.device.type)
 
 
 def wide(output: Tensor, items: Tensor) -> torch.dtype:
@@ -147,7 +168,8 @@ class _Loss(torch.autograd.Function):
         output, items, *found = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Gradients.apply(gradient, output, items, *found)  # type: ignore[no-untyped-call]
-        elif type(gradient) is not Tensor or gradient != 1:  # the most common one needs no pass over all items
+        elif torch.compiler.is_compiling() or type(gradient) is not Tensor or gradient != 1:
+            # the most common gradient, 1, needs no pass over all items
             found = _scaled(gradient, output, items, *found)
         return None, None, *found, *[None] * 6
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +354,7 @@ def _takes_dropout(x: Tensor, p: float) -> bool:
 # --- loss and ranks ---
 
 
-def _loss(
-    wanted: tuple[bool, bool],
+def _loss_forward(
     output: Tensor,
     items: Tensor,
     target: Tensor,
@@ -364,17 +363,36 @@ def _loss(
     candidates: Tensor | None,
     temperature: float,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients where they are wanted: the backward of this op only scales them."""
-    loss = output.new_empty(())
-    gradients = [contiguous_like(t) if needed else None for t, needed in zip((output, items), wanted)]
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = loss, *gradients = _loss_fake(output, items, target, weight, bias, candidates, 0, 0, wanted)
     tensors = (output, items, target, weight, bias, candidates)
     values = values_of("linear_cross_entropy", *tensors, temperature, label_smoothing)
-    values |= {"scale": 1 / temperature, "smoothing": label_smoothing}
-    values |= {"loss": loss, "goutput": gradients[0], "gitems": gradients[1]}
+    values |= {"scale": 1 / temperature, "smoothing": label_smoothing, "loss": loss}
+    values |= {name: g if needed else None for name, g, needed in zip(("goutput", "gitems"), gradients, wanted)}
     refusal = IndexError(f"linear_cross_entropy: a target or a candidate is none of the {len(items)} items")
     _run("loss", False, values, refusal)
-    return loss, gradients[0], gradients[1]
+    return found
+
+
+def _loss_fake(output: Tensor, items: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the loss and the gradients; one that is not wanted is empty."""
+    gradients = [contiguous_like(t) if needed else t.new_empty(0) for t, needed in zip((output, items), rest[-1])]
+    return output.new_empty(()), gradients[0], gradients[1]
+
+
+_loss_operator = _operators.define(
+    "linear_cross_entropy(Tensor output, Tensor items, Tensor target, Tensor? weight, Tensor? bias, "
+    "Tensor? candidates, float temperature, float label_smoothing, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    _loss_forward,
+    _loss_fake,
+)
+
+
+def _loss(wanted: tuple[bool, bool], *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients where they are wanted: the backward of this op only scales them."""
+    loss, g_output, g_items = _loss_operator(*arguments, list(wanted))
+    return loss, g_output if wanted[0] else None, g_items if wanted[1] else None
 
 
 def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -385,7 +403,7 @@ def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) 
 
 
 def _takes_call(*arguments: Any) -> bool:
-    """These are no operators that a compiler could see through."""
+    """This is no operator that a compiler could see through."""
     return not torch.compiler.is_compiling() and _takes(*arguments)
 
 
@@ -396,7 +414,7 @@ if not unusable:
     for _op, _function in OPERATORS.items():
         implement(_op, "native", _function, _takes_taps if "conv" in _op else _takes)
     implement("dropout", "native", _dropout, _takes_dropout)
-    implement("linear_cross_entropy", "native", differentiable(_loss), _takes_call)
+    implement("linear_cross_entropy", "native", differentiable(_loss), _takes)
     implement("rank_targets", "native", _ranks, _takes_call)
 elif unusable != "not built":
     logging.getLogger().warning(f"native kernels: {unusable}; PyTorch's operations take their place")

@@ -26,6 +26,7 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import whole
 from recbole_ssm.optim import AdaptiveBatchSize, GradientProbe, Measurement
 from recbole_ssm.trainer.learner import Learner
+from recbole_ssm.trainer.tiled import loss_of
 
 Backward = Callable[[Part], list[float]]
 """Takes a part through the model and back; the terms of its share of the loss."""
@@ -260,4 +261,4 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> Any:
         """The loss, or its terms."""
-        return self.model.calculate_loss(batch)
+        return loss_of(self.model, batch)

@@ -41,7 +41,9 @@ def test_cross_entropy_over_all_items_is_pytorchs(monkeypatch, backend, tile):
 @pytest.mark.parametrize("loss_type", ["CE", "sampled_softmax"])
 def test_large_catalogues_are_never_held_whole(monkeypatch, loss_type):
     """No tensor of [targets, items] is made, forward or backward."""
-    monkeypatch.setitem(sys.modules["recbole_ssm.ops.linear_cross_entropy"].TILE, "cpu", 8000)
+    module = sys.modules["recbole_ssm.ops.linear_cross_entropy"]
+    monkeypatch.setitem(module.TILE, "cpu", 8000)
+    monkeypatch.setitem(module.SMALL, "cpu", 100_000)  # logits of a small catalogue
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

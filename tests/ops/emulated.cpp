@@ -11,7 +11,7 @@
 extern "C" {
 const char* recbole_ssm_select(const char*);
 #define KERNEL(name) i64 recbole_ssm_##name(const void*, i64, i64), recbole_ssm_##name##_workspace(const void*, i64);
-KERNEL(scan) KERNEL(ssd) KERNEL(ssd_last) KERNEL(conv) KERNEL(dropout)
+KERNEL(scan) KERNEL(ssd) KERNEL(ssd_last) KERNEL(conv) KERNEL(dropout) KERNEL(loss) KERNEL(ranks)
 }
 
 static i64 number() {
@@ -22,9 +22,11 @@ static i64 number() {
 
 int main() {
   i64 (*const runs[])(const void*, i64, i64) = {
-      recbole_ssm_scan, recbole_ssm_ssd, recbole_ssm_ssd_last, recbole_ssm_conv, recbole_ssm_dropout};
+      recbole_ssm_scan, recbole_ssm_ssd, recbole_ssm_ssd_last, recbole_ssm_conv, recbole_ssm_dropout,
+      recbole_ssm_loss, recbole_ssm_ranks};
   i64 (*const sizes[])(const void*, i64) = {recbole_ssm_scan_workspace, recbole_ssm_ssd_workspace,
-      recbole_ssm_ssd_last_workspace, recbole_ssm_conv_workspace, recbole_ssm_dropout_workspace};
+      recbole_ssm_ssd_last_workspace, recbole_ssm_conv_workspace, recbole_ssm_dropout_workspace,
+      recbole_ssm_loss_workspace, recbole_ssm_ranks_workspace};
   recbole_ssm_select(nullptr);
   for (;;) {
     const i64 kernel = number(), rows = number(), backward = number(), words = number();

@@ -165,6 +165,46 @@ def test_no_second_derivative(backend):
             gradient.sum().backward()
 
 
+def test_compilers_see_through_the_op():
+    """Without a graph break, so to the kernels where there are any."""
+    output, items, target = (t.float() if t.is_floating_point() else t for t in tensors(150, 8, 1500))
+    given = output.requires_grad_(), items.requires_grad_()
+    expected = ops.linear_cross_entropy(*given, target)
+    compiled = torch.compile(ops.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    found = compiled(*given, target)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, given), torch.autograd.grad(expected, given))
+
+
+@needs_kernels
+def test_the_operator_keeps_the_rules_of_torch_library():
+    output, items, target = (t.float() if t.is_floating_point() else t for t in tensors(9, 8, 30))
+    call = (output, items, target, None, None, None, 1.0, 0.1, [True, False])
+    torch.library.opcheck(torch.ops.recbole_ssm.linear_cross_entropy.default, call, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.recbole_ssm.linear_cross_entropy.default, call, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_fits_the_cache_is_pytorchs(monkeypatch, kernels):
+    """No tile, and no more than PyTorch does, where it is as fast: without the kernels up to larger calls."""
+    module = sys.modules["recbole_ssm.ops.linear_cross_entropy"]
+    asked = []
+    monkeypatch.setattr(module, "dispatch", lambda op, x: asked.append(len(x)) or module._reference)
+    monkeypatch.setattr(module, "implementations", lambda op, backend: [1] if kernels else [])
+    for n in (10, 100, 1000, 3000):
+        output, items, target = (t.float() if t.is_floating_point() else t for t in tensors(n, 4, 1000))
+        loss = ops.linear_cross_entropy(output, items, target)
+        torch.testing.assert_close(loss, F.cross_entropy(output @ items.T, target))
+    assert asked == ([1000, 3000] if kernels else [3000])
+    asked.clear()
+    with ops.use_backend("torch"):
+        ops.linear_cross_entropy(output[:10], items, target[:10])
+    assert asked == [10]
+    for wrong in ((output[:, :3], items, target), (output, items, target[:-1])):
+        with pytest.raises(ValueError, match="linear_cross_entropy: .* must have shape"):
+            ops.linear_cross_entropy(*wrong)
+
+
 @loss_backends
 def test_rows_may_be_retained(backend):
     """Two backward passes through one forward."""
