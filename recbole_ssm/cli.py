@@ -22,6 +22,9 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --init      start from the weights of a checkpoint or run, on data with new users, events and items
       --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
+  recbole-ssm recommend the next items of many users, as a file: recommend CHECKPOINT [--users=FILE] [--out=recs.csv]
+  recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk=[20]]
+  recbole-ssm export    vectors of items or users by raw id: export CHECKPOINT --what=items [--out=items.parquet]
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm keys      every config key with what it accepts; keys KEY says all about one
@@ -133,6 +136,27 @@ def inspect(arguments: list[str]) -> None:
     run_inspect(arguments)
 
 
+def recommend(arguments: list[str]) -> None:
+    """Write the next items of many users to a file."""
+    from recbole_ssm.commands.recommend import main as run_recommend
+
+    run_recommend(arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Test a trained model again."""
+    from recbole_ssm.commands.evaluate import main as run_evaluate
+
+    run_evaluate(arguments)
+
+
+def export(arguments: list[str]) -> None:
+    """Write the vectors of items or users."""
+    from recbole_ssm.commands.export import main as run_export
+
+    run_export(arguments)
+
+
 def keys(arguments: list[str]) -> None:
     """Print the config keys, or one of them."""
     from recbole_ssm.reference import print_keys
@@ -156,14 +180,18 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "convert": convert,
     "doctor": doctor,
+    "evaluate": evaluate,
+    "export": export,
     "inspect": inspect,
     "keys": keys,
     "pairs": pairs,
+    "recommend": recommend,
     "study": study,
     "train": train,
     "tune": tune,
 }
-WITH_HELP = {"bench", "compare", "convert", "inspect", "study", "tune"}  # these answer --help themselves
+# These answer --help themselves.
+WITH_HELP = set(COMMANDS) - {"doctor", "keys", "pairs", "train"}
 
 
 def _take(options: list[str], key: str) -> str:

@@ -28,7 +28,7 @@ from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
-from recbole_ssm.trainer import Hook, Trainer, checkpoint  # noqa: E402
+from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items  # noqa: E402
 from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
 from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer  # noqa: E402
 
@@ -123,7 +123,7 @@ def run_recbole_ssm(
         first = checkpoint.find_best(Path(init))
         config = _configure_from(first, model, **given)
     elif start is not None and "config" in start[1].info:
-        config = _configure_again(start, model, **given)
+        config = configure_again(start, model, **given)
     else:
         config = configure(model, **given)
     if distributed.rank() == 0:
@@ -156,12 +156,12 @@ def load_data_and_model(
         UserError: something given is wrong, or the checkpoint is of another model.
     """
     saved = checkpoint.find_best(Path(model_file))
-    config = _configure_again(saved, model, config_dict=config_dict, command_line=command_line)
+    config = configure_again(saved, model, config_dict=config_dict, command_line=command_line)
     init_logger(config)
     init_seed(config["seed"], config["reproducibility"])
     set_backend(config["ssm_backend"])
     path, found = saved
-    items = checkpoint.items_of(found, path)
+    items = known_items.items_of(found, path)
     _require_data(config, saved)
     with recbole_refusals(config["dataset"]):
         dataset = create_dataset(config, items)
@@ -188,8 +188,17 @@ def configure(
     return Config(get_model, model, dataset, config_file_list, config_dict, command_line, base)
 
 
-def _configure_again(saved: Saved, model: str | type | None, **given: Any) -> Config:
-    """The configuration of a checkpoint's run, with what is given in its place."""
+def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Config:
+    """The configuration of a checkpoint's run.
+
+    Args:
+        saved: the checkpoint.
+        model: the class of its model, or its path, where it is one of the user's own.
+        **given: arguments of :func:`configure`; what they say takes the place of the run's.
+
+    Raises:
+        UserError: the checkpoint is of another model, or something given is wrong.
+    """
     path, found = saved
     try:
         base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
@@ -247,7 +256,7 @@ def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> N
     known = transfer(recommender, items, found, path, build)
     getLogger().info(
         f"weights of {path}: {known:,} of {len(items) - 1:,} items keep their vectors, the others are new; "
-        f"{len(checkpoint.items_of(found, path)) - 1 - known:,} of the checkpoint's are not in this data set"
+        f"{len(known_items.items_of(found, path)) - 1 - known:,} of the checkpoint's are not in this data set"
     )
 
 
@@ -260,7 +269,7 @@ def _require_same_items(dataset: Any, saved: Saved) -> None:
     path, found = saved
     # RecBole's own checkpoints hold no catalogue.
     now = _items_of(dataset)
-    before = checkpoint.items_of(found, path) if "catalogue" in found.info else now
+    before = known_items.items_of(found, path) if "catalogue" in found.info else now
     if before == now:
         return
     differing = {"new": sorted(set(now) - set(before)), "gone": sorted(set(before) - set(now))}

@@ -7,11 +7,12 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
-SNIPPETS = [(page.name, code) for page in PAGES for code in BLOCK.findall(page.read_text(encoding="utf-8"))]
+PAGES = {page: BLOCK.findall(page.read_text(encoding="utf-8")) for page in sorted((REPOSITORY / "docs").glob("*.md"))}
 
 
-@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(SNIPPETS)])
-def test_the_python_of_a_page_runs(page, code, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     (tmp_path / "dataset").symlink_to(REPOSITORY / "dataset")
-    exec(compile(code, page, "exec"), {"__name__": "docs"})
+    names = {"__name__": "docs"}
+    for block in PAGES[page]:
+        exec(compile(block, page.name, "exec"), names)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from recbole_ssm.errors import UserError
 
 
@@ -17,7 +19,7 @@ class DatasetOutline:
         titles: of the items by internal id, where the model reads them.
     """
 
-    # Only a loss of training reads how often each item occurs.
+    # Only training reads how often each item occurs.
     item_counter: Mapping[int, int] = {}
 
     def __init__(self, sizes: Mapping[str, int] | int, model: str = "", titles: Sequence[str] | None = None) -> None:
@@ -29,3 +31,11 @@ class DatasetOutline:
 
     def __getattr__(self, attribute: str) -> Any:
         raise UserError(f"{self._model} reads its data set's {attribute}; recommend() serves models of items alone")
+
+
+def item_counts(dataset: Any, n_items: int) -> torch.Tensor:
+    """How often each item is a target in a data set, by id ``[n_items]``; int64, 0 for the padding."""
+    counts = torch.zeros(n_items, dtype=torch.int64)
+    for item, count in dataset.item_counter.items():
+        counts[item] = int(count)
+    return counts

@@ -8,6 +8,7 @@ measured.
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def titles_of(dataset: Any, config: Any) -> list[str]:
     kept = vars(dataset).get("titles")
     if kept is not None:
         return list(kept)
+    return read_titles(config, [str(token) for token in dataset.field2id_token[dataset.iid_field]])
+
+
+def read_titles(config: Any, tokens: Sequence[str]) -> list[str]:
+    """:func:`titles_of` items that are named by their tokens, of which the first is the padding's."""
     path = Path(config["data_path"]) / f"{config['dataset']}.item"
     item_field, separator, encoding = config["ITEM_ID_FIELD"], config["field_separator"], config["encoding"] or "utf-8"
     if not path.is_file():
@@ -61,7 +67,6 @@ def titles_of(dataset: Any, config: Any) -> list[str]:
         encoding=encoding,
     )
     found = dict(zip(columns[item_field].objects(), _texts(columns[field])))
-    tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     titles = [found.get(token, "") for token in tokens[1:]]
     missing = titles.count("")
     if missing == len(titles):

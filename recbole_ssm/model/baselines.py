@@ -14,6 +14,7 @@ import torch
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from recbole_ssm.data.outline import item_counts
 from recbole_ssm.model.packed import PackedRecommender
 
 
@@ -28,9 +29,7 @@ class Pop(PackedRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        counts = torch.zeros(self.n_items)
-        for item, count in dataset.item_counter.items():
-            counts[item] = count
+        counts = item_counts(dataset, self.n_items).float()
         # From 0 to below 1 [V].
         self.register_buffer("popularity", counts / (counts.max() + 1))
         # An optimiser wants a parameter, and no score depends on this one.

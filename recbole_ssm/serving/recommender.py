@@ -15,7 +15,8 @@ from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import KEYS, shown
 from recbole_ssm.trainer import checkpoint
-from recbole_ssm.trainer.checkpoint import items_of, load_weights, texts_in
+from recbole_ssm.trainer.checkpoint import load_weights
+from recbole_ssm.trainer.known_items import counts_of, items_of, texts_in
 
 compat.install()
 
@@ -292,7 +293,7 @@ def load_recommender(
     with checkpoint.doubted(saved, path):
         built = build_model(config, outline, config["device"], class_of(saved.info, path, model))
         load_weights(built, saved, path)
-        recommender = Recommender(built, config, items, cuda_graphs=cuda_graphs)
+        recommender = Recommender(built, config, items, counts_of(saved, path), cuda_graphs=cuda_graphs)
         if not getattr(built, "reads_text", False) and not cuda_graphs:
             # Settings that do not fit may show in the scores alone.
             recommender.scores([[1]])

@@ -50,7 +50,7 @@ from recbole_ssm.keys import (
     Text,
     renamed,
 )
-from recbole_ssm.trainer.tensorfile import bytes_of, digest, header, in_order, packed, unpacked
+from recbole_ssm.trainer.tensorfile import bytes_of, digest, header, in_order
 
 FORMAT, FORMER = 3, 2
 SUFFIX = ".safetensors"
@@ -279,54 +279,6 @@ def settings_of(config: Any, model: Any = None) -> dict[str, Any]:
     """
     added = getattr(model, "settings", {})
     return plain({k: v for k, v in {**config.final_config_dict, **added}.items() if k not in MACHINE_KEYS})
-
-
-def catalogue_of(dataset: Any, model: Any = None) -> Checkpoint:
-    """What recommending needs of a data set: the item tokens by id, and the sizes that models ask for.
-
-    A model that reads titles has them by item id as its attribute ``titles``; they are added.
-    """
-    fields = [field for field in dataset.field2type if field in dataset.field2id_token]
-    texts = {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]]}
-    if hasattr(model, "titles"):
-        texts["titles"] = model.titles
-    tensors = {f"catalogue.{name}.{part}": t for name, list_ in texts.items() for part, t in packed(list_).items()}
-    return Checkpoint(tensors, {"catalogue": {"sizes": {field: dataset.num(field) for field in fields}}})
-
-
-def texts_in(saved: Checkpoint, path: Path, name: str) -> list[str] | None:
-    """The ``items`` or the ``titles`` of a checkpoint's catalogue, by item id; None where it has none.
-
-    Raises:
-        UserError: they are no list of texts.
-    """
-    found = saved.info["catalogue"].get(name)
-    try:
-        if f"catalogue.{name}.bytes" in saved.tensors:
-            found = unpacked(*(saved.tensors[f"catalogue.{name}.{part}"] for part in ("bytes", "offsets")))
-        if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
-            raise ValueError("no list of texts")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: inconsistent, its {name} cannot be read ({error})") from error
-    return found
-
-
-def items_of(saved: Checkpoint, path: Path) -> list[str]:
-    """The item tokens of a checkpoint by id; id 0 is padding.
-
-    Raises:
-        UserError: there are none, or they do not fit what the checkpoint says of them.
-    """
-    try:
-        items, size = (
-            texts_in(saved, path, "items"),
-            saved.info["catalogue"]["sizes"][saved.info["config"]["ITEM_ID_FIELD"]],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
-    if items is None or not len(items) == len(set(items)) == size:
-        raise UserError(f"checkpoint {path}: inconsistent, its items are not {size:,} different ones; take another one")
-    return items
 
 
 @contextlib.contextmanager

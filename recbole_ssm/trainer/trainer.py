@@ -17,9 +17,10 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.memory import peak_memory, return_free_memory
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer import folder as folders
-from recbole_ssm.trainer.checkpoint import catalogue_of, load_weights, plain, settings_of
+from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of
 from recbole_ssm.trainer.gradients import AdaptiveGradients, Gradients
 from recbole_ssm.trainer.hooks import Hook
+from recbole_ssm.trainer.known_items import catalogue_of
 from recbole_ssm.trainer.learner import Learner
 from recbole_ssm.trainer.signals import Interrupted
 from recbole_ssm.trainer.snapshot import (

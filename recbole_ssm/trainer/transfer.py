@@ -11,7 +11,8 @@ from torch import nn
 
 from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.errors import UserError
-from recbole_ssm.trainer.checkpoint import Checkpoint, items_of
+from recbole_ssm.trainer.checkpoint import Checkpoint
+from recbole_ssm.trainer.known_items import items_of
 
 LEARNING_KEYS = {"initializer_range", "dt_init", "loss_type", "num_negatives", "negative_power", "gbce_t"}
 """The keys of models that say how weights start and are learned, not what the model computes; and its dropout."""

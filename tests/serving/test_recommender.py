@@ -85,7 +85,6 @@ def test_one_text_is_no_list_of_items(toy):
     ("arguments", "message"),
     [
         ((["i1", "i99x"],), "history: item 'i99x' is not in the catalogue"),
-        (([],), "history: must be a list of one item token or more"),
         (("i1",), "history: must be a list of item tokens, got 'i1'; write ['i1']"),
         ((["i1"], 0), "k: must be at least 1, got 0"),
         ((["[PAD]"],), "history: item '[PAD]' is not in the catalogue"),
@@ -172,7 +171,18 @@ def test_k_is_a_whole_number(recommender, k):
         recommender.recommend(["i1"], k)
 
 
+def test_a_checkpoint_without_counts_answers_no_empty_history(recommender):
+    # As those of 0.1.0 are.
+    recommender.catalogue = Catalogue(recommender.items)
+    with pytest.raises(UserError, match="history: must be a list of one item token or more"):
+        recommender.recommend([])
+
+
 def test_an_empty_history_is_answered_by_popularity(recommender):
+    # In the toy data every item is a target about as often; the order of equal counts is that of the ids.
+    popular = recommender.recommend([], 20)
+    assert popular.source == "popularity" and all(count > 0 for _, count in popular)
+    assert [count for _, count in popular] == sorted((count for _, count in popular), reverse=True)
     items = recommender.items
     recommender.catalogue = Catalogue(items, torch.arange(21))
     alone, answer = recommender.recommend_many([["i3"], []], 3)

@@ -15,7 +15,7 @@ from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
-from recbole_ssm.trainer import Hook, Trainer, checkpoint
+from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items
 from recbole_ssm.trainer.checkpoint import load_weights
 from recbole_ssm.trainer.tensorfile import packed, unpacked
 from tests.children import in_child
@@ -33,7 +33,7 @@ def test_a_run_leaves_its_best_and_its_newest(trained, tmp_path):
     assert files[0] == tmp_path / trained["checkpoint"]
     saved = checkpoint.read(files[0])
     assert saved.info["model"] == "Mamba4Rec"
-    assert checkpoint.texts_in(saved, files[0], "items") == ["[PAD]", *(f"i{n}" for n in range(20))]
+    assert known_items.texts_in(saved, files[0], "items") == ["[PAD]", *(f"i{n}" for n in range(20))]
     assert saved.info["config"]["d_state"] == 32
     assert "data_path" not in saved.info["config"]
 
@@ -180,7 +180,7 @@ def test_ids_of_any_catalogue_are_written_and_read(tmp_path, items):
         tokens = [f"{k:08x}-0000-4000-8000-{k * 2654435761 % 2**48:012x}" for k in range(items)]
         tensors = {f"catalogue.items.{part}": tensor for part, tensor in packed(tokens).items()}
         checkpoint.write(path, tensors, {"catalogue": {"sizes": {"item_id": items}}})
-        return checkpoint.texts_in(checkpoint.read(path), path, "items") == tokens
+        return known_items.texts_in(checkpoint.read(path), path, "items") == tokens
 
     outcome = in_child(work, seconds=300)
     assert outcome[:2] == ("done", True)
@@ -244,7 +244,7 @@ def test_2mamba4rec_of_a_former_format_keeps_its_norm(toy, monkeypatch):
     now = load_recommender(path, "cpu").model.blocks[0].mixer.norm_groups
     saved = checkpoint.read(path)
     del saved.info["config"]["joint_norm"]
-    saved.info["catalogue"]["items"] = checkpoint.texts_in(saved, path, "items")
+    saved.info["catalogue"]["items"] = known_items.texts_in(saved, path, "items")
     tensors = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith("catalogue.")}
     checkpoint.write(path, tensors, saved.info | {"format": 2})
     assert (now, load_recommender(path, "cpu").model.blocks[0].mixer.norm_groups) == (2, 1)

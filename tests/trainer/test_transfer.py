@@ -9,7 +9,7 @@ from recbole_ssm import run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import load_data_and_model
-from recbole_ssm.trainer import Hook, checkpoint
+from recbole_ssm.trainer import Hook, checkpoint, known_items
 
 
 class FirstWeights(Hook):
@@ -52,7 +52,7 @@ def test_an_item_keeps_its_vector_by_its_token(runs, model):
     saved = checkpoint.read(Path(first["checkpoint"]))
     start = FirstWeights()
     run_recbole_ssm(model, **given, init=first["checkpoint"], hooks=[start])
-    before = checkpoint.items_of(saved, Path())
+    before = known_items.items_of(saved, Path())
     assert start.items != before and len(start.items) == len(before) + 4
     for name, now in start.weights.items():
         then = saved.tensors[f"model.{name}"]
@@ -100,6 +100,6 @@ def test_the_data_set_and_the_model_of_a_run_come_back(runs, write_dataset):
     saved = checkpoint.read(Path(first["checkpoint"]))
     # The four items that the checkpoint does not know are left out.
     assert [str(token) for token in dataset.field2id_token["item_id"]][1:] != []
-    assert set(map(str, dataset.field2id_token["item_id"])) == set(checkpoint.items_of(saved, Path()))
+    assert set(map(str, dataset.field2id_token["item_id"])) == set(known_items.items_of(saved, Path()))
     assert not model.training and len(train) and len(valid) and len(test)
     assert config["model"] == "2Mamba4Rec"

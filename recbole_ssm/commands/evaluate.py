@@ -1,0 +1,70 @@
+"""Test a trained model: with other metrics, cut-offs, modes or splits, on its data set or another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_ssm.arguments import path_that
+from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.files import check_writable, write_json
+from recbole_ssm.quick_start import load_data_and_model
+from recbole_ssm.trainer import Trainer
+
+
+def evaluate(
+    model_file: str | Path,
+    *,
+    part: str = "test",
+    model: str | type | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Iterable[str] = (),
+) -> dict[str, float]:
+    """The metrics of a trained model.
+
+    Args:
+        model_file: a checkpoint, or the folder of a run.
+        part: of the split, ``test`` or ``valid``.
+        model: the class of the model, where it is one of your own.
+        config_dict: options that are to be others than in the run: ``metrics``, ``topk``,
+            ``eval_args``, or ``dataset`` and ``data_path``. On another data set items are known by
+            their ids; events of unknown items are left out, and counted in the log.
+        command_line: the same as ``["--key=value", ...]``; they win.
+
+    Returns:
+        ``{metric: value}``, as RecBole names them.
+
+    Raises:
+        UserError: something given is wrong, or the split leaves no rows.
+    """
+    if part not in ("test", "valid"):
+        raise UserError(f"part: must be test or valid, got {part}")
+    config, recommender, _, _, valid, test = load_data_and_model(model_file, model, config_dict, command_line)
+    trainer = Trainer(config, recommender)
+    with contextlib.closing(trainer.tensorboard):
+        found = trainer.evaluate(
+            test if part == "test" else valid, load_best_model=False, show_progress=config["show_progress"]
+        )
+    if found is None:
+        raise UserError(f"part: the split leaves no rows of {part}; change eval_args")
+    return {name: float(value) for name, value in found.items()}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command and print the metrics."""
+    parser = ArgumentParser("recbole-ssm evaluate", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--part", choices=("test", "valid"), default="test", help="of the split")
+    parser.add_argument("--json", type=path_that(check_writable), metavar="FILE", help="write the metrics there too")
+    options, command_line = parse(parser, arguments)
+    if options.device == "cpu":
+        command_line.append("--use_gpu=False")
+    found = evaluate(options.checkpoint, part=options.part, model=options.model, command_line=command_line)
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value:.4f}")
+    if options.json:
+        write_json(options.json, {"checkpoint": str(options.checkpoint), "part": options.part, "metrics": found})

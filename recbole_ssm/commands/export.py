@@ -1,0 +1,106 @@
+"""Write the vectors of items or users: Parquet with the columns id and vector, or .npy with the ids in a text file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recbole_ssm.commands.histories import ALL_EVENTS, histories_of
+from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.commands.tables import check_table, write_table
+from recbole_ssm.data.lines import progress
+from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.files import whole, write_text
+from recbole_ssm.quick_start import configure_again
+from recbole_ssm.serving import load_recommender
+from recbole_ssm.trainer import checkpoint
+
+USERS_AT_ONCE = 1024
+
+
+def export_vectors(
+    out: str | Path,
+    model_file: str | Path,
+    what: str = "items",
+    users: str | Path | Iterable[str] = "all",
+    *,
+    model: str | type | None = None,
+    device: str | None = None,
+    command_line: Iterable[str] = (),
+) -> int:
+    """Write the vectors of a model by raw id; the score of an item for a user is their dot product in our models.
+
+    Args:
+        out: a ``.parquet`` file, of the columns ``id`` (text) and ``vector`` (a list of float32, all of
+            one length); or a ``.npy`` file of a float32 array ``[n, d]``, beside which a file
+            ``<out>.ids.txt`` holds the ids, one in each line.
+        model_file: a checkpoint, or the folder of a run.
+        what: ``items``, or ``users``, each of whom is what the model makes of all events; a user
+            without a known item has zeros.
+        users: whose vectors: as of :func:`recbole_ssm.commands.recommend_users`.
+        model: the class of the model, where it is one of your own.
+        device: where to run; None takes a GPU if there is one.
+        command_line: config keys that are to be others than in the run, as ``["--key=value", ...]``.
+
+    Returns:
+        How many vectors were written.
+
+    Raises:
+        UserError: something given is wrong, or the model has no such vectors.
+    """
+    out = Path(out)
+    check_table("out", out, (".parquet", ".npy"))
+    if what not in ("items", "users"):
+        raise UserError(f"what: must be items or users, got {what}")
+    path, saved = checkpoint.find_best(Path(model_file))
+    recommender = load_recommender(path, device, model=model)
+    if what == "items":
+        ids, vectors = recommender.items[1:], recommender.item_vectors()
+    else:
+        config = configure_again((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
+        histories = histories_of(users, config)
+        ids, waiting, parts = histories.users, iter(histories), []
+        with progress("Encode", len(ids), "user") as bar:
+            while piece := list(islice(waiting, USERS_AT_ONCE)):
+                parts.append(recommender.user_vectors(piece, skip_unknown=True))
+                bar.update(len(piece))
+        vectors = torch.cat(parts)
+    _write(out, ids, vectors.numpy())
+    return len(ids)
+
+
+def _write(out: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
+    if out.suffix.lower() == ".parquet":
+        column: Any = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        write_table(out, [pa.table({"id": pa.array(ids, pa.string()), "vector": column})])
+        return
+    write_text(out.with_name(f"{out.name}.ids.txt"), "".join(f"{token}\n" for token in ids))
+    with whole(out) as temporary, open(temporary, "wb") as file:
+        np.save(file, vectors)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command and say what was written."""
+    parser = ArgumentParser("recbole-ssm export", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--what", choices=("items", "users"), default="items", help="whose vectors")
+    parser.add_argument("--users", default="all", help="which users: all (default) or a file, as recommend takes it")
+    parser.add_argument("--out", type=Path, help="a .parquet or .npy file (default: items.parquet or users.parquet)")
+    options, command_line = parse(parser, arguments)
+    out = options.out or Path(f"{options.what}.parquet")
+    count = export_vectors(
+        out,
+        options.checkpoint,
+        options.what,
+        options.users,
+        model=options.model,
+        device=options.device,
+        command_line=command_line,
+    )
+    print(f"wrote {out}: the vectors of {count:,} {options.what}")

@@ -1,0 +1,118 @@
+"""The histories of many users: of a data set, of some of its users, or of a file of events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.convert import read_events
+from recbole_ssm.data.lines import BadLines
+from recbole_ssm.data.sources import open_raw
+from recbole_ssm.errors import UserError
+from recbole_ssm.keys import shown
+
+TABLES = (".inter", ".csv", ".tsv", ".parquet", ".json", ".jsonl", ".gz", ".zip")
+"""A file of events ends so; any other holds a user's id in each line."""
+ALL_EVENTS = {"user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)"}
+"""A run may have left out users and items with few events; here every user has all events."""
+
+
+class Histories(NamedTuple):
+    """Users and their events, oldest first."""
+
+    users: list[str]
+    """The users' ids, in the order of the answers."""
+    items: np.ndarray
+    """The item tokens of all events, user by user [events]."""
+    bounds: np.ndarray
+    """Where each user's events begin and end in ``items`` [users, 2]; a user without events has none."""
+
+    def __iter__(self) -> Iterator[list[str]]:  # type: ignore[override]
+        for start, end in self.bounds:
+            yield list(self.items[start:end])
+
+    def of(self, users: Iterable[str]) -> Histories:
+        """The histories of these users, in their order; a user who is not known has none."""
+        known = {user: number for number, user in enumerate(self.users)}
+        wanted = [str(user) for user in users]
+        nobody = np.zeros(2, dtype=np.int64)
+        bounds = [self.bounds[known[user]] if user in known else nobody for user in wanted]
+        return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2))
+
+
+def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
+    """The histories that ``users`` stands for.
+
+    Args:
+        users: ``all`` for every user of the configuration's data set; ids of some of them; the path
+            of a text file that holds an id in each line; or the path of a file of events, which
+            needs no data set: an atomic file, Parquet, CSV or JSON lines, whose columns are found
+            as ``recbole-ssm convert`` finds them.
+        config: names the data set; its filters hold, but for the least numbers of events.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    if not isinstance(users, (str, Path)):
+        return _of_dataset(config).of(users)
+    if users == "all":
+        return _of_dataset(config)
+    path = Path(users)
+    if not path.is_file():
+        raise UserError(f"--users: must be all or a file, and there is no file {path}")
+    if path.suffix.lower() in TABLES:
+        return _of_events(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8; a file of events ends in {', '.join(TABLES)}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path}: holds no user; write one id in each line")
+    return _of_dataset(config).of(found)
+
+
+def _of_dataset(config: Any) -> Histories:
+    dataset = create_dataset(config)
+    events = dataset.inter_feat
+    order = np.lexsort((events[dataset.time_field].to_numpy(), events[dataset.uid_field].to_numpy()))
+    users = events[dataset.uid_field].to_numpy()[order]
+    names = dataset.field2id_token[dataset.uid_field]
+    items = dataset.field2id_token[dataset.iid_field].astype(object)[events[dataset.iid_field].to_numpy()[order]]
+    return _by_user(users, items, [str(name) for name in names])
+
+
+def _of_events(path: Path) -> Histories:
+    raw = open_raw(path, {})
+    with BadLines(str(raw.events.file)) as bad:
+        events, _ = read_events(raw, bad)
+    events = events.take(events.by_user_and_time())
+    return _by_user(events.users.codes, events.items.objects(), [str(name) for name in events.users.names.to_pylist()])
+
+
+def _by_user(users: np.ndarray, items: np.ndarray, names: list[str]) -> Histories:
+    """Histories of events that are sorted by user and time; ``names`` are the users' by number."""
+    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
+    bounds = np.stack([starts, np.append(starts[1:], len(users))], axis=1)
+    return Histories([names[number] for number in users[starts]], items, bounds)
+
+
+def read_items(option: str, path: Path | None) -> list[str] | None:
+    """The item tokens in a text file, one in each line; None where no file is named.
+
+    Raises:
+        UserError: the file is missing, empty or no text.
+    """
+    if path is None:
+        return None
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} cannot be read ({error})") from error
+    if not found:
+        raise UserError(f"{option}: {shown(str(path))} names no item; write one in each line")
+    return found

@@ -1,0 +1,39 @@
+"""What the commands share that take a checkpoint: its place, its model's class, and config keys behind them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from recbole_ssm.arguments import join_values
+from recbole_ssm.errors import ArgumentParser, UserError
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The checkpoint, and how to load it."""
+    parser.add_argument("checkpoint", type=Path, help="a .safetensors checkpoint, or the folder of a run for its best")
+    parser.add_argument("--model", help="the class of the model, package.module:Class, where it is one of your own")
+    parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: a GPU if there is one)")
+    parser.epilog = "any other --key=value is a config key that is to be another than in the run, such as --data_path"
+
+
+def parse(
+    parser: ArgumentParser,
+    arguments: Sequence[str],
+    flags: Collection[str] = (),
+) -> tuple[Namespace, list[str]]:
+    """The options of a command, and the config keys among the arguments.
+
+    Args:
+        parser: after :func:`add_arguments`.
+        arguments: of the command line, after the command.
+        flags: options that take no value.
+
+    Raises:
+        UserError: an option is wrong, or there is no checkpoint.
+    """
+    options, others = parser.parse_known_args(join_values(list(arguments), {"--help", "-h", *flags}))
+    if strange := [other for other in others if not other.startswith("--")]:
+        raise UserError(f"{parser.prog}: one checkpoint is taken, got {options.checkpoint} and {strange[0]}")
+    return options, others

@@ -1,0 +1,189 @@
+"""Write what to recommend to many users: rows of user_id, item_id, rank, score, source and, where it is known, title.
+
+Source is ``model``, or ``popularity`` for a user without an event of a known item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from recbole_ssm.arguments import at_least
+from recbole_ssm.commands.histories import ALL_EVENTS, histories_of, read_items
+from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.commands.tables import check_table, write_table
+from recbole_ssm.data.lines import progress
+from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.llm.titles import read_titles
+from recbole_ssm.quick_start import configure_again
+from recbole_ssm.serving import load_recommender
+from recbole_ssm.trainer import checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+USERS_AT_ONCE = 1024
+"""Of so many users the rows are written at once."""
+
+
+def recommend_users(
+    model_file: str | Path,
+    users: str | Path | Iterable[str] = "all",
+    k: int = 10,
+    **options: Any,
+) -> pd.DataFrame:
+    """The next items of many users.
+
+    Args:
+        model_file: a checkpoint, or the folder of a run.
+        users: ``all``, ids, or a file; see :func:`recbole_ssm.commands.histories.histories_of`.
+        k: how many items for each.
+        **options: as of :func:`write_recommendations`.
+
+    Returns:
+        The rows, by users and ranks: user_id, item_id, rank (from 1), score, source (``model`` or
+        ``popularity``) and, where the data set has titles, title.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    return pa.concat_tables(_tables(model_file, users, k, **options)).to_pandas()
+
+
+def write_recommendations(
+    out: str | Path,
+    model_file: str | Path,
+    users: str | Path | Iterable[str] = "all",
+    k: int = 10,
+    **options: Any,
+) -> int:
+    """Write the rows of :func:`recommend_users` to a file, piece by piece, whole or not at all.
+
+    Args:
+        out: a file that ends in ``.parquet`` or ``.csv``.
+        model_file: a checkpoint, or the folder of a run.
+        users: as of :func:`recommend_users`.
+        k: how many items for each.
+        **options: ``exclude_seen``, ``allow``, ``deny`` and ``skip_unknown`` as of
+            :class:`recbole_ssm.serving.Recommender`, but unknown items of histories are skipped
+            unless ``skip_unknown=False``; ``model``, the class of the model, where it is one of your
+            own; ``device``; ``config_dict`` and ``command_line``, options of the data set that are
+            to be others than in the run, such as ``data_path``.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    check_table("out", Path(out))
+    return write_table(Path(out), _tables(model_file, users, k, **options))
+
+
+def _tables(
+    model_file: str | Path,
+    users: str | Path | Iterable[str],
+    k: int,
+    *,
+    model: str | type | None = None,
+    device: str | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Iterable[str] = (),
+    skip_unknown: bool = True,
+    **choice: Any,
+) -> Iterator[pa.Table]:
+    """The rows, those of so many users at a time."""
+    path, saved = checkpoint.find_best(Path(model_file))
+    recommender = load_recommender(path, device, model=model)
+    data_options = {**ALL_EVENTS, **(config_dict or {})}
+    config = configure_again((path, saved), model, config_dict=data_options, command_line=command_line)
+    histories = histories_of(users, config)
+    titles = _titles(config, recommender.items)
+
+    answers = recommender.stream(histories, k, skip_unknown=skip_unknown, **choice)
+    names = iter(histories.users)
+    popular = skipped = 0
+    with progress("Recommend", len(histories.users), "user") as bar:
+        # An empty piece comes where there are no users: a table has its columns all the same.
+        while (piece := list(islice(zip(names, answers), USERS_AT_ONCE))) or not bar.n:
+            rows = [
+                (user, item, rank, score, answer.source)
+                for user, answer in piece
+                for rank, (item, score) in enumerate(answer, 1)
+            ]
+            columns = list(zip(*rows)) or [()] * len(SCHEMA)
+            table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA)], schema=SCHEMA)
+            if titles is not None:
+                table = table.append_column("title", pa.array([titles[item] for item in columns[1]], pa.string()))
+            yield table
+            if not piece:
+                break
+            popular += sum(answer.source == "popularity" for _, answer in piece)
+            skipped += sum(answer.skipped for _, answer in piece)
+            bar.update(len(piece))
+    if popular:
+        getLogger().warning(f"{popular:,} users have no event of a known item; they are answered by popularity")
+    if skipped:
+        getLogger().warning(f"{skipped:,} events are of items that the checkpoint does not know; they do not count")
+
+
+SCHEMA = pa.schema(
+    {
+        "user_id": pa.string(),
+        "item_id": pa.string(),
+        "rank": pa.int32(),
+        "score": pa.float64(),
+        "source": pa.dictionary(pa.int8(), pa.string()),
+    }
+)
+
+
+def _titles(config: Any, items: Sequence[str]) -> dict[str, str] | None:
+    """``{item token: title}``, where the data set of the run has titles."""
+    if not Path(config["data_path"], f"{config['dataset']}.item").is_file():
+        return None
+    try:
+        return dict(zip(items, read_titles(config, items)))
+    except UserError as error:
+        getLogger().warning(f"the rows have no titles: {error}")
+        return None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command and say what was written."""
+    parser = ArgumentParser("recbole-ssm recommend", __doc__)
+    add_arguments(parser)
+    parser.add_argument(
+        "--users",
+        default="all",
+        help="all users of the run's data set with all their events (default), or a file: of a user's id in each line, "
+        "or of events (.inter, .parquet, .csv, .jsonl)",
+    )
+    parser.add_argument("--k", type=at_least(1), default=10, help="items for each user")
+    parser.add_argument("--out", type=Path, default=Path("recommendations.csv"), help="a .parquet or .csv file")
+    parser.add_argument("--exclude_seen", action="store_true", help="leave out the items of the user's history")
+    parser.add_argument("--allow", type=Path, metavar="FILE", help="an item's id in each line: only these")
+    parser.add_argument("--deny", type=Path, metavar="FILE", help="an item's id in each line: none of these")
+    parser.add_argument(
+        "--refuse_unknown", action="store_true", help="stop at an event of an unknown item (default: leave it out)"
+    )
+    options, command_line = parse(parser, arguments, flags=("--exclude_seen", "--refuse_unknown"))
+    rows = write_recommendations(
+        options.out,
+        options.checkpoint,
+        options.users,
+        options.k,
+        exclude_seen=options.exclude_seen,
+        allow=read_items("--allow", options.allow),
+        deny=read_items("--deny", options.deny),
+        skip_unknown=not options.refuse_unknown,
+        model=options.model,
+        device=options.device,
+        command_line=command_line,
+    )
+    print(f"wrote {options.out}: {rows:,} rows")

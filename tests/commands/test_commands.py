@@ -1,0 +1,181 @@
+"""recommend, evaluate and export: a trained model, and many users at once."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm.cli import main
+from recbole_ssm.commands import evaluate, recommend_users
+from recbole_ssm.errors import UserError
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The result of a run on a data set of 30 users and 20 items with titles, and its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "data" / "shop"
+    data.mkdir(parents=True)
+    rows = [f"u{u}\ti{(u + j) % 20}\t{j}" for u in range(30) for j in range(8)]
+    # A user with too few events for the run's filter.
+    rows += ["few\ti1\t0", "few\ti2\t1"]
+    (data / "shop.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + "\n".join(rows) + "\n")
+    titles = "".join(f"i{i}\tThe title, {i}\n" for i in range(20))
+    (data / "shop.item").write_text("item_id:token\ttitle:token_seq\n" + titles)
+    options = {
+        "data_path": str(folder / "data"),
+        "checkpoint_dir": str(folder / "saved"),
+        "epochs": 4,
+        "topk": [1, 5],
+        "valid_metric": "NDCG@5",
+        "user_inter_num_interval": "[3,inf)",
+        "show_progress": False,
+        "state": "WARNING",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run_recbole_ssm("2Mamba4Rec", "shop", config_dict=options)
+    return result, Path(result["checkpoint"]).parent
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_user_of_the_data_set(run, tmp_path):
+    _, folder = run
+    assert main(["recommend", str(folder), "--k=3", "--out=recs.csv", "--exclude_seen", "--device=cpu"]) == 0
+    rows = rows_of("recs.csv")
+    # All users with all their events, those whom the run's filter left out too.
+    assert len({row["user_id"] for row in rows}) == 31
+    recommender = load_recommender(folder, device="cpu")
+    for user, history in (("u4", [f"i{n}" for n in range(4, 12)]), ("few", ["i1", "i2"])):
+        expected = recommender.recommend(history, 3, exclude_seen=True)
+        found = [row for row in rows if row["user_id"] == user]
+        assert [row["item_id"] for row in found] == [item for item, _ in expected]
+        assert [float(row["score"]) for row in found] == pytest.approx([score for _, score in expected], abs=1e-5)
+        assert [row["rank"] for row in found] == ["1", "2", "3"]
+        assert [row["title"] for row in found] == [f"The title, {item[1:]}" for item, _ in expected]
+        assert {row["source"] for row in found} == {"model"}
+
+
+def test_some_users_and_items(run, tmp_path, caplog):
+    _, folder = run
+    Path("users.txt").write_text("u3\nnobody\nu1\n")
+    Path("allowed.txt").write_text("i1\ni2\ni3\n")
+    Path("denied.txt").write_text("i2\n")
+    options = ["--users=users.txt", "--allow=allowed.txt", "--deny=denied.txt", "--out=recs.parquet"]
+    assert main(["recommend", str(folder), *options]) == 0
+    table = pyarrow.parquet.read_table("recs.parquet").to_pydict()
+    assert table["user_id"] == ["u3", "u3", "nobody", "nobody", "u1", "u1"]
+    assert set(table["item_id"]) == {"i1", "i3"}
+    assert table["source"][2:4] == ["popularity"] * 2 and set(table["source"][:2]) == {"model"}
+
+
+@pytest.mark.parametrize("kind", ["events.inter", "events.csv", "events.parquet"])
+def test_users_from_a_file_of_events(run, tmp_path, kind):
+    _, folder = run
+    events = {"user_id": ["b", "a", "b", "b"], "item_id": ["i3", "i9", "i2", "no such"], "timestamp": [7, 1, 6, 8]}
+    if kind.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.table(events), kind)
+    else:
+        mark, header = ("\t", "user_id:token\titem_id:token\ttimestamp:float")
+        if kind.endswith("csv"):
+            mark, header = ",", "user_id,item_id,timestamp"
+        lines = [mark.join(map(str, row)) for row in zip(*events.values())]
+        Path(kind).write_text("\n".join([header, *lines]) + "\n")
+    found = recommend_users(folder, kind, 2, device="cpu")
+    recommender = load_recommender(folder, device="cpu")
+    of_b = found[found.user_id == "b"]
+    assert list(of_b.item_id) == [item for item, _ in recommender.recommend(["i2", "i3"], 2)]
+    with pytest.raises(UserError, match=r"histories\[0\]: item 'no such' is not in the catalogue"):
+        recommend_users(folder, kind, 2, device="cpu", skip_unknown=False)
+
+
+def test_a_run_is_tested_again_as_it_was(run):
+    result, folder = run
+    found = evaluate(folder, config_dict={"use_gpu": False})
+    assert found == pytest.approx(dict(result["test_result"]))
+    assert all(type(value) is float for value in found.values())
+    assert evaluate(folder, part="valid") == pytest.approx(dict(result["best_valid_result"]))
+
+
+def test_other_metrics_and_splits(run, capsys):
+    _, folder = run
+    options = ["--metrics=['Recall']", "--topk=[2]", "--valid_metric=Recall@2", "--json=out.json"]
+    assert main(["evaluate", str(folder), "--device=cpu", *options]) == 0
+    assert list(json.loads(Path("out.json").read_text())["metrics"]) == ["recall@2"]
+    assert "recall@2" in capsys.readouterr().out
+    by_time = evaluate(folder, config_dict={"eval_args": {"split": {"GTS": [0.7, 0.1, 0.2]}}})
+    assert by_time.keys() == evaluate(folder).keys()
+
+
+def test_another_data_set_knows_items_by_their_ids(run, tmp_path):
+    _, folder = run
+    data = tmp_path / "other" / "market"
+    data.mkdir(parents=True)
+    # The same circle of items, for other users, in another order of lines, and with items that the run did not know.
+    rows = [f"v{u}\ti{(7 * u + j) % 20}\t{j}" for u in range(12) for j in range(8)]
+    rows += [f"v{u}\tnew{u}\t3.5" for u in range(12)]
+    header = "user_id:token\titem_id:token\ttimestamp:float\n"
+    (data / "market.inter").write_text(header + "\n".join(reversed(rows)) + "\n")
+    found = evaluate(folder, config_dict={"data_path": str(tmp_path / "other"), "dataset": "market"})
+    recommender = load_recommender(folder, device="cpu")
+    best = [recommender.recommend([f"i{(7 * u + j) % 20}" for j in range(7)], 1)[0][0] for u in range(12)]
+    hits = [item == f"i{(7 * u + 7) % 20}" for u, item in enumerate(best)]
+    assert found["hit@1"] == pytest.approx(np.mean(hits), abs=1e-4)
+
+
+def test_vectors_by_raw_id(run):
+    _, folder = run
+    recommender = load_recommender(folder, device="cpu")
+    assert main(["export", str(folder), "--out=v.parquet"]) == 0
+    items = pyarrow.parquet.read_table("v.parquet").to_pydict()
+    assert items["id"] == recommender.items[1:]
+    np.testing.assert_array_equal(np.array(items["vector"], dtype=np.float32), recommender.item_vectors().numpy())
+    assert main(["export", str(folder), "--what=users", "--out=v.npy", "--device=cpu"]) == 0
+    users, ids = np.load("v.npy"), Path("v.npy.ids.txt").read_text().splitlines()
+    assert users.shape[0] == len(ids) == 31
+    expected = recommender.user_vectors([[f"i{n}" for n in range(4, 12)]])[0].numpy()
+    np.testing.assert_allclose(users[ids.index("u4")], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recommend"], "the following arguments are required: checkpoint"),
+        (["recommend", "{run}", "more"], "one checkpoint is taken"),
+        (["recommend", "no/such"], "there is no such file"),
+        (["recommend", "{run}", "--users=absent.txt"], "there is no file absent.txt"),
+        (["recommend", "{run}", "--out=recs.xls"], "must end in .parquet or .csv"),
+        (["recommend", "{run}", "--out=absent/recs.csv"], "there is no folder"),
+        (["recommend", "{run}", "--allow=absent.txt"], "--allow: absent.txt cannot be read"),
+        (["recommend", "{run}", "--deny={strange}"], "deny: item 'strange' is not in the catalogue"),
+        (["recommend", "{run}", "--k=0"], "must be at least 1"),
+        (["recommend", "{run}", "--data_pth=x"], "data_pth: there is no such key; did you mean 'data_path'?"),
+        (["evaluate", "{run}", "--metrics=['Hits']"], "there is no metric 'Hits'; did you mean 'hit'?"),
+        (["export", "{run}", "--what=people"], "invalid choice: 'people'"),
+        (["export", "{run}", "--out=v.csv"], "must end in .parquet or .npy"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(run, capsys, arguments, message):
+    Path("strange.txt").write_text("strange\n")
+    before = set(Path().rglob("*"))
+    names = {"run": str(run[1]), "strange": "strange.txt"}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert message in line
+    written = {path for path in set(Path().rglob("*")) - before if path.parts[0] not in ("log", "log_tensorboard")}
+    assert not written
+
+
+def test_the_formats_of_the_page_are_those_of_the_code():
+    page = (REPOSITORY / "docs" / "serving.md").read_text()
+    for column in ("user_id", "item_id", "rank", "score", "source", "title"):
+        assert f"`{column}`" in page
