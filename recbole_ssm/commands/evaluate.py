@@ -10,6 +10,7 @@ from typing import Any
 from recbole_ssm.arguments import path_that
 from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.evaluation.metrics import Result
 from recbole_ssm.files import check_writable, write_json
 from recbole_ssm.quick_start import load_data_and_model
 from recbole_ssm.trainer import Trainer
@@ -22,7 +23,7 @@ def evaluate(
     model: str | type | None = None,
     config_dict: Mapping[str, Any] | None = None,
     command_line: Iterable[str] = (),
-) -> dict[str, float]:
+) -> Result:
     """The metrics of a trained model.
 
     Args:
@@ -35,7 +36,8 @@ def evaluate(
         command_line: the same as ``["--key=value", ...]``; they win.
 
     Returns:
-        ``{metric: value}``, as RecBole names them.
+        ``{metric: value}``, as RecBole names them; its attribute ``masked`` has the same with the items
+        of the history left out.
 
     Raises:
         UserError: something given is wrong, or the split leaves no rows.
@@ -50,7 +52,8 @@ def evaluate(
         )
     if found is None:
         raise UserError(f"part: the split leaves no rows of {part}; change eval_args")
-    return {name: float(value) for name, value in found.items()}
+    result: Result = found
+    return result
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,7 +67,9 @@ def main(arguments: Sequence[str]) -> None:
         command_line.append("--use_gpu=False")
     found = evaluate(options.checkpoint, part=options.part, model=options.model, command_line=command_line)
     width = max(map(len, found))
+    print(f"{'':<{width}}  unmasked  history masked")
     for name, value in found.items():
-        print(f"{name:<{width}}  {value:.4f}")
+        print(f"{name:<{width}}  {value:8.4f}" + (f"  {found.masked[name]:14.4f}" if name in found.masked else ""))
     if options.json:
-        write_json(options.json, {"checkpoint": str(options.checkpoint), "part": options.part, "metrics": found})
+        about = {"checkpoint": str(options.checkpoint), "part": options.part}
+        write_json(options.json, {**about, "metrics": found, "masked": found.masked})

@@ -15,12 +15,11 @@ from tqdm import tqdm
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.memory import peak_memory, return_free_memory
-from recbole_ssm.trainer import checkpoint
+from recbole_ssm.trainer import checkpoint, known_items
 from recbole_ssm.trainer import folder as folders
 from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of
 from recbole_ssm.trainer.gradients import AdaptiveGradients, Gradients
 from recbole_ssm.trainer.hooks import Hook
-from recbole_ssm.trainer.known_items import catalogue_of
 from recbole_ssm.trainer.learner import Learner
 from recbole_ssm.trainer.signals import Interrupted
 from recbole_ssm.trainer.snapshot import (
@@ -143,7 +142,7 @@ class Trainer(EvaluatingTrainer):
 
     def _prepare(self, train_data: TrainLoader, saved: bool) -> None:
         """Make ready for the data, and refuse what cannot work with it."""
-        self.catalogue = catalogue_of(train_data._dataset, self.model)
+        self.catalogue = known_items.catalogue_of(train_data._dataset, self.model)
         fingerprint = train_data.fingerprint()
         if self.fingerprint not in ("", fingerprint):
             raise UserError("resume: the training data is not what it was when the checkpoint was written")

@@ -102,6 +102,7 @@ def test_a_run_is_tested_again_as_it_was(run):
     result, folder = run
     found = evaluate(folder, config_dict={"use_gpu": False})
     assert found == pytest.approx(dict(result["test_result"]))
+    assert found.masked == pytest.approx(result["test_result_masked"])
     assert all(type(value) is float for value in found.values())
     assert evaluate(folder, part="valid") == pytest.approx(dict(result["best_valid_result"]))
 
@@ -110,7 +111,8 @@ def test_other_metrics_and_splits(run, capsys):
     _, folder = run
     options = ["--metrics=['Recall']", "--topk=[2]", "--valid_metric=Recall@2", "--json=out.json"]
     assert main(["evaluate", str(folder), "--device=cpu", *options]) == 0
-    assert list(json.loads(Path("out.json").read_text())["metrics"]) == ["recall@2"]
+    written = json.loads(Path("out.json").read_text())
+    assert list(written["metrics"]) == list(written["masked"]) == ["recall@2"]
     assert "recall@2" in capsys.readouterr().out
     by_time = evaluate(folder, config_dict={"eval_args": {"split": {"GTS": [0.7, 0.1, 0.2]}}})
     assert by_time.keys() == evaluate(folder).keys()
