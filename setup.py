@@ -1,5 +1,6 @@
 """Builds the native kernels where there is a compiler for them; without one, the package installs all the same."""
 
+import hashlib
 import platform
 from pathlib import Path
 
@@ -12,6 +13,8 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = Path("recbole_ssm/csrc")
+# recbole_ssm.ops.native compares it with the files, so that nothing older than them is used.
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[hc]*")))).hexdigest()
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # -ffast-math would undo the rounding in exp2
 # name, floats in a vector, flags; all of them go into one library, which picks when it is loaded
@@ -40,7 +43,10 @@ class BuildKernels(build_ext):
         library.unlink(missing_ok=True)  # a failed build must not leave the kernels of older sources behind
         try:
             objects = self.compiler.compile(
-                [str(SOURCES / "library.cpp")], output_dir=self.build_temp, extra_postargs=FLAGS
+                [str(SOURCES / "library.cpp")],
+                output_dir=self.build_temp,
+                macros=[("SOURCES", f'"{DIGEST}"')],
+                extra_postargs=FLAGS,
             )
             for name, floats, flags in INSTRUCTION_SETS:
                 objects += self.compiler.compile(

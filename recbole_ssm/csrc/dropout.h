@@ -56,6 +56,8 @@ void dropout_task(void* context, i64 task, i64) {
     }
 }
 
+i64 dropout_workspace(const Dropout&) { return 0; }
+
 void dropout(const Dropout& a) {
   parallel(a.threads, (a.size + DROPOUT_TASK - 1) / DROPOUT_TASK, dropout_task, (void*)&a);
 }

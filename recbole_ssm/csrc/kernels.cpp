@@ -11,10 +11,7 @@
 #include "ssd.h"
 #include "step.h"
 
+#define TWO_WAYS(op, Args) op##_forward, op##_backward, op##_workspace,
+#define ONE_WAY(op, Args) op, op##_workspace,
 extern const Kernels KERNELS;
-const Kernels KERNELS = {
-    scan_forward,       scan_backward,  ssd_forward,       ssd_backward,   ssd_last_forward, ssd_last_backward,
-    conv_forward,       conv_backward,  step,              history,        dropout,          loss,
-    ranks,              scan_workspace, ssd_workspace,     ssd_last_workspace, conv_workspace, step_workspace,
-    history_workspace,  loss_workspace, ranks_workspace,
-};
+const Kernels KERNELS = {ALL_KERNELS(TWO_WAYS, ONE_WAY)};

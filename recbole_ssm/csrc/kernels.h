@@ -12,7 +12,6 @@
 
 typedef int64_t i64;
 
-enum { ABI = 5 };     // raise with every change here; Python refuses a library of another number
 enum { CHUNK = 64 };  // positions between two states that the forward keeps for the backward
 
 // selective scan: D channels with a state of N each; states are stored [S, N, D]
@@ -157,30 +156,33 @@ struct Ranks {
   char* workspace;
 };
 
-// What one instruction set offers. workspace_*: bytes that a call needs.
+// Every kernel by the name that Python calls it by, with its structure. Those of the first kind have a forward and a
+// backward. A new kernel is a structure above, a line here, and a header among those of kernels.cpp with its functions;
+// `fits` in library.cpp says which values it refuses.
+#define ALL_KERNELS(TWO_WAYS, ONE_WAY) \
+  TWO_WAYS(scan, Scan)                 \
+  TWO_WAYS(ssd, Ssd)                   \
+  TWO_WAYS(ssd_last, SsdLast)          \
+  TWO_WAYS(conv, Conv)                 \
+  ONE_WAY(step, Step)                  \
+  ONE_WAY(history, History)            \
+  ONE_WAY(dropout, Dropout)            \
+  ONE_WAY(loss, Loss)                  \
+  ONE_WAY(ranks, Ranks)
+
+// What one instruction set offers. A workspace is the bytes that a call needs.
+#define TWO_WAYS(op, Args)           \
+  void (*op##_forward)(const Args&);  \
+  void (*op##_backward)(const Args&); \
+  i64 (*op##_workspace)(const Args&, i64 backward);
+#define ONE_WAY(op, Args)  \
+  void (*op)(const Args&); \
+  i64 (*op##_workspace)(const Args&);
 struct Kernels {
-  void (*scan_forward)(const Scan&);
-  void (*scan_backward)(const Scan&);
-  void (*ssd_forward)(const Ssd&);
-  void (*ssd_backward)(const Ssd&);
-  void (*ssd_last_forward)(const SsdLast&);
-  void (*ssd_last_backward)(const SsdLast&);
-  void (*conv_forward)(const Conv&);
-  void (*conv_backward)(const Conv&);
-  void (*step)(const Step&);
-  void (*history)(const History&);
-  void (*dropout)(const Dropout&);
-  void (*loss)(const Loss&);
-  void (*ranks)(const Ranks&);
-  i64 (*scan_workspace)(const Scan&, i64 backward);
-  i64 (*ssd_workspace)(const Ssd&, i64 backward);
-  i64 (*ssd_last_workspace)(const SsdLast&, i64 backward);
-  i64 (*conv_workspace)(const Conv&, i64 backward);
-  i64 (*step_workspace)(const Step&);
-  i64 (*history_workspace)(const History&);
-  i64 (*loss_workspace)(const Loss&);
-  i64 (*ranks_workspace)(const Ranks&);
+  ALL_KERNELS(TWO_WAYS, ONE_WAY)
 };
+#undef TWO_WAYS
+#undef ONE_WAY
 
 // Run task(0) ... task(tasks - 1) on several threads, each task once, in any order. `run(context, task, thread)`.
 __attribute__((visibility("hidden"))) void parallel(i64 threads, i64 tasks, void (*run)(void*, i64, i64), void* context);

@@ -9,6 +9,10 @@
 #include <xmmintrin.h>
 #endif
 
+#ifndef SOURCES
+#define SOURCES ""
+#endif
+
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
@@ -87,6 +91,42 @@ bool within(const i64* ids, i64 count, i64 items) {
   return true;
 }
 
+// Whether a kernel can read what it is given: Python checks shapes, and here is what tensors hold. Of the scans and the
+// convolution, offsets must rise from 0 to `rows`.
+template <class Args>
+bool fits(const Args& a, i64 rows) {
+  return offsets_fit(a.offsets, a.S, rows);
+}
+
+bool fits(const Step& a, i64) { return !a.rows || within(a.rows, a.B, a.items); }
+
+bool fits(const History& a, i64) { return offsets_fit(a.offsets, a.S, a.L) && within(a.items, a.L, a.V); }
+
+bool fits(const Dropout&, i64) { return true; }
+
+bool fits(const Loss& a, i64) {
+  return within(a.target, a.n, a.V) && (!a.candidates || within(a.candidates, a.K, a.V));
+}
+
+bool fits(const Ranks& a, i64) { return within(a.target, a.n, a.V) && (!a.seen || within(a.seen, a.E, a.V)); }
+
+// 0, or 1 where the values do not fit.
+template <class Args>
+i64 run(void (*kernel)(const Args&), const Args* a, i64 rows) {
+  if (!fits(*a, rows)) return 1;
+  kernel(*a);
+  return 0;
+}
+
+// `count` blocks, one after the other.
+i64 run(void (*kernel)(const Step&), const Step* a, i64 count) {
+  for (i64 i = 0; i < count; i++) {
+    if (!fits(a[i], 0)) return 1;
+    kernel(a[i]);
+  }
+  return 0;
+}
+
 }  // namespace
 
 // Threads live as long as a call: nothing is left behind that a fork could break, and they cost some ten microseconds.
@@ -103,7 +143,8 @@ void parallel(i64 threads, i64 tasks, void (*run)(void*, i64, i64), void* contex
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT i64 recbole_ssm_abi() { return ABI; }
+// The digest of the files that this was built from, by which Python tells a library of other sources.
+EXPORT const char* recbole_ssm_sources() { return SOURCES; }
 
 // Take the instruction set of that name, or the best one for null; its name, or null where this machine lacks it.
 EXPORT const char* recbole_ssm_select(const char* name) {
@@ -115,72 +156,19 @@ EXPORT const char* recbole_ssm_select(const char* name) {
   return nullptr;
 }
 
-// The size of a structure, by which Python sees that its own has as many members.
-#define SIZE(op, Args) \
-  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }
-
-SIZE(scan, Scan)
-SIZE(ssd, Ssd)
-SIZE(ssd_last, SsdLast)
-SIZE(conv, Conv)
-SIZE(step, Step)
-SIZE(history, History)
-SIZE(dropout, Dropout)
-SIZE(loss, Loss)
-SIZE(ranks, Ranks)
-
-// 0, or 1 where the offsets do not rise from 0 to `rows`.
-#define KERNEL(op, Args)                                                                \
-  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 backward) {                 \
-    return chosen->kernels->op##_workspace(*a, backward);                                \
-  }                                                                                      \
-  EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64 backward) {                   \
-    if (!offsets_fit(a->offsets, a->S, rows)) return 1;                                  \
-    (backward ? chosen->kernels->op##_backward : chosen->kernels->op##_forward)(*a);     \
-    return 0;                                                                            \
+// Of each kernel: the size of its structure, by which Python sees that its own has as many members; the bytes of
+// workspace that a call needs; and the call.
+#define TWO_WAYS(op, Args)                                                                                   \
+  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                                              \
+  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 backward) {                                     \
+    return chosen->kernels->op##_workspace(*a, backward);                                                    \
+  }                                                                                                          \
+  EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64 backward) {                                       \
+    return run(backward ? chosen->kernels->op##_backward : chosen->kernels->op##_forward, a, rows);          \
   }
+#define ONE_WAY(op, Args)                                                                                    \
+  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                                              \
+  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64) { return chosen->kernels->op##_workspace(*a); } \
+  EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64) { return run(chosen->kernels->op, a, rows); }
 
-KERNEL(scan, Scan)
-KERNEL(ssd, Ssd)
-KERNEL(ssd_last, SsdLast)
-KERNEL(conv, Conv)
-
-// `count` blocks, one after the other; 1 where a row does not exist.
-EXPORT i64 recbole_ssm_step_workspace(const Step* a, i64) { return chosen->kernels->step_workspace(*a); }
-EXPORT i64 recbole_ssm_step(const Step* a, i64 count, i64) {
-  for (i64 i = 0; i < count; i++) {
-    for (i64 b = 0; a[i].rows && b < a[i].B; b++)
-      if (a[i].rows[b] < 0 || a[i].rows[b] >= a[i].items) return 1;
-    chosen->kernels->step(a[i]);
-  }
-  return 0;
-}
-
-// 1 where the offsets do not rise from 0 to L, or an item is none of the table.
-EXPORT i64 recbole_ssm_history_workspace(const History* a, i64) { return chosen->kernels->history_workspace(*a); }
-EXPORT i64 recbole_ssm_history(const History* a, i64, i64) {
-  if (!offsets_fit(a->offsets, a->S, a->L) || !within(a->items, a->L, a->V)) return 1;
-  chosen->kernels->history(*a);
-  return 0;
-}
-
-EXPORT i64 recbole_ssm_dropout_workspace(const Dropout*, i64) { return 0; }
-EXPORT i64 recbole_ssm_dropout(const Dropout* a, i64, i64) {
-  chosen->kernels->dropout(*a);
-  return 0;
-}
-
-// 1 where a target or a candidate is none of the items.
-EXPORT i64 recbole_ssm_loss_workspace(const Loss* a, i64) { return chosen->kernels->loss_workspace(*a); }
-EXPORT i64 recbole_ssm_loss(const Loss* a, i64, i64) {
-  if (!within(a->target, a->n, a->V) || (a->candidates && !within(a->candidates, a->K, a->V))) return 1;
-  chosen->kernels->loss(*a);
-  return 0;
-}
-
-EXPORT i64 recbole_ssm_ranks_workspace(const Ranks* a, i64) { return chosen->kernels->ranks_workspace(*a); }
-EXPORT i64 recbole_ssm_ranks(const Ranks* a, i64, i64) {
-  if (!within(a->target, a->n, a->V) || (a->seen && !within(a->seen, a->E, a->V))) return 1;
-  chosen->kernels->ranks(*a);
-  return 0;
-}
+ALL_KERNELS(TWO_WAYS, ONE_WAY)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recbole_ssm.files import digest
 from recbole_ssm.ops.library import (
     MOST_TAPS,
     Namespace,
@@ -39,10 +40,11 @@ from recbole_ssm.ops.library import (
 )
 from recbole_ssm.ops.linear_cross_entropy import differentiable
 
-ABI = 5  # of csrc/kernels.h
 CHUNK = 64  # positions between two states that a forward keeps for its backward
 OTHER_SOURCES = "built from other sources; install again (from a clone: python setup.py -q build_ext --inplace)"
 LIBRARY = Path(__file__).parent.parent / "_native.so"
+SOURCES = sorted(LIBRARY.parent.glob("csrc/*.[hc]*"))
+"""What the library is built from; an installed package does not have it."""
 
 
 # --- the structures of csrc/kernels.h ---
@@ -110,7 +112,8 @@ def load(path: Path) -> str:
         return "not built"
     try:
         library = ctypes.CDLL(str(path))
-        if library.recbole_ssm_abi() != ABI:
+        library.recbole_ssm_sources.restype = ctypes.c_char_p
+        if SOURCES and library.recbole_ssm_sources().decode() != digest(*SOURCES):
             return OTHER_SOURCES
         for name, structure in STRUCTURES.items():
             if library[f"recbole_ssm_{name}_size"]() != ctypes.sizeof(structure):

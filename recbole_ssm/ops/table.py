@@ -25,9 +25,14 @@ Adding an op
        :func:`recbole_ssm.ops.backend.implements`.
     3. Export the function in ``ops/__init__.py``, and give an example of a call in
        ``ops/selftest.py``: with it every backend is compared with the reference.
-    4. Where kernels are worth it, write them and register them in ``ops/native.py`` or
-       ``ops/triton/operators.py``: a function that computes the op from the arguments of its
-       row, or an :class:`recbole_ssm.ops.library.Operator`, through which a compiler can see.
+    4. Where kernels are worth it, write them. In C++ a kernel is a structure and a line of
+       ``ALL_KERNELS`` in ``csrc/kernels.h``, a header that ``csrc/kernels.cpp`` includes, a
+       line of ``STRUCTURES`` in ``ops/native.py``, and ``fits`` in ``csrc/library.cpp`` if it
+       refuses values. Then register them in ``ops/native.py`` or ``ops/triton/operators.py``:
+       a function that computes the op from the arguments of its row, or an
+       :class:`recbole_ssm.ops.library.Operator`, through which a compiler can see.
+    5. Tests follow from the row and the example, but for ``arguments`` and ``OPS`` in
+       tests/ops/test_ops.py, which say how the op is called with random tensors.
 """
 
 from __future__ import annotations

@@ -292,8 +292,8 @@ def test_without_the_library_torch_takes_over(tmp_path, damage):
     elif damage != "absent":
         shutil.copy(native.LIBRARY, library)
     if damage == "other sources":
-        source = tmp_path / "recbole_ssm" / "ops" / "native.py"
-        source.write_text(source.read_text().replace("ABI = ", "ABI = 999", 1))
+        with open(tmp_path / "recbole_ssm" / "csrc" / "simd.h", "a") as source:
+            source.write("// A change after the library was built.\n")
     elif damage == "no such instruction set":
         environment = {"RECBOLE_SSM_ISA": "avx9"}
     result = python(RUNS_WITHOUT, tmp_path, **environment)

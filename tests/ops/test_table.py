@@ -16,8 +16,7 @@ from tests.ops.test_ops import OPS as FUNCTIONS
 from tests.ops.test_ops import arguments
 
 KERNELS_H = (REPOSITORY / "recbole_ssm" / "csrc" / "kernels.h").read_text()
-STRUCTS = {"scan": "Scan", "ssd": "Ssd", "ssd_last": "SsdLast", "conv": "Conv", "step": "Step", "dropout": "Dropout"}
-STRUCTS |= {"loss": "Loss", "ranks": "Ranks", "history": "History"}
+STRUCTS = dict(re.findall(r"^  (?:TWO_WAYS|ONE_WAY)\((\w+), (\w+)\)", KERNELS_H, re.M))
 
 
 def members(name):
