@@ -151,6 +151,8 @@ def convert(
             raise UserError(f"--{key}: must be 0 or more, got {core}")
     if time_format:
         check_form("--time_format", time_format)
+        if sequences or file_order:
+            raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
     if target.exists():
         raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
@@ -246,8 +248,9 @@ def filtered(events: Events, duplicates: str, user_core: int, item_core: int) ->
         steps.append({"step": kept, **events.counts()})
     if max(user_core, item_core) > 1:
         events = events.take(rows_of_core(events.users.codes, events.items.codes, user_core, item_core))
-        both = f"{user_core}-core"
-        step = both if user_core == item_core else f"{both} of users, {item_core}-core of items"
+        cores = {"users": user_core, "items": item_core}
+        own = ", ".join(f"{core}-core of {what}" for what, core in cores.items() if core > 1)
+        step = f"{user_core}-core" if user_core == item_core else own
         steps.append({"step": step, **events.counts()})
     return events, steps
 

@@ -123,8 +123,9 @@ def open_raw(
         return _movielens(file)
     table = _table(file, reading, positions=bool(named) and all(column.isdecimal() for column in named.values()))
     kind, fields = _events(table, named, file_order)
-    if "text" in named and meta:
-        raise UserError(f"--text {named['text']} and --meta {meta} both describe the items; give one of them")
+    if "text" in named and (meta or meta_item):
+        given = f"--meta {meta}" if meta else f"--meta_item {meta_item}"
+        raise UserError(f"--text {named['text']} and {given} both describe the items; give one of them")
     if "text" in named:
         items: Descriptions | None = _texts(table, fields["item"], named["text"])
     else:
@@ -132,8 +133,8 @@ def open_raw(
     return Raw(kind, table, fields, items)
 
 
-def _find(source: Path) -> File:
-    """The one file of events in a folder or an archive, or the file itself."""
+def _find(source: Path, what: str = "interactions") -> File:
+    """The one file of events, or of ``what``, in a folder or an archive, or the file itself."""
     if not source.exists():
         raise UserError(f"{source}: No such file or directory")
     if source.is_dir():
@@ -149,7 +150,7 @@ def _find(source: Path) -> File:
     if len(likely) != 1:
         several = [file.name for file in likely or found]
         names = ", ".join(several[:8] + ["..."] * (len(several) > 8)) or "nothing"
-        raise UserError(f"{source}: which file holds the interactions? it has {names}; name one as the source")
+        raise UserError(f"{source}: which file holds the {what}? it has {names}; name one as the source")
     return likely[0]
 
 
@@ -165,12 +166,11 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
     parts = EVENT[:2] if file_order else EVENT[:3]
     whole = [kind for kind, names in KNOWN.items() if set(names[: len(parts)]) <= set(columns)]
     guessed = EVENT if whole or not set(parts) <= set(named) else ()
-    fields: dict[str, str] = {}
+    fields = {part: name for part, name in named.items() if part in EVENT}
     for kind in [*whole[:1], *KNOWN]:
         for part, name in zip(EVENT, KNOWN[kind]):
-            if part in guessed and name in columns and name not in named.values():
+            if part in guessed and name in columns and name not in fields.values():
                 fields.setdefault(part, name)
-    fields |= {part: name for part, name in named.items() if part in EVENT}
     if file_order:
         fields.pop("time", None)
     if isinstance(table, Text) and table.names is None and is_time(fields.get("time", "")):
@@ -300,7 +300,7 @@ def _meta(
     """The file that describes the items: the one that is named, or Amazon's beside its reviews or ratings."""
     category = re.sub(r"^(reviews|ratings)_|_5$", "", PurePosixPath(file.name).stem)
     beside = (file.beside(f"meta_{category}{suffix}") for suffix in JSON)
-    described = _find(meta) if meta else next(filter(None, beside), None)
+    described = _find(meta, "items") if meta else next(filter(None, beside), None)
     if not described:
         if meta_item:
             raise UserError(f"--meta_item: {meta_item} is a column of --meta, and there is none; name that file")

@@ -658,7 +658,7 @@ def test_what_is_there_stays(tmp_path):
         (["x.csv", "--name=a", "--meta=m.csv", "--meta_item=sku"], "--meta: 'a:b' cannot name a column of an atomic"),
         (["x.csv", "--name=a", "--meta_item=sku"], "--meta_item: sku is a column of --meta, and there is none; name"),
         (["x.csv", "--name=a", "--user_core=-1"], "--user_core: must be 0 or more, got -1"),
-        (["x.csv", "--name=a", "--item_core=9"], "x.csv: 0-core of users, 9-core of items leaves nothing; choose"),
+        (["x.csv", "--name=a", "--item_core=9"], "x.csv: 9-core of items leaves nothing; choose a"),
         (["x.csv", "--name=a", "--keep=x"], "--keep: x.csv has no column 'x' (there are user_id, item_id, timestamp)"),
         (["x.csv", "--name=a", "--keep=user_id"], "--keep: there would be two columns 'user_id'; rename one in the"),
         (["x.csv", "--name=a", "--keep=user_id:int"], "--keep: user_id has type 'int'; known are token, token_seq, "),
@@ -676,6 +676,9 @@ def test_what_is_there_stays(tmp_path):
             ["h.csv", "--name=a", "--user=1", "--item=2", "--time=3"],
             "h.csv, line 1: column 3 is 'x', which is no finite",
         ),
+        (["x.csv", "--name=a", "--meta=d"], "d: which file holds the items? it has nothing; name one as the source"),
+        (["x.csv", "--name=a", "--text=item_id", "--meta_item=x"], "--text item_id and --meta_item x both describe"),
+        (["h.txt", "--name=a", "--sequences", "--time_format=%Y%j"], "--time_format: with --sequences there are no"),
         (
             ["h.txt", "--name=a"],
             "h.txt: name its columns by --user, --item, --time (there are 1, 7, 8); without times, ",
@@ -687,6 +690,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
     (tmp_path / "m.csv").write_text("sku,a:b\ni,1\n")
     (tmp_path / "h.txt").write_text("1 7 8\n2 8\n")
+    (tmp_path / "d").mkdir()
     (tmp_path / "h.csv").write_text("1,7,x\n2,8,5\n")
     (tmp_path / "l.jsonl").write_text('{"user_id": "u", "item_id": ["i", "j"], "timestamp": 1}\n')
     assert main(["convert", *arguments]) == 2
