@@ -607,7 +607,8 @@ KEYS: dict[str, Key] = {
     "dataloaders_save_path": Key(NAME, "run", refused=f'saved data loaders are a pickle, and {_PICKLE}'),
 
     # how weights are learned
-    "epochs": Key(AT_LEAST_1, "training", "The number of training epochs.", effect="free", named=True),
+    "epochs": Key(_whole("[0, inf)"), "training", effect="free", named=True, about=
+        "The number of training epochs; 0 evaluates a model as it is."),
     "stopping_step": Key(_whole("[0, inf)"), "training", effect="free", named=True, about=
         "Stop after more than so many validations without a better one."),
     "eval_step": Key(AT_LEAST_1, "training", "Validate after every so many epochs."),

@@ -8,7 +8,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from recbole_ssm import compat, distributed
@@ -19,8 +18,10 @@ from recbole.utils import init_logger, init_seed  # noqa: E402
 
 from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
-from recbole_ssm.data.loader import TrainLoader, Windows, create_loaders  # noqa: E402
+from recbole_ssm.data.loader import TrainLoader, create_loaders  # noqa: E402
+from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
+from recbole_ssm.evaluation import metrics  # noqa: E402
 from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
@@ -100,8 +101,10 @@ def run_recbole_ssm(
     Returns:
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
         ``test_result``; ``best_valid_result_masked`` and ``test_result_masked``, the same metrics
-        in lists without the items of the user's history; and ``checkpoint``, the path of the best
-        checkpoint (None if not saved), and ``model``, its name. For LlamaRec also ``reranking``, the metrics of the
+        in lists without the items of the user's history; ``test_by_group``, both for frequent and
+        rare items and for short and long histories (:func:`recbole_ssm.evaluation.metrics.by_group`);
+        and ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its
+        name. For LlamaRec also ``reranking``, the metrics of the
         test in the retriever's, the language model's and the fused order, overall and among the
         users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's
         target.
@@ -306,7 +309,7 @@ def _run(
         f"{config['model']}: {parameters:,} trainable parameters on {config['device']}, "
         f"{torch.get_num_threads()} CPU threads, {distributed.world_size()} processes, seed {config['seed']}"
     )
-    logger.info(_training_plan(config, train_data))
+    logger.info(train_data.in_words())
 
     with recbole_refusals(config["learner"]):
         trainer = Trainer(config, recommender, hooks)
@@ -320,8 +323,14 @@ def _run(
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
     for name, found in (("best valid", best_valid_result), ("test result", test_result)):
         logger.info(f"{name}:\n{found}" if found else f"{name}: there is none")
+    groups = {}
+    if test_result and trainer.ranking is not None:
+        groups = metrics.by_group(trainer.ranking, config, training_events(train_data._dataset))
+        logger.info(metrics.text_of(groups))
     if saved:
         logger.info(f"checkpoint: {trainer.saved_model_file}")
+    elif best_valid_result:
+        logger.info("saved=False: the best validation is of its epoch, the test of the last weights")
     result = {
         "model": config["model"],
         "best_valid_score": best_valid_score,
@@ -330,6 +339,7 @@ def _run(
         "best_valid_result_masked": best_valid_result.masked if best_valid_result else None,
         "test_result": test_result,
         "test_result_masked": test_result.masked if test_result else None,
+        "test_by_group": groups,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
     for hook in trainer.hooks:
@@ -430,16 +440,3 @@ def _read_resume(path: Path, allow_pickle: bool) -> Saved:
         )
     getLogger().warning(f"{path} is a pickle: loading it runs whatever code is in it")
     return path, checkpoint.read_pickle(path)
-
-
-def _training_plan(config: Config, loader: TrainLoader) -> str:
-    """What an epoch is, in words."""
-    plan = loader.plan
-    text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(loader.steps):,} steps of {loader.step}"
-    if not isinstance(plan, Windows):
-        return f"{text}, each with its own history"
-    positions = int(plan.work(plan.epoch(np.random.default_rng(0))).sum())
-    return (
-        f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
-        f"{config['packed_context']} events of context; {positions / plan.total:.2f} positions a target"
-    )

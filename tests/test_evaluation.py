@@ -1,6 +1,7 @@
 """Invariant 5: the metrics that a run reports are those of RecBole's evaluator, and of their definitions."""
 
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from recbole.data import data_preparation
 from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metrics_dict
 
+from recbole_ssm import run_recbole_ssm
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.data.sampling import Candidates
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation import ranks
-from recbole_ssm.evaluation.metrics import OF_ITEMS
+from recbole_ssm.evaluation.metrics import OF_ITEMS, by_group, text_of
+from recbole_ssm.evaluation.ranks import Ranking
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Ranks, Trainer, checkpoint
 
+METRICS = {f"{name}@{k}" for name in ("hit", "ndcg", "mrr") for k in (1, 10)}
 OF_RANKS = ["Hit", "MRR", "MAP", "Recall", "NDCG", "Precision", "GAUC"]
 
 
@@ -229,3 +233,55 @@ def test_popularity_needs_the_training_set(toy):
     trainer, _, _, test = untrained("GRU4Rec", toy, prepare=data_preparation)
     with pytest.raises(UserError, match="metrics: averagepopularity needs the training set"):
         trainer.evaluate(test, load_best_model=False)
+
+
+def test_groups_of_targets_make_up_the_whole(toy):
+    """Frequent, rare and unseen items, and histories of three kinds of length; both protocols."""
+    random = np.random.default_rng(0)
+    n, events = 300, np.array([0, 9, 9, 8, 1, 1, 1, 1, 1, 0, 2, 1])
+    ranking = Ranking(
+        user=np.arange(n),
+        item=random.integers(1, 12, n),
+        events=random.integers(1, 30, n),
+        ranks=random.integers(1, 12, (n, 2)).astype(float),
+        listed=np.full((n, 2), 11),
+        best=np.empty((n, 2, 0), dtype=int),
+    )
+    config = {"metrics": ["Hit", "GAUC", "ItemCoverage"], "topk": [3], "metric_decimal_place": 12}
+    found = by_group(ranking, config, events)
+    items = [found.pop(name) for name in ("head items", "tail items", "items that training never saw")]
+    assert np.isin(ranking.item, [1, 2]).sum() == items[0]["targets"]
+    assert (ranking.item == 9).sum() == items[2]["targets"]
+    hit = np.mean(ranking.ranks[np.isin(ranking.item, [1, 2])] <= 3, axis=0)
+    assert [items[0]["hit@3"], items[0]["masked hit@3"]] == pytest.approx(hit.tolist())
+    assert len(found) == 3 and all(re.fullmatch(r"histories of \d+ to \d+ events", name) for name in found)
+    for groups in (items, found.values()):
+        assert sum(group["targets"] for group in groups) == n
+        for name, value in (("hit@3", ranking.ranks[:, 0] <= 3), ("masked gauc", (11 - ranking.ranks[:, 1]) / 10)):
+            assert sum(group["targets"] * group[name] for group in groups) / n == pytest.approx(value.mean())
+    assert "head items" in text_of(by_group(ranking, config, events))
+
+
+def test_a_run_tells_both_protocols_and_its_groups(toy, caplog):
+    toy["config_dict"] |= {"epochs": 0, "state": "INFO"}
+    with caplog.at_level("INFO"):
+        result = run_recbole_ssm("GRU4Rec", **toy)
+    assert result["test_result"].keys() == result["test_result_masked"].keys() == METRICS
+    groups = result["test_by_group"]
+    assert groups["head items"]["targets"] + groups["tail items"]["targets"] == 60
+    assert "test result:\nunmasked  hit@1 : " in caplog.text and "masked hit@10" in caplog.text
+    for phase in ("valid", "test"):
+        assert f"{phase}: 0 of 60 targets are items that training never saw" in caplog.text
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_no_epochs_evaluate_the_model_as_it_is(toy, saved):
+    """The untrained one, or the one of a checkpoint."""
+    toy["config_dict"] |= {"epochs": 0}
+    untrained_result = run_recbole_ssm("GRU4Rec", **toy, saved=saved)
+    assert untrained_result["best_valid_result"] is None and 0 < untrained_result["test_result"]["hit@10"] < 1
+    toy["config_dict"]["epochs"] = 2
+    trained = run_recbole_ssm("GRU4Rec", **toy)
+    toy["config_dict"]["epochs"] = 0
+    again = run_recbole_ssm("GRU4Rec", **toy, saved=saved, resume=trained["checkpoint"])
+    assert again["test_result"] == trained["test_result"] != untrained_result["test_result"]

@@ -302,6 +302,18 @@ class TrainLoader(TrainDataLoader):
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
+    def in_words(self) -> str:
+        """What an epoch is."""
+        plan, config = self.plan, self.config
+        text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(self.steps):,} steps of {self.step}"
+        if not isinstance(plan, Windows):
+            return f"{text}, each with its own history"
+        positions = int(plan.work(plan.epoch(np.random.default_rng(0))).sum())
+        return (
+            f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
+            f"{config['packed_context']} events of context; {positions / plan.total:.2f} positions a target"
+        )
+
     def gather(self, rows: np.ndarray) -> Any:
         """The batch of some rows or windows of the plan."""
         if not isinstance(self.plan, Windows):

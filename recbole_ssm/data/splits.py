@@ -106,29 +106,34 @@ class SplitDataset(recbole.data.dataset.SequentialDataset):
         return [self.copy(self.inter_feat.select(order[part == p])) for p in range(count)]
 
 
+def training_events(train: Any) -> np.ndarray:
+    """How many events of training each item has, as a target or in a history ``[items]``.
+
+    In files that were split beforehand, an event counts in each history that holds it.
+    """
+    rows, field = train.inter_feat, train.iid_field
+    if isinstance(rows, Prefixes):
+        # Each event before a target is its history's newest.
+        items = rows.events[field].numpy()[np.union1d(rows.target, rows.target - 1)]
+    else:
+        lists = rows[field + train.config["LIST_SUFFIX"]].numpy()
+        items = np.append(rows[field].numpy(), lists[lists > 0])
+    return np.bincount(items, minlength=train.item_num)
+
+
 def look_at_cold_targets(drop: bool, train: Any, *evaluated: Any) -> list[Any]:
     """Say how many targets of validation and test are items that training never saw, and leave them out if asked to.
 
     Raises:
         UserError: that would leave nothing.
     """
-    rows, field = train.inter_feat, train.iid_field
-    if isinstance(rows, Prefixes):
-        # Each event before a target is its history's newest.
-        items = rows.events[field].numpy()
-        seen = [items[rows.target], items[rows.target - 1]]
-    else:
-        seen = [rows[field].numpy(), rows[field + train.config["LIST_SUFFIX"]].numpy().ravel()]
-    known = np.zeros(train.item_num, dtype=bool)
-    for items in seen:
-        known[items] = True
+    known = training_events(train) > 0
     found = []
     for phase, split in zip(("valid", "test"), evaluated):
-        warm = known[split.inter_feat[field].numpy()]
+        warm = known[split.inter_feat[train.iid_field].numpy()]
         cold = len(warm) - int(warm.sum())
-        if cold:
-            mend = "they are left out" if drop else "drop_cold_targets: True leaves them out"
-            getLogger().info(f"{phase}: {cold:,} of {len(warm):,} targets are items that training never saw; {mend}")
+        mend = ("; they are left out" if drop else "; drop_cold_targets: True leaves them out") if cold else ""
+        getLogger().info(f"{phase}: {cold:,} of {len(warm):,} targets are items that training never saw{mend}")
         if cold and cold == len(warm) and drop:
             raise UserError(
                 f"drop_cold_targets: training saw none of the {cold:,} items of {phase}; choose another split"

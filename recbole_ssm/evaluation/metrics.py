@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,10 +86,52 @@ def result(ranking: Ranking, config: Any, training: Any) -> Result:
     return Result(*(_metrics(ranking, protocol, config, training) for protocol in range(len(PROTOCOLS))))
 
 
-def _metrics(ranking: Ranking, protocol: int, config: Any, training: Any) -> dict[str, float]:
+def by_group(ranking: Ranking, config: Any, events: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+    """The metrics of ranks among targets of frequent and of rare items, and after short and long histories.
+
+    Args:
+        ranking: the rows.
+        config: as of :func:`result`.
+        events: how often each item occurs in training ``[V]``. The head is the fifth of the items that occur most.
+
+    Returns:
+        For each group that has any, ``targets``, how many, and its metrics, as :meth:`Result.both` names them.
+    """
+    order = np.argsort(-events, kind="stable")[: np.count_nonzero(events)]
+    head = np.isin(ranking.item, order[: -(-len(order) // 5)])
+    unseen = events[ranking.item] == 0
+    groups = {"head items": head, "tail items": ~head & ~unseen, "items that training never saw": unseen}
+    lengths = ranking.events
+    bounds = [-1, *np.quantile(lengths, [1 / 3, 2 / 3, 1], method="inverted_cdf")] if len(lengths) else []
+    for low, high in itertools.pairwise(bounds):
+        rows = (lengths > low) & (lengths <= high)
+        if rows.any():
+            groups[f"histories of {lengths[rows].min()} to {high} events"] = rows
+    names = [name for name in config["metrics"] if name.lower() in OF_RANKS]
+    found = {}
+    for group, rows in groups.items():
+        if rows.any():
+            part = ranking.of_rows(rows)
+            values = Result(*(_metrics(part, p, config, None, names) for p in range(len(PROTOCOLS))))
+            found[group] = {"targets": int(rows.sum()), **values.both()}
+    return found
+
+
+def text_of(groups: Mapping[str, Mapping[str, float]]) -> str:
+    """What :func:`by_group` returns as a table."""
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    lines = [f"{'':28}" + "".join(f"{name:>16}" for name in names)]
+    for group, values in groups.items():
+        lines.append(f"{group:28}" + "".join(f"{values[name]:16,}" for name in names))
+    return "\n".join(lines)
+
+
+def _metrics(
+    ranking: Ranking, protocol: int, config: Any, training: Any, names: Sequence[str] | None = None
+) -> dict[str, float]:
     ranks = ranking.ranks[:, protocol]
     values: dict[str, float] = {}
-    for name in map(str.lower, config["metrics"]):
+    for name in map(str.lower, config["metrics"] if names is None else names):
         if name == "gauc":
             values[name] = gauc(ranks, ranking.listed[:, protocol])
         elif name in OF_RANKS:

@@ -51,6 +51,10 @@ class Ranking:
         columns = [distributed.gather_rows(torch.cat(column)).numpy() for column in zip(*batches)]
         return cls(*columns)
 
+    def of_rows(self, rows: NDArray[Any]) -> Ranking:
+        """Only these rows, by their numbers or a mask."""
+        return Ranking(*(values[rows] for values in vars(self).values()))
+
 
 class Scorer:
     """Scores of a model, which is in evaluation mode and may be ours or RecBole's.

@@ -143,7 +143,8 @@ def _train(folder: Path, lines: TextIO) -> None:
     # Without a test they would be those of the last validation.
     if len(ranks.ranks) and result["test_result"]:
         with whole(folder / RANKS) as temporary, open(temporary, "wb") as file:
-            of_orders = {f"rank of {order}": values for order, values in result.get("ranks", {}).items()}
+            orders = {"masked": ranks.masked, **result.get("ranks", {})}
+            of_orders = {f"rank of {order}": values for order, values in orders.items()}
             np.savez_compressed(file, user=ranks.users, rank=ranks.ranks, **of_orders)
     latency = Path(result["checkpoint"]).with_name("latency.json")
     Outcome(
@@ -152,6 +153,9 @@ def _train(folder: Path, lines: TextIO) -> None:
         folder=folder,
         valid=plain(dict(result["best_valid_result"] or {})),
         test=plain(dict(result["test_result"] or {})),
+        valid_masked=plain(result["best_valid_result_masked"] or {}),
+        test_masked=plain(result["test_result_masked"] or {}),
+        test_by_group=plain(result["test_by_group"]),
         history=history.entries,
         seconds=history.entries[-1]["seconds"] if history.entries else 0.0,
         epochs=len(history.entries),

@@ -64,17 +64,22 @@ def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
     """The table's figures, a row an entry; None where there is none.
 
-    ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._sd`` their sample standard deviations (None for one
-    seed), ``p_best`` the Holm-corrected p of NDCG@10 against the data set's best (None for the best itself),
+    ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._masked`` the same without the items of the history
+    (where some run has them; those of 0.1.0 have not), ``..._sd`` their sample standard deviations (None for one seed),
+    ``p_best`` the Holm-corrected p of NDCG@10 against the data set's best (None for the best itself),
     ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
     """
     found = []
+    masked = any(outcome.test_masked for entry in entries for outcome in entry.done)
     for entry in entries:
         done, speed = entry.done, entry.speed or {}
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
         for name in METRICS:
             values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
+        for name in METRICS if masked else ():
+            values = [float(metric(name, o.ranks("masked")[1]).mean()) for o in done if o.test_masked]
+            row |= spread(f"{name.partition('@')[0].lower()}_masked", values)
         row["p_best"] = None
         row["latency_p50_s"], row["users_per_second"] = speed.get("p50_s"), speed.get("users_per_second")
         row["parameters"] = done[0].parameters if done else None
@@ -140,8 +145,9 @@ def _p(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
 
 
-def columns(latex: bool = False) -> dict[str, Callable[[Row], str]]:
+def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Row], str]]:
     """The titles of the printed table in their order, and the text of each by a row."""
+    masked = {"Hit@10 masked": mean("hit_masked", latex), "NDCG@10 masked": mean("ndcg_masked", latex)}
     return {
         "data set": lambda row: row["dataset"],
         "model": lambda row: row["model"],
@@ -149,6 +155,7 @@ def columns(latex: bool = False) -> dict[str, Callable[[Row], str]]:
         "Hit@10": mean("hit", latex),
         "NDCG@10": mean("ndcg", latex),
         "MRR@10": mean("mrr", latex),
+        **(masked if any("hit_masked" in row for row in table) else {}),
         "p": lambda row: _p(row["p_best"]),
         "ms a user": _number("latency_p50_s", 1e3, 2),
         "users/s": _number("users_per_second"),
@@ -162,16 +169,17 @@ def columns(latex: bool = False) -> dict[str, Callable[[Row], str]]:
 
 def markdown(table: Sequence[Row]) -> str:
     """The table in Markdown; the best mean of each data set is bold, and below stands why runs failed."""
-    best = {
+    best: dict[tuple[str, str], Any] = {
         (row["dataset"], key): max((r[key] for r in table if r["dataset"] == row["dataset"] and r[key]), default=None)
         for row in table
-        for key in ("hit", "ndcg", "mrr")
+        for key in ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")
+        if key in row
     }
-    lines = header(list(columns()))
+    lines = header(list(columns(table)))
     for row in table:
         cells = []
-        for title, text_of in columns().items():
-            text, key = text_of(row), title.partition("@")[0].lower()
+        for title, text_of in columns(table).items():
+            text, key = text_of(row), title.lower().replace("@10", "").replace(" ", "_")
             if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
                 text = f"**{text}**"
             cells.append(text)
@@ -182,7 +190,7 @@ def markdown(table: Sequence[Row]) -> str:
 
 def latex(table: Sequence[Row]) -> str:
     """The table as a LaTeX tabular that needs no packages."""
-    shown = columns(latex=True)
+    shown = columns(table, latex=True)
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(shown) - 2)}}}", r"\hline"]
     lines += [" & ".join(map(_escape, shown)) + r" \\", r"\hline"]
     for row in table:
@@ -218,7 +226,10 @@ def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = (
 
 
 def published(datasets: Collection[str], models: Collection[str]) -> list[dict[str, str]]:
-    """What others published of these models on these data sets, with ``source`` and ``protocol``."""
+    """What others published of these models on these data sets, with ``source`` and ``protocol``.
+
+    ``history`` is ``masked``, ``unmasked`` or ``unknown``: whether items of the history were left out of the ranking.
+    """
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["dataset"] in datasets and row["model"] in models]
 
@@ -227,16 +238,17 @@ def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
     """Published figures as a table."""
     if not found:
         return "None that we know of.\n"
-    keys = ["dataset", "model", "hit", "ndcg", "mrr", "latency_s", "source", "protocol"]
-    titles = ["data set", "model", "Hit@10", "NDCG@10", "MRR@10", "latency, s", "source", "what differs"]
+    keys = ["dataset", "model", "hit", "ndcg", "mrr", "latency_s", "source", "history", "protocol"]
+    titles = ["data set", "model", "Hit@10", "NDCG@10", "MRR@10", "latency, s", "source", "history", "what differs"]
     lines = header(titles)
     lines += [line([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys]) for row in found]
     return "\n".join(lines) + "\n"
 
 
 MEANING = """\
-- Ranking is against all items; items of the history are not masked, as in RecBole; items of equal score share the mean
-  of their ranks. The weights of the best validation are tested.
+- Ranking is against all items; items of the history are not masked, as in RecBole, but in the columns named masked:
+  there all that the user did before is left out, and the target stays. Items of equal score share the mean of their
+  ranks. The weights of the best validation are tested.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
   seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.

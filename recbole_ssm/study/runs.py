@@ -74,6 +74,12 @@ class Outcome:
     """RecBole's metrics of the best validation; empty where the split leaves no rows for it."""
     test: dict[str, float] = field(default_factory=dict)
     """RecBole's metrics of the test, by the weights of the best validation."""
+    valid_masked: dict[str, float] = field(default_factory=dict)
+    """As ``valid``, in lists without the items of the user's history; empty in runs of 0.1.0."""
+    test_masked: dict[str, float] = field(default_factory=dict)
+    """As ``test``, likewise."""
+    test_by_group: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What :func:`recbole_ssm.evaluation.metrics.by_group` says of the test."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Each epoch's ``epoch`` (1 is the first), ``loss`` (mean of its steps), ``valid`` (score, None where it was not
     validated), ``batch_size`` and ``step_size`` at its end, and the sums since the start: ``seconds`` of training
@@ -97,9 +103,10 @@ class Outcome:
     def ranks(self, order: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The users' tokens of all rows of the test, and the ranks of their targets among all items; 1 is the best.
 
-        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.trainer.ranks). LlamaRec
-        has an ``order`` besides, ``retriever``, ``language model`` or ``fused``: ranks among its candidates, infinite
-        where the target is none of them.
+        Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.evaluation.ranks). The
+        ``order`` ``masked`` gives the ranks in lists without the items of the history. LlamaRec has the orders
+        ``retriever``, ``language model`` and ``fused`` besides: ranks among its candidates, infinite where the target
+        is none of them.
 
         Raises:
             UserError: the run failed, or was tested against samples.

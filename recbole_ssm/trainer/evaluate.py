@@ -41,6 +41,8 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         # RecBole makes this folder in a way in which several processes race.
         Path(config["checkpoint_dir"]).mkdir(parents=True, exist_ok=True)
         super().__init__(config, model)
+        # RecBole takes at most the number of epochs, which may be 0.
+        self.eval_step: int = max(min(config["eval_step"], config["epochs"]), 1)
         self.tensorboard: Any
         # The rows of the newest evaluation with ranks.
         self.ranking: Ranking | None = None

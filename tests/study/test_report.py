@@ -143,5 +143,26 @@ def test_only_pairs_that_were_asked_for(two, entry):
     assert {(pair.first, pair.second) for pair in found["ml-1m"]} == {("SASRec", "GRU4Rec"), ("Mamba4Rec", "GRU4Rec")}
 
 
+def test_masked_columns_stand_beside_the_others_where_runs_have_them(two, tmp_path):
+    """Runs of 0.1.0 have not, and their tables stay as they are."""
+    assert "masked" not in report.markdown(report.rows(two, {}))
+    outcome = two[1].outcomes[0]
+    np.savez(outcome.folder / "ranks.npz", user=list("0123"), rank=[1, 1, 2, 1], **{"rank of masked": [1.0, 1, 1, 12]})
+    outcome.test_masked["hit@10"] = 0.75
+    sasrec, mamba = report.rows(two, {})
+    assert (mamba["hit_masked"], mamba["ndcg_masked"], mamba["hit"]) == (0.75, 0.75, 1.0)
+    assert sasrec["hit_masked"] is None
+    text = report.write(tmp_path, "x", two, [1, 2], "none")
+    assert "| MRR@10 | Hit@10 masked | NDCG@10 masked | p |" in text and "| **.7500** | **.7500** |" in text
+    assert "hit_masked" in (tmp_path / "x.csv").read_text() and "Hit@10 masked" in (tmp_path / "x.tex").read_text()
+
+
+def test_published_figures_say_whether_the_history_was_masked():
+    every = list(csv.DictReader(report.PUBLISHED.open(newline="", encoding="utf-8")))
+    assert {row["history"] for row in every} == {"masked", "unmasked", "unknown"}
+    assert all(row["history"] == "unmasked" for row in every if row["protocol"].startswith("RecBole"))
+    assert "| source | history |" in report.published_markdown(every)
+
+
 def test_rows_are_json(two):
     assert json.loads(json.dumps(report.rows(two, report.tests(two))))
