@@ -1,5 +1,6 @@
 """Rules that learn nothing: their scores by hand, and their way through the command, a file and a table."""
 
+import pathlib
 from collections import Counter
 
 import pytest
@@ -55,6 +56,8 @@ def test_the_newest_item_is_the_best_and_then_the_history_backwards(options):
     recommender = load_recommender(result["checkpoint"], device="cpu")
     found = recommender.recommend(["6", "1", "6", "5"], k=6)
     assert [item for item, _ in found[:3]] == ["5", "6", "1"] and [score for _, score in found[:3]] == [4, 3, 2]
+    assert main(["evaluate", result["checkpoint"], "--topk=[2]", "--valid_metric=Hit@2", "--json=found.json"]) == 0
+    assert '"hit@2": 0.75' in pathlib.Path("found.json").read_text()
     popular = load_recommender(run_recbole_ssm("Pop", **options)["checkpoint"], device="cpu")
     others = [pair for pair in popular.recommend(["2"], k=6) if pair[0] not in "561"]
     assert found[3:] == others
