@@ -12,7 +12,7 @@ from recbole_ssm.errors import UserError, did_you_mean
 USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
 
   train and test a model
-    run_recbole_ssm.py [--model=Hydra4Rec] [--dataset=ml-100k] [--config_files "a.yaml b.yaml"] [--key=value ...]
+    run_recbole_ssm.py [--model=2Mamba4Rec] [--dataset=ml-100k] [--config_files "a.yaml b.yaml"] [--key=value ...]
 
       --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
                   or a class of your own: --model=my_package.my_file:MyModel; Pop and RepeatNewest learn nothing

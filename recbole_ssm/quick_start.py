@@ -78,7 +78,7 @@ def run_recbole_ssm(
     Args:
         model: Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's; or a
             class of your own, or its path as ``package.module:Class``. None takes it from the
-            options, or Hydra4Rec.
+            options, or 2Mamba4Rec.
         dataset: name of the data set; its files are ``<data_path>/<dataset>/<dataset>.inter``
             and so on. None takes it from the options, or ml-100k.
         config_file_list: YAML files; a later one wins.

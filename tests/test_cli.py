@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 
 def test_help(capsys):
     assert main(["--help"]) == 0
-    assert "--model=Hydra4Rec" in capsys.readouterr().out
+    assert "--model=2Mamba4Rec" in capsys.readouterr().out
 
 
 def test_doctor_names_versions_device_and_kernels(capsys):

@@ -185,7 +185,7 @@ def test_absent_and_empty_config_files(tmp_path):
 
 def test_the_main_job_needs_no_name():
     found = config(None, None)
-    assert (found["model"], found["dataset"]) == ("Hydra4Rec", "ml-100k")
+    assert (found["model"], found["dataset"]) == ("2Mamba4Rec", "ml-100k")
 
 
 def test_dataset_must_be_a_name():

@@ -7,7 +7,8 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = {page: BLOCK.findall(page.read_text(encoding="utf-8")) for page in sorted((REPOSITORY / "docs").glob("*.md"))}
+FILES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = {page: BLOCK.findall(page.read_text(encoding="utf-8")) for page in FILES}
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks], ids=lambda page: page.name)
