@@ -190,7 +190,7 @@ void decays(i64 n, const float* A_log, float* A) {
 }
 
 void mix_scan(const Step& a, const Group& g, bool last) {
-  const i64 D = a.D, maps = a.R + 2 * a.N;
+  const i64 D = a.D, maps = a.R + (last ? 1 : 2) * a.N;  // C is read at the last events alone
   for (i64 first = 0; first < g.rows; first += WIDE) {
     const i64 width = width_of(g.rows, first);
     to_panel(width, D, g.conv + first * D, D, g.x);
@@ -200,8 +200,8 @@ void mix_scan(const Step& a, const Group& g, bool last) {
     to_rows(width, D, g.x, g.dt + first * padded(D), padded(D));
   }
   for (i64 s = 0; last && s < g.S; s++) {
-    const float* C = g.last(g.maps + a.R + a.N, row_of_maps(a), s);
-    if (C) memcpy(g.last_C + s * a.N, C, a.N * sizeof(float));
+    const float* x = g.last(g.conv, D, s);
+    if (x) linear(1, D, x, D, a.N, a.x_weight + maps * D, nullptr, g.last_C + s * a.N, a.N);
     else zero(g.last_C + s * a.N, a.N);
   }
   decays(D * a.N, a.A_log, g.A);
