@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NoReturn
 
+LONGEST = 900
+"""Characters of a message; what it quotes may be of any length."""
+
 
 class UserError(ValueError):
     """Something outside the program is wrong and its user can put it right.
@@ -17,7 +20,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        text = " ".join(message.splitlines())
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

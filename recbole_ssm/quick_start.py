@@ -205,13 +205,14 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     path, found = saved
     try:
         base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
+        name = found.info["model"]
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: it holds no training to go on with; take one that a run wrote") from error
     base = {key: value for key, value in base.items() if key not in NOT_BY_A_FILE}
     # The class that a file names is never imported: whoever loads it gives it again.
     base.pop("model", None)
     if "class" not in found.info:
-        base["model"] = found.info["model"]
+        base["model"] = name
     config = configure(model, **given, base=base)
     class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
     return config

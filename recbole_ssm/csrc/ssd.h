@@ -198,6 +198,17 @@ const float* start_of(const SsdUnit& u, i64 h, i64 first) {
   return a.state ? a.state + (u.s * a.H + h) * size : nullptr;
 }
 
+// y = M v of a lower triangular M. A zero above the diagonal times what is not finite would be NaN, so where v holds such
+// numbers each row reads its own positions and no later ones.
+void lower_product(i64 steps, i64 Pp, const float* M, const float* V, float* Y) {
+  vec odd = all(0.f);
+  for (i64 i = 0; i < steps * Pp; i += VL) odd += load(V + i) - load(V + i);
+  if (sum(odd) == 0.f) return product(LOWER, steps, Pp, steps, M, Q, 1, V, Pp, Y, Pp, false);
+  for (i64 t = 0; t < steps; t++)
+    for (i64 p = 0; p < Pp; p += VL)
+      product_tile<1, 1>(t + 1, M + t * Q, Q, 1, V + p, Pp, Y + t * Pp + p, Pp, false);
+}
+
 // --- forward ------------------------------------------------------------------------------------------------------
 
 void ssd_forward_unit(const SsdUnit& u, char* scratch) {
@@ -233,7 +244,7 @@ void ssd_forward_unit(const SsdUnit& u, char* scratch) {
           store(M + t * Q + j, load(G + t * Q + j) * decay_over(gap(high[t], low[t], high + j, low + j), (float)A2));
         for (i64 j = t + 1; j < min_of(Q, t / MR * MR + MR); j++) M[t * Q + j] = 0;
       }
-      product(LOWER, steps, Pp, steps, M, Q, 1, V, Pp, Y, Pp, false);
+      lower_product(steps, Pp, M, V, Y);
       if (first || a.state) {
         for (i64 t = 0; t < steps; t++) {
           const float decay = decay_over((double)high[t] + low[t], A2);

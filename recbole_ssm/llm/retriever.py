@@ -52,7 +52,10 @@ def find_retriever(
             this run's training part.
     """
     if saved is not None:
-        return Retriever(saved.info["config"]["retriever_settings"], None)
+        settings = saved.info.get("config", {}).get("retriever_settings")
+        if not isinstance(settings, dict) or "model" not in settings:
+            raise UserError("resume: the checkpoint does not say how its retriever was configured; take another one")
+        return Retriever(settings, None)
     own = _config_of(config, configure)
     if config["retriever_checkpoint"] is None:
 
@@ -101,13 +104,16 @@ def _config_of(config: Any, configure: Callable[..., Any]) -> Any:
 
 def _check_rows(config: Any, own: Any, path: Path, found: Checkpoint) -> None:
     """Refuse a trained retriever that may know what the ranker is tested on."""
+    if not found.info.get("training") or not found.info.keys() >= {"config", "model"}:
+        raise UserError(f"retriever_checkpoint: {path} does not say how it was trained; take one that a run wrote")
     if found.info["model"] != config["retriever"]:
         raise UserError(f"retriever: {path} is of {found.info['model']}; set retriever: {found.info['model']}")
     train_data, _, _ = create_loaders(own, create_dataset(own))
     # The split counts too: the best epoch was chosen on the retriever's own validation part,
     # which must not be what this run tests on.
-    same_split = found.info["config"]["eval_args"]["split"] == plain(config["eval_args"]["split"])
-    if not same_split or train_data.fingerprint() != found.info["training"]["fingerprint"]:
+    split = (found.info["config"].get("eval_args") or {}).get("split")
+    same_split = split == plain(config["eval_args"]["split"])
+    if not same_split or train_data.fingerprint() != found.info["training"].get("fingerprint"):
         raise UserError(
             f"retriever_checkpoint: {path} was trained on other rows than this run's training part, and may know the "
             "targets; train it with the same data set, split and MAX_ITEM_LIST_LENGTH"

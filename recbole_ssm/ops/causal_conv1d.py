@@ -44,7 +44,8 @@ def causal_conv1d(
         cu_seqlens: bounds ``[S + 1]`` of the packed sequences.
 
     Returns:
-        y ``[B, L, D]`` and the state after the last position ``[B, D, K]``.
+        y ``[B, L, D]`` and the state after the last position ``[B, D, K]``, both of x's type,
+        whatever that of the weights is.
 
     Raises:
         ValueError: a shape or ``cu_seqlens`` does not fit, or the activation is unknown.
@@ -53,7 +54,7 @@ def causal_conv1d(
     check("causal_conv1d", *tensors)
     _check_activation("causal_conv1d", activation)
     y, state = dispatch("causal_conv1d", x_BLD)(*tensors, activation)
-    return y, state
+    return y.to(x_BLD.dtype), state.to(x_BLD.dtype)
 
 
 def centered_conv1d(
@@ -67,7 +68,7 @@ def centered_conv1d(
     """Centred depthwise convolution with bias and activation; shapes as in :func:`causal_conv1d`, K odd.
 
     Returns:
-        y ``[B, L, D]``.
+        y ``[B, L, D]`` of x's type.
 
     Raises:
         ValueError: K is even, a shape or ``cu_seqlens`` does not fit, or the activation is
@@ -79,7 +80,7 @@ def centered_conv1d(
     if taps % 2 == 0:
         raise ValueError(f"centered_conv1d: a centred filter needs an odd number of taps, got {taps}")
     y: Tensor = dispatch("centered_conv1d", x_BLD)(*tensors, activation)
-    return y
+    return y.to(x_BLD.dtype)
 
 
 def _check_activation(op: str, activation: str | None) -> None:
@@ -188,6 +189,8 @@ def _convolve(x_BLD: Tensor, weight: Tensor, bias: Tensor | None, lead: int, cu_
     a bound: one convolution of that row is right everywhere, and no position needs a mask.
     """
     B, L, D = x_BLD.shape
+    if B * L == 0:
+        return x_BLD
     K = weight.shape[1]
     gap = max(lead, K - 1 - lead)
     if cu_seqlens is None:
@@ -229,6 +232,8 @@ def last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
     """The last K inputs of each sequence ``[S, D, K]``, zeros where it is shorter."""
     if bounds is None:
         return F.pad(seen, (0, 0, max(K - seen.shape[1], 0), 0))[:, -K:].transpose(1, 2)
+    if seen.shape[1] == 0:
+        return seen.new_zeros(len(bounds) - 1, seen.shape[2], K)
     index = bounds[1:, None] - torch.arange(K, 0, -1, device=seen.device)  # [S, K]
     inside = index >= bounds[:-1, None]
     return (seen[0, index.clamp(min=0)] * inside[..., None]).transpose(1, 2)

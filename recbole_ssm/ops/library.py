@@ -331,10 +331,10 @@ def no_tangents(*tensors: Tensor | None) -> bool:
 
 
 def implement(op: str, backend: str, function: Callable[..., Any], takes: Callable[..., bool], name: str = "") -> None:
-    """Register an implementation that leaves the calls that it does not take to the torch form."""
+    """Register an implementation that leaves the calls that it does not take, and empty ones, to the torch form."""
 
     def implementation(*arguments: Any) -> Any:
-        if takes(*arguments):
+        if arguments[0].numel() and takes(*arguments):
             return function(*arguments)
         return implementations(op, "torch")[0].function(*arguments)
 

@@ -32,11 +32,11 @@ def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int, 
         return batch
     if not read:
         return cu_seqlens.numel() - 1
-    if batch != 1 or total == 0:
-        raise ValueError(f"{op}: a packed batch has shape [1, total > 0, ...], got [{batch}, {total}, ...]")
-    if cu_seqlens.is_cuda and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1:
+    if batch != 1:
+        raise ValueError(f"{op}: a packed batch has shape [1, total, ...], got [{batch}, {total}, ...]")
+    if cu_seqlens.is_cuda and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0:
         return cu_seqlens.numel() - 1
-    rises = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 1 and bool((cu_seqlens.diff() >= 0).all())
+    rises = cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0 and bool((cu_seqlens.diff() >= 0).all())
     if not rises or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
         raise ValueError(f"{op}: cu_seqlens must rise from 0 to the total length {total}, got {cu_seqlens.tolist()}")
     return cu_seqlens.numel() - 1
@@ -50,6 +50,8 @@ def positions_of(cu_seqlens: Tensor) -> Tensor:
 
 def last_of(x_1L: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Last position of each sequence, ``[S, ...]``; zeros for an empty one. Without ``cu_seqlens``, ``x[:, -1]``."""
+    if x_1L.shape[1] == 0:
+        return x_1L.new_zeros(len(x_1L) if cu_seqlens is None else len(cu_seqlens) - 1, *x_1L.shape[2:])
     if cu_seqlens is None:
         return x_1L[:, -1]
     last = x_1L[0, (cu_seqlens[1:] - 1).clamp(min=0)]
@@ -70,6 +72,8 @@ def segment_sum_after(x_LD: Tensor, cu_seqlens: Tensor) -> Tensor:
     Taken as a difference of running sums of the whole batch, and so in float64: in float32 the
     sum of a hundred thousand tokens would swallow the digits of one sequence.
     """
+    if len(x_LD) == 0:
+        return x_LD
     running = x_LD.double().cumsum(0)
     lengths = cu_seqlens.diff()
     ends = running[(cu_seqlens[1:] - 1).clamp(min=0)].repeat_interleave(lengths, 0)
@@ -135,6 +139,8 @@ def map_padded(
         return function(*packed, *dt_packed, state)
     count = cu_seqlens.numel() - 1
     total = packed[0].shape[1]
+    if total == 0:
+        return _of_nothing(function, (*packed, *dt_packed), state, count)
     if count * int(cu_seqlens[1]) == total and bool((cu_seqlens.diff() == cu_seqlens[1]).all()):
         # equal lengths: the packed batch is a padded one already
         views = [t.view(count, -1, *t.shape[2:]) for t in (*packed, *dt_packed)]
@@ -171,9 +177,19 @@ def map_sequences(
     """
     if cu_seqlens is None:
         return function(*packed, state)
+    if packed[0].shape[1] == 0:
+        return _of_nothing(function, packed, state, len(cu_seqlens) - 1)
     ys, finals = [], []
     for s, (begin, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])):
         y, final = function(*[t[:, begin:end] for t in packed], None if state is None else state[s : s + 1])
         ys.append(y)
         finals.append(final)
     return torch.cat(ys, 1), None if finals[0] is None else torch.cat(finals)
+
+
+def _of_nothing(
+    function: Callable[..., tuple[Tensor, Any]], packed: tuple[Tensor, ...], state: Tensor | None, count: int
+) -> tuple[Tensor, Any]:
+    """What ``function`` gives of a packed batch of ``count`` sequences, all of them empty."""
+    y, final = function(*[t.reshape(count, 0, *t.shape[2:]) for t in packed], state)
+    return y.reshape(1, 0, *y.shape[2:]), final

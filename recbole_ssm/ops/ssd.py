@@ -172,12 +172,16 @@ def _matrix_form(x: Tensor, dt: Tensor, S: Tensor, B: Tensor, C: Tensor) -> Tens
     H = x.shape[2]
     decay = decay_of((S[..., :, None] - S[..., None, :]).to(x.dtype))  # [b, H, Q, Q]
     v = (x * dt[..., None]).transpose(1, 2)  # [b, H, Q, P]
-    return ((heads(scores(C, B).tril(), H) * decay) @ v).transpose(1, 2)
+    M = (heads(scores(C, B), H) * decay).tril()
+    # A zero above the diagonal times what is not finite would be NaN at earlier positions.
+    finite = v.isfinite()
+    y = M @ torch.where(finite, v, 0.0)
+    return torch.where((~finite).cumsum(2) > 0, torch.nan, y).transpose(1, 2)
 
 
 def tiled(function: Callable[..., Tensor], elements_per_row: int, *tensors: Tensor) -> Tensor:
     """``function(*tensors)`` a few rows at a time, so that its temporaries stay in the cache."""
-    rows = max(1, TILE // elements_per_row)
+    rows = max(1, TILE // max(1, elements_per_row))
     if len(tensors[0]) <= rows:
         return function(*tensors)
     return torch.cat([function(*tile) for tile in zip(*[t.split(rows) for t in tensors])])

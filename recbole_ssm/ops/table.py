@@ -40,6 +40,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from recbole_ssm.ops.packing import count_sequences
@@ -94,7 +95,10 @@ class Op(NamedTuple):
             if not fits:
                 expected = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
                 raise ValueError(f"{self.name}: {name} must have shape [{expected}], got {list(shape)}")
-            if not tensor.is_floating_point() and dtype != "int64":
+            if dtype == "int64":
+                if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                    raise ValueError(f"{self.name}: {name} must hold whole numbers, got {tensor.dtype}")
+            elif not tensor.is_floating_point():
                 raise ValueError(f"{self.name}: {name} must hold floating-point numbers, got {tensor.dtype}")
             sizes.update(zip(letters, shape))
             if "S" not in sizes and "L" in sizes:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer, lr_scheduler
 
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, first_line
+from recbole_ssm.keys import shown
 from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
+from recbole_ssm.optim.gradient_noise import is_out_of_memory
 from recbole_ssm.trainer.checkpoint import keyed, plain, unkeyed
 from recbole_ssm.trainer.snapshot import Snapshot
 
@@ -47,6 +49,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(torch.device(config["device"]).type, enabled=scaled)
         self._output = _build_output(config, self.optimizer)
         self._optimizer_weights: Mapping[str, Tensor] = {}
+        # Whether the next step is the first after a checkpoint was read.
+        self._restored = False
 
     @property
     def step_size(self) -> float:
@@ -66,7 +70,14 @@ class Learner:
         """Clip the gradients, and move the weights."""
         if self.clip_grad_norm:
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except Exception as error:
+            if not self._restored or is_out_of_memory(error):
+                raise
+            # An optimiser looks at the state that it was given when it takes its first step.
+            raise UserError(f"resume: the optimiser's state does not fit its weights ({first_line(error)})") from error
+        self._restored = False
         self.scaler.update()
 
     def schedule(self, interval: str, score: float | None = None) -> None:
@@ -138,11 +149,37 @@ class Learner:
         and scaler.
         """
         self._optimizer_weights = {}
+        self._restored = True
+        _require_alike("param_groups", snapshot.optimizer["param_groups"], self.optimizer.state_dict()["param_groups"])
         self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        for weight, entries in self.optimizer.state.items():
+            # Gradients of rows have the shape of those rows.
+            for name, entry in entries.items() if "rows" not in entries else ():
+                if isinstance(entry, Tensor) and entry.shape != weight.shape and entry.dim():
+                    raise ValueError(f"{name} of {list(entry.shape)}, of a weight of {list(weight.shape)}")
         if "scaler" in snapshot.progress:
             if self.scheduler:
-                self.scheduler.load_state_dict(unkeyed(snapshot.progress["scheduler"]))
+                state = unkeyed(snapshot.progress["scheduler"])
+                _require_alike("scheduler", state, self.scheduler.state_dict())
+                self.scheduler.load_state_dict(state)
             self.scaler.load_state_dict(snapshot.progress["scaler"])
+
+
+def _require_alike(name: str, found: Any, own: Any) -> None:
+    """Make sure that what was saved has numbers where there are numbers now, lists where there are lists, and so on.
+
+    Raises:
+        ValueError: it has something else.
+    """
+    kinds = [(int, float) if isinstance(value, (int, float)) else type(value) for value in (found, own)]
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        for key in own.keys() & found.keys():
+            _require_alike(f"{name}.{key}", found[key], own[key])
+    elif isinstance(own, (list, tuple)) and isinstance(found, (list, tuple)) and len(found) == len(own):
+        for one, other in zip(found, own):
+            _require_alike(name, one, other)
+    elif own is not None and kinds[0] != kinds[1]:
+        raise ValueError(f"{name} is {shown(found)}, in the place of {shown(own)}")
 
 
 def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:

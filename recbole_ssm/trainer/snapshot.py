@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import FREE_KEYS
+from recbole_ssm.keys import FREE_KEYS, shown
 from recbole_ssm.trainer.checkpoint import Checkpoint, flatten_optimizer, plain, settings_of, unflatten_optimizer
 
 RandomStates = Mapping[str, Tensor]
@@ -33,6 +33,10 @@ class Position(NamedTuple):
     """The sum of each term of the loss over those steps."""
     ended: bool = False
     """Whether all steps of the epoch are done, so that its evaluation comes next."""
+
+    def validated(self, every: int) -> bool:
+        """Whether this is the moment behind a validation, where there is one every so many epochs."""
+        return self.epoch > 0 and self.epoch % every == 0 and self.number == 0 and not self.ended
 
 
 class Snapshot(NamedTuple):
@@ -105,8 +109,8 @@ def require_same_run(saved: Checkpoint, path: Path, config: Any, model: Any) -> 
         before = then.get(key, defaults.get(key))
         if now.get(key) != before and key not in FREE_KEYS:
             raise UserError(
-                f"resume: {key} is {now.get(key)!r} here and was {before!r} in {path}; leave it as it was, or "
-                "start a new run"
+                f"resume: {key} is {shown(now.get(key))} here and was {shown(before)} in {path}; leave it as it was, "
+                "or start a new run"
             )
 
 

@@ -310,7 +310,11 @@ class Trainer(EvaluatingTrainer):
                 try:
                     stack.enter_context(folders.held(self.folder))
                     if self._start:
-                        folders.go_back(self._start, self.global_step, self._stands_at_the_best())
+                        folders.go_back(
+                            self._start,
+                            self.global_step,
+                            self.cur_step == 0 and self.position.validated(self.eval_step),
+                        )
                 except UserError as error:
                     refusal = error
             refusal = distributed.broadcast(refusal)
@@ -325,11 +329,6 @@ class Trainer(EvaluatingTrainer):
                 self.best_valid_result = None
             self._start = None
             yield
-
-    def _stands_at_the_best(self) -> bool:
-        """Whether this is the end of an epoch, and its validation the best so far."""
-        epoch, number, *_, ended = self.position
-        return self.cur_step == 0 and number == 0 and not ended and epoch > 0 and epoch % self.eval_step == 0
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write the best checkpoint."""
@@ -402,16 +401,14 @@ class Trainer(EvaluatingTrainer):
         self.restore(*checkpoint.find(Path(resume_file)))
 
     def restore(self, path: Path, saved: checkpoint.Checkpoint) -> None:
-        """Take over what a checkpoint holds, which was read from ``path``; as
-        :meth:`resume_checkpoint`.
-        """
+        """Take over what a checkpoint holds, which was read from ``path``; as :meth:`resume_checkpoint`."""
         require_same_run(saved, path, self.config, self.model)
         try:
             snapshot = Snapshot.of(saved)
             weights = {**snapshot.weights, **snapshot.optimizer_weights}
             load_weights(self.model, checkpoint.Checkpoint({f"model.{n}": t for n, t in weights.items()}, {}), path)
             self._take_over(snapshot)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"checkpoint {path}: its training state does not fit ({error})") from error
@@ -447,4 +444,7 @@ class Trainer(EvaluatingTrainer):
         written, here = len(snapshot.random), distributed.world_size()
         if written != here:
             raise ValueError(f"it was written by {written} processes, here are {here}")
-        self._random = snapshot.random[distributed.rank()]
+        # They are set when training goes on; here they are only tried.
+        self._random, now = snapshot.random[distributed.rank()], random_states()
+        set_random_states(self._random)
+        set_random_states(now)

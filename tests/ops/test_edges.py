@@ -1,0 +1,115 @@
+"""What every op does of calls without rows, of numbers that are not finite, and of types that do not fit."""
+
+import pytest
+import torch
+
+from recbole_ssm import ops
+
+BACKENDS = ops.available_backends()
+
+
+def call(op, B=2, L=7, dtype=torch.float32, packed=None, **changed):
+    """An op's outputs for random inputs of a shape; packed is the list of bounds of one row."""
+    torch.manual_seed(0)
+    B = B if packed is None else 1
+    draw = {"dtype": dtype}
+    x, A, D = torch.randn(B, L, 4, 8, **draw), -torch.rand(4, **draw), torch.randn(4, **draw)
+    maps = [torch.randn(B, L, 2, 5, **draw) for _ in range(4)]
+    given = {"x": x, "dt": torch.rand(B, L, 4, **draw), "A": A, "b": maps[0], "c": maps[1], "D": D} | changed
+    bounds = {} if packed is None else {"cu_seqlens": torch.tensor(packed)}
+    sequences = B if packed is None else len(packed) - 1
+    x, dt, A, b, c, d = given.values()
+    if op == "ssd":
+        return ops.ssd(x, dt, A, b, c, d, **bounds)
+    if op == "ssd_last":
+        return ops.ssd_last(x, dt, A, b, torch.randn(sequences, 2, 5, **draw), d, **bounds)
+    if op == "quasiseparable":
+        return ops.quasiseparable(x, dt, dt, A, b, c, maps[2], maps[3], **bounds)
+    x, dt, A = x.flatten(2), dt.repeat_interleave(8, 2), A.repeat_interleave(8)[:, None].expand(32, 5)
+    if op == "selective_scan":
+        return ops.selective_scan(x, dt, A, b[:, :, 0], c[:, :, 0], **bounds)
+    if op == "selective_scan_last":
+        return ops.selective_scan_last(x, dt, A, b[:, :, 0], torch.randn(sequences, 5, **draw), **bounds)
+    weight = torch.randn(32, 3, **draw)
+    return getattr(ops, op)(x, weight, None, activation="silu", **bounds)
+
+
+SCANS = ["ssd", "ssd_last", "quasiseparable", "selective_scan", "selective_scan_last"]
+CONVOLUTIONS = ["causal_conv1d", "centered_conv1d"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [*SCANS, *CONVOLUTIONS])
+@pytest.mark.parametrize("shape", [{"B": 0}, {"L": 0, "packed": [0]}, {"L": 0, "packed": [0, 0, 0]}, {"B": 0, "L": 0}])
+def test_a_batch_without_rows_gives_outputs_without_rows(backend, op, shape):
+    with ops.use_backend(backend):
+        found = call(op, **shape)
+    y = found[0] if isinstance(found, tuple) else found
+    sequences = shape.get("B", len(shape.get("packed", [0])) - 1)
+    assert y.shape[0] == (sequences if op.endswith("_last") else 1 if "packed" in shape else shape["B"])
+    assert not y.any() and y.dtype == torch.float32
+    if isinstance(found, tuple):
+        assert len(found[1]) == sequences
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("L", [9, 150])
+@pytest.mark.parametrize("op", ["ssd", "selective_scan", "causal_conv1d"])
+def test_what_is_not_finite_reaches_no_earlier_position(backend, value, L, op):
+    t = 2 * L // 3
+    for name in ("x", "dt", "b", "c")[: 1 if op == "causal_conv1d" else 4]:
+        for packed in (None, [0, L]):
+            shape = {"x": (2, L, 4, 8), "dt": (2, L, 4)}.get(name, (2, L, 2, 5))
+            tensor = torch.rand(*shape)[: 1 if packed else 2]
+            tensor[:, t] = value
+            with ops.use_backend("reference"):
+                expected = call(op, L=L, packed=packed, **{name: tensor})[0]
+            with ops.use_backend(backend):
+                found = call(op, L=L, packed=packed, **{name: tensor})[0]
+            assert torch.isfinite(found[:, :t]).all(), name
+            torch.testing.assert_close(found[:, :t], expected[:, :t], rtol=1e-4, atol=1e-4)
+            assert torch.equal(found[:, t:].isfinite(), expected[:, t:].isfinite()), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("packed", [None, [0, 3, 7]])
+def test_convolutions_give_the_type_of_their_input(backend, dtype, packed):
+    bounds = None if packed is None else torch.tensor(packed)
+    x, weight, bias = torch.randn(1, 7, 6, dtype=dtype), torch.randn(6, 3), torch.randn(6)
+    for state in (None, torch.randn(1 if packed is None else 2, 6, 3)):
+        with ops.use_backend(backend):
+            y, after = ops.causal_conv1d(x, weight, bias, state_BDK=state, cu_seqlens=bounds, activation="silu")
+            centered = ops.centered_conv1d(x, weight, bias, cu_seqlens=bounds, activation="silu")
+        assert y.dtype == after.dtype == centered.dtype == dtype
+        with ops.use_backend("reference"):
+            right = ops.causal_conv1d(x.double(), weight, bias, state_BDK=state, cu_seqlens=bounds, activation="silu")[
+                0
+            ]
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+        torch.testing.assert_close(y.double(), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_types_that_do_not_fit_are_errors(backend):
+    A = -torch.rand(4, dtype=torch.complex64)
+    outputs, items = torch.randn(3, 4), torch.randn(9, 4)
+    with ops.use_backend(backend):
+        for op in ("ssd", "ssd_last", "quasiseparable"):
+            with pytest.raises(ValueError, match=f"{op}: A must hold floating-point numbers, got torch.complex64"):
+                call(op, A=A)
+        for target in (torch.ones(3), torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.complex64)):
+            for op in (ops.linear_cross_entropy, ops.rank_targets):
+                with pytest.raises(ValueError, match="target must hold whole numbers, got torch"):
+                    op(outputs, items, target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_and_ranks_of_no_rows(backend):
+    with ops.use_backend(backend):
+        higher, ties = ops.rank_targets(torch.randn(0, 4), torch.randn(9, 4), torch.zeros(0, dtype=torch.int64))
+        assert higher.shape == ties.shape == (0, 2)
+        output = torch.randn(0, 4, requires_grad=True)
+        loss = ops.linear_cross_entropy(output, torch.randn(9, 4), torch.zeros(0, dtype=torch.int64))
+        assert loss.shape == ()
