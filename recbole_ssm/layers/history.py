@@ -22,12 +22,13 @@ from recbole_ssm.layers.step import Prepared, Weights, norm_fields
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch, implements
 
-MOST_EVENTS = 1024
-"""Histories that are longer than this on average go layer by layer.
+MOST_EVENTS = {"scan": 1024, "ssd": 16_384}
+"""Histories that are longer than this on average go layer by layer: with Mamba's scan, without one.
 
-Measured on one thread (AVX2): 50 events take a fifth to a ninth of the time in one call, 1,000 two
-thirds to four fifths, whatever the number of histories. From some 2,000 events on Mamba loses,
-because what lies between its layers has left the cache; and the call gives a history one thread.
+Measured on one thread (AVX2): 50 events take a fifth to a ninth of the time in one call, 1,000 half
+to four fifths, whatever the number of histories. From some 2,000 events on Mamba loses, because
+what lies between its layers has left the cache; Mamba-2 and Hydra take two thirds at 16,000. The
+call gives a history one thread.
 """
 
 Encode = Callable[..., Tensor]
@@ -61,9 +62,9 @@ def _formula(model: Any, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _native(model: Any, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
     positions, histories = items_L.numel(), cu_seqlens.numel() - 1
-    fits = 0 < positions <= MOST_EVENTS * histories and not torch.is_autocast_enabled("cpu")
+    fits = 0 < positions <= max(MOST_EVENTS.values()) * histories and not torch.is_autocast_enabled("cpu")
     chain = _chain_of(model) if fits else None
-    takes = chain is not None and chain.takes(model)
+    takes = chain is not None and positions <= chain.most_events * histories and chain.takes(model)
     logging.getLogger().debug(
         "encode: %d positions of %d histories %s", positions, histories, "in one call" if takes else "layer by layer"
     )
@@ -77,6 +78,9 @@ class Chain(Weights):
 
     Args:
         model: as :func:`in_one_call` says.
+
+    Attributes:
+        most_events: how long histories may be on average.
     """
 
     def __init__(self, model: Any) -> None:
@@ -85,8 +89,11 @@ class Chain(Weights):
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
         super().__init__(model, {**table, **blocks})
         self.usable = self.usable and bool(layers) and all(layer.usable for layer in layers)
+        self.most_events = 0
         if self.usable:
             self._blocks = (type(layers[0].fields) * len(layers))(*[layer.fields for layer in layers])
+            scans = any(layer.fields.H == 0 for layer in layers)
+            self.most_events = MOST_EVENTS["scan" if scans else "ssd"]
             V, M = table["table"].shape
             blocks_at = {"layers": len(layers), "blocks": ctypes.addressof(self._blocks)}
             self._fields = native.structure("history", V=V, M=M, **table, **blocks_at)

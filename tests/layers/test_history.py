@@ -123,10 +123,13 @@ def test_the_rule_is_told_at_debug_level(caplog, calls):
     model = build(["Mamba"])
     with caplog.at_level(logging.DEBUG):
         model.encode(*histories(20, 30), last_only=True)
-        model.encode(*histories(history.MOST_EVENTS + 1), last_only=True)
+        long = history.MOST_EVENTS["scan"] + 1
+        model.encode(*histories(long), last_only=True)
+        build(["Mamba2", "Hydra"]).encode(*histories(long), last_only=True)
     assert "encode: 50 positions of 2 histories in one call" in caplog.text
-    assert f"encode: {history.MOST_EVENTS + 1} positions of 1 histories layer by layer" in caplog.text
-    assert len(calls) == 1
+    assert f"encode: {long} positions of 1 histories layer by layer" in caplog.text
+    assert f"encode: {long} positions of 1 histories in one call" in caplog.text
+    assert len(calls) == 2
 
 
 def test_what_the_call_does_not_compute_goes_to_the_formula(calls, monkeypatch):
