@@ -775,6 +775,8 @@ KEYS: dict[str, Key] = {
     "lora_modules": Key(Either(Choice("all-linear"), Many(Text("the name of a layer"), least=1)), "model", empty=True),
     "title_field": Key(COLUMN, "model", empty=True),
     "random_base_args": Key(Fields({}, "{'hidden_size': 128}", open=True), "model", empty=True),
+    "bm25_k1": Key(Many(NOT_NEGATIVE, or_one=True, least=1), "model"),
+    "bm25_b": Key(Many(Number("[0, 1]"), or_one=True, least=1), "model"),
     "prompt_history": Key(AT_LEAST_1, "model", tune=(5, 10, 20)),
     "prompt_batch_tokens": Key(AT_LEAST_1, "model", effect="none"),
     "rerank": Key(Choice("all", "retrieved"), "model", effect="free"),

@@ -63,28 +63,18 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     """The base model of a configuration, with LoRA where it asks for that.
 
     Args:
-        config: ``base_model`` is ``random``, a folder of transformers', a GGUF file, or a name
-            on the Hugging Face hub (from the local cache; fetched only with
-            ``base_model_download``). ``base_model_dtype``, ``quantize_4bit``, ``lora_r``,
-            ``lora_alpha``, ``lora_dropout`` and ``lora_modules`` say how it is held and what is
-            trained; ``random_base_args`` the sizes of a random one, as LlamaConfig names them.
+        config: a configuration whose values are checked.
         texts: what the tokenizer of a random base is trained on: the titles, and the prompt's
             own words.
-
-    Returns:
-        The model on ``config["device"]``, its tokenizer, and what identifies them.
 
     Raises:
         UserError: no such model, no causal language model, weights missing or pickled, a
             package missing, or a value that does not fit; one line with the mend.
     """
     transformers = require("transformers")
-    name = config["base_model"]
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            f"base_model: must be a folder, a .gguf file, a name on the Hugging Face hub or 'random', got {name!r}"
-        )
-    rank = _lora_rank(config, name)
+    name, rank = config["base_model"], config["lora_r"]
+    if rank is None:
+        rank = 0 if name == RANDOM else 8
     dtype = _dtype(config, rank)
     if config["quantize_4bit"] and (not rank or name == RANDOM):
         raise UserError("quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and lora_r: 8")
@@ -160,8 +150,6 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def _random_sizes(config: Any) -> dict[str, Any]:
     own = config["random_base_args"] or {}
-    if not isinstance(own, dict):
-        raise UserError(f"random_base_args: must be a mapping such as {{'hidden_size': 128}}, got {own!r}")
     known = vars(require("transformers").LlamaConfig())
     for key in own:
         if key not in known:
@@ -287,15 +275,6 @@ def _four_bits(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 def _with_lora(model: Any, config: Any, rank: int) -> Any:
     peft = require("peft")
     modules = config["lora_modules"]
-    if isinstance(modules, str) and modules != "all-linear":
-        modules = [modules]
-    names = modules if isinstance(modules, list) else []
-    if not all(isinstance(name, str) for name in names) or not (names or modules in (None, "all-linear")):
-        raise UserError(
-            f"lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or 'all-linear', got {modules!r}"
-        )
-    if not 0 <= config["lora_dropout"] < 1:
-        raise UserError(f"lora_dropout: must lie in [0, 1), got {config['lora_dropout']}; try lora_dropout: 0.05")
     layers = {name.rpartition(".")[2]: type(m).__name__ for name, m in model.named_modules()}
     layers = {name: kind for name, kind in layers.items() if "Linear" in kind or kind == "Conv1D"}
     settings = peft.LoraConfig(
@@ -321,15 +300,6 @@ def _with_lora(model: Any, config: Any, rank: int) -> Any:
     if adapted.get_base_model().get_output_embeddings() is not head:
         raise UserError(f"lora_modules: the output head stays as it is; take others of {', '.join(sorted(inner))}")
     return adapted
-
-
-def _lora_rank(config: Any, name: str) -> int:
-    rank = config["lora_r"]
-    if rank is None:
-        return 0 if name == RANDOM else 8
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-        raise UserError(f"lora_r: must be a whole number, 0 to train all weights, got {rank!r}; try lora_r: 8")
-    return rank
 
 
 def _dtype(config: Any, rank: int) -> torch.dtype:

@@ -50,7 +50,8 @@ class GPT4Rec(LanguageModelRecommender):
         self.title_tokens = config["title_tokens"]
         self.length_penalty = config["length_penalty"]
         self.cutoffs = config["topk"]
-        self.grid = list(product(_values(config, "bm25_k1", 0, np.inf), _values(config, "bm25_b", 0, 1)))
+        k1, b = (np.atleast_1d(config[key]).tolist() for key in ("bm25_k1", "bm25_b"))
+        self.grid = list(product(k1, b))
         self.valid_cutoff = int(str(config["valid_metric"]).partition("@")[2] or max(self.cutoffs))
         self.show_progress = config["show_progress"]
         if self.num_beams < self.num_queries:
@@ -196,15 +197,3 @@ class GPT4Rec(LanguageModelRecommender):
         tokens = [[self.tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
-
-
-def _values(config: Any, key: str, least: float, most: float) -> list[float]:
-    given = config[key]
-    values = given if isinstance(given, list) else [given]
-    for value in values:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-            limits = f"from {least} on" if most == np.inf else f"from {least} to {most}"
-            raise UserError(f"{key}: must be numbers {limits}, got {value!r}; try {key}: {1.2 if most > 1 else 0.75}")
-    if not values:
-        raise UserError(f"{key}: must be a number or a list of some, got {given!r}")
-    return [float(value) for value in values]

@@ -2,7 +2,8 @@
 
 A study is one module of this package: ``add_arguments(parser)`` names its options, ``run(options, keys)`` trains what
 is missing, writes its files to ``options.folder`` and returns what is printed. ``keys`` are the config keys of the
-command line, for every run of the study. Runs are kept (:mod:`recbole_ssm.study.runs`), so a study that was stopped
+command line, for every run of the study. An unknown name or key and an impossible value are a UserError before anything
+is trained. Runs are kept (:mod:`recbole_ssm.study.runs`), so a study that was stopped
 goes on by the same command, and one that is done can be printed again.
 """
 

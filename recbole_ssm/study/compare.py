@@ -39,11 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
-    """Train what is missing, and write the table to the folder.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value.
-    """
+    """Train what is missing, and write the table to the folder."""
     runs, todo, seeds = plan(options, keys)
     check_rows(runs, todo, options.tune > 0)
     fetch(runs, todo)
@@ -76,11 +72,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: str, datasets:
 
 
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:
-    """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value: before anything is trained.
-    """
+    """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds."""
     for model in options.models:
         get_model(model)
     plain, own = split_keys(keys, options.models, options.datasets)
@@ -179,12 +171,9 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
         (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
         for seed, entry in itertools.product(seeds, entries)
     ]
-
-    def after(outcomes: list[Outcome]) -> None:
-        todo[len(outcomes) - 1][0].outcomes.append(outcomes[-1])
+    for outcome, (entry, _) in zip(runs.all(one for _, one in todo), todo):
+        entry.outcomes.append(outcome)
         write()
-
-    runs.all([one for _, one in todo], after)
 
 
 def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
@@ -205,7 +194,7 @@ def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:
     ]
     # One setting of each run in turn.
     turns = itertools.chain.from_iterable(zip(*tried))
-    outcomes = runs.all([Run(one.model, one.dataset, {**one.options, "seed": seed}) for one in turns])
+    outcomes = list(runs.all(Run(one.model, one.dataset, {**one.options, "seed": seed}) for one in turns))
     best = []
     for place, settings in enumerate(tried):
         scores = [_validation(runs, outcome) for outcome in outcomes[place :: len(todo)]]

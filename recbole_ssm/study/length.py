@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
-    """Train what is missing, and write the table to the folder.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value.
-    """
+    """Train what is missing, and write the table to the folder."""
     for key in keys:
         if key.rpartition(".")[2] == KEY:
             raise UserError(f"--{key}: here it is --lengths, with commas between numbers")

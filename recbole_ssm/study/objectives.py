@@ -24,6 +24,7 @@ from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.study.compare import FIRST_SEED, seeds_from
+from recbole_ssm.study.report import grid
 from recbole_ssm.study.runs import Outcome, Run, runs_in
 
 BASES = "random:32x1,random:64x2,random:128x4"
@@ -42,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
-    """Train what is missing, and write the table to the folder.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value.
-    """
+    """Train what is missing, and write the table to the folder."""
     # Users without their target among the candidates are left out of the work, not of the metrics.
     plain = {"rerank": "retrieved", "fusion_weight": "tuned", **keys}
     seeds = seeds_from(plain, options.seeds)
@@ -56,11 +53,11 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     # Mistakes come before the first training.
     for one in todo:
         runs.config(one)
-    outcomes = runs.all(todo)
+    outcomes = list(runs.all(todo))
     grouped = [outcomes[n : n + options.seeds] for n in range(0, len(outcomes), options.seeds)]
     rows = table(dict(zip(arms, grouped)))
     failed = [f"- {one.run}: {one.error}" for one in outcomes if one.error is not None]
-    text = "\n".join([markdown(rows), _protocol(outcomes, seeds), *failed]) + "\n"
+    text = markdown(rows) + "\n".join([_protocol(outcomes, seeds), *failed]) + "\n"
     write_text(options.folder / "llm.md", text)
     write_csv(options.folder / "llm.csv", rows)
     return f"{text}\nwritten to {options.folder}/: llm.md, llm.csv"
@@ -104,7 +101,7 @@ def markdown(rows: list[Row]) -> str:
     """The table in Markdown; a retriever that several arms share stands there once."""
     titles = ["base", "parameters", "verbalizer", "objective", "order", "NDCG@10", "Hit@10", "NDCG@10 retrieved"]
     titles += ["against the retriever", "p (Holm)", "weight", "s a user"]
-    lines = [titles, ["---"] * len(titles)]
+    lines = []
     seen: set[tuple[float, ...]] = set()
     for row in rows:
         figures = [row["overall ndcg@10"], row["overall hit@10"], row["retrieved ndcg@10"]]
@@ -121,7 +118,7 @@ def markdown(rows: list[Row]) -> str:
             cells += [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", f"{row['p']:.3f}"]
             cells += [f"{row['fusion_weight']:.2f}" if row["order"] == FUSED else "", f"{row['seconds_per_user']:.3f}"]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return grid(titles, lines)
 
 
 def _options_of(base: str, verbalizer: str, objective: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
 from recbole_ssm.study.compare import add_common_arguments
-from recbole_ssm.study.report import average, header, line, machines, mean, spread
+from recbole_ssm.study.report import average, failures, grid, machines, mean, spread
 from recbole_ssm.study.runs import Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
@@ -138,11 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
-    """Train what is missing, and write the tables to the folder.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value.
-    """
+    """Train what is missing, and write the tables to the folder."""
     runs, cells, seeds = plan(options, keys)
 
     def write() -> str:
@@ -153,11 +149,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
 
 
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Cell], list[int]]:
-    """The command line -> the runs' folder, a cell for each optimiser, model and data set, and the seeds.
-
-    Raises:
-        UserError: an unknown name or key, or an impossible value: before anything is trained.
-    """
+    """The command line -> the runs' folder, a cell for each optimiser, model and data set, and the seeds."""
     for name in options.optimizers:
         if name not in OPTIMIZERS:
             raise UserError(f"--optimizers: there is no '{name}'{did_you_mean(name, OPTIMIZERS)}")
@@ -178,32 +170,18 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
 
 
 def study(runs: Any, cells: Sequence[Cell], seeds: Sequence[int], values: int, write: Callable[[], object]) -> None:
-    """Tune every cell on the first seed, then run it on all; ``write`` after each run.
-
-    Args:
-        runs: :class:`Runs`, or what has its ``all``.
-        cells: to be filled.
-        seeds: the first one tunes.
-        values: how many of its values each optimiser tries.
-        write: called without arguments.
-    """
+    """Tune every cell on the first seed over so many values, then run it on all seeds; ``write`` after each run."""
     tuning = [(cell, value) for cell in cells for value in OPTIMIZERS[cell.optimizer].values[:values]]
-
-    def tuned(outcomes: list[Outcome]) -> None:
-        cell, value = tuning[len(outcomes) - 1]
-        cell.tuning[value] = outcomes[-1]
+    tuned = runs.all(cell.run(value, seeds[0]) for cell, value in tuning)
+    for outcome, (cell, value) in zip(tuned, tuning):
+        cell.tuning[value] = outcome
         if len(cell.tuning) == values:
             cell.choose()
         write()
-
-    runs.all([cell.run(value, seeds[0]) for cell, value in tuning], tuned)
     final = [(cell, cell.value, seed) for seed, cell in itertools.product(seeds, cells) if cell.value is not None]
-
-    def finished(outcomes: list[Outcome]) -> None:
-        final[len(outcomes) - 1][0].outcomes.append(outcomes[-1])
+    for outcome, (cell, *_) in zip(runs.all(cell.run(value, seed) for cell, value, seed in final), final):
+        cell.outcomes.append(outcome)
         write()
-
-    runs.all([cell.run(value, seed) for cell, value, seed in final], finished)
 
 
 def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -259,7 +237,7 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     titles = ["data set", "model", "optimiser", "tuned to", "seeds", *METRICS, "validation"]
     titles += ["reach the first's validation", "after samples", "after seconds"]
     titles += ["seconds in all", "steps in all", "batch size by epoch"]
-    lines = header(titles)
+    rows = []
     for row in table:
         edge = ", at the edge" if row["at_edge"] else ""
         tuned = "" if row["value"] is None else f"{row['number']} {row['value']:g}{edge}"
@@ -277,11 +255,8 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
             _count(row["seconds"]),
         ]
         cells += [_count(row["seconds_in_all"]), _count(row["steps_in_all"]), path]
-        lines.append(line(cells))
-    failed = [
-        f"- {row['dataset']}, {row['model']}, {row['optimizer']}: {row['error']}" for row in table if row["error"]
-    ]
-    return "\n".join(lines + (["", "Failed, and counted as worst:", "", *failed] if failed else [])) + "\n"
+        rows.append(cells)
+    return grid(titles, rows) + failures("Failed, and counted as worst:", table, "dataset", "model", "optimizer")
 
 
 def write_tables(folder: Path, cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:

@@ -175,7 +175,7 @@ def markdown(table: Sequence[Row]) -> str:
         for key in ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")
         if key in row
     }
-    lines = header(list(columns(table)))
+    rows = []
     for row in table:
         cells = []
         for title, text_of in columns(table).items():
@@ -183,9 +183,14 @@ def markdown(table: Sequence[Row]) -> str:
             if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
                 text = f"**{text}**"
             cells.append(text)
-        lines.append(line(cells))
-    failed = [f"- {row['dataset']}, {row['model']}: {row['error']}" for row in table if row["error"]]
-    return "\n".join(lines + (["", "Failed:", "", *failed] if failed else [])) + "\n"
+        rows.append(cells)
+    return grid(list(columns(table)), rows) + failures("Failed:", table, "dataset", "model")
+
+
+def failures(title: str, table: Sequence[Mapping[str, Any]], *names: str) -> str:
+    """Why runs failed, as a list in Markdown under a title; nothing where none did."""
+    failed = [f"- {', '.join(row[name] for name in names)}: {row['error']}\n" for row in table if row["error"]]
+    return "".join([f"\n{title}\n\n", *failed]) if failed else ""
 
 
 def latex(table: Sequence[Row]) -> str:
@@ -206,23 +211,31 @@ def _escape(text: str) -> str:
     return text.replace("<", "$<$")
 
 
-def pairs_markdown(found: Mapping[str, Sequence[Pair]], names: Sequence[str] = ("NDCG@10",)) -> str:
-    """The paired tests as a table."""
-    lines = header(
-        ["data set", "metric", "models", "users", "difference", "95% interval", "p (t)", "p (Holm)", "p (Wilcoxon)"]
-    )
+def pairs_markdown(found: Mapping[str, Sequence[Pair]]) -> str:
+    """The paired tests of NDCG@10 as a table."""
+    titles = [
+        "data set",
+        "metric",
+        "models",
+        "users",
+        "difference",
+        "95% interval",
+        "p (t)",
+        "p (Holm)",
+        "p (Wilcoxon)",
+    ]
+    rows = []
     for dataset, pairs in found.items():
         for pair in pairs:
-            if pair.metric in names:
+            if pair.metric == "NDCG@10":
                 # There is no p where they share too few users.
                 tested = not math.isnan(pair.t_p)
                 interval = f"{pair.low:+.4f} to {pair.high:+.4f}" if tested else ""
                 difference = f"{pair.difference:+.4f}" if tested else ""
                 ps = [_p(pair.t_p), _p(pair.holm_p), _p(pair.wilcoxon_p)]
                 who = f"{pair.first} - {pair.second}"
-                cells = [dataset, pair.metric, who, f"{pair.users:,}", difference, interval, *ps]
-                lines.append(line(cells))
-    return "\n".join(lines) + "\n"
+                rows.append([dataset, pair.metric, who, f"{pair.users:,}", difference, interval, *ps])
+    return grid(titles, rows)
 
 
 def published(datasets: Collection[str], models: Collection[str]) -> list[dict[str, str]]:
@@ -240,9 +253,7 @@ def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
         return "None that we know of.\n"
     keys = ["dataset", "model", "hit", "ndcg", "mrr", "latency_s", "source", "history", "protocol"]
     titles = ["data set", "model", "Hit@10", "NDCG@10", "MRR@10", "latency, s", "source", "history", "what differs"]
-    lines = header(titles)
-    lines += [line([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys]) for row in found]
-    return "\n".join(lines) + "\n"
+    return grid(titles, ([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys] for row in found))
 
 
 MEANING = """\
@@ -414,11 +425,6 @@ def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[A
         yield column[0] if lines == 1 else list(column), dataset, [r for r in table if r["dataset"] == dataset]
 
 
-def header(titles: Sequence[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [line(titles), line(["---"] * len(titles))]
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))

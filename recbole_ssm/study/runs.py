@@ -280,17 +280,13 @@ class Runs:
             return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
 
-    def all(self, runs: Iterable[Run], after: Callable[[list[Outcome]], None] | None = None) -> list[Outcome]:
-        """Get the outcomes of many runs, one after the other, and print a line for each on standard error.
-
-        Args:
-            runs: the runs.
-            after: called with the outcomes so far, after each.
+    def all(self, runs: Iterable[Run]) -> Iterator[Outcome]:
+        """Get the outcomes of many runs, one after the other as they are asked for, with a line on standard error.
 
         Raises:
             KeyboardInterrupt: what is done is kept, and what was under way has saved where it stands.
         """
-        todo, outcomes = list(runs), list[Outcome]()
+        todo = list(runs)
         # Wall seconds of what was trained now.
         spent: list[tuple[Run, float]] = []
         with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
@@ -303,7 +299,6 @@ class Runs:
                     raise KeyboardInterrupt(
                         f"{number - 1} of {len(todo)} runs are done; go on by the same command"
                     ) from None
-                outcomes.append(outcome)
                 took = time.monotonic() - begin
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
                 if outcome.error is not None or took > 2:
@@ -313,9 +308,7 @@ class Runs:
                     words.append(f"about {_clock(left)} left")
                 bar.update()
                 bar.write("; ".join(words), file=sys.stderr)
-                if after:
-                    after(outcomes)
-        return outcomes
+                yield outcome
 
     def _train(self, run: Run, folder: Path, progress: Progress) -> str | None:
         """Train a run in a process of its own; return why it failed, or None."""

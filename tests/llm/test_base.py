@@ -10,6 +10,7 @@ import transformers
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import base
 from recbole_ssm.llm.base import END, LETTERS, load_base_model, random_tokenizer, size_of
+from recbole_ssm.quick_start import configure
 
 TEXTS = ["Toy Story", "GoldenEye", "Four Rooms", "Get Shorty"]
 
@@ -166,20 +167,14 @@ def test_faulty_folders(folder, spoil, message):
         ),
         ({"base_model": "absent.gguf"}, "base_model: absent.gguf is no folder and no GGUF file"),
         ({"base_model": "/absent/folder"}, "base_model: /absent/folder is no folder and no GGUF file"),
-        ({"base_model": ""}, "base_model: must be a folder, a .gguf file"),
-        ({"lora_r": -1}, "lora_r: must be a whole number"),
         ({"lora_r": 2, "lora_modules": ["q"]}, "lora_modules: peft finds no ['q'] in LlamaForCausalLM; its layers are"),
-        ({"lora_r": 2, "lora_modules": 3}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
-        ({"lora_r": 2, "lora_modules": [3]}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
-        ({"lora_r": 2, "lora_modules": []}, "lora_modules: must be a list of names such as ['q_proj', 'v_proj'], or"),
-        ({"lora_r": 2, "lora_modules": "*_proj"}, "lora_modules: peft finds no ['*_proj'] in LlamaForCausalLM"),
+        ({"lora_r": 2, "lora_modules": ["*_proj"]}, "lora_modules: peft finds no ['*_proj'] in LlamaForCausalLM"),
         ({"lora_r": 2, "lora_modules": ["q_proj", "lm_head"]}, "lora_modules: the output head stays as it is; take "),
         ({"quantize_4bit": True}, "quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and"),
         ({"quantize_4bit": True, "lora_r": 8}, "quantize_4bit: weights of 4 bits stay as they are"),
         ({"random_base_args": {"hidden": 3}}, "random_base_args: LlamaConfig has no 'hidden'"),
         ({"random_base_args": {"vocab_size": 10}}, "random_base_args: vocab_size must be at least 400"),
         ({"random_base_args": {"num_attention_heads": 5}}, "random_base_args: LlamaConfig refuses"),
-        ({"random_base_args": 7}, "random_base_args: must be a mapping"),
     ],
 )
 def test_wrong_values(options, message):
@@ -188,8 +183,30 @@ def test_wrong_values(options, message):
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_one_name_is_a_list_of_one_and_all_linear_leaves_the_head_alone():
-    for modules, count in (("q_proj", 1), (["q_proj", "v_proj"], 2), ("all-linear", 7), (None, 2)):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_model": ""}, "base_model: must be a folder, a .gguf file"),
+        ({"lora_r": -1}, "lora_r: must be 0 or more, got -1"),
+        ({"lora_r": "x"}, "lora_r: must be a whole number"),
+        ({"lora_dropout": 1}, "lora_dropout: must lie in [0, 1), got 1; try lora_dropout: 0.05"),
+        (
+            {"lora_modules": 3},
+            "lora_modules: must be 'all-linear' or a list in which each entry is the name of a layer",
+        ),
+        ({"lora_modules": [3]}, "lora_modules: must be 'all-linear' or a list in which each entry is the name of a"),
+        ({"lora_modules": []}, "lora_modules: must be 'all-linear' or a list in which each entry is the name of a"),
+        ({"random_base_args": 7}, "random_base_args: must be a mapping"),
+    ],
+)
+def test_wrong_types_are_refused_by_the_table_of_keys(options, message):
+    with pytest.raises(UserError) as caught:
+        configure("LlamaRec", "toy", config_dict=options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_all_linear_leaves_the_head_alone():
+    for modules, count in ((["q_proj"], 1), (["q_proj", "v_proj"], 2), ("all-linear", 7), (None, 2)):
         model = load(lora_r=2, lora_modules=modules).model
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(trained) == 2 * count and not any("lm_head" in name for name in trained)

@@ -223,9 +223,9 @@ def test_a_checkpoint_of_another_base_is_refused(build, gpt2):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bm25_b": 1.5}, "bm25_b: must be numbers from 0 to 1, got 1.5"),
-        ({"bm25_k1": [1.0, -1]}, "bm25_k1: must be numbers from 0 on, got -1"),
-        ({"bm25_k1": []}, "bm25_k1: must be a number or a list of some"),
+        ({"bm25_b": 1.5}, "bm25_b: must be a number in [0, 1] or a list of such, got 1.5"),
+        ({"bm25_k1": [1.0, -1]}, "bm25_k1: must be 0 or more, got -1"),
+        ({"bm25_k1": []}, "bm25_k1: must be a number in [0, inf) or a list of such, got []"),
         ({"num_queries": 3, "num_beams": 2}, "num_beams: 2 beams end in no 3 queries; give more beams"),
         ({"num_queries": 0}, "num_queries: must be at least 1, got 0"),
         ({"title_tokens": 600}, "title_tokens: 600 leave no room for a history in the 1024 tokens that random reads"),
