@@ -124,14 +124,12 @@ class Prefixes:
         """All that the users of some rows did before the targets, however long ago.
 
         Returns:
-            The place of a row in ``index``, and an event, for each event of each row, in rising order ``[E]``.
+            How many events each row has ``[rows]``, and the events, row by row ``[E]``.
         """
         user = self.events[self.user_field].numpy()
         target = self.target[index].astype(np.int64)
         length = target - np.searchsorted(user, user[target], side="left")
-        row = np.repeat(np.arange(len(target)), length)
-        within = np.arange(len(row)) - np.repeat(length.cumsum() - length, length)
-        return row, np.repeat(target - length, length) + within
+        return length, np.arange(length.sum()) + np.repeat(target - length.cumsum(), length)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.data.evaluation import EvalBatch
-from recbole_ssm.ops import rank_scores, rank_targets
+from recbole_ssm.ops import Seen, rank_scores, rank_targets
 
 LARGEST_SCORES = 2**24
 PROTOCOLS = ("unmasked", "masked")
@@ -107,10 +107,10 @@ class Scorer:
 
     def rank(self, batch: EvalBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ranks ``[B, 2]`` of the targets, how long the lists are ``[B, 2]``, and their first ``k`` items."""
-        seen = batch.seen_row, batch.seen_item
+        seen = batch.seen
         if batch.candidates is not None:
             return self._rank_candidates(batch, batch.candidates, k)
-        hidden = torch.bincount(batch.seen_row, minlength=len(batch.target))
+        hidden = seen.offsets.diff()
         listed = self.item_num - 1 - torch.stack([torch.zeros_like(hidden), hidden], 1)
         if k == 0 and self._factors is not None and self.model.graphed is None:
             output, items = self._factors(batch.interaction)
@@ -119,20 +119,20 @@ class Scorer:
             return ranks, listed, listed.new_empty(len(listed), 2, 0)
         found = []
         for rows, scores in self.all_items(batch.interaction):
-            first, last = torch.searchsorted(batch.seen_row, torch.tensor([rows.start, rows.stop])).tolist()
-            own = batch.seen_row[first:last] - rows.start, batch.seen_item[first:last]
+            own = seen.part(rows)
             found.append((rank_scores(scores, batch.target[rows], seen=own).ranks, _best(scores, own, k)))
         ranks, best = (torch.cat(column) for column in zip(*found))
         return ranks, listed, best
 
     def _rank_candidates(self, batch: EvalBatch, items_BC: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         row = torch.arange(len(items_BC), device=items_BC.device)[:, None]
-        pairs = batch.seen_row * self.item_num + batch.seen_item
+        pairs = batch.seen.row * self.item_num + batch.seen.item
         hidden = torch.isin(row * self.item_num + items_BC, pairs)
+        counts = hidden.sum(1)
+        seen = Seen(hidden.nonzero()[:, 1], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
         scores = self.among(batch.interaction, items_BC)
-        seen = tuple(hidden.nonzero().T)
         ranks = rank_scores(scores, torch.zeros_like(batch.target), seen=seen).ranks
-        listed = items_BC.shape[1] - torch.stack([torch.zeros_like(batch.target), hidden.sum(1)], 1)
+        listed = items_BC.shape[1] - torch.stack([torch.zeros_like(counts), counts], 1)
         return ranks, listed, items_BC[row[:, :, None], _best(scores, seen, k)]
 
 
@@ -146,10 +146,10 @@ def _factors(model: Any) -> Any:
     return None
 
 
-def _best(scores: Tensor, seen: tuple[Tensor, ...], k: int) -> Tensor:
+def _best(scores: Tensor, seen: Seen, k: int) -> Tensor:
     """The columns of the ``k`` highest scores, with and without what was seen ``[B, 2, k]``; it overwrites scores."""
     if k == 0:
         return torch.zeros(len(scores), 2, 0, dtype=torch.int64, device=scores.device)
     unmasked = scores.topk(k).indices
-    scores[seen] = -torch.inf
+    scores[seen.row, seen.item] = -torch.inf
     return torch.stack([unmasked, scores.topk(k).indices], 1)

@@ -23,11 +23,12 @@ from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
 from recbole_ssm.ops.linear_cross_entropy import linear_cross_entropy
 from recbole_ssm.ops.quasiseparable import quasiseparable
-from recbole_ssm.ops.rank_targets import rank_scores, rank_targets
+from recbole_ssm.ops.rank_targets import Seen, rank_scores, rank_targets
 from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
 from recbole_ssm.ops.ssd import ssd, ssd_last
 
 __all__ = [
+    "Seen",
     "available_backends",
     "causal_conv1d",
     "centered_conv1d",

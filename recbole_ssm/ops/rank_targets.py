@@ -28,6 +28,26 @@ class TargetRanks(NamedTuple):
         return 1 + self.higher + self.ties.double() / 2
 
 
+class Seen(NamedTuple):
+    """What each of n rows has seen: each item once, in rising order, and without the row's target."""
+
+    item: Tensor
+    """The items of all rows, end to end ``[E]``, int64."""
+    offsets: Tensor
+    """Where each row's items begin, and the last end ``[n + 1]``, int64."""
+
+    @property
+    def row(self) -> Tensor:
+        """The row of each item ``[E]``."""
+        counts = self.offsets.diff()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+    def part(self, rows: slice) -> Seen:
+        """What some rows in a row have seen."""
+        bounds = self.offsets[rows.start : rows.stop + 1]
+        return Seen(self.item[bounds[0] : bounds[-1]], bounds - bounds[0])
+
+
 @torch.no_grad()
 def rank_targets(
     output_nd: Tensor,
@@ -35,7 +55,7 @@ def rank_targets(
     target_n: Tensor,
     *,
     mask_V: Tensor | None = None,
-    seen: tuple[Tensor, Tensor] | None = None,
+    seen: Seen | tuple[Tensor, Tensor] | None = None,
 ) -> TargetRanks:
     """Count the items that score higher than each row's target, and those that score alike.
 
@@ -44,8 +64,8 @@ def rank_targets(
         items_Vd: item embeddings ``[V, d]``.
         target_n: rows of the items that came ``[n]``, int64.
         mask_V: items that take part ``[V]``, bool; one that does not stands below all others.
-        seen: rows and items of what was seen before ``[E]`` each, int64, in any order and perhaps several times. A
-            row's target always stays in its list. Without it both columns are alike.
+        seen: what was seen before: rows and items ``[E]`` each, int64, in any order and perhaps several times; or lists
+            of each row (:class:`Seen`). A row's target always stays in its list. Without it both columns are alike.
 
     Raises:
         ValueError: a shape does not fit.
@@ -53,7 +73,7 @@ def rank_targets(
     bias = None
     if mask_V is not None:
         bias = torch.zeros_like(mask_V, dtype=output_nd.dtype).masked_fill(~mask_V, -torch.inf)
-    lists = (None, None) if seen is None else _lists(*seen, target_n, len(items_Vd))
+    lists = _lists(seen, target_n, len(items_Vd))
     tensors = (output_nd, items_Vd, target_n, bias, *lists)
     check("rank_targets", *tensors)
     higher, ties = dispatch("rank_targets", output_nd)(*tensors)
@@ -61,28 +81,29 @@ def rank_targets(
 
 
 @torch.no_grad()
-def rank_scores(scores_nV: Tensor, target_n: Tensor, *, seen: tuple[Tensor, Tensor] | None = None) -> TargetRanks:
+def rank_scores(
+    scores_nV: Tensor, target_n: Tensor, *, seen: Seen | tuple[Tensor, Tensor] | None = None
+) -> TargetRanks:
     """As :func:`rank_targets`, where the scores are there and may be of any kind of model.
 
     Args:
         scores_nV: scores of a list of items ``[n, V]``.
         target_n: columns of the items that came ``[n]``, int64.
-        seen: rows and columns of what was seen before ``[E]`` each; as of :func:`rank_targets`.
+        seen: the columns of what was seen before; as of :func:`rank_targets`.
     """
-    lists = (None, None) if seen is None else _lists(*seen, target_n, scores_nV.shape[1])
-    return TargetRanks(*_count(scores_nV, target_n, *lists))
+    return TargetRanks(*_count(scores_nV, target_n, *_lists(seen, target_n, scores_nV.shape[1])))
 
 
-def _lists(row: Tensor, item: Tensor, target: Tensor, items: int) -> tuple[Tensor, Tensor]:
-    """What each row has seen, each item once and in rising order, without the target; and where each row's begin."""
-    pairs = row * items + item
-    if (pairs.diff() <= 0).any():
-        pairs = torch.unique(pairs)
-        row, item = pairs // items, pairs % items
+def _lists(seen: Seen | tuple[Tensor, Tensor] | None, target: Tensor, items: int) -> Seen | tuple[None, None]:
+    if seen is None:
+        return None, None
+    if isinstance(seen, Seen):
+        return seen
+    pairs = torch.unique(seen[0] * items + seen[1])
+    row, item = pairs // items, pairs % items
     others = item != target[row]
-    row, item = row[others], item[others]
-    counts = torch.bincount(row, minlength=len(target))
-    return item, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    counts = torch.bincount(row[others], minlength=len(target))
+    return Seen(item[others], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
 def _counts(below: Tensor, alike: Tensor, items: Tensor | int) -> tuple[Tensor, Tensor]:
