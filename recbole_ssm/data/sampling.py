@@ -48,7 +48,7 @@ class Candidates:
 
 
 class LocalGenerator(torch.Generator):
-    """A generator that stays where it is: sent to a spawned worker, which has no use for it, PyTorch's would break."""
+    """A generator that a spawned worker replaces by a new one, since PyTorch's cannot be sent; no worker uses it."""
 
     def __reduce__(self) -> Any:
         return torch.Generator, ()

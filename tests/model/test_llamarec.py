@@ -16,7 +16,7 @@ from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm import preference
+from recbole_ssm.llm import preference, retriever
 from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import prompt_words
 from recbole_ssm.llm.reranking import metrics
@@ -521,3 +521,14 @@ def test_what_cannot_work_is_one_line(circle, options, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert not list(pathlib.Path().glob("saved/*/*.safetensors"))  # before a retriever was trained for nothing
+
+
+def test_a_retriever_has_the_keys_of_its_ranker_but_for_model_and_training():
+    given = {"encoding": "latin-1", "drop_cold_targets": True, "seed": 7, "prompt_history": 3, "epochs": 9}
+    config = configure("LlamaRec", "toy", config_dict={**given, "retriever_config": {"hidden_size": 8}})
+    own = retriever._config_of(config, configure)
+    assert {key: own[key] for key in ("encoding", "drop_cold_targets", "seed")} == {
+        key: given[key] for key in ("encoding", "drop_cold_targets", "seed")
+    }
+    assert own["model"] == "2Mamba4Rec" and own["hidden_size"] == 8 and own["epochs"] != 9
+    assert own["prompt_history"] is None
