@@ -13,6 +13,7 @@ from torch import nn
 from recbole_ssm import ops
 from recbole_ssm.layers import Block, Hydra, Mamba, Mamba2, history, in_one_call
 from recbole_ssm.ops import native
+from recbole_ssm.ops.backend import dispatch
 from recbole_ssm.ops.packing import cu_seqlens_of
 from tests.layers.test_step import SETS, assert_close
 
@@ -60,6 +61,7 @@ def histories(*lengths):
 @pytest.fixture
 def calls(monkeypatch):
     """How often C++ was called."""
+    dispatch("history", torch.zeros(1))  # tests the call itself before its first use
     made, run = [], native.run_history
     monkeypatch.setattr(native, "run_history", lambda call: made.append(1) or run(call))
     return made
