@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
-from recbole_ssm.optim.gradient_noise import is_out_of_memory  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items  # noqa: E402
+from recbole_ssm.trainer.refusals import recbole_refusals, refusals_of_a_run  # noqa: E402
 from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
 from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer  # noqa: E402
 
@@ -40,25 +40,6 @@ __all__ = ["export_pairs", "load_data_and_model", "load_recommender", "objective
 
 Saved = tuple[Path, checkpoint.Checkpoint]
 """A checkpoint, and where it was read from."""
-
-
-@contextlib.contextmanager
-def recbole_refusals(what: str) -> Iterator[None]:
-    """Turn the errors by which RecBole, its models and PyTorch's optimisers refuse a setting
-    into one line.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"{what}: the data has no field {error}; load it by load_col, or ask for another") from error
-    except (ValueError, NotImplementedError, ImportError) as error:
-        raise UserError(f"{what}: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"{what}: more memory is asked for than there is; take smaller sizes ({error})") from error
 
 
 def run_recbole_ssm(
@@ -131,7 +112,8 @@ def run_recbole_ssm(
         config = configure(model, **given)
     if distributed.rank() == 0:
         init_logger(config)
-    result = _run(config, saved, start, hooks, first if init is not None else None)
+    with refusals_of_a_run(config["model"]):
+        result = _run(config, saved, start, hooks, first if init is not None else None)
     distributed.stop()
     return result
 

@@ -5,6 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recbole_ssm import run_recbole_ssm
 from recbole_ssm.arguments import PROPERTIES, literal, parse_options
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import MODELS, get_model, model_names
@@ -174,6 +175,28 @@ def test_config_files_that_are_none(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         config(files=[str(file)])
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        # It would end the process with the status of success.
+        (
+            "SASRecCPR",
+            {"loss_type": "BPR"},
+            "RecBole's code does not take these settings or data (SystemExit",
+        ),
+        (
+            "GRU4RecCPR",
+            {},
+            "RecBole's code does not take these settings or data (RuntimeError: selected",
+        ),
+    ],
+)
+def test_what_recboles_own_code_raises_in_a_run_is_a_line(toy, model, options, message):
+    with pytest.raises(UserError) as caught:
+        run_recbole_ssm(model, "toy", config_dict={**toy["config_dict"], **options}, saved=False)
+    assert str(caught.value).startswith(f"{model}: {message}") and "\n" not in str(caught.value)
 
 
 def test_absent_and_empty_config_files(tmp_path):

@@ -104,6 +104,9 @@ def date_of(cell: str) -> tuple[int, int] | None:
     compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
     text = "-".join(compact.groups()) if compact else re.sub("Z$", "+00:00", cell)
     fraction = ""
+    # Python from 3.11 on takes any row of digits for a date with its time.
+    if text.isdigit():
+        return None
     if split := re.fullmatch(r"(.+:\d{2})[.,](\d+)(.*)", text):
         text, fraction = split[1] + split[3], split[2][:DIGITS]
     try:
@@ -152,6 +155,10 @@ def decimals(ticks: np.ndarray, digits: int) -> pa.StringArray:
     return pc.binary_join_element_wise(pa.array(np.where(ticks < 0, "-", "")), text, "")
 
 
+# Arrow's decimals of 128 bits overflow without a word where a cell has hundreds of digits.
+LONGEST = 40
+
+
 def _numbers(cells: pa.StringArray) -> np.ndarray:
     """[rows, 2] whole numbers and the nanoseconds above them.
 
@@ -162,6 +169,8 @@ def _numbers(cells: pa.StringArray) -> np.ndarray:
         whole = cells.cast(pa.int64())
         nanoseconds = np.zeros(len(cells), dtype=np.int64)
     except pa.ArrowInvalid:
+        if (pc.max(pc.utf8_length(cells)).as_py() or 0) > LONGEST:
+            raise
         exact = cells.cast(pa.decimal128(30, DIGITS))
         floor = pc.floor(exact)
         whole = floor.cast(pa.int64())
@@ -176,7 +185,7 @@ def _number(cell: str) -> tuple[int, int] | None:
         exact = Decimal("nan" if "_" in cell else cell)
     except InvalidOperation:
         return None
-    if not exact.is_finite() or abs(exact) >= 2**63:
+    if not exact.is_finite() or exact.copy_abs() >= 2**63:
         return None
     whole = exact.to_integral_value(ROUND_FLOOR)
     return int(whole), int((exact - whole) * 10**DIGITS)

@@ -40,8 +40,8 @@ def speeds(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     Many are 256, for language models 8. A call is encoding, scores of all items and the ten best, of histories of the
     test. The models take turns, so that a slow minute of the machine meets all of them: read the ratios. Their weights
     are random, since times do not depend on them. On one thread of a CPU the time is the processor's, else that of the
-    wall. None where a model cannot be built; its run says why. What was measured is kept beside the runs, in
-    ``speed-*.json``: delete those to measure again.
+    wall. None where a model cannot be built or timed; of the former its run says why. What was measured is kept beside
+    the runs, in ``speed-*.json``: delete those to measure again.
     """
     by_dataset = {run.dataset: [other for other in todo if other.dataset == run.dataset] for run in todo}
     found = {dataset: _kept(runs, alike) for dataset, alike in by_dataset.items()}
@@ -72,6 +72,7 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
     for number, run in enumerate(todo):
         try:
             model, rows = _model(machine_options, run)
+            _call(model, iter([rows]))
         except Exception:
             # Whatever it is, the run meets it too, and says so in its row.
             continue
@@ -107,7 +108,8 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
 @torch.inference_mode()
 def _call(model: Any, batches: Iterator[Any]) -> None:
     rows = next(batches)
-    model.full_sort_predict(rows).view(len(rows), -1).topk(TOP_K)
+    scores = model.full_sort_predict(rows).view(len(rows), -1)
+    scores.topk(min(TOP_K, scores.shape[1]))
 
 
 def _rounds(calls: Mapping[str, Function]) -> int:

@@ -365,6 +365,8 @@ MIXED = [
     (["1", "2", "2020-01-02"], "line 4: timestamp is '2020-01-02' in a column of numbers"),
     (["1", "9e99"], "line 3: timestamp is '9e99', which is no finite number"),
     (["1.5", "9000000000000000000"], "timestamp holds fractions beside numbers too large for them"),
+    (["1" * 300], "line 2: timestamp is '1111"),
+    (["9e1800010"], "line 2: timestamp is '9e1800010', which is no finite number"),
     (["2020-13-01"], "line 2: timestamp is '2020-13-01', which is no finite number and no date"),
 ]
 

@@ -255,7 +255,7 @@ def exact(cell):
         number = Decimal("nan" if "_" in cell else cell.strip())
     except InvalidOperation:
         return None
-    return number if number.is_finite() and abs(number) < 2**63 else None
+    return number if number.is_finite() and number.copy_abs() < 2**63 else None
 
 
 def plain_rows(name, text):

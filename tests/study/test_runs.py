@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json
@@ -179,6 +180,19 @@ def test_a_data_file_that_cannot_be_read_fails_its_runs_alone(tmp_path, monkeypa
     monkeypatch.setattr(Runs, "_file_digest", denied)
     (outcome,) = runs.all([SHORT])
     assert outcome.error.startswith("toy: ") and outcome.error.endswith("cannot be read (Permission denied)")
+
+
+def test_models_that_cannot_be_timed_and_catalogues_below_ten_items(tmp_path, monkeypatch):
+    class Small(torch.nn.Linear):
+        def full_sort_predict(self, rows):
+            if self.out_features == 5:
+                raise IndexError("out of range")
+            return self(rows)
+
+    monkeypatch.setattr(speed, "_model", lambda options, run: (Small(3, int(run.model)), torch.ones(2, 3)))
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    found = speed._measure({}, [Run("4", "toy"), Run("5", "toy"), Run("20", "toy")])
+    assert [one is not None for one in found] == [True, False, True]
 
 
 def test_a_latency_is_kept_with_its_data_and_a_failure_is_not(tmp_path, monkeypatch):
