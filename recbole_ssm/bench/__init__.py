@@ -18,6 +18,7 @@ from recbole_ssm.subcommands import choose
 BENCHES = {
     "convex": "the order of convergence of USGM and USFGM on problems whose answer is known",
     "dataset": "memory and seconds of the splits and batches of millions of interactions, beside RecBole",
+    "eval": "seconds and memory from vectors to metrics under both protocols, beside RecBole",
     "gpu": "everything that matters on a GPU: checks, steps, ops, epochs and goals, within minutes",
     "latency": "percentiles of a recommendation by model, length, batch and catalogue, and the exponent of the length",
     "llm": "candidates a second of LlamaRec, beside a plain implementation",
@@ -27,8 +28,8 @@ BENCHES = {
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
 }
-# A benchmark whose module has another name.
-MODULES = {"llm": "verbalizers"}
+# Benchmarks whose modules have other names.
+MODULES = {"eval": "evaluation", "llm": "verbalizers"}
 
 Row = dict[str, Any]
 

@@ -26,7 +26,8 @@ Ways = dict[str, Callable[..., Tensor]]
 SHAPES = "2048x64x12101,2048x64x3417,16x64x100,16x512x100000,1024x512x1000,256x16x1000000,65536x16x100,65536x64x1000"
 
 
-def _shapes(text: str) -> list[tuple[int, int, int]]:
+def shapes(text: str) -> list[tuple[int, int, int]]:
+    """``"2048x64x3417,3x2x7"`` as numbers: rows, numbers and items of each shape."""
     try:
         found = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
     except ValueError:
@@ -38,7 +39,7 @@ def _shapes(text: str) -> list[tuple[int, int, int]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="rows x numbers x items, separated by commas")
+    parser.add_argument("--shapes", type=shapes, default=SHAPES, help="rows x numbers x items, separated by commas")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="measurements, of which the median counts")
     add_device(parser)
 

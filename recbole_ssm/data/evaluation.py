@@ -111,7 +111,7 @@ class EvalLoader(DataLoader[Any]):
             labels[:, 0] = 1
         elif self.labelled:
             candidates, labels = target[:, None], interaction[self.config["LABEL_FIELD"]][:, None]
-        seen = self._seen(events, items, target.numpy())
+        seen = seen_in(items, events, target.numpy(), self.item_num)
         return EvalBatch(
             interaction, target, torch.from_numpy(events), seen, candidates, labels if self.labelled else None
         )
@@ -125,20 +125,28 @@ class EvalLoader(DataLoader[Any]):
         listed, events = interaction[item + suffix].numpy(), interaction[length].numpy()
         return events, listed[np.arange(listed.shape[1]) < events[:, None]]
 
-    def _seen(self, events: np.ndarray, items: np.ndarray, target: np.ndarray) -> Seen:
-        # A row and an item as one number, 32 bits where they suffice: sorting is most of the work, and several times
-        # faster than np.unique.
-        kind = np.int32 if len(target) * self.item_num < 2**31 else np.int64
-        starts = np.arange(len(target) + 1, dtype=kind) * self.item_num
-        pairs = np.repeat(starts[:-1], events) + items.astype(kind)
-        pairs.sort()
-        kept = np.diff(pairs, prepend=-1) > 0
-        own = starts[:-1] + target
-        place = np.searchsorted(pairs, own)
-        found = place < len(pairs)
-        found[found] = pairs[place[found]] == own[found]
-        kept[place[found]] = False
-        pairs = pairs[kept]
-        return Seen(
-            torch.from_numpy((pairs % self.item_num).astype(np.int64)), torch.from_numpy(np.searchsorted(pairs, starts))
-        )
+
+def seen_in(items: np.ndarray, events: Any, target: np.ndarray, item_num: int) -> Seen:
+    """What some histories hold beside the targets.
+
+    Args:
+        items: the items of all histories, row by row ``[E]``.
+        events: how many events each row has ``[B]``.
+        target: the items that came ``[B]``.
+        item_num: how many items there are, the padding counted.
+    """
+    # A row and an item as one number, 32 bits where they suffice: sorting is most of the work, and several times faster
+    # than np.unique.
+    kind = np.int32 if len(target) * item_num < 2**31 else np.int64
+    starts = np.arange(len(target) + 1, dtype=kind) * item_num
+    pairs = np.repeat(starts[:-1], events) + items.astype(kind)
+    pairs.sort()
+    kept = np.diff(pairs, prepend=-1) > 0
+    own = starts[:-1] + target
+    place = np.searchsorted(pairs, own)
+    found = place < len(pairs)
+    found[found] = pairs[place[found]] == own[found]
+    kept[place[found]] = False
+    pairs = pairs[kept]
+    items = (pairs % item_num).astype(np.int64)
+    return Seen(torch.from_numpy(items), torch.from_numpy(np.searchsorted(pairs, starts)))

@@ -45,6 +45,13 @@ def test_every_step_is_measured(tmp_path):
     assert not torch.is_anomaly_enabled()
 
 
+def test_evaluation_beside_recboles(tmp_path):
+    out = tmp_path / "rows.json"
+    assert main(["bench", "eval", "--shapes=200x8x3000", "--rounds=1", f"--json={out}"]) == 0
+    theirs, ours = json.loads(out.read_text())
+    assert (theirs["way"], ours["way"]) == ("recbole", "ours") and theirs["x_recbole"] == 1 < ours["ms"] * 1e6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
