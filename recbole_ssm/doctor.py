@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 
 import torch
@@ -81,4 +82,7 @@ def _device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return f"GPU: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads; no GPU that PyTorch can use"
+    # Threads of OpenMP spin while they wait, and on a busy machine take the cores from each other.
+    spins = torch.get_num_threads() > 1 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
+    busy = "; where other work runs beside it, set OMP_WAIT_POLICY=passive" if spins else ""
+    return f"CPU, {torch.get_num_threads()} threads; no GPU that PyTorch can use{busy}"

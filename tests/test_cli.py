@@ -24,6 +24,17 @@ def test_doctor_names_versions_device_and_kernels(capsys):
         assert word in out
 
 
+def test_doctor_tells_of_threads_that_spin(monkeypatch):
+    from recbole_ssm.doctor import report
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert "CPU, 4 threads; no GPU that PyTorch can use; where other work runs beside it, set OMP_WAIT" in report()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "OMP_WAIT_POLICY" not in report()
+
+
 def test_doctor_compares_the_backends(capsys, monkeypatch, caplog):
     assert main(["doctor", "--numerics"]) == 0
     assert "all backends agree" in capsys.readouterr().out

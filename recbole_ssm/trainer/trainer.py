@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.errors import UserError
-from recbole_ssm.memory import peak_memory, return_free_memory
+from recbole_ssm.memory import peak_memory, return_memory_of_growth
 from recbole_ssm.trainer import checkpoint, known_items
 from recbole_ssm.trainer import folder as folders
 from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of
@@ -259,7 +259,7 @@ class Trainer(EvaluatingTrainer):
         for name, value in self.gradients.end_step(self.global_step).items():
             self.tensorboard.add_scalar(f"AdaptiveBatch/{name}", value, self.global_step)
         if self.global_step % TRIM_EVERY == 0 and self.device.type == "cpu":
-            return_free_memory()
+            return_memory_of_growth()
         self.learner.schedule("step")
         terms = distributed.mean(terms)
         self._notify("on_step_end", step, sum(terms))

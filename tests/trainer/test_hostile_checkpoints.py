@@ -73,9 +73,8 @@ def places(value, path=()):
 def change_info(draw, info):
     """Replace, remove or add an entry somewhere, and return where."""
     # As many of the few entries of training as of the many of the configuration.
-    part = draw.choice(
-        [key for key in ("model", "config", "config", "catalogue", "training", "training") if key in info]
-    )
+    part = draw.choice(["model", "config", "config", "catalogue", "training", "training"])
+    info.setdefault(part, None)
     path = draw.choice([(part,), *places(info[part], (part,))])
     for key in path[:-1]:
         info = info[key]
