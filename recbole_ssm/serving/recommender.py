@@ -31,6 +31,10 @@ MOST_SCORES = 1 << 23
 """So many scores are held at once, 32 MiB of them; but those of one history always are."""
 
 
+LONGEST = 100_000
+"""Histories are padded to MAX_ITEM_LIST_LENGTH; a file that names a larger one could take any memory."""
+
+
 class Recommender:
     """Next items for histories that need not have been in the training data.
 
@@ -284,6 +288,11 @@ def load_recommender(
         config = {**saved.info["config"], "model": name, "base_model_download": False}
         for key in ("ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "MAX_ITEM_LIST_LENGTH"):
             KEYS[key].take(key, config[key])
+        if config["MAX_ITEM_LIST_LENGTH"] > LONGEST:
+            raise UserError(
+                f"checkpoint {path}: MAX_ITEM_LIST_LENGTH is {config['MAX_ITEM_LIST_LENGTH']:,}, and histories are "
+                f"padded to it; up to {LONGEST:,} are served"
+            )
         titles = texts_in(saved, path, "titles")
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error

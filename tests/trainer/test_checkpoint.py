@@ -237,6 +237,15 @@ def test_a_file_says_of_itself_nothing_that_fetches_or_makes_folders(trained, tm
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_histories_without_end_are_refused(trained):
+    path = pathlib.Path(trained["checkpoint"])
+    saved = checkpoint.read(path)
+    saved.info["config"]["MAX_ITEM_LIST_LENGTH"] = 2**31 - 1
+    checkpoint.write(path, *saved)
+    with pytest.raises(UserError, match="MAX_ITEM_LIST_LENGTH is 2,147,483,647, .* up to 100,000 are served"):
+        load_recommender(path)
+
+
 def test_2mamba4rec_of_a_former_format_keeps_its_norm(toy, monkeypatch):
     """Version 0.1.0 had one norm over all groups; its weights go on with that, and new ones have a norm a group."""
     toy["config_dict"] |= {"n_groups": 2, "head_dim": 32, "epochs": 1}
