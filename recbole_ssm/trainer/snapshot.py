@@ -105,7 +105,8 @@ def require_same_run(saved: Checkpoint, path: Path, config: Any, model: Any) -> 
     now, then = settings_of(config, model), saved.info["config"]
     # A key that the version did not have which wrote the checkpoint had the effect of its default.
     defaults = plain(config.internal_config_dict)
-    for key in sorted(set(now) | set(then)):
+    # Some of RecBole's models add keys of their own when they are built, such as BERT4Rec's MASK_INDEX.
+    for key in sorted(set(now) if model is None else set(now) | set(then)):
         before = then.get(key, defaults.get(key))
         if now.get(key) != before and key not in FREE_KEYS:
             raise UserError(
