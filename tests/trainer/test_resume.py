@@ -301,6 +301,11 @@ def test_other_settings_and_other_data_are_refused(straight, write_dataset):
     path = other["config_dict"]["data_path"]
     with pytest.raises(UserError, match="resume: the items are no longer those of .*: they are in another order"):
         run_recbole_ssm(resume=result["checkpoint"], config_dict={"data_path": path})
+    # The same items in the same order, and one event less.
+    fewer = (REPOSITORY / "dataset" / "toy" / "toy.inter").read_text().splitlines(keepends=True)[:-1]
+    write_dataset("".join(fewer), name="toy")
+    with pytest.raises(UserError, match="resume: the training data is not what it was when the checkpoint was written"):
+        run_recbole_ssm(resume=result["checkpoint"], config_dict={"data_path": path, "epochs": 9})
 
 
 def test_recboles_own_checkpoint_needs_a_flag(toy, tmp_path, caplog):
