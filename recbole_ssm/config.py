@@ -168,8 +168,9 @@ class Config(recbole.config.Config):
             return vars(model).get("model_name", model.__name__), model, dataset
         name = KEYS["model"].take("model", model)
         assert isinstance(name, str)
+        found = self._find_model(name)
         # A class that is named by its path goes by its own name.
-        return name.rpartition(":")[2], self._find_model(name), dataset
+        return vars(found).get("model_name", found.__name__) if ":" in name else name, found, dataset
 
     def _update_internal_config_dict(self, file: str | Path) -> dict[str, Any]:
         found = _shipped(Path(file))

@@ -25,7 +25,7 @@ from recbole_ssm.evaluation import metrics  # noqa: E402
 from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model import get_model  # noqa: E402
-from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
+from recbole_ssm.model.registry import build_model, class_of, known_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
 from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items  # noqa: E402
@@ -147,11 +147,14 @@ def load_data_and_model(
     set_backend(config["ssm_backend"])
     path, found = saved
     items = known_items.items_of(found, path)
-    _require_data(config, saved)
+    require_data(config)
     with recbole_refusals(config["dataset"]):
         dataset = create_dataset(config, items)
         loaders = create_loaders(config, dataset)
-    recommender = build_model(config.final_config_dict, dataset, config["device"], config.model_class)
+    # LlamaRec's retriever was configured by another run.
+    settings = {**config.final_config_dict, "retriever_settings": found.info["config"].get("retriever_settings")}
+    with checkpoint.doubted(found, path):
+        recommender = build_model(settings, dataset, config["device"], config.model_class)
     if _items_of(dataset) == items:
         checkpoint.load_weights(recommender, found, path)
     else:
@@ -194,6 +197,7 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     # The class that a file names is never imported: whoever loads it gives it again.
     base.pop("model", None)
     if "class" not in found.info:
+        known_model(name)
         base["model"] = name
     config = configure(model, **given, base=base)
     class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
@@ -203,10 +207,18 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
 def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Config:
     """The configuration of a run that starts from a checkpoint's weights, on other data."""
     path, found = saved
-    base = {"dataset": found.info["config"]["dataset"]}
+    try:
+        base, name = {"dataset": found.info["config"]["dataset"]}, found.info["model"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
     if "class" not in found.info:
-        base["model"] = found.info["model"]
+        known_model(name)
+        base["model"] = name
     config = configure(model, **given, base=base)
+    class_of(found.info, path, config.model_class if config.class_path else None)
+    named = [given["dataset"], (given["config_dict"] or {}).get("dataset"), *given["command_line"]]
+    if not any(str(option).startswith("--dataset=") or option == config["dataset"] for option in named):
+        require_data(config)
     if getattr(config.model_class, "reads_text", False):
         raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
     if config["model"] == found.info["model"]:
@@ -215,14 +227,14 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
     return config
 
 
-def _require_data(config: Config, saved: Saved) -> None:
-    """Make sure that no data set is downloaded because a file names it.
+def require_data(config: Config) -> None:
+    """Make sure that no data set is downloaded because a checkpoint names it.
 
     Raises:
         UserError: it is not there.
     """
     folder = Path(config["data_path"])
-    if saved[1].info.get("config", {}).get("dataset") == config["dataset"] and not any(folder.glob("*")):
+    if not any(folder.glob("*")):
         raise UserError(f"data_path: there are no data in {folder}; give the data_path that holds them now")
 
 
@@ -239,7 +251,8 @@ def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> N
     def build(settings: Mapping[str, Any], outline: Any) -> Any:
         return build_model(settings, outline, "cpu", config.model_class)
 
-    known = transfer(recommender, items, found, path, build)
+    with checkpoint.doubted(found, path):
+        known = transfer(recommender, items, found, path, build)
     getLogger().info(
         f"weights of {path}: {known:,} of {len(items) - 1:,} items keep their vectors, the others are new; "
         f"{len(known_items.items_of(found, path)) - 1 - known:,} of the checkpoint's are not in this data set"
@@ -343,7 +356,7 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
     init_seed(config["seed"], config["reproducibility"])
 
     if start is not None:
-        _require_data(config, start)
+        require_data(config)
     with recbole_refusals(config["dataset"]):
         data = create_dataset(config)
         logger.info(data)

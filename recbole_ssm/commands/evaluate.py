@@ -56,6 +56,18 @@ def evaluate(
     return result
 
 
+def _device_keys(named: str | None) -> list[str]:
+    """The config keys that mean a device."""
+    if named in (None, "cuda"):
+        return []
+    if named == "cpu":
+        return ["--use_gpu=False"]
+    kind, _, number = str(named).partition(":")
+    if kind != "cuda" or not number.isdigit():
+        raise UserError(f"--device: must be cpu, cuda or cuda:0, got {named}")
+    return [f"--gpu_id={number}"]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the command and print the metrics."""
     parser = ArgumentParser("recbole-ssm evaluate", __doc__)
@@ -63,8 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--part", choices=("test", "valid"), default="test", help="of the split")
     parser.add_argument("--json", type=path_that(check_writable), metavar="FILE", help="write the metrics there too")
     options, command_line = parse(parser, arguments)
-    if options.device == "cpu":
-        command_line.append("--use_gpu=False")
+    command_line += _device_keys(options.device)
     found = evaluate(options.checkpoint, part=options.part, model=options.model, command_line=command_line)
     width = max(map(len, found))
     print(f"{'':<{width}}  unmasked  history masked")

@@ -16,7 +16,7 @@ from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import whole, write_text
+from recbole_ssm.files import whole
 from recbole_ssm.quick_start import configure_again
 from recbole_ssm.serving import load_recommender
 from recbole_ssm.trainer import checkpoint
@@ -65,7 +65,8 @@ def export_vectors(
     else:
         config = configure_again((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
         histories = histories_of(users, config)
-        ids, waiting, parts = histories.users, iter(histories), []
+        ids, waiting = histories.users, iter(histories)
+        parts = [recommender.user_vectors([])]
         with progress("Encode", len(ids), "user") as bar:
             while piece := list(islice(waiting, USERS_AT_ONCE)):
                 parts.append(recommender.user_vectors(piece, skip_unknown=True))
@@ -80,9 +81,12 @@ def _write(out: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
         column: Any = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         write_table(out, [pa.table({"id": pa.array(ids, pa.string()), "vector": column})])
         return
-    write_text(out.with_name(f"{out.name}.ids.txt"), "".join(f"{token}\n" for token in ids))
-    with whole(out) as temporary, open(temporary, "wb") as file:
-        np.save(file, vectors)
+    names = out.with_name(f"{out.name}.ids.txt")
+    # Both are there before one of them takes its name.
+    with whole(names) as names_waiting, whole(out) as temporary:
+        names_waiting.write_text("".join(f"{token}\n" for token in ids), encoding="utf-8")
+        with open(temporary, "wb") as file:
+            np.save(file, vectors)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.sources import open_raw
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import shown
+from recbole_ssm.quick_start import require_data
+from recbole_ssm.trainer.refusals import recbole_refusals
 
 TABLES = (".inter", ".csv", ".tsv", ".parquet", ".json", ".jsonl", ".gz", ".zip")
 """A file of events ends so; any other holds a user's id in each line."""
@@ -77,7 +79,9 @@ def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
 
 
 def _of_dataset(config: Any) -> Histories:
-    dataset = create_dataset(config)
+    require_data(config)
+    with recbole_refusals(config["dataset"]):
+        dataset = create_dataset(config)
     events = dataset.inter_feat
     order = np.lexsort((events[dataset.time_field].to_numpy(), events[dataset.uid_field].to_numpy()))
     users = events[dataset.uid_field].to_numpy()[order]

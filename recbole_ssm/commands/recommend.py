@@ -102,6 +102,8 @@ def _tables(
     recommender = load_recommender(path, device, model=model)
     data_options = {**ALL_EVENTS, **(config_dict or {})}
     config = configure_again((path, saved), model, config_dict=data_options, command_line=command_line)
+    # What training alone needs is not kept.
+    del saved
     histories = histories_of(users, config)
     titles = _titles(config, recommender.items)
 

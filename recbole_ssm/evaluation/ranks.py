@@ -150,6 +150,7 @@ def _best(scores: Tensor, seen: Seen, k: int) -> Tensor:
     """The columns of the ``k`` highest scores, with and without what was seen ``[B, 2, k]``; it overwrites scores."""
     if k == 0:
         return torch.zeros(len(scores), 2, 0, dtype=torch.int64, device=scores.device)
+    k = min(k, scores.shape[1])
     unmasked = scores.topk(k).indices
     scores[seen.row, seen.item] = -torch.inf
     return torch.stack([unmasked, scores.topk(k).indices], 1)

@@ -88,6 +88,10 @@ def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type
                 f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is "
                 f"tested; give {key} beside retriever_config"
             )
+    if ":" in options["retriever"]:
+        raise UserError(
+            f"retriever: must be the name of a model, got {options['retriever']}; no class is imported here"
+        )
     if getattr(find_model(options["retriever"]), "reads_text", False):
         raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
     if own and options["retriever_checkpoint"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -42,8 +43,15 @@ def get_model(name: str) -> Any:
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
-    if ":" in name:
-        return _imported(name)
+    return _imported(name) if ":" in name else known_model(name)
+
+
+def known_model(name: str) -> Any:
+    """:func:`get_model` of a name that a file holds: nothing is imported for it.
+
+    Raises:
+        UserError: there is no such model among ours and RecBole's.
+    """
     if name in REFUSED:
         raise UserError(f"model: {name} {REFUSED[name]}")
     found = MODELS.get(name) or _recbole_models().get(name)
@@ -68,7 +76,7 @@ def class_of(info: Mapping[str, Any], path: object, model: str | type | None = N
     own = info.get("class")
     found: Any = get_model(model) if isinstance(model, str) else model
     if own is None:
-        known = get_model(info["model"])
+        known = known_model(info["model"])
         right = found in (None, known)
         found = found or known
     elif found is None:
@@ -103,7 +111,7 @@ def build_model(
     Raises:
         UserError: there is no such model, or it asks the data set for more than there is.
     """
-    model = model_class or get_model(settings["model"])
+    model = model_class or known_model(settings["model"])
     known = model.__module__.startswith(("recbole.", "recbole_ssm."))
     # RecBole's models read keys that no default is shipped for, and expect None.
     config = defaultdict(lambda: None, settings)
@@ -118,8 +126,8 @@ def _imported(path: str) -> type:
     module, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"model: {shown(path)} cannot be imported ({error}); it reads package.module:Class") from error
     finally:
         sys.path.remove(os.getcwd())

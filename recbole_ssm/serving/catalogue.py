@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
+from logging import getLogger
 from typing import Any, Literal
 
 import torch
@@ -67,10 +68,7 @@ class Catalogue:
             elif skip_unknown:
                 skipped += 1
             else:
-                raise UserError(
-                    f"{what}: item '{token}' is not in the catalogue of {len(self._ids):,} items; skip_unknown=True "
-                    "leaves such items out"
-                )
+                raise UserError(f"{what}: item '{token}' is not in the catalogue of {len(self._ids):,} items")
         return found, skipped
 
     def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor:
@@ -80,15 +78,22 @@ class Catalogue:
             allow: tokens of the items that may be recommended; None means all.
             deny: tokens of items that may not be.
 
+        Tokens that are no items here are passed over, as what is in stock need not have been in the
+        training data; how many is logged.
+
         Raises:
-            UserError: a token is not in the catalogue, or one text stands in place of a list.
+            UserError: no token of ``allow`` is in the catalogue, or one text stands in place of a list.
         """
         mask = torch.zeros(len(self.items), dtype=torch.bool)
         for name, tokens in (("allow", allow), ("deny", deny)):
             if tokens is None:
                 continue
             # A set will do here: no order is needed.
-            ids = self.ids(list(tokens) if isinstance(tokens, Set) else tokens, name)
+            ids, skipped = self.known(list(tokens) if isinstance(tokens, Set) else tokens, name, skip_unknown=True)
+            if skipped:
+                getLogger().info(f"{name}: {skipped:,} of {skipped + len(ids):,} items are not in the catalogue")
+            if name == "allow" and not ids:
+                raise UserError(f"allow: none of its items is in the catalogue of {len(self._ids):,} items")
             chosen = torch.zeros_like(mask)
             chosen[ids] = True
             mask |= ~chosen if name == "allow" else chosen
@@ -120,10 +125,14 @@ class Catalogue:
             scores[:, refused.to(scores.device)] = -torch.inf
         for row, ids in enumerate(excluded or ()):
             scores[row, ids] = -torch.inf
-        best = scores.topk(min(k, len(self.items) - 1))
+        k = min(k, len(self.items) - 1)
+        values, indices = scores.topk(k)
+        # Of equal scores topk takes any; where they reach beyond the k-th, the lowest ids are wanted.
+        tied = ((scores >= values[:, -1:]).sum(1) > k).nonzero()[:, 0]
+        values[tied], indices[tied] = (part[:, :k] for part in scores[tied].sort(dim=1, descending=True, stable=True))
         found = []
-        for ids, values in zip(best.indices.tolist(), best.values.tolist()):
-            order = sorted(zip(values, ids), key=lambda pair: (-pair[0], pair[1]))
+        for row, ids in zip(values.tolist(), indices.tolist()):
+            order = sorted(zip(row, ids), key=lambda pair: (-pair[0], pair[1]))
             found.append(Recommendations((self.items[item], score) for score, item in order if score > -torch.inf))
         return found
 

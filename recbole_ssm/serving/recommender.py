@@ -29,6 +29,8 @@ from recbole_ssm.serving.session import Session  # noqa: E402
 
 MOST_SCORES = 1 << 23
 """So many scores are held at once, 32 MiB of them; but those of one history always are."""
+MOST_EVENTS = 1 << 16
+"""So many events are encoded at once; but those of one history always are."""
 
 
 LONGEST = 100_000
@@ -38,10 +40,14 @@ LONGEST = 100_000
 class Recommender:
     """Next items for histories that need not have been in the training data.
 
-    Where ``allow``, ``deny``, ``exclude`` and ``skip_unknown`` are taken, they mean: the tokens of
-    the items that alone may be recommended; of those that may not be; of those that may not be
-    for one history; and to leave unknown items of a history out, and count them, in place of an
-    error. A history without a known item is answered by popularity, and the answer says so.
+    Its methods share these options:
+
+    - ``allow``: tokens of items; no others are recommended.
+    - ``deny``: tokens of items that are never recommended.
+    - ``exclude``: tokens of items that are not recommended after this history.
+    - ``skip_unknown``: leave unknown items of a history out, and count them, in place of an error.
+
+    A history without a known item is answered by popularity, and the answer says so.
 
     Args:
         model: a trained sequential model; it is put in evaluation mode.
@@ -152,7 +158,7 @@ class Recommender:
                 yield answer
 
     def _rows_at_once(self) -> int:
-        return max(1, min(1024, MOST_SCORES // len(self.items)))
+        return max(1, min(1024, MOST_SCORES // len(self.items), MOST_EVENTS // self._max_length))
 
     @torch.inference_mode()
     def score(self, history: Iterable[str], items: Iterable[str]) -> list[float]:
@@ -312,6 +318,8 @@ def load_recommender(
 def _device(named: str | torch.device | None) -> torch.device:
     """The device of that name; None takes a GPU if there is one."""
     try:
-        return torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"device: {shown(named)} is none; take cpu, cuda or cuda:0") from error
+        device = torch.device(named or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"device: there is no {shown(named)} here; take cpu, cuda or cuda:0") from error
+    return device

@@ -179,6 +179,7 @@ def read(path: Path) -> Checkpoint:
         info["config"] = renamed(info["config"])
     if info["format"] == FORMER:
         _keep_former_norm(info)
+    _forbid_downloads(info)
     return Checkpoint(tensors, info)
 
 
@@ -190,6 +191,15 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
                 kind.take(info[name])
         except KindError as error:
             raise UserError(f"checkpoint {path}: inconsistent, its {name} {error}; take another one") from error
+
+
+def _forbid_downloads(settings: dict[str, Any]) -> None:
+    """Let no base model be downloaded because a file says so, wherever in its settings it does."""
+    for key, value in settings.items():
+        if key == "base_model_download":
+            settings[key] = False
+        elif isinstance(value, dict):
+            _forbid_downloads(value)
 
 
 def _keep_former_norm(info: dict[str, Any]) -> None:
@@ -235,15 +245,18 @@ def find(path: Path) -> tuple[Path, Checkpoint]:
 
 def find_best(path: Path) -> tuple[Path, Checkpoint]:
     """A checkpoint to test or to serve: a file, or the best one of a run's folder; as :func:`find`."""
-    path = run_folder(path) / BEST if path.is_dir() else path
+    path = run_folder(path, BEST) / BEST if path.is_dir() else path
     return path, read(path)
 
 
-def run_folder(path: Path) -> Path:
-    """The folder of a run: this one, or the one in it that was written to last, which is logged."""
+def run_folder(path: Path, needed: str = f"*{SUFFIX}") -> Path:
+    """The folder of a run: this one, or the one in it that was written to last, which is logged.
+
+    ``needed`` is a file that it must hold, or a pattern.
+    """
     if any(path.glob(f"*{SUFFIX}")):
         return path
-    written = {file.parent: file.stat().st_mtime_ns for file in path.glob(f"*/*{SUFFIX}")}
+    written = {file.parent: file.stat().st_mtime_ns for file in path.glob(f"*/{needed}")}
     if not written:
         return path
     newest_run = max(written, key=lambda folder: (written[folder], folder.name))

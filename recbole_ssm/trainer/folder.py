@@ -18,7 +18,7 @@ from logging import getLogger
 from pathlib import Path
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import lock
+from recbole_ssm.files import lock, whole
 from recbole_ssm.trainer.checkpoint import BEST, SUFFIX, read
 
 
@@ -45,9 +45,14 @@ def former_best(folder: Path, step: int) -> Path:
 
 def put_best(path: Path, step: int) -> None:
     """Let a checkpoint of so many steps be the best, and the one that it replaces a former one."""
-    best = path.with_name(BEST)
+    best, former = path.with_name(BEST), former_best(path.parent, step)
     with contextlib.suppress(FileNotFoundError):
-        os.replace(best, former_best(path.parent, step))
+        try:
+            # So there is a best one at every moment.
+            former.unlink(missing_ok=True)
+            os.link(best, former)
+        except OSError:
+            os.replace(best, former)
     os.replace(path, best)
 
 
@@ -83,7 +88,8 @@ def go_back(start: Path, step: int, is_best: bool) -> None:
     for path in later:
         _set_aside(path)
     if is_best and not best.exists():
-        shutil.copyfile(start, best)
+        with whole(best) as temporary:
+            shutil.copyfile(start, temporary)
 
 
 @contextlib.contextmanager
@@ -116,8 +122,10 @@ def _number(path: Path) -> int:
 
 
 def _set_aside(path: Path) -> None:
-    path.rename(path.with_name(f"abandoned-{path.name}"))
-    getLogger().warning(f"{path} is further than where training goes on; kept as abandoned-{path.name}")
+    names = itertools.chain([f"abandoned-{path.name}"], (f"abandoned-{n}-{path.name}" for n in itertools.count(2)))
+    name = next(name for name in names if not path.with_name(name).exists())
+    path.rename(path.with_name(name))
+    getLogger().warning(f"{path} is further than where training goes on; kept as {name}")
 
 
 def _is_later(path: Path, step: int) -> bool:

@@ -56,9 +56,9 @@ def transfer(
     """Copy a checkpoint's weights into a model that has other items.
 
     A weight that has an entry for each item is copied entry by entry, by the items' tokens;
-    items that the checkpoint does not know keep what the model was built with. Which weights
-    these are, and along which dimension, is seen from two small models that differ in their
-    number of items alone.
+    items that the checkpoint does not know keep what the model was built with, and so do weights
+    that have an entry for each user, as checkpoints do not name users. Which weights these are,
+    and along which dimension, is seen from small models that differ in one number alone.
 
     Args:
         model: newly built; its weights are written over.
@@ -75,8 +75,9 @@ def transfer(
     """
     settings, before = saved.info["config"], items_of(saved, path)
     sizes, field = saved.info["catalogue"]["sizes"], settings["ITEM_ID_FIELD"]
-    outlines = [DatasetOutline({**sizes, field: count}, settings["model"]) for count in (8, 9)]
-    small, larger = (build(settings, outline).state_dict() for outline in outlines)
+    changed: list[dict[str, int]] = [{field: 8}, {field: 9}, {field: 8, settings["USER_ID_FIELD"]: 11}]
+    outlines = [DatasetOutline({**sizes, settings["USER_ID_FIELD"]: 10, **one}, settings["model"]) for one in changed]
+    small, larger, more_users = (build(settings, outline).state_dict() for outline in outlines)
     known = {token: index for index, token in enumerate(before) if index}
     pairs = [(index, known[token]) for index, token in enumerate(items) if index and token in known]
     # The padding is an entry too.
@@ -87,6 +88,8 @@ def transfer(
         old, new = saved.tensors.get(f"model.{name}"), weight.to("cpu", copy=True)
         if old is None:
             raise UserError(f"checkpoint {path}: it has no weight {name}, which this model has")
+        if small[name].shape != more_users[name].shape:
+            continue
         axes = [axis for axis, size in enumerate(small[name].shape) if size != larger[name].shape[axis]]
         try:
             if axes:
@@ -101,5 +104,5 @@ def transfer(
                 f"checkpoint {path}: its weight {name} is of size {list(old.shape)}, this model's {list(new.shape)}"
             ) from error
         weights[name] = new
-    model.load_state_dict(weights)
+    model.load_state_dict({**model.state_dict(), **weights})
     return len(pairs)

@@ -1,6 +1,8 @@
 """A user's own class as a model: by the class or by its path, with keys of its own."""
 
+import contextlib
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure, load_data_and_model
+from recbole_ssm.trainer import checkpoint
 
 CODE = """
 from recbole.model.sequential_recommender import GRU4Rec
@@ -90,3 +93,41 @@ def test_a_checkpoint_of_an_own_class_is_served_when_the_class_is_given_again(mo
     assert len(load_recommender(result["checkpoint"], model=own).recommend(["i0"], 3)) == 3
     resumed = run_recbole_ssm(own, resume=result["checkpoint"], config_dict={"epochs": 2})
     assert resumed["model"] == "Gated"
+
+
+def test_a_file_that_names_a_class_imports_nothing(module, toy):
+    """Whichever entry of a checkpoint names it, and whoever reads the checkpoint."""
+    result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=toy["config_dict"] | {"epochs": 1})
+    path, evil = Path(result["checkpoint"]), f"{module}:Gated"
+    saved = checkpoint.read(path)
+    config, options = saved.info["config"], saved.info["training"]["options"]
+    files = {
+        "model": saved.info | {"model": evil},
+        "config": saved.info | {"model": evil, "config": config | {"model": evil}},
+        "options": saved.info | {"training": saved.info["training"] | {"options": options | {"model": evil}}},
+        "class": saved.info | {"class": evil},
+        "retriever": saved.info
+        | {"model": "LlamaRec", "config": config | {"retriever_settings": {"model": evil}}}
+        | {"training": saved.info["training"] | {"options": options | {"retriever": evil}}},
+    }
+    for name, info in files.items():
+        checkpoint.write(path.with_name(f"{name}.safetensors"), saved.tensors, info)
+        file = path.with_name(f"{name}.safetensors")
+        for use in (
+            load_recommender,
+            load_data_and_model,
+            lambda file: run_recbole_ssm(init=file, config_dict={"epochs": 0}),
+            lambda file: run_recbole_ssm(resume=file),
+        ):
+            with contextlib.suppress(UserError):
+                use(file)
+            assert module not in sys.modules, (name, use)
+
+
+def test_a_file_does_not_have_a_base_model_downloaded(tmp_path):
+    wants = {"base_model": "someone/x", "base_model_download": True}
+    info = {"config": {**wants, "retriever_settings": wants}, "training": {"options": wants}}
+    checkpoint.write(tmp_path / "x.safetensors", {}, info)
+    found = checkpoint.read(tmp_path / "x.safetensors").info
+    for settings in (found["config"], found["config"]["retriever_settings"], found["training"]["options"]):
+        assert settings["base_model_download"] is False and settings["base_model"] == "someone/x"

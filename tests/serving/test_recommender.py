@@ -136,8 +136,17 @@ def test_allow_deny_and_exclude(recommender):
     assert few == [token for token in everything if token in ("i1", "i3")]
     many = recommender.recommend_many([["i3"], ["i3"]], 20, exclude=[["i4", "no such item"], []])
     assert [[token for token, _ in one] for one in many] == [[t for t in everything if t != "i4"], everything]
-    with pytest.raises(UserError, match="allow: item 'x' is not in the catalogue"):
+    assert [token for token, _ in recommender.recommend(["i3"], 20, allow=["i1", "new"], deny=["gone"])] == ["i1"]
+    with pytest.raises(UserError, match="allow: none of its items is in the catalogue"):
         recommender.recommend(["i3"], allow=["x"])
+
+
+def test_of_equal_scores_the_lowest_ids_are_taken():
+    catalogue = Catalogue(["[PAD]", *(f"i{n}" for n in range(30))], torch.tensor([0, *([5, 1] * 15)]))
+    assert [token for token, _ in catalogue.popular(3, [], None)] == ["i0", "i2", "i4"]
+    scores = torch.tensor([[0.0, *([1.0, 2.0] * 15)], [0.0, *range(30)]])
+    first, second = catalogue.best(scores, 2)
+    assert [token for token, _ in first] == ["i1", "i3"] and [token for token, _ in second] == ["i29", "i28"]
 
 
 def test_histories_come_in_chunks_and_are_named(recommender, monkeypatch):
@@ -206,5 +215,5 @@ def test_scores_and_vectors(recommender):
 
 
 def test_a_device_that_is_none(path):
-    with pytest.raises(UserError, match="device: 'gpu' is none; take cpu, cuda or cuda:0"):
+    with pytest.raises(UserError, match="device: there is no 'gpu' here; take cpu, cuda or cuda:0"):
         load_recommender(path, device="gpu")

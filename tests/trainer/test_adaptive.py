@@ -19,7 +19,6 @@ from recbole_ssm.model import get_model
 from recbole_ssm.optim import USGM, AdaptiveBatchSize
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
-from recbole_ssm.trainer.gradients import OF_THE_RUN
 
 
 def options_of(toy, rule, **more):
@@ -182,7 +181,10 @@ def test_memory_that_runs_out_halves_the_parts_and_goes_on(toy, caplog):
 
 @pytest.mark.parametrize(
     ("key", "kind", "inherited"),
-    [("learner_args", USGM, {"params", "same_batch"}), ("adaptive_batch_args", AdaptiveBatchSize, OF_THE_RUN)],
+    [
+        ("learner_args", USGM, {"params", "same_batch"}),
+        ("adaptive_batch_args", AdaptiveBatchSize, {"batch_size", "rule", "budget", "processes"}),
+    ],
 )
 def test_the_defaults_that_the_properties_name_are_those_of_the_code(key, kind, inherited):
     """The options of a dict stand below its key as comments."""
