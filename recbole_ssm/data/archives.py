@@ -7,6 +7,7 @@ import errno
 import gzip
 import io
 import lzma
+import os
 import struct
 import zipfile
 import zlib
@@ -18,6 +19,8 @@ from typing import IO
 from recbole_ssm.data.lines import BLOCK, Block, first_line, progress, read_blocks
 from recbole_ssm.errors import UserError
 
+LARGEST_DICTIONARY = 1 << 28
+"""Bytes; what an archive packed by LZMA may ask for."""
 # What reading an archive raises that is damaged, or packed in a way that is not known here.
 DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError)
 
@@ -64,6 +67,7 @@ class File:
                 if self.member:
                     archive = stack.enter_context(zipfile.ZipFile(raw))
                     size = archive.getinfo(self.member).file_size
+                    self._check_dictionary(raw, archive.getinfo(self.member))
                     try:
                         raw = stack.enter_context(archive.open(self.member))
                     except RuntimeError as error:
@@ -82,6 +86,20 @@ class File:
             raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
         except DAMAGED as error:
             raise UserError(f"{self}: damaged or cut short ({error}); get it again") from error
+
+    def _check_dictionary(self, raw: IO[bytes], member: zipfile.ZipInfo) -> None:
+        """Refuse a member whose decompression by LZMA would take more memory than a table needs."""
+        if member.compress_type != zipfile.ZIP_LZMA:
+            return
+        # Behind the local header and its two texts: the version, the size of the properties, and the properties.
+        raw.seek(member.header_offset + 26)
+        raw.seek(sum(struct.unpack("<HH", raw.read(4))), os.SEEK_CUR)
+        dictionary = int.from_bytes(raw.read(9)[5:], "little")
+        if dictionary > LARGEST_DICTIONARY:
+            raise UserError(
+                f"{self}: asks for {dictionary >> 20:,} MiB to be decompressed, and {LARGEST_DICTIONARY >> 20} may be "
+                "asked for; pack it by deflate"
+            )
 
     def blocks(self, encoding: str) -> Iterator[Block]:
         """Its lines as of :func:`recbole_ssm.data.lines.read_blocks`, with a progress bar."""

@@ -435,12 +435,10 @@ class SequentialDataset(SplitDataset):
             times = data[self.time_field].to_numpy()
             found.update(Interaction({self.time_field: torch.from_numpy(temporal.in_seconds(times))}))
         if data is self.inter_feat and self.benchmark_filename_list is not None:
-            for name in self._lists().values():
-                # Models expect histories of that width; RecBole's are as wide as the longest.
-                short = found[name]
-                full = short.new_zeros(len(short), self.max_item_list_len, *short.shape[2:])
-                full[:, : short.shape[1]] = short
-                found.update(Interaction({name: full}))
+            for field, name in self._lists().items():
+                are_times = field == self.time_field and not self.config["legacy_time_order"]
+                short = readymade.seconds_of(data[name]) if are_times else found[name]
+                found.update(Interaction({name: readymade.widened(short, self.max_item_list_len)}))
         return found
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from recbole_ssm.data import temporal
 from recbole_ssm.errors import UserError
 
 
@@ -53,3 +56,19 @@ def trim_histories(frame: Any, item_field: str, lists: dict[str, str], longest: 
         column[:] = rows
         frame[name] = column
     return zeros
+
+
+def seconds_of(histories: Any) -> Tensor:
+    """The times of histories as seconds ``[n, longest]``, int64, with zeros behind; RecBole rounds them to float32."""
+    lengths = np.fromiter(map(len, histories), np.int64, len(histories))
+    filled = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    found = np.zeros(filled.shape, dtype=np.int64)
+    found[filled] = temporal.in_seconds(np.concatenate([np.zeros(0), *histories]))
+    return torch.from_numpy(found)
+
+
+def widened(short: Tensor, width: int) -> Tensor:
+    """Histories ``[n, longest, ...]`` with zeros up to a width, which models expect of all ``[n, width, ...]``."""
+    full = short.new_zeros(len(short), width, *short.shape[2:])
+    full[:, : short.shape[1]] = short
+    return full

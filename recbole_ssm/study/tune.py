@@ -9,9 +9,8 @@ A parameter file is RecBole's, with lines such as
     gbce_t uniform 0,1 if loss_type == 'gBCE'   a condition on an earlier line; or: if num_layers in [1, 2]
     weight_decay                                values of the table of keys (recbole-ssm keys weight_decay)
 
-Trials are chosen by the validation score; test metrics stand beside it. The table is written after every trial. The
-same command goes on where it was stopped, also with more --max_evals: trials that are done are not run again, and one
-that was interrupted goes on from its checkpoint. Given several times at once, it shares the trials among the processes.
+Trials are chosen by the validation score; test metrics stand beside it. The same command goes on where it was stopped,
+also with more --max_evals, and runs no trial twice; given several times at once, it shares the trials.
 """
 
 from __future__ import annotations

@@ -86,6 +86,17 @@ def test_a_zip_that_holds_hundreds_of_times_its_size(tmp_path):
     assert outcome.kind == "done"
 
 
+def test_an_archive_cannot_ask_for_gigabytes(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.csv", "user_id,item_id,timestamp\n" + "".join(f"u,i,{t}\n" for t in range(99)))
+    content = bytearray(buffer.getvalue())
+    # The local header has 30 bytes, the name 5, what precedes the size of the dictionary 5.
+    content[40:44] = (0xFFFF_FFFF).to_bytes(4, "little")
+    message = refusal(tmp_path, "x.zip", bytes(content))
+    assert "asks for 4,095 MiB to be decompressed, and 256 may be asked for" in message
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED])
 def test_damage_within_an_archive(tmp_path, method):
     buffer = io.BytesIO()

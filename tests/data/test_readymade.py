@@ -84,6 +84,26 @@ def test_other_features_have_histories_too(tmp_path):
         assert (np.where(items == 0, "[PAD]", names) == data.id2token("kind", kinds)).all()
 
 
+def test_the_times_of_histories_are_whole_seconds(tmp_path):
+    options = written(tmp_path)
+    first = 1_700_000_000_123
+    for name in FILES:
+        path = tmp_path / "data" / "made" / f"made.{name}.inter"
+        head, *lines = path.read_text().splitlines()
+        lengths = [len(line.split("\t")[1].split()) for line in lines]
+        times = [" ".join(str(first + 3000 * n) for n in range(length)) for length in lengths]
+        lines = ["\t".join(pair) for pair in zip(lines, times)]
+        path.write_text("\n".join([head + "\ttimestamp_list:float_seq", *lines]) + "\n")
+    options["load_col"] = None
+    data = create_dataset(configure("GRU4Rec", "made", config_dict=options))
+    for part, rows in zip(data.build(), FILES.values()):
+        times = part.inter_feat["timestamp_list"]
+        assert times.dtype == torch.int64
+        for row, (_, history, _, _) in zip(times.tolist(), rows):
+            whole = [first // 1000 + 3 * n for n in range(len(history.split()))][-4:]
+            assert row == whole + [0] * (4 - len(whole))
+
+
 @pytest.mark.parametrize("model", ["GRU4Rec", "Mamba4Rec", "SASRec"])
 def test_a_run(tmp_path, model):
     files = {name: rows * 10 for name, rows in FILES.items()}
