@@ -67,6 +67,6 @@ def test_one_event_is_enough_to_know_what_follows(write_dataset):
     """Users alternate between two items of their own; none is right where one event is the mask alone."""
     rows = "".join(f"u{user}\t{'AB'[time % 2]}{user % 10}\t{time}\n" for user in range(200) for time in range(8))
     options = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
-    options["config_dict"] |= {"epochs": 30, "state": "ERROR"}
+    options["config_dict"] |= {"epochs": 60, "learning_rate": 0.003, "MAX_ITEM_LIST_LENGTH": 20, "state": "ERROR"}
     recommender = load_recommender(run_recbole_ssm("BERT4Rec", **options)["checkpoint"])
-    assert sum(recommender.recommend([f"A{k}"], 1)[0][0] == f"B{k}" for k in range(10)) >= 8
+    assert [recommender.recommend([f"A{k}"], 1)[0][0] for k in range(10)] == [f"B{k}" for k in range(10)]
