@@ -71,8 +71,8 @@ class Catalogue:
                 raise UserError(f"{what}: item '{token}' is not in the catalogue of {len(self._ids):,} items")
         return found, skipped
 
-    def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor:
-        """Which ids are never recommended ``[V]``: padding, what is denied, and what is not allowed.
+    def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor | None:
+        """Which ids are never recommended ``[V]``: what is denied, and what is not allowed; None where neither is given.
 
         Args:
             allow: tokens of the items that may be recommended; None means all.
@@ -84,6 +84,8 @@ class Catalogue:
         Raises:
             UserError: no token of ``allow`` is in the catalogue, or one text stands in place of a list.
         """
+        if allow is None and deny is None:
+            return None
         mask = torch.zeros(len(self.items), dtype=torch.bool)
         for name, tokens in (("allow", allow), ("deny", deny)):
             if tokens is None:
@@ -97,7 +99,6 @@ class Catalogue:
             chosen = torch.zeros_like(mask)
             chosen[ids] = True
             mask |= ~chosen if name == "allow" else chosen
-        mask[0] = True
         return mask
 
     def best(
@@ -124,12 +125,16 @@ class Catalogue:
         if refused is not None:
             scores[:, refused.to(scores.device)] = -torch.inf
         for row, ids in enumerate(excluded or ()):
-            scores[row, ids] = -torch.inf
+            if ids:
+                scores[row, ids] = -torch.inf
         k = min(k, len(self.items) - 1)
-        values, indices = scores.topk(k)
-        # Of equal scores topk takes any; where they reach beyond the k-th, the lowest ids are wanted.
-        tied = ((scores >= values[:, -1:]).sum(1) > k).nonzero()[:, 0]
-        values[tied], indices[tied] = (part[:, :k] for part in scores[tied].sort(dim=1, descending=True, stable=True))
+        # With the score behind the k-th: where both are equal topk takes any, and the lowest ids are wanted.
+        values, indices = scores.topk(min(k + 1, scores.shape[1]))
+        tied = values[:, k - 1] == values[:, -1]
+        values, indices = values[:, :k], indices[:, :k]
+        if k < scores.shape[1] and tied.any():
+            by_score = scores[tied].sort(dim=1, descending=True, stable=True)
+            values[tied], indices[tied] = (part[:, :k] for part in by_score)
         found = []
         for row, ids in zip(values.tolist(), indices.tolist()):
             order = sorted(zip(row, ids), key=lambda pair: (-pair[0], pair[1]))
