@@ -19,6 +19,7 @@ from recbole.utils import init_logger, init_seed  # noqa: E402
 from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, create_loaders  # noqa: E402
+from recbole_ssm.data.outline import item_tokens  # noqa: E402
 from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
@@ -155,7 +156,7 @@ def load_data_and_model(
     settings = {**config.final_config_dict, "retriever_settings": found.info["config"].get("retriever_settings")}
     with checkpoint.doubted(found, path):
         recommender = build_model(settings, dataset, config["device"], config.model_class)
-    if _items_of(dataset) == items:
+    if item_tokens(dataset) == items:
         checkpoint.load_weights(recommender, found, path)
     else:
         _transfer(recommender, config, dataset, saved)
@@ -194,12 +195,7 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: it holds no training to go on with; take one that a run wrote") from error
     base = {key: value for key, value in base.items() if key not in NOT_BY_A_FILE}
-    # The class that a file names is never imported: whoever loads it gives it again.
-    base.pop("model", None)
-    if "class" not in found.info:
-        known_model(name)
-        base["model"] = name
-    config = configure(model, **given, base=base)
+    config = _configure_by(found, model, {**base, "model": name}, **given)
     class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
     return config
 
@@ -211,10 +207,7 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
         base, name = {"dataset": found.info["config"]["dataset"]}, found.info["model"]
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
-    if "class" not in found.info:
-        known_model(name)
-        base["model"] = name
-    config = configure(model, **given, base=base)
+    config = _configure_by(found, model, {**base, "model": name}, **given)
     class_of(found.info, path, config.model_class if config.class_path else None)
     named = [given["dataset"], (given["config_dict"] or {}).get("dataset"), *given["command_line"]]
     if not any(str(option).startswith("--dataset=") or option == config["dataset"] for option in named):
@@ -222,9 +215,21 @@ def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Con
     if getattr(config.model_class, "reads_text", False):
         raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
     if config["model"] == found.info["model"]:
-        config = configure(model, **given, base={**base, **shaping_keys(found, config.rows)})
+        config = _configure_by(found, model, {**base, "model": name, **shaping_keys(found, config.rows)}, **given)
     require_same_shape(found, path, config)
     return config
+
+
+def _configure_by(found: checkpoint.Checkpoint, model: str | type | None, base: dict[str, Any], **given: Any) -> Config:
+    """A configuration over options that come from a checkpoint, the model's name among them.
+
+    The class that a file names is never imported: whoever loads it gives it again.
+    """
+    if "class" in found.info:
+        del base["model"]
+    else:
+        known_model(base["model"])
+    return configure(model, **given, base=base)
 
 
 def require_data(config: Config) -> None:
@@ -238,15 +243,10 @@ def require_data(config: Config) -> None:
         raise UserError(f"data_path: there are no data in {folder}; give the data_path that holds them now")
 
 
-def _items_of(dataset: Any) -> list[str]:
-    """The tokens of a data set's items by id."""
-    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-
-
 def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> None:
     """Take over a checkpoint's weights, item by item, and say how many it knew."""
     path, found = saved
-    items = _items_of(dataset)
+    items = item_tokens(dataset)
 
     def build(settings: Mapping[str, Any], outline: Any) -> Any:
         return build_model(settings, outline, "cpu", config.model_class)
@@ -267,7 +267,7 @@ def _require_same_items(dataset: Any, saved: Saved) -> None:
     """
     path, found = saved
     # RecBole's own checkpoints hold no catalogue.
-    now = _items_of(dataset)
+    now = item_tokens(dataset)
     before = known_items.items_of(found, path) if "catalogue" in found.info else now
     if before == now:
         return

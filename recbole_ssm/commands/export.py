@@ -18,7 +18,7 @@ from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import whole
 from recbole_ssm.quick_start import configure_again
-from recbole_ssm.serving import load_recommender
+from recbole_ssm.serving import recommender_of
 from recbole_ssm.trainer import checkpoint
 
 USERS_AT_ONCE = 1024
@@ -59,7 +59,7 @@ def export_vectors(
     if what not in ("items", "users"):
         raise UserError(f"what: must be items or users, got {what}")
     path, saved = checkpoint.find_best(Path(model_file))
-    recommender = load_recommender(path, device, model=model)
+    recommender = recommender_of(path, saved, device, model=model)
     if what == "items":
         ids, vectors = recommender.items[1:], recommender.item_vectors()
     else:

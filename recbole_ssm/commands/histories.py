@@ -69,10 +69,9 @@ def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
     if path.suffix.lower() in TABLES:
         return _of_events(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        found = _lines_of(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no text in UTF-8; a file of events ends in {', '.join(TABLES)}") from error
-    found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"{path}: holds no user; write one id in each line")
     return _of_dataset(config).of(found)
@@ -114,9 +113,14 @@ def read_items(option: str, path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        found = _lines_of(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option}: {path} cannot be read ({error})") from error
     if not found:
         raise UserError(f"{option}: {shown(str(path))} names no item; write one in each line")
     return found
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without the blanks around them."""
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -21,7 +21,7 @@ from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.llm.titles import read_titles
 from recbole_ssm.quick_start import configure_again
-from recbole_ssm.serving import load_recommender
+from recbole_ssm.serving import recommender_of
 from recbole_ssm.trainer import checkpoint
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """The rows, those of so many users at a time."""
     path, saved = checkpoint.find_best(Path(model_file))
-    recommender = load_recommender(path, device, model=model)
+    recommender = recommender_of(path, saved, device, model=model)
     data_options = {**ALL_EVENTS, **(config_dict or {})}
     config = configure_again((path, saved), model, config_dict=data_options, command_line=command_line)
     # What training alone needs is not kept.

@@ -16,6 +16,7 @@ from recbole.utils import EvaluatorType
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from recbole_ssm.data.outline import item_counts
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import Candidates, LocalGenerator, seeded
 from recbole_ssm.ops import Seen
@@ -76,8 +77,7 @@ class EvalLoader(DataLoader[Any]):
         if (sample := config[f"{phase}_neg_sample_args"]["sample_num"]) != "none":
             weights = np.ones(self.item_num)
             if config[f"{phase}_neg_sample_args"]["distribution"] == "popularity":
-                targets = (everything or dataset).inter_feat[dataset.iid_field].numpy()
-                weights = np.bincount(targets, minlength=self.item_num).astype(np.float64)
+                weights = item_counts(everything or dataset, self.item_num).astype(np.float64)
             weights[0] = 0
             others = np.count_nonzero(weights) - 1
             if sample > others:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from recbole_ssm.errors import UserError
 
@@ -33,9 +34,13 @@ class DatasetOutline:
         raise UserError(f"{self._model} reads its data set's {attribute}; recommend() serves models of items alone")
 
 
-def item_counts(dataset: Any, n_items: int) -> torch.Tensor:
-    """How often each item is a target in a data set, by id ``[n_items]``; int64, 0 for the padding."""
-    counts = torch.zeros(n_items, dtype=torch.int64)
-    for item, count in dataset.item_counter.items():
-        counts[item] = int(count)
-    return counts
+def item_counts(dataset: Any, n_items: int) -> NDArray[np.int64]:
+    """How often each item is a target in a part of a data set, by id ``[n_items]``; in an outline none is."""
+    if isinstance(dataset, DatasetOutline):
+        return np.zeros(n_items, dtype=np.int64)
+    return np.bincount(dataset.inter_feat[dataset.iid_field].numpy(), minlength=n_items)
+
+
+def item_tokens(dataset: Any) -> list[str]:
+    """The tokens of a data set's items by id; id 0 is padding."""
+    return [str(token) for token in dataset.field2id_token[dataset.iid_field]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recbole_ssm.data.outline import item_counts
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import PROTOCOLS, Ranking
 
@@ -163,7 +164,7 @@ def of_items(name: str, best: NDArray[np.int64], config: Any, training: Any) -> 
     if name == "giniindex":
         place = np.arange(item_num - len(items) + 1, item_num + 1)
         return float(((2 * place - item_num - 1) * np.sort(share)).sum() / item_num)
-    popularity = np.bincount(training.inter_feat[training.iid_field].numpy(), minlength=item_num)
+    popularity = item_counts(training, item_num)
     if name == "averagepopularity":
         return float((popularity[items] * share).sum())
     return float(share[np.isin(items, tail(popularity, config["tail_ratio"]))].sum())

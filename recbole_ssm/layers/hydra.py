@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from recbole_ssm.errors import UserError
 from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
-from recbole_ssm.layers.step import norm_fields
+from recbole_ssm.layers.step import ssd_fields
 from recbole_ssm.ops import centered_conv1d, quasiseparable, ssd_last
 from recbole_ssm.ops.packing import cu_seqlens_of, last_of
 
@@ -156,20 +156,4 @@ class Hydra(nn.Module):
 
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernel of whole histories (``csrc/history.h``) reads of this layer; there is none of a step."""
-        return {
-            "M": self.in_proj.in_features,
-            "D": self.d_inner,
-            "N": self.d_state,
-            "K": self.d_conv,
-            "H": self.n_heads,
-            "G": self.n_groups,
-            "in_weight": self.in_proj.weight,
-            "conv_weight": self.conv1d.weight,
-            "conv_bias": self.conv1d.bias,
-            "dt_bias": self.dt_bias,
-            "A_log": self.A_log,
-            "skip": self.D,
-            "diagonal": self.fc_D.weight,
-            "out_weight": self.out_proj.weight,
-            **norm_fields("gate_norm", self.norm),
-        }
+        return {**ssd_fields(self), "diagonal": self.fc_D.weight}

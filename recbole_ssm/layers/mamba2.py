@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recbole_ssm.layers.init import head_sizes, init_dt_bias
 from recbole_ssm.layers.state import MixerState
-from recbole_ssm.layers.step import in_one_kernel, norm_fields
+from recbole_ssm.layers.step import in_one_kernel, ssd_fields
 from recbole_ssm.ops import causal_conv1d, ssd, ssd_last
 from recbole_ssm.ops.packing import last_of
 
@@ -151,19 +151,4 @@ class Mamba2(nn.Module):
         """
         if self.norm_groups != self.n_groups:
             return {}
-        return {
-            "M": self.in_proj.in_features,
-            "D": self.d_inner,
-            "N": self.d_state,
-            "K": self.d_conv,
-            "H": self.n_heads,
-            "G": self.n_groups,
-            "in_weight": self.in_proj.weight,
-            "conv_weight": self.conv1d.weight,
-            "conv_bias": self.conv1d.bias,
-            "dt_bias": self.dt_bias,
-            "A_log": self.A_log,
-            "skip": self.D,
-            "out_weight": self.out_proj.weight,
-            **norm_fields("gate_norm", self.norm),
-        }
+        return ssd_fields(self)

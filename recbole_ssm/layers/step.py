@@ -165,3 +165,23 @@ def norm_fields(name: str, norm: Any) -> dict[str, Any]:
     """Weight, bias and eps of a LayerNorm or an RMSNorm, as fields of the kernel's structure."""
     bias = getattr(norm, "bias", None)
     return {f"{name}_weight": norm.weight, f"{name}_bias": bias, f"{name}_eps": norm.eps}
+
+
+def ssd_fields(mixer: Any) -> dict[str, Any]:
+    """Sizes and weights of a mixer around SSD, as fields of the kernels' structure."""
+    return {
+        "M": mixer.in_proj.in_features,
+        "D": mixer.d_inner,
+        "N": mixer.d_state,
+        "K": mixer.d_conv,
+        "H": mixer.n_heads,
+        "G": mixer.n_groups,
+        "in_weight": mixer.in_proj.weight,
+        "conv_weight": mixer.conv1d.weight,
+        "conv_bias": mixer.conv1d.bias,
+        "dt_bias": mixer.dt_bias,
+        "A_log": mixer.A_log,
+        "skip": mixer.D,
+        "out_weight": mixer.out_proj.weight,
+        **norm_fields("gate_norm", mixer.norm),
+    }

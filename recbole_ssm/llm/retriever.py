@@ -64,9 +64,7 @@ def find_retriever(
             return path, checkpoint.read(path)
 
         return Retriever(settings_of(own), trained)
-    path = Path(config["retriever_checkpoint"])
-    path = path / checkpoint.BEST if path.is_dir() else path
-    found = checkpoint.read(path)
+    path, found = checkpoint.find_best(Path(config["retriever_checkpoint"]))
     _check_rows(config, own, path, found)
     return Retriever(found.info["config"], lambda: (path, found))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header
+from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, did_you_mean
 
 FIELDS = ("movie_title", "title", "name", "item_name", "item_title")
@@ -42,7 +43,7 @@ def titles_of(dataset: Any, config: Any) -> list[str]:
     kept = vars(dataset).get("titles")
     if kept is not None:
         return list(kept)
-    return read_titles(config, [str(token) for token in dataset.field2id_token[dataset.iid_field]])
+    return read_titles(config, item_tokens(dataset))
 
 
 def read_titles(config: Any, tokens: Sequence[str]) -> list[str]:

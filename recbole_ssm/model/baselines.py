@@ -29,7 +29,7 @@ class Pop(PackedRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        counts = item_counts(dataset, self.n_items).float()
+        counts = torch.from_numpy(item_counts(dataset, self.n_items)).float()
         # From 0 to below 1 [V].
         self.register_buffer("popularity", counts / (counts.max() + 1))
         # An optimiser wants a parameter, and no score depends on this one.

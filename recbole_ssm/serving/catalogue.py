@@ -72,7 +72,7 @@ class Catalogue:
         return found, skipped
 
     def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor | None:
-        """Which ids are never recommended ``[V]``: what is denied, and what is not allowed; None where neither is given.
+        """Which ids are never recommended ``[V]``: what is denied or not allowed; None where neither is given.
 
         Args:
             allow: tokens of the items that may be recommended; None means all.

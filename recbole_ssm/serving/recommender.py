@@ -287,11 +287,21 @@ def load_recommender(
         UserError: the file is missing, damaged or of another kind, or the model needs more than
             items.
     """
-    path, saved = checkpoint.find_best(Path(path))
+    return recommender_of(*checkpoint.find_best(Path(path)), device, cuda_graphs=cuda_graphs, model=model)
+
+
+def recommender_of(
+    path: Path,
+    saved: checkpoint.Checkpoint,
+    device: str | torch.device | None = None,
+    *,
+    cuda_graphs: bool = False,
+    model: str | type | None = None,
+) -> Recommender:
+    """:func:`load_recommender` of a checkpoint that was read from ``path``."""
     try:
         name, sizes = saved.info["model"], saved.info["catalogue"]["sizes"]
-        # What a file says causes no download.
-        config = {**saved.info["config"], "model": name, "base_model_download": False}
+        config = {**saved.info["config"], "model": name}
         for key in ("ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "MAX_ITEM_LIST_LENGTH"):
             KEYS[key].take(key, config[key])
         if config["MAX_ITEM_LIST_LENGTH"] > LONGEST:

@@ -191,8 +191,7 @@ class Runs:
         parts = sorted(path for path in folder.glob(f"{glob.escape(run.dataset)}.*") if path.is_file())
         files = {part.name: self._file_digest(part) for part in parts}
         if config["retriever_checkpoint"] is not None:
-            retriever = Path(config["retriever_checkpoint"])
-            retriever = retriever / checkpoint.BEST if retriever.is_dir() else retriever
+            retriever = checkpoint.best_file(Path(config["retriever_checkpoint"]))
             if not retriever.is_file():
                 raise UserError(f"retriever_checkpoint: there is no such file {retriever}")
             files["retriever_checkpoint"] = self._file_digest(retriever)

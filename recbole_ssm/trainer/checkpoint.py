@@ -245,8 +245,13 @@ def find(path: Path) -> tuple[Path, Checkpoint]:
 
 def find_best(path: Path) -> tuple[Path, Checkpoint]:
     """A checkpoint to test or to serve: a file, or the best one of a run's folder; as :func:`find`."""
-    path = run_folder(path, BEST) / BEST if path.is_dir() else path
+    path = best_file(path)
     return path, read(path)
+
+
+def best_file(path: Path) -> Path:
+    """The file that :func:`find_best` reads; it need not be there."""
+    return run_folder(path, BEST) / BEST if path.is_dir() else path
 
 
 def run_folder(path: Path, needed: str = f"*{SUFFIX}") -> Path:

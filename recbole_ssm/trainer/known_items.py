@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_ssm.data.outline import item_counts
+from recbole_ssm.data.outline import item_counts, item_tokens
 from recbole_ssm.errors import UserError
 from recbole_ssm.trainer.checkpoint import Checkpoint
 from recbole_ssm.trainer.tensorfile import packed, unpacked
@@ -21,11 +21,11 @@ def catalogue_of(dataset: Any, model: Any = None) -> Checkpoint:
     A model that reads titles has them by item id as its attribute ``titles``; they are added.
     """
     fields = [field for field in dataset.field2type if field in dataset.field2id_token]
-    texts = {"items": [str(token) for token in dataset.field2id_token[dataset.iid_field]]}
+    texts = {"items": item_tokens(dataset)}
     if hasattr(model, "titles"):
         texts["titles"] = model.titles
     tensors = {f"catalogue.{name}.{part}": t for name, list_ in texts.items() for part, t in packed(list_).items()}
-    tensors["catalogue.counts"] = item_counts(dataset, len(texts["items"]))
+    tensors["catalogue.counts"] = torch.from_numpy(item_counts(dataset, len(texts["items"])))
     return Checkpoint(tensors, {"catalogue": {"sizes": {field: dataset.num(field) for field in fields}}})
 
 
