@@ -111,6 +111,20 @@ def test_extreme_steps_stay_finite(op):
 
 
 @on_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_no_earlier_position_in_ssd(value):
+    torch.manual_seed(0)
+    tensors, keywords = arguments(ops.ssd, 1, 37, 1, torch.float32)
+    with ops.use_backend("cuda"):
+        expected = at_device(ops.ssd)(*tensors, **keywords)[0]
+        for index in (0, 1, 3, 4):
+            worse = [tensor.clone() for tensor in tensors]
+            worse[index][0, 21] = value
+            found = at_device(ops.ssd)(*worse, **keywords)[0]
+            assert torch.equal(found[:, :21], expected[:, :21]) and not torch.isfinite(found[:, 21:]).all()
+
+
+@on_kernels
 @each_op
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(op, dtype):

@@ -79,7 +79,10 @@ def ssd_forward(
         E, S = _exponents(dt_Q * A_h, q)
         score = tl.dot(C_QN, tl.trans(B_QN), input_precision=PRECISION)
         M = tl.where(q[:, None] >= q[None, :], score * tl.exp(E) * dt_Q[None, :], 0.0)
-        y_QP = tl.dot(M, x_QP, input_precision=PRECISION)
+        # A zero above the diagonal times what is not finite would be NaN at earlier positions.
+        finite = tl.abs(x_QP) < float("inf")
+        y_QP = tl.dot(M, tl.where(finite, x_QP, 0.0), input_precision=PRECISION)
+        y_QP = tl.where(tl.cumsum(tl.where(finite, 0, 1), 0) > 0, float("nan"), y_QP)
         y_QP += tl.exp(S)[:, None] * tl.dot(C_QN, h, input_precision=PRECISION)
         if skip is not None:
             y_QP += tl.load(skip + head).to(tl.float32) * x_QP
