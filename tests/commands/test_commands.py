@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,8 @@ def test_other_metrics_and_splits(run, capsys):
     written = json.loads(Path("out.json").read_text())
     assert list(written["metrics"]) == list(written["masked"]) == ["recall@2"]
     assert "recall@2" in capsys.readouterr().out
+    sampled = evaluate(folder, config_dict={"eval_args": {"mode": "uni5"}, "use_gpu": False})
+    assert sampled["hit@1"] >= evaluate(folder, config_dict={"use_gpu": False})["hit@1"] and sampled["hit@5"] <= 1
     by_time = evaluate(folder, config_dict={"eval_args": {"split": {"GTS": [0.7, 0.1, 0.2]}}})
     assert by_time.keys() == evaluate(folder).keys()
 
@@ -176,6 +180,37 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, capsys, arguments, messag
     assert message in line
     written = {path for path in set(Path().rglob("*")) - before if path.parts[0] not in ("log", "log_tensorboard")}
     assert not written
+
+
+COMMANDS = [
+    command
+    for page in ("serving.md", "models.md")
+    for command in re.findall(
+        r"^    (?:recbole-ssm|python run_recbole_ssm\.py) (.+)$", (REPOSITORY / "docs" / page).read_text(), re.MULTILINE
+    )
+]
+
+
+def test_there_are_commands_in_the_pages():
+    assert len(COMMANDS) >= 8 and any(command.startswith("--init") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_pages(run, tmp_path, command):
+    """As it stands there, on the files that it speaks of."""
+    _, folder = run
+    (tmp_path / "saved").mkdir()
+    shutil.copytree(folder, tmp_path / "saved" / folder.name)
+    (tmp_path / "users.txt").write_text("u3\nu5\n")
+    (tmp_path / "in_stock.txt").write_text("i1\ni2\ni3\nnew\n")
+    events = {"user_id": ["a", "a"], "item_id": ["i3", "i4"], "timestamp": [1, 2]}
+    pyarrow.parquet.write_table(pyarrow.table(events), tmp_path / "events.parquet")
+    for place, name in (("folder", "other"), ("dataset", "toy")):
+        (tmp_path / place / name).mkdir(parents=True)
+        rows = "".join(f"v{u}\ti{(u + j) % 20}\t{j}\n" for u in range(12) for j in range(6))
+        (tmp_path / place / name / f"{name}.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
+    more = ["--epochs=1", "--show_progress=False", "--state=ERROR"] if command.startswith("--") else []
+    assert main([*command.split(), *more]) == 0
 
 
 def test_the_formats_of_the_page_are_those_of_the_code():
