@@ -13,6 +13,7 @@ from recbole.data.interaction import Interaction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm.commands import evaluate
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
@@ -433,6 +434,13 @@ def test_killed_and_resumed_is_never_killed(circle, monkeypatch):
     assert list(one.tensors) == list(other.tensors)
     for name, tensor in one.tensors.items():
         assert torch.equal(tensor, other.tensors[name]), name
+
+
+def test_a_ranker_is_tested_again_as_it_was(circle):
+    result = run_recbole_ssm("LlamaRec", "circle", config_dict={**circle, "epochs": 1})
+    found = evaluate(pathlib.Path(result["checkpoint"]).parent)
+    assert found == pytest.approx(dict(result["test_result"]))
+    assert found.masked == pytest.approx(result["test_result_masked"])
 
 
 def test_checkpoints_hold_what_was_trained_and_serve(circle, tmp_path):
