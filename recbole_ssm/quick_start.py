@@ -23,24 +23,32 @@ from recbole_ssm.data.outline import item_tokens  # noqa: E402
 from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
-from recbole_ssm.keys import shown  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
-from recbole_ssm.model import get_model  # noqa: E402
-from recbole_ssm.model.registry import build_model, class_of, known_model  # noqa: E402
+from recbole_ssm.model.registry import build_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
 from recbole_ssm.serving import load_recommender  # noqa: E402
+from recbole_ssm.starting import (  # noqa: E402
+    Saved,
+    configure,
+    configure_again,
+    configure_from,
+    read_resume,
+    require_data,
+    require_same_items,
+    take_weights,
+)
 from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items  # noqa: E402
 from recbole_ssm.trainer.refusals import recbole_refusals, refusals_of_a_run  # noqa: E402
 from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
-from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer  # noqa: E402
 
-NOT_BY_A_FILE = ("checkpoint_dir", "log_wandb", "base_model_download")
-"""What a run that goes on must be given again, if it is wanted."""
-
-__all__ = ["export_pairs", "load_data_and_model", "load_recommender", "objective_function", "run_recbole_ssm"]
-
-Saved = tuple[Path, checkpoint.Checkpoint]
-"""A checkpoint, and where it was read from."""
+__all__ = [
+    "configure",
+    "export_pairs",
+    "load_data_and_model",
+    "load_recommender",
+    "objective_function",
+    "run_recbole_ssm",
+]
 
 
 def run_recbole_ssm(
@@ -97,7 +105,7 @@ def run_recbole_ssm(
     """
     if resume is not None and init is not None:
         raise UserError("init: a run that is resumed has its weights; leave out init, or resume")
-    start = None if resume is None else _read_resume(Path(resume), allow_pickle)
+    start = None if resume is None else read_resume(Path(resume), allow_pickle)
     given: dict[str, Any] = {
         "dataset": dataset,
         "config_file_list": config_file_list,
@@ -106,7 +114,7 @@ def run_recbole_ssm(
     }
     if init is not None:
         first = checkpoint.find_best(Path(init))
-        config = _configure_from(first, model, **given)
+        config = configure_from(first, model, **given)
     elif start is not None and "config" in start[1].info:
         config = configure_again(start, model, **given)
     else:
@@ -159,124 +167,8 @@ def load_data_and_model(
     if item_tokens(dataset) == items:
         checkpoint.load_weights(recommender, found, path)
     else:
-        _transfer(recommender, config, dataset, saved)
+        take_weights(recommender, config, dataset, saved)
     return config, recommender.eval(), dataset, *loaders
-
-
-def configure(
-    model: str | type | None = None,
-    dataset: str | None = None,
-    config_file_list: Iterable[str] | None = None,
-    config_dict: Mapping[str, Any] | None = None,
-    command_line: Iterable[str] = (),
-    base: Mapping[str, Any] | None = None,
-) -> Config:
-    """The configuration of a run of one of our models or RecBole's; the arguments are those of
-    :class:`Config`.
-    """
-    return Config(get_model, model, dataset, config_file_list, config_dict, command_line, base)
-
-
-def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Config:
-    """The configuration of a checkpoint's run.
-
-    Args:
-        saved: the checkpoint.
-        model: the class of its model, or its path, where it is one of the user's own.
-        **given: arguments of :func:`configure`; what they say takes the place of the run's.
-
-    Raises:
-        UserError: the checkpoint is of another model, or something given is wrong.
-    """
-    path, found = saved
-    try:
-        base = {**found.info["training"]["options"], "dataset": found.info["config"]["dataset"]}
-        name = found.info["model"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: it holds no training to go on with; take one that a run wrote") from error
-    base = {key: value for key, value in base.items() if key not in NOT_BY_A_FILE}
-    config = _configure_by(found, model, {**base, "model": name}, **given)
-    class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
-    return config
-
-
-def _configure_from(saved: Saved, model: str | type | None, **given: Any) -> Config:
-    """The configuration of a run that starts from a checkpoint's weights, on other data."""
-    path, found = saved
-    try:
-        base, name = {"dataset": found.info["config"]["dataset"]}, found.info["model"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: its header is incomplete ({error})") from error
-    config = _configure_by(found, model, {**base, "model": name}, **given)
-    class_of(found.info, path, config.model_class if config.class_path else None)
-    named = [given["dataset"], (given["config_dict"] or {}).get("dataset"), *given["command_line"]]
-    if not any(str(option).startswith("--dataset=") or option == config["dataset"] for option in named):
-        require_data(config)
-    if getattr(config.model_class, "reads_text", False):
-        raise UserError(f"init: {config['model']} reads titles; name a retriever_checkpoint in place of init")
-    if config["model"] == found.info["model"]:
-        config = _configure_by(found, model, {**base, "model": name, **shaping_keys(found, config.rows)}, **given)
-    require_same_shape(found, path, config)
-    return config
-
-
-def _configure_by(found: checkpoint.Checkpoint, model: str | type | None, base: dict[str, Any], **given: Any) -> Config:
-    """A configuration over options that come from a checkpoint, the model's name among them.
-
-    The class that a file names is never imported: whoever loads it gives it again.
-    """
-    if "class" in found.info:
-        del base["model"]
-    else:
-        known_model(base["model"])
-    return configure(model, **given, base=base)
-
-
-def require_data(config: Config) -> None:
-    """Make sure that no data set is downloaded because a checkpoint names it.
-
-    Raises:
-        UserError: it is not there.
-    """
-    folder = Path(config["data_path"])
-    if not any(folder.glob("*")):
-        raise UserError(f"data_path: there are no data in {folder}; give the data_path that holds them now")
-
-
-def _transfer(recommender: Any, config: Config, dataset: Any, saved: Saved) -> None:
-    """Take over a checkpoint's weights, item by item, and say how many it knew."""
-    path, found = saved
-    items = item_tokens(dataset)
-
-    def build(settings: Mapping[str, Any], outline: Any) -> Any:
-        return build_model(settings, outline, "cpu", config.model_class)
-
-    with checkpoint.doubted(found, path):
-        known = transfer(recommender, items, found, path, build)
-    getLogger().info(
-        f"weights of {path}: {known:,} of {len(items) - 1:,} items keep their vectors, the others are new; "
-        f"{len(known_items.items_of(found, path)) - 1 - known:,} of the checkpoint's are not in this data set"
-    )
-
-
-def _require_same_items(dataset: Any, saved: Saved) -> None:
-    """Make sure that a run goes on with the items that it had.
-
-    Raises:
-        UserError: some are new, gone or called otherwise.
-    """
-    path, found = saved
-    # RecBole's own checkpoints hold no catalogue.
-    now = item_tokens(dataset)
-    before = known_items.items_of(found, path) if "catalogue" in found.info else now
-    if before == now:
-        return
-    differing = {"new": sorted(set(now) - set(before)), "gone": sorted(set(before) - set(now))}
-    found_out = [f"{len(names):,} {kind}, such as {shown(names[0])}" for kind, names in differing.items() if names]
-    raise UserError(
-        f"resume: the items are no longer those of {path}: {' and '.join(found_out) or 'they are in another order'}; "
-        "to train on from its weights, give --init"
-    )
 
 
 def _run(
@@ -294,9 +186,9 @@ def _run(
         require_same_run(found, path, config, None)
     recommender, train_data, valid_data, test_data = _prepare(config, start)
     if start is not None:
-        _require_same_items(train_data._dataset, start)
+        require_same_items(train_data._dataset, start)
     if first is not None:
-        _transfer(recommender, config, train_data._dataset, first)
+        take_weights(recommender, config, train_data._dataset, first)
     logger.info(recommender)
     # Each process draws dropout of its own.
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])
@@ -424,15 +316,3 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     recommender, train_data, _, _ = _prepare(config, None)
     init_seed(config["seed"], config["reproducibility"])
     return pairs.export(Path(path), recommender, train_data, config["show_progress"])
-
-
-def _read_resume(path: Path, allow_pickle: bool) -> Saved:
-    if path.suffix != ".pth":
-        return checkpoint.find(path)
-    if not allow_pickle:
-        raise UserError(
-            f"resume: {path} is a pickle, and loading one runs whatever code is in it; if you trust who made it, "
-            "say --allow_pickle=True"
-        )
-    getLogger().warning(f"{path} is a pickle: loading it runs whatever code is in it")
-    return path, checkpoint.read_pickle(path)

@@ -16,8 +16,8 @@ PACKAGE = REPOSITORY / "recbole_ssm"
 # From the top. A module of no room here belongs to the ground (keys, arguments, files, errors ...): all may import it,
 # and it imports nothing but the ground.
 FLOORS = (
-    "cli", "study", "doctor", "bench", "commands", "quick_start", "serving", "model", "llm", "trainer", "evaluation",
-    "config", "data", "layers", "optim", "ops", "compat",
+    "cli", "study", "doctor", "bench", "commands", "quick_start", "starting", "serving", "model", "llm", "trainer",
+    "evaluation", "config", "data", "layers", "optim", "ops", "compat",
 )  # fmt: skip
 WITHOUT_RECBOLE = ("layers", "optim", "ops")
 

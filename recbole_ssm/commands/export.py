@@ -17,8 +17,8 @@ from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import whole
-from recbole_ssm.quick_start import configure_again
 from recbole_ssm.serving import recommender_of
+from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
 USERS_AT_ONCE = 1024

@@ -14,7 +14,7 @@ from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.sources import open_raw
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import shown
-from recbole_ssm.quick_start import require_data
+from recbole_ssm.starting import require_data
 from recbole_ssm.trainer.refusals import recbole_refusals
 
 TABLES = (".inter", ".csv", ".tsv", ".parquet", ".json", ".jsonl", ".gz", ".zip")

@@ -20,8 +20,8 @@ from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.llm.titles import read_titles
-from recbole_ssm.quick_start import configure_again
 from recbole_ssm.serving import recommender_of
+from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
 if TYPE_CHECKING:
