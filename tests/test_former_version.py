@@ -88,7 +88,7 @@ def test_neither_a_new_key_nor_a_new_version_trains_again(command, home, monkeyp
         return {**settings_of(config), "a_new_key": "its default"}
 
     monkeypatch.setattr(runs, "settings_of", with_a_new_key)
-    monkeypatch.setattr(runs, "__version__", "0.2.0", raising=False)
+    monkeypatch.setattr("recbole_ssm.__version__", "9.0.0")
     monkeypatch.setattr(runs.Runs, "_train", lambda *arguments: pytest.fail("this run was done"))
     monkeypatch.setattr(compare, "speeds", lambda runs, todo: [None] * len(todo))
     before = {path.name for path in (home / command).iterdir() if path.is_dir()}

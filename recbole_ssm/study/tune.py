@@ -34,7 +34,7 @@ from recbole_ssm.figure import check_drawable
 from recbole_ssm.files import check_writable, write_csv, write_text
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
-from recbole_ssm.study.runs import Progress, Run, Runs, existing, ignore
+from recbole_ssm.study.runs import Progress, Run, Runs, existing, ignore, results_of
 from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, shipped_space
 
 
@@ -167,7 +167,17 @@ def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) ->
     """The folder of a search; another model, data set, space or option is another search."""
     search: list[Any] = [ALIASES.get(options.algo, options.algo)]
     search += [(p.name, p.kind, p.values, *([p.condition] if p.condition else [])) for p in space.values()]
-    searches = ([*search, content, *([options.prune] if options.prune else [])] for content in runs.contents(base))
+
+    def with_its_trials(content: dict[str, Any]) -> list[Any]:
+        # The table keeps the scores of trials, so it is as old as the results of the newest of them.
+        versions = [
+            results_of({**content["settings"], parameter.name: value})
+            for parameter in space.values()
+            for value in parameter.values
+        ]
+        return [*search, {**content, "version": max(versions)}, *([options.prune] if options.prune else [])]
+
+    searches = map(with_its_trials, runs.contents(base))
     folder = existing(options.folder / f"{base.model}-{base.dataset}-", 8, searches)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

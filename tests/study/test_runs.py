@@ -80,9 +80,37 @@ def test_what_makes_another_run(done, monkeypatch, tmp_path):
     file = tmp_path / "data" / "toy" / "toy.inter"
     file.write_text(file.read_text().replace("\ti1\t", "\ti2\t", 1))
     folders.append(there.folder_of(SHORT))
-    monkeypatch.setattr(module, "RESULTS", "0.0")
+    monkeypatch.setattr(module, "results_of", lambda settings: "0.0")
     folders.append(runs.folder_of(SHORT))
     assert len(set(folders)) == len(folders)
+
+
+GROUPS = {"n_groups": 2, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "version"),
+    [
+        ("BERT4Rec", {}, "0.2.0"),
+        ("LlamaRec", {"retriever": "BERT4Rec"}, "0.2.0"),
+        ("LlamaRec", {"retriever_config": GROUPS}, "0.2.0"),
+        ("2Mamba4Rec", GROUPS, "0.2.0"),
+        ("SASRec", {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}, "0.2.0"),
+        ("SASRec", {"eval_args": {"mode": "uni100"}}, "0.2.0"),
+        ("SASRec", {"eval_args": {"mode": {"valid": "full", "test": "pop100"}}}, "0.2.0"),
+        ("SASRec", {"benchmark_filename": ["train", "valid", "test"]}, "0.2.0"),
+        ("SASRec", {}, "0.1.0"),
+        ("LlamaRec", {}, "0.1.0"),
+        ("2Mamba4Rec", {"n_groups": 1}, "0.1.0"),
+        ("2Mamba4Rec", {**GROUPS, "joint_norm": True}, "0.1.0"),
+        ("Hydra4Rec", GROUPS, "0.1.0"),
+        ("SASRec", {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}, "legacy_time_order": True}, "0.1.0"),
+        ("SASRec", {"eval_args": {"split": {"GTS": [0.8, 0.1, 0.1]}}}, "0.1.0"),
+        ("SASRec", {"eval_args": {"mode": "full"}}, "0.1.0"),
+    ],
+)
+def test_runs_of_0_1_0_are_kept_where_their_results_have_not_changed(tmp_path, model, options, version):
+    assert Runs(tmp_path, DATA).content(Run(model, "toy", options))["version"] == version
 
 
 def test_another_retriever_makes_another_run(tmp_path):

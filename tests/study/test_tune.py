@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 
 import pytest
 import yaml
@@ -14,7 +15,8 @@ import yaml
 from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
-from recbole_ssm.study.runs import Outcome, Run
+from recbole_ssm.study import tune
+from recbole_ssm.study.runs import Outcome, Run, Runs
 from recbole_ssm.study.space import Trial, read_space, read_trials, space_of, write_trials
 from recbole_ssm.study.tune import HyperTuning, _importance, kept_objective
 from tests.conftest import REPOSITORY
@@ -198,6 +200,21 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["tune", *asked]) == 0
     assert "2 are done" in capsys.readouterr().out and (folder / "trials.csv").read_text() == before
     assert main(["--config_files", str(folder / "best.yaml"), "--show_progress=False"]) == 0
+
+
+@pytest.mark.parametrize(("name", "stays"), [("n_groups", False), ("hidden_size", True)])
+def test_a_search_of_0_1_0_goes_on_unless_the_results_of_its_trials_have_changed(tmp_path, monkeypatch, name, stays):
+    options = Namespace(algo="random", prune=False, folder=tmp_path)
+    space = space_of({"choice": {name: [1, 2]}})
+
+    def folder():
+        runs = Runs(tmp_path / "runs", {"data_path": str(REPOSITORY / "dataset")})
+        return tune._folder(options, space, Run("2Mamba4Rec", "toy"), runs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "results_of", lambda settings: "0.1.0")
+        former = folder()
+    assert (folder() == former) is stays
 
 
 @pytest.mark.parametrize(
