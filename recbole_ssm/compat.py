@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_ssm.errors import UserError
-
-INSTALL_RECBOLE = "pip install --no-deps recbole==1.2.1"
+from recbole_ssm.errors import INSTALL_RECBOLE, UserError
 
 _installed = False
 

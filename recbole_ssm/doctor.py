@@ -1,4 +1,7 @@
-"""What this machine has, which kernels are usable, and how to install what is missing."""
+"""What this machine has, which kernels are usable, and how to install what is missing.
+
+PyTorch is imported only when it is asked about, because the report must come where it is missing or broken, too.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,8 @@ import importlib.util
 import os
 import platform
 
-import torch
-
-from recbole_ssm import __version__, layers, ops  # noqa: F401  (layers add their steps to the self-test)
-from recbole_ssm.compat import INSTALL_RECBOLE
-from recbole_ssm.ops import native
-from recbole_ssm.ops.backend import lacks
+from recbole_ssm import __version__
+from recbole_ssm.errors import INSTALL_RECBOLE, first_line, require
 
 NEEDED = (
     "recbole", "torch", "numpy", "pandas", "pyarrow", "scipy", "safetensors", "scikit-learn", "pyyaml", "tensorboard",
@@ -36,7 +35,35 @@ def report() -> str:
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"  {package:14} missing")
             missing.append(INSTALL_RECBOLE if package == "recbole" else f"pip install {package}")
-    lines += ["", f"  device         {_device()}"]
+    lines.append("")
+    try:
+        found, lacking = _computing()
+        lines += found
+        missing += lacking
+    except (ImportError, OSError) as error:
+        # An OSError comes of a shared library that is damaged or made for another system.
+        lines.append(f"  the device and the kernels are not known without PyTorch ({first_line(error)})")
+        if not missing:
+            missing.append("pip install --force-reinstall torch")
+    lines += ["", "nothing is missing" if not missing else "to install what is missing:"]
+    return "\n".join(lines + [f"  {line}" for line in missing])
+
+
+def _computing() -> tuple[list[str], list[str]]:
+    """Lines on the device and on the kernels, and the commands that install what is missing of them.
+
+    Raises:
+        ImportError: PyTorch cannot be imported; OSError likewise.
+    """
+    import torch
+
+    # The layers add their steps to the self-test.
+    from recbole_ssm import layers, ops  # noqa: F401
+    from recbole_ssm.ops import native
+    from recbole_ssm.ops.backend import lacks
+
+    missing = []
+    lines = [f"  device         {_device()}"]
     lines.append(f"  ssm_backend    usable: {', '.join(ops.available_backends())}; auto takes the fastest that fits")
     lines.append(f"  native kernels {native.unusable or 'built; instruction set ' + native.instruction_set}")
     if native.unusable:
@@ -48,14 +75,19 @@ def report() -> str:
         lines.append(f"  {package:14} {'installed' if found else 'not installed; optional' + reason}")
         if not found and torch.cuda.is_available() and INSTALL_KERNELS not in missing:
             missing.append(INSTALL_KERNELS)
-    lines += ["", "nothing is missing" if not missing else "to install what is missing:"]
-    return "\n".join(lines + [f"  {line}" for line in missing])
+    return lines, missing
 
 
 def numerics() -> tuple[str, bool]:
     """The text that ``recbole-ssm doctor --numerics`` prints, every backend against the float64 reference, and whether
     all agree with it.
+
+    Raises:
+        UserError: PyTorch cannot be imported.
     """
+    torch = require("torch")
+    # The layers add their steps to the self-test.
+    from recbole_ssm import layers  # noqa: F401
     from recbole_ssm.bench import table
     from recbole_ssm.ops import selftest
 
@@ -79,6 +111,8 @@ def numerics() -> tuple[str, bool]:
 
 
 def _device() -> str:
+    import torch
+
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return f"GPU: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"

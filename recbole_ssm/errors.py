@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NoReturn
 
+INSTALL_RECBOLE = "pip install --no-deps recbole==1.2.1"
+"""RecBole pins an old release of ray, which nothing here needs and Python 3.12 and later cannot install."""
 LONGEST = 900
 """Characters of a message; what it quotes may be of any length."""
 

@@ -72,6 +72,21 @@ def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
     assert "pip install --no-deps recbole==1.2.1" in report()
 
 
+def test_doctor_reports_where_torch_cannot_be_imported():
+    code = """
+import sys
+sys.modules["torch"] = None
+from recbole_ssm.cli import main
+assert main(["doctor"]) == 0
+assert main(["doctor", "--numerics"]) == 2
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert found.returncode == 0, found.stderr
+    assert f"recbole_ssm {__version__}, Python" in found.stdout and "  safetensors  " in found.stdout
+    assert "import of torch halted" in found.stdout and "pip install --force-reinstall torch" in found.stdout
+    assert found.stderr.startswith("recbole_ssm: error: torch is needed and cannot be imported")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
