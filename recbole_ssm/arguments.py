@@ -14,8 +14,16 @@ import yaml
 
 from recbole_ssm.errors import UserError, did_you_mean
 
-_beside_the_package = Path(__file__).parent / "properties"
-PROPERTIES = _beside_the_package if _beside_the_package.is_dir() else Path(__file__).parent.parent / "properties"
+
+def shipped(folder: str) -> Path:
+    """A folder of files that come along: in a wheel within the package, in a clone beside it."""
+    within = Path(__file__).parent / folder
+    return within if within.is_dir() else Path(__file__).parent.parent / folder
+
+
+PROPERTIES = shipped("properties")
+TOY = shipped("dataset") / "toy"
+"""The data set that is used where data_path holds no folder ``toy``."""
 MOST_MERGED = 10_000
 """No mapping of a YAML file may have more entries by ``<<``, so that a small file cannot become a large one."""
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from recbole_ssm import compat
-from recbole_ssm.arguments import PROPERTIES, YamlLoader, literal, parse_options, read_yaml
+from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows
 
@@ -223,8 +223,9 @@ class Config(recbole.config.Config):
         folder = Path(str(self.final_config_dict["data_path"])) / self.dataset
         super()._set_default_parameters()
         if self.dataset != "ml-100k" or (folder / f"{self.dataset}.inter").is_file():
-            # RecBole sends ml-100k to its bundled copy, whatever data_path says
-            self.final_config_dict["data_path"] = str(folder)
+            # RecBole sends ml-100k to its bundled copy, whatever data_path says; the toy comes along with us.
+            own = self.dataset == TOY.name and not folder.is_dir()
+            self.final_config_dict["data_path"] = str(TOY if own else folder)
         # RecBole knows the losses CE and BPR only.
         self.final_config_dict.setdefault("MODEL_INPUT_TYPE", InputType.POINTWISE)
         self._set_train_mode()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.arguments import literal
+from recbole_ssm.arguments import TOY, literal
 from recbole_ssm.data import temporal
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
@@ -94,6 +94,8 @@ def find(dataset: str, data_path: Path) -> Path:
         spec = find_spec("recbole")
         if spec and spec.submodule_search_locations:
             path = Path(spec.submodule_search_locations[0]) / "dataset_example" / dataset / f"{dataset}.inter"
+    if dataset == TOY.name and not path.parent.is_dir():
+        path = TOY / f"{dataset}.inter"
     if not path.is_file():
         raise UserError(f"no file {path}; set --data_path to the folder above {dataset}/, or name the file")
     return path
