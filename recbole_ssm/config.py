@@ -38,6 +38,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 
 from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
+from recbole_ssm.data.gaps import reads_times  # noqa: E402
 
 RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
 # The keys that name columns, and the names by which our defaults and RecBole's speak of those columns.
@@ -216,6 +217,9 @@ class Config(recbole.config.Config):
             merged["load_col"] = _by_field_names(merged)
         # Entries of eval_args that are not given keep their defaults; RecBole falls back to an order that it refuses.
         merged["eval_args"] = {**self.internal_config_dict["eval_args"], **(merged["eval_args"] or {})}
+        if not reads_times(merged.get("time")) and "time" in merged:
+            # The text means the same, and what is kept with a model is compared.
+            merged["time"] = None
         self._check_together(merged)
         return copy.deepcopy(merged)
 
@@ -295,10 +299,23 @@ class Config(recbole.config.Config):
             raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
         if negatives and negatives.get("dynamic") and not negatives.get("candidate_num"):
             raise UserError("train_neg_sample_args: dynamic needs a candidate_num of at least 1, such as 10")
+        self._check_times(merged)
         if temporal.NAME in merged["eval_args"]["split"]:
             temporal.check_parts(merged["eval_args"]["split"][temporal.NAME])
         self._check_metrics(merged)
         self._rules.check_options(merged, self._find_model)
+
+    @staticmethod
+    def _check_times(merged: dict[str, Any]) -> None:
+        if not reads_times(merged.get("time")):
+            return
+        if merged["legacy_time_order"]:
+            raise UserError(f"legacy_time_order: rounds times, which time: {merged['time']} reads; leave it out")
+        if merged["transform"] not in (None, "mask_itemseq"):
+            raise UserError(
+                f"transform: {merged['transform']} moves the items of histories and not their times, which time: "
+                f"{merged['time']} reads; leave it out"
+            )
 
     @staticmethod
     def _check_metrics(merged: dict[str, Any]) -> None:

@@ -768,6 +768,8 @@ KEYS: dict[str, Key] = {
     "n_groups": Key(AT_LEAST_1, "model"),
     "dt_init": Key(Choice("log_uniform", "zero_bias"), "model"),
     "readout": Key(Choice("last", "mean"), "model"),
+    "time": Key(Choice("none", "gaps", "query"), "model", empty=True, named=True),
+    "query_enters": Key(Choice("input", "output"), "model", empty=True),
     "base_model": Key(_BASE, "model", effect="free"),
     "base_model_dtype": Key(Choice("auto", "float32", "bfloat16"), "model"),
     "base_model_download": Key(FLAG, "model", effect="none"),

@@ -16,9 +16,21 @@ from recbole_ssm.layers.hydra import Hydra
 from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.time import Clock, TimeEncoding
 from recbole_ssm.ops import selftest
 
-__all__ = ["Block", "Dropout", "FeedForward", "Hydra", "Mamba", "Mamba2", "MixerState", "in_one_call"]
+__all__ = [
+    "Block",
+    "Clock",
+    "Dropout",
+    "FeedForward",
+    "Hydra",
+    "Mamba",
+    "Mamba2",
+    "MixerState",
+    "TimeEncoding",
+    "in_one_call",
+]
 
 
 def _example_of_a_step(device: torch.device, batch: int) -> selftest.Example:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Dropout, Hydra, in_one_call
+from recbole_ssm.layers import Block, Clock, Dropout, Hydra, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.ssm import SSMRecommender
 
@@ -52,6 +52,7 @@ class Hydra4Rec(SSMRecommender):
             for _ in range(self.num_layers)
         )
         self.loss = NextItemLoss(config, dataset, self.n_items)
+        self.read_times(config, dataset, self.hidden_size)
 
         # parameters initialization
         self.apply(self._init_weights)
@@ -63,10 +64,12 @@ class Hydra4Rec(SSMRecommender):
         return "Hydra4Rec is bidirectional: within a whole history every position sees the target that it must predict"
 
     @in_one_call
-    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(
+        self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The mixer knows the order of events, so no position is added.
-        u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
+        u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
         # The blocks: y = LayerNorm(u + Dropout(Hydra(u))), then LayerNorm(y + FFN(y)). The key
         # ``residual`` decides whether u is added.
         for number, block in enumerate(self.blocks, 1):

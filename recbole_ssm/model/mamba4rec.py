@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Dropout, Mamba, in_one_call
+from recbole_ssm.layers import Block, Clock, Dropout, Mamba, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.ssm import SSMRecommender
 
@@ -44,16 +44,19 @@ class Mamba4Rec(SSMRecommender):
             for _ in range(self.num_layers)
         )
         self.loss = NextItemLoss(config, dataset, self.n_items)
+        self.read_times(config, dataset, self.hidden_size)
 
         # parameters initialization
         self.apply(self._init_weights)
         self._reset_dt()
 
     @in_one_call
-    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(
+        self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
-        u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
+        u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
         # The Mamba layers: y = LayerNorm(u + Dropout(Mamba(u))), then LayerNorm(y + FFN(y)).
         # The published code does not add u where there is one layer; here ``residual`` decides.
         for number, block in enumerate(self.blocks, 1):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from recbole.model.layers import TransformerEncoder
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Dropout
+from recbole_ssm.layers import Clock, Dropout
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender
 from recbole_ssm.ops.packing import buckets, last_of, positions_of
@@ -59,6 +59,7 @@ class SASRec(PackedRecommender):
                 if type(child) is nn.Dropout:
                     setattr(module, name, Dropout(child.p))
         self.loss = NextItemLoss(config, dataset, self.n_items)
+        self.read_times(config, dataset, self.hidden_size)
 
         # parameters initialization
         self.apply(self._init_weights)
@@ -77,11 +78,13 @@ class SASRec(PackedRecommender):
         window = min(window or (max_length + 1) // 2, max_length)
         return window, max_length - window + 1
 
-    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(
+        self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """As :meth:`PackedRecommender.encode`; no history is longer than
         ``MAX_ITEM_LIST_LENGTH``.
         """
-        x = self.item_embedding(items_L) + self.position_embedding(positions_of(cu_seqlens))
+        x = self.embed(items_L, clock) + self.position_embedding(positions_of(cu_seqlens))
         x = self.dropout(self.LayerNorm(x))  # [total, hidden_size]
         layers = self.trm_encoder.layer
         for number, layer in enumerate(layers):
