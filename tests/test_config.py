@@ -240,8 +240,9 @@ def test_frozen_keys():
         "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "n_groups", "negative_power", "num_beams",
         "num_candidates", "num_layers",
         "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
-        "prompt_history", "prompt_tokens", "quantize_4bit", "random_base_args", "readout", "rerank", "residual",
-        "retriever", "retriever_checkpoint", "retriever_config", "stopping_step", "title_field", "title_tokens",
+        "prompt_history", "prompt_tokens", "quantize_4bit", "query_enters", "random_base_args",
+        "readout", "rerank", "residual",
+        "retriever", "retriever_checkpoint", "retriever_config", "stopping_step", "time", "title_field", "title_tokens",
         "train_batch_size", "train_candidates", "train_last", "train_neg_sample_args", "train_objective", "verbalizer",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [

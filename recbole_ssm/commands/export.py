@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from recbole_ssm.commands.histories import ALL_EVENTS, histories_of
-from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
@@ -32,6 +32,7 @@ def export_vectors(
     *,
     model: str | type | None = None,
     device: str | None = None,
+    now: Any = None,
     command_line: Iterable[str] = (),
 ) -> int:
     """Write the vectors of a model by raw id; the score of an item for a user is their dot product in our models.
@@ -46,6 +47,8 @@ def export_vectors(
         users: whose vectors: as of :func:`recbole_ssm.commands.recommend_users`.
         model: the class of the model, where it is one of your own.
         device: where to run; None takes a GPU if there is one.
+        now: the moment at which users' vectors answer, where the model must know it, as of
+            :class:`recbole_ssm.serving.Recommender`.
         command_line: config keys that are to be others than in the run, as ``["--key=value", ...]``.
 
     Returns:
@@ -65,11 +68,11 @@ def export_vectors(
     else:
         config = configure_again((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
         histories = histories_of(users, config)
-        ids, waiting = histories.users, iter(histories)
+        ids, waiting, times = histories.users, iter(histories), histories.times
         parts = [recommender.user_vectors([])]
         with progress("Encode", len(ids), "user") as bar:
             while piece := list(islice(waiting, USERS_AT_ONCE)):
-                parts.append(recommender.user_vectors(piece, skip_unknown=True))
+                parts.append(recommender.user_vectors(piece, skip_unknown=True, times=times, now=now))
                 bar.update(len(piece))
         vectors = torch.cat(parts)
     _write(out, ids, vectors.numpy())
@@ -96,6 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--what", choices=("items", "users"), default="items", help="whose vectors")
     parser.add_argument("--users", default="all", help="which users: all (default) or a file, as recommend takes it")
     parser.add_argument("--out", type=Path, help="a .parquet or .npy file (default: items.parquet or users.parquet)")
+    add_now(parser)
     options, command_line = parse(parser, arguments)
     out = options.out or Path(f"{options.what}.parquet")
     count = export_vectors(
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str]) -> None:
         options.users,
         model=options.model,
         device=options.device,
+        now=options.now,
         command_line=command_line,
     )
     print(f"wrote {out}: the vectors of {count:,} {options.what}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recbole_ssm.data import create_dataset, ties
+from recbole_ssm.data import create_dataset, temporal
 from recbole_ssm.data.convert import read_events
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.sources import open_raw
@@ -32,10 +32,18 @@ class Histories(NamedTuple):
     """The item tokens of all events, user by user [events]."""
     bounds: np.ndarray
     """Where each user's events begin and end in ``items`` [users, 2]; a user without events has none."""
+    seconds: np.ndarray | None
+    """When all events were, in seconds since 1970 [events]; None where the times are no clock times."""
 
     def __iter__(self) -> Iterator[list[str]]:  # type: ignore[override]
         for start, end in self.bounds:
             yield list(self.items[start:end])
+
+    @property
+    def times(self) -> Iterator[list[int]] | None:
+        """When each user's events were, one user after the other; None where that is not known."""
+        seconds = self.seconds
+        return None if seconds is None else (seconds[start:end].tolist() for start, end in self.bounds)
 
     def of(self, users: Iterable[str]) -> Histories:
         """The histories of these users, in their order; a user who is not known has none."""
@@ -43,7 +51,7 @@ class Histories(NamedTuple):
         wanted = [str(user) for user in users]
         nobody = np.zeros(2, dtype=np.int64)
         bounds = [self.bounds[known[user]] if user in known else nobody for user in wanted]
-        return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2))
+        return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2), self.seconds)
 
 
 def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
@@ -82,27 +90,29 @@ def _of_dataset(config: Any) -> Histories:
     with recbole_refusals(config["dataset"]):
         dataset = create_dataset(config)
     events = dataset.inter_feat
-    order = ties.rows_of(dataset)
-    order = order[np.argsort(events[dataset.uid_field].to_numpy()[order], kind="stable")]
+    times = events[dataset.time_field].to_numpy()
+    order = np.lexsort((times, events[dataset.uid_field].to_numpy()))
     users = events[dataset.uid_field].to_numpy()[order]
     names = dataset.field2id_token[dataset.uid_field]
     items = dataset.field2id_token[dataset.iid_field].astype(object)[events[dataset.iid_field].to_numpy()[order]]
-    return _by_user(users, items, [str(name) for name in names])
+    return _by_user(users, items, times[order], [str(name) for name in names])
 
 
 def _of_events(path: Path) -> Histories:
     raw = open_raw(path, {})
     with BadLines(str(raw.events.file)) as bad:
-        events, _ = read_events(raw, bad)
+        events, digits = read_events(raw, bad)
     events = events.take(events.by_user_and_time())
-    return _by_user(events.users.codes, events.items.objects(), [str(name) for name in events.users.names.to_pylist()])
+    times, names = events.times // 10**digits, [str(name) for name in events.users.names.to_pylist()]
+    return _by_user(events.users.codes, events.items.objects(), times, names)
 
 
-def _by_user(users: np.ndarray, items: np.ndarray, names: list[str]) -> Histories:
+def _by_user(users: np.ndarray, items: np.ndarray, times: np.ndarray, names: list[str]) -> Histories:
     """Histories of events that are sorted by user and time; ``names`` are the users' by number."""
     starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
     bounds = np.stack([starts, np.append(starts[1:], len(users))], axis=1)
-    return Histories([names[number] for number in users[starts]], items, bounds)
+    seconds = temporal.in_seconds(times) if len(times) and temporal.unit_of(times)[0] else None
+    return Histories([names[number] for number in users[starts]], items, bounds, seconds)
 
 
 def read_items(option: str, path: Path | None) -> list[str] | None:

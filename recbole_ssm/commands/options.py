@@ -18,6 +18,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.epilog = "any other --key=value is a config key that is to be another than in the run, such as --data_path"
 
 
+def add_now(parser: ArgumentParser) -> None:
+    """The moment of asking, which a model of ``time: query`` must know."""
+    parser.add_argument(
+        "--now",
+        help="when it is asked, for a model of time: query: seconds since 1970, or a date such as 2001-02-03T04:05",
+    )
+
+
 def parse(
     parser: ArgumentParser,
     arguments: Sequence[str],

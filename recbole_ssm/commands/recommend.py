@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from recbole_ssm.arguments import at_least
 from recbole_ssm.commands.histories import ALL_EVENTS, histories_of, read_items
-from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
@@ -69,7 +69,7 @@ def write_recommendations(
         model_file: a checkpoint, or the folder of a run.
         users: as of :func:`recommend_users`.
         k: how many items for each.
-        **options: ``exclude_seen``, ``allow``, ``deny`` and ``skip_unknown`` as of
+        **options: ``exclude_seen``, ``allow``, ``deny``, ``now`` and ``skip_unknown`` as of
             :class:`recbole_ssm.serving.Recommender`, but unknown items of histories are skipped
             unless ``skip_unknown=False``; ``model``, the class of the model, where it is one of your
             own; ``device``; ``config_dict`` and ``command_line``, options of the data set that are
@@ -107,7 +107,7 @@ def _tables(
     histories = histories_of(users, config)
     titles = _titles(config, recommender.items)
 
-    answers = recommender.stream(histories, k, skip_unknown=skip_unknown, **choice)
+    answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
     names = iter(histories.users)
     popular = skipped = 0
     with progress("Recommend", len(histories.users), "user") as bar:
@@ -171,6 +171,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--exclude_seen", action="store_true", help="leave out the items of the user's history")
     parser.add_argument("--allow", type=Path, metavar="FILE", help="an item's id in each line: only these")
     parser.add_argument("--deny", type=Path, metavar="FILE", help="an item's id in each line: none of these")
+    add_now(parser)
     parser.add_argument(
         "--refuse_unknown", action="store_true", help="stop at an event of an unknown item (default: leave it out)"
     )
@@ -184,6 +185,7 @@ def main(arguments: Sequence[str]) -> None:
         allow=read_items("--allow", options.allow),
         deny=read_items("--deny", options.deny),
         skip_unknown=not options.refuse_unknown,
+        now=options.now,
         model=options.model,
         device=options.device,
         command_line=command_line,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recbole_ssm import distributed
 from recbole_ssm.data.evaluation import EvalLoader
-from recbole_ssm.data.masking import hide
+from recbole_ssm.data.gaps import reads_times, require_clock_times
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import LocalGenerator, seeded
 from recbole_ssm.data.splits import look_at_cold_targets, some_rows
@@ -46,6 +46,10 @@ class PackedBatch(NamedTuple):
     """Item ids of the targets ``[n]``."""
     negative: Tensor | None
     """A sampled item for each target ``[n]``, where the loss asks for one."""
+    times: Tensor | None = None
+    """When the events were, in seconds ``[total]``, where the model reads times."""
+    now: Tensor | None = None
+    """When it was asked what comes behind each event, in seconds ``[total]``: the time of the next event."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -153,7 +157,7 @@ class Windows:
         self._run_sizes = np.diff(np.append(self._run_starts, self.total))
         inputs = length[self._run_starts] + self._run_sizes - 1
         self._whole = inputs <= prefixes.max_length
-        self._items = prefixes.events
+        self._events = prefixes.events
 
     def epoch(self, generator: np.random.Generator) -> np.ndarray:
         """Windows ``[W, 3]`` in the order of one epoch: first target, one past the last, targets up to its end."""
@@ -185,24 +189,29 @@ class Windows:
         """How many targets the windows hold."""
         return int((windows[:, 1] - windows[:, 0]).sum())
 
-    def gather(self, windows: np.ndarray, item_field: str) -> PackedBatch:
-        """The packed batch of some windows."""
+    def gather(self, windows: np.ndarray, item_field: str, time_field: str | None = None) -> PackedBatch:
+        """The packed batch of some windows; with the times of events, where their column is named."""
         inputs = self.work(windows)
         sizes = windows[:, 1] - windows[:, 0]
         first_input = self.target[windows[:, 0]] - self.context[windows[:, 0]]
         bounds = np.concatenate([[0], inputs.cumsum()])
         within = np.arange(bounds[-1]) - np.repeat(bounds[:-1], inputs)
-        items = self._items[item_field]
+        items = self._events[item_field]
         # In each window this counts from -size to -1.
         before = np.arange(sizes.sum()) - np.repeat(sizes.cumsum(), sizes)
         at = np.repeat(bounds[1:], sizes) + before
         target = self.target[np.repeat(windows[:, 1], sizes) + before]
+        inputs_at = np.repeat(first_input, inputs) + within
+        # Behind every input of a window stands an event of the same user, behind the last one its last target.
+        times = self._events[time_field] if time_field else None
         return PackedBatch(
-            items[np.repeat(first_input, inputs) + within],
+            items[inputs_at],
             torch.from_numpy(bounds),
             torch.from_numpy(at),
             items[target],
             None,
+            None if times is None else times[inputs_at],
+            None if times is None else times[inputs_at + 1],
         )
 
 
@@ -272,12 +281,10 @@ class TrainLoader(TrainDataLoader):
         self._init_batch_size_and_step()
         self.transform = construct_transform(config)
         self.is_sequential = True
+        self._time_field = dataset.time_field if reads_times(config["time"]) else None
         self.sample_size = len(dataset)
         self.plan: Rows | Windows
-        self._hides = config["train_mode"] == "masked"
-        if self._hides:
-            self.plan = Windows(dataset.inter_feat, max(config["MAX_ITEM_LIST_LENGTH"] - 1, 1), 1, self.shuffle)
-        elif config["train_mode"] == "packed":
+        if config["train_mode"] == "packed":
             self.plan = Windows(dataset.inter_feat, config["packed_window"], config["packed_context"], self.shuffle)
         else:
             self.plan = Rows(dataset.inter_feat, self.shuffle)
@@ -301,6 +308,8 @@ class TrainLoader(TrainDataLoader):
             parts.append(events[self.iid_field + self.config["LIST_SUFFIX"]].numpy())
         if isinstance(events, Prefixes):
             parts = [events.target, events.length, events.events[self.iid_field].numpy()]
+            if self._time_field:
+                parts.append(events.events[self._time_field].numpy())
         digest = hashlib.sha256(str(self._dataset.item_num).encode())
         for part in parts:
             digest.update(np.ascontiguousarray(part).data)
@@ -312,8 +321,6 @@ class TrainLoader(TrainDataLoader):
         text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(self.steps):,} steps of {self.step}"
         if not isinstance(plan, Windows):
             return f"{text}, each with its own history"
-        if self._hides:
-            return f"{text}, whose histories hide {config['mask_ratio']:.0%} of their events, or the last one alone"
         positions = int(plan.work(plan.epoch(np.random.default_rng(0))).sum())
         return (
             f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
@@ -325,9 +332,7 @@ class TrainLoader(TrainDataLoader):
         if not isinstance(self.plan, Windows):
             # The loader's own attribute of that name is PyTorch's.
             return TrainDataLoader.collate_fn(self, rows)
-        batch = self.plan.gather(rows, self.iid_field)
-        if self._hides:
-            batch = hide(batch, self.config["mask_ratio"], self.config["ft_ratio"])
+        batch = self.plan.gather(rows, self.iid_field, self._time_field)
         if self._sampler is None:
             return batch
         ones = np.ones(len(batch.target), dtype=np.int64)
@@ -364,17 +369,16 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, EvalLoader, 
     processes, workers and batches; RecBole draws new ones.
 
     Raises:
-        UserError: there are fewer rows to evaluate than processes, ``train_last`` or ``train_newest`` does not fit the
-            data, or a target is to be ranked among more items than there are.
+        UserError: there are fewer rows to evaluate than processes, ``train_last`` does not fit the data, a target is to
+            be ranked among more items than there are, or the model reads times and there are none.
     """
     _check_transform(config)
     built = dataset.build()
+    if reads_times(config["time"]):
+        require_clock_times(config, built[0])
     built[1:] = look_at_cold_targets(config["drop_cold_targets"], *built)
-    for key in ("train_last", "train_newest"):
-        if config[key]:
-            rows = len(built[0])
-            built[0] = built[0].newest(config[key], alone=key == "train_newest")
-            getLogger().info(f"{key}: {config[key]}: {len(built[0]):,} of {rows:,} targets train")
+    if config["train_last"]:
+        built[0] = built[0].newest(config["train_last"])
     if config["train_rows"]:
         built[0] = _sample(built[0], config["train_rows"], config["seed"])
     negatives = config["train_neg_sample_args"]

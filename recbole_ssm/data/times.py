@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import datetime, timezone
 from decimal import ROUND_FLOOR, Decimal, InvalidOperation
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,13 @@ import pyarrow.compute as pc
 
 from recbole_ssm.data.atomic import Values
 from recbole_ssm.errors import UserError, excerpt
+from recbole_ssm.keys import shown
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Digits of a fraction that are kept.
 DIGITS = 9
+# Seconds since 1970 above which a number is taken for another unit.
+LATEST = 10**11
 
 
 class Moments(Values):
@@ -114,6 +118,37 @@ def date_of(cell: str) -> tuple[int, int] | None:
     except (ValueError, OverflowError):
         return None
     return seconds, int(fraction.ljust(DIGITS, "0"))
+
+
+def second_of(name: str, moment: Any) -> int:
+    """The whole second since 1970 of what a caller gives for a time; fractions are rounded down, as data sets' are.
+
+    Args:
+        name: of the argument, for the error.
+        moment: seconds since 1970, a datetime (in UTC unless it says otherwise), or a date of ISO 8601 as text.
+
+    Raises:
+        UserError: it is none of these, or so large that it must count milliseconds.
+    """
+    if type(moment) is int and abs(moment) < LATEST:
+        # Most are, and the rest takes ten times as long.
+        return moment
+    if isinstance(moment, np.datetime64):
+        moment = moment.astype("datetime64[s]").item()
+    found = None
+    if isinstance(moment, datetime):
+        found = _since_1970(moment)
+    elif isinstance(moment, str):
+        found = date_of(moment.strip()) or _number(moment.strip())
+    elif isinstance(moment, (int, float, np.number)) and not isinstance(moment, bool):
+        found = _number(str(moment))
+    if found is None:
+        raise UserError(
+            f"{name}: must be seconds since 1970, a datetime, or a date such as 2001-02-03T04:05, got {shown(moment)}"
+        )
+    if abs(found[0]) >= LATEST:
+        raise UserError(f"{name}: must be seconds since 1970, got {shown(moment)}, which is beyond the year 5000")
+    return found[0]
 
 
 def check_form(key: str, form: str) -> None:

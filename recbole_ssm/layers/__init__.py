@@ -10,26 +10,26 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers.block import Block, Dropout, FeedForward, Recipe, joined, outer_norms
+from recbole_ssm.layers.block import Block, Dropout, FeedForward
 from recbole_ssm.layers.history import in_one_call
 from recbole_ssm.layers.hydra import Hydra
 from recbole_ssm.layers.mamba import Mamba
 from recbole_ssm.layers.mamba2 import Mamba2
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.time import Clock, TimeEncoding
 from recbole_ssm.ops import selftest
 
 __all__ = [
     "Block",
+    "Clock",
     "Dropout",
     "FeedForward",
     "Hydra",
     "Mamba",
     "Mamba2",
     "MixerState",
-    "Recipe",
+    "TimeEncoding",
     "in_one_call",
-    "joined",
-    "outer_norms",
 ]
 
 

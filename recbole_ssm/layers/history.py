@@ -39,15 +39,16 @@ def in_one_call(formula: Encode) -> Encode:
 
     The decorated method belongs to a model of an ``item_embedding``, a ``norm`` behind it, and
     ``blocks`` of :class:`recbole_ssm.layers.Block`, and computes no more than these one after
-    the other. ``Model.encode.__wrapped__`` is the formula.
+    the other. Where the model reads times, its ``embed(items_L, clock)`` adds them to the
+    embeddings. ``Model.encode.__wrapped__`` is the formula.
     """
 
     @functools.wraps(formula)
-    def encode(model: Any, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any, last_only: bool = False) -> Tensor:
         table = model.item_embedding.weight
         if not last_only or table.dtype != torch.float32 or not table.is_cpu or torch.compiler.is_compiling():
-            return formula(model, items_L, cu_seqlens, last_only=last_only)
-        found: Tensor = dispatch("history", table)(model, items_L, cu_seqlens)
+            return formula(model, items_L, cu_seqlens, *clock, last_only=last_only)
+        found: Tensor = dispatch("history", table)(model, items_L, cu_seqlens, *clock)
         return found
 
     return encode
@@ -55,12 +56,12 @@ def in_one_call(formula: Encode) -> Encode:
 
 @implements("history", "reference")
 @implements("history", "torch")
-def _formula(model: Any, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
-    encoded: Tensor = type(model).encode.__wrapped__(model, items_L, cu_seqlens, last_only=True)
+def _formula(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
+    encoded: Tensor = type(model).encode.__wrapped__(model, items_L, cu_seqlens, *clock, last_only=True)
     return encoded
 
 
-def _native(model: Any, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _native(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
     positions, histories = items_L.numel(), cu_seqlens.numel() - 1
     fits = 0 < positions <= max(MOST_EVENTS.values()) * histories and not torch.is_autocast_enabled("cpu")
     chain = _chain_of(model) if fits else None
@@ -69,8 +70,13 @@ def _native(model: Any, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
         "encode: %d positions of %d histories %s", positions, histories, "in one call" if takes else "layer by layer"
     )
     if chain is None or not takes:
-        return _formula(model, items_L, cu_seqlens)
-    return chain(items_L, cu_seqlens)
+        return _formula(model, items_L, cu_seqlens, *clock)
+    if getattr(model, "time_encoding", None) is None:
+        return chain(items_L, cu_seqlens)
+    inputs = model.embed(items_L, *clock)
+    if inputs.requires_grad:
+        return _formula(model, items_L, cu_seqlens, *clock)
+    return chain(torch.arange(len(inputs)), cu_seqlens, inputs.contiguous())
 
 
 class Chain(Weights):
@@ -85,13 +91,10 @@ class Chain(Weights):
 
     def __init__(self, model: Any) -> None:
         layers = [Prepared(block) for block in model.blocks]
-        known = bool(layers) and all(layer.usable for layer in layers)
-        if not known:
-            logging.getLogger().info("encode: the one call of C++ does not know these blocks; they go one by one")
-        table = {"table": model.item_embedding.weight, **(norm_fields("first", model.norm) if known else {})}
+        table = {"table": model.item_embedding.weight, **norm_fields("first", model.norm)}
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
         super().__init__(model, {**table, **blocks})
-        self.usable = self.usable and known
+        self.usable = self.usable and bool(layers) and all(layer.usable for layer in layers)
         self.most_events = 0
         if self.usable:
             self._blocks = (type(layers[0].fields) * len(layers))(*[layer.fields for layer in layers])
@@ -107,13 +110,18 @@ class Chain(Weights):
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.weights)
         return self.usable and not drops and not learns
 
-    def __call__(self, items_L: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed histories ``[L]`` and their bounds ``[S + 1]`` -> the outputs at their last events ``[S, M]``."""
+    def __call__(self, items_L: Tensor, cu_seqlens: Tensor, table: Tensor | None = None) -> Tensor:
+        """Packed histories ``[L]`` and their bounds ``[S + 1]`` -> the outputs at their last events ``[S, M]``.
+
+        The items are rows of ``table [V, M]``, which takes the place of the item embeddings where it is given.
+        """
         items, offsets = items_L.long().contiguous(), cu_seqlens.long().contiguous()
         y = self._memory[0].new_empty(offsets.numel() - 1, self._fields.M)
         call = type(self._fields).from_buffer_copy(self._fields)
         call.S, call.L, call.threads = len(y), items.numel(), torch.get_num_threads()
         call.items, call.offsets, call.y = items.data_ptr(), offsets.data_ptr(), y.data_ptr()
+        if table is not None:
+            call.V, call.table = len(table), table.data_ptr()
         native.run_history(call)
         return y
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
-from recbole_ssm.layers import Dropout
+from recbole_ssm.layers import Clock, Dropout
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender
 
@@ -42,6 +42,7 @@ class GRU4Rec(PackedRecommender):
         self.gru_layers = nn.GRU(self.embedding_size, self.hidden_size, self.num_layers, bias=False)
         self.dense = nn.Linear(self.hidden_size, self.embedding_size)
         self.loss = NextItemLoss(config, dataset, self.n_items)
+        self.read_times(config, dataset, self.embedding_size)
 
         # parameters initialization
         self.apply(self._init_weights)
@@ -54,11 +55,13 @@ class GRU4Rec(PackedRecommender):
             for name in ("weight_hh_l0", "weight_ih_l0"):
                 nn.init.xavier_uniform_(getattr(module, name))
 
-    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(
+        self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """As :meth:`PackedRecommender.encode`; no history is empty. Vectors have
         ``embedding_size`` numbers.
         """
-        x = self.emb_dropout(self.item_embedding(items_L))  # [total, embedding_size]
+        x = self.emb_dropout(self.embed(items_L, clock))  # [total, embedding_size]
         histories = pack_sequence(x.split(cu_seqlens.diff().tolist()), enforce_sorted=False)
         outputs, last = self.gru_layers(histories)  # last: [num_layers, S, hidden_size]
         vectors: Tensor = self.dense(last[-1] if last_only else torch.cat(unpack_sequence(outputs)))

@@ -116,6 +116,11 @@ class LlamaRec(LanguageModelRecommender):
         self.records: list[Reranked] | None = None
         self.asked = 0
 
+    @property
+    def time_encoding(self) -> Any:
+        """What the retriever reads of times; None where it reads none."""
+        return getattr(self.retriever, "time_encoding", None)
+
     def train(self, mode: bool = True) -> LlamaRec:
         """As of any module, but the retriever stays in evaluation mode."""
         super().train(mode)

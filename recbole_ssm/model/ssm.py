@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Dropout, MixerState
-from recbole_ssm.model.packed import PackedRecommender, pack, recipe_of
+from recbole_ssm.layers import Clock, Dropout, MixerState
+from recbole_ssm.model.packed import PackedRecommender, pack
 
 
 class SSMRecommender(PackedRecommender):
@@ -19,10 +19,7 @@ class SSMRecommender(PackedRecommender):
     """
 
     dropout: Dropout
-    norm: nn.Module
-    """Between the embeddings and the first block; nothing where the norms of blocks come first."""
-    last_norm: nn.Module
-    """Behind the last block; nothing where the norms of blocks come last."""
+    norm: nn.LayerNorm
     blocks: Any
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -34,11 +31,8 @@ class SSMRecommender(PackedRecommender):
         self.dropout_prob = config["dropout_prob"]
         self.initializer_range = config["initializer_range"]
         self.readout = config["readout"]
-        self.recipe = recipe_of(config)
-        # The rule of Mamba4Rec's published code: one layer has no residual. Without one, a norm that comes first would
-        # leave nothing of the input.
-        several = self.num_layers > 1 or self.recipe.pre_norm
-        self.residual = several if config["residual"] == "auto" else config["residual"]
+        # The rule of Mamba4Rec's published code: one layer has no residual.
+        self.residual = self.num_layers > 1 if config["residual"] == "auto" else config["residual"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -59,16 +53,15 @@ class SSMRecommender(PackedRecommender):
         """A mean over the history is not what a position within it gives."""
         return "readout: mean takes a history as one" if config["readout"] == "mean" else None
 
-    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """Right-padded histories ``[B, L]`` and their lengths ``[B]`` -> one vector for each
-        ``[B, hidden_size]``.
-        """
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`PackedRecommender.forward`."""
         if self.readout == "last":
-            return super().forward(item_seq, item_seq_len)
-        outputs = self.encode(*pack(item_seq, item_seq_len))
+            return super().forward(item_seq, item_seq_len, clock)
+        outputs = self.encode(*pack(item_seq, item_seq_len, clock))
         row = torch.arange(len(item_seq), device=item_seq.device).repeat_interleave(item_seq_len)
         sums = outputs.new_zeros(len(item_seq), self.hidden_size).index_add(0, row, outputs)
-        return sums / item_seq_len.clamp(min=1)[:, None]
+        means = sums / item_seq_len.clamp(min=1)[:, None]
+        return self.read_out(means, clock and clock.newest(item_seq_len))
 
     # --- events one by one ---
 
@@ -83,26 +76,28 @@ class SSMRecommender(PackedRecommender):
         """The state of ``batch`` users before their first event, one entry a block."""
         return [block.mixer.alloc_state(batch) for block in self.blocks]
 
-    def step(self, item_B: Tensor, state: list[MixerState]) -> tuple[Tensor, list[MixerState]]:
-        """One more event of each user: item ids ``[B]`` -> vectors ``[B, hidden_size]`` and the next state.
+    def step(
+        self, item_B: Tensor, state: list[MixerState], clock: Clock | None = None
+    ) -> tuple[Tensor, list[MixerState]]:
+        """One more event of each user: item ids ``[B]`` and, where the model reads times, their clock ``[B]`` ->
+        vectors ``[B, hidden_size]`` and the next state.
 
-        Equal to :meth:`forward` over the whole history, for causal mixers and the readout
-        ``last``.
+        Equal to :meth:`encode` over the whole history, for causal mixers and the readout ``last``.
         """
-        u = self.norm(self.dropout(self.item_embedding(item_B)))
+        u = self.norm(self.dropout(self.embed(item_B, clock)))
         after = []
         for block, before in zip(self.blocks, state):
             u, new = block.step(u, before)
             after.append(new)
-        return self.last_norm(u), after
+        return u, after
 
-    def read(self, items_L: Tensor) -> tuple[Tensor, list[MixerState]]:
-        """One history of any length at once: item ids ``[L]`` -> a vector ``[1, hidden_size]``
-        and what steps leave.
+    def read(self, items_L: Tensor, clock: Clock | None = None) -> tuple[Tensor, list[MixerState]]:
+        """One history of any length at once: item ids ``[L]`` and their clock ``[L]`` -> a vector
+        ``[1, hidden_size]`` and what steps leave.
         """
-        u = self.norm(self.dropout(self.item_embedding(items_L)))[None]
+        u = self.norm(self.dropout(self.embed(items_L, clock)))[None]
         states = []
         for block in self.blocks:
             u, state = block(u)
             states.append(state)
-        return self.last_norm(u[:, -1]), states
+        return u[:, -1], states

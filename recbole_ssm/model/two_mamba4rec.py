@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Dropout, Mamba2, in_one_call, outer_norms
+from recbole_ssm.layers import Block, Clock, Dropout, Mamba2, in_one_call
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.ssm import SSMRecommender
 
@@ -39,25 +39,28 @@ class TwoMamba4Rec(SSMRecommender):
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
         self.dropout = Dropout(self.dropout_prob)
-        self.norm, self.last_norm = outer_norms(self.hidden_size, self.recipe)
+        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
         self.blocks = nn.ModuleList(
-            Block(Mamba2(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual, self.recipe)
+            Block(Mamba2(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual)
             for _ in range(self.num_layers)
         )
         self.loss = NextItemLoss(config, dataset, self.n_items)
+        self.read_times(config, dataset, self.hidden_size)
 
         # parameters initialization
         self.apply(self._init_weights)
         self._reset_dt()
 
     @in_one_call
-    def encode(self, items_L: Tensor, cu_seqlens: Tensor, *, last_only: bool = False) -> Tensor:
+    def encode(
+        self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
-        u = self.norm(self.dropout(self.item_embedding(items_L)))[None]  # [1, total, hidden_size]
+        u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
         # The blocks: y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
-        # ``residual`` decides whether u is added; other recipes are in recbole_ssm.layers.block.
+        # ``residual`` decides whether u is added.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
-        return self.last_norm(u if last_only else u[0])
+        return u if last_only else u[0]

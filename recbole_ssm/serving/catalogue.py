@@ -55,21 +55,24 @@ class Catalogue:
         Raises:
             UserError: it is one text or has no order, or a token is not in the catalogue.
         """
+        places = self.places(tokens, what, skip_unknown)
+        found = [index for index in places if index is not None]
+        return found, len(places) - len(found)
+
+    def places(self, tokens: Iterable[Any], what: str, skip_unknown: bool) -> list[int | None]:
+        """The id of each token, as :meth:`known`; None stands for what is skipped."""
         # The characters of a text are no tokens, though each of them may be one of the catalogue.
         if isinstance(tokens, (str, bytes)):
             raise UserError(f"{what}: must be a list of item tokens, got {shown(tokens)}; write [{shown(tokens)}]")
         if isinstance(tokens, (Set, Mapping)) or not isinstance(tokens, Iterable):
             raise UserError(f"{what}: must be a list of item tokens, oldest first, got {shown(tokens)}")
-        found, skipped = [], 0
+        found = []
         for token in tokens:
             index = self._ids.get(str(token))
-            if index is not None:
-                found.append(index)
-            elif skip_unknown:
-                skipped += 1
-            else:
+            if index is None and not skip_unknown:
                 raise UserError(f"{what}: item '{token}' is not in the catalogue of {len(self._ids):,} items")
-        return found, skipped
+            found.append(index)
+        return found
 
     def refused(self, allow: Iterable[Any] | None, deny: Iterable[Any] | None) -> Tensor | None:
         """Which ids are never recommended ``[V]``: what is denied or not allowed; None where neither is given.

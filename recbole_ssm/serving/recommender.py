@@ -23,7 +23,9 @@ compat.install()
 from recbole.data.interaction import Interaction  # noqa: E402
 
 from recbole_ssm.graphs import score_by_graphs  # noqa: E402
+from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
+from recbole_ssm.serving.asked import Asked, Reader  # noqa: E402
 from recbole_ssm.serving.catalogue import Catalogue, Ids, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
@@ -46,8 +48,13 @@ class Recommender:
     - ``deny``: tokens of items that are never recommended.
     - ``exclude``: tokens of items that are not recommended after this history.
     - ``skip_unknown``: leave unknown items of a history out, and count them, in place of an error.
+    - ``times``: when the events of a history were, one for each of its items: seconds since 1970,
+      datetimes (in UTC unless they say otherwise), or dates of ISO 8601 as text.
+    - ``now``: likewise, the moment of asking what comes next. One before the newest event counts
+      as the time of that event.
 
-    A history without a known item is answered by popularity, and the answer says so.
+    A model that reads times (key ``time``) needs ``times``, and ``now`` under ``time: query``; any
+    other passes over them. A history without a known item is answered by popularity, and the answer says so.
 
     Args:
         model: a trained sequential model; it is put in evaluation mode.
@@ -76,7 +83,9 @@ class Recommender:
         self.model = model.eval()
         self.catalogue = Catalogue(items, counts)
         self.items = self.catalogue.items
+        self._reader = Reader(model, self.catalogue)
         self._list_field = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]
+        self._time_field, self._list_suffix = config["TIME_FIELD"], config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
         self._max_length = config["MAX_ITEM_LIST_LENGTH"]
         self._device = config["device"]
@@ -89,6 +98,8 @@ class Recommender:
         *,
         exclude_seen: bool = False,
         exclude: Iterable[str] = (),
+        times: Iterable[Any] | None = None,
+        now: Any = None,
         **choice: Any,
     ) -> Recommendations:
         """The k items most likely to come next.
@@ -99,6 +110,8 @@ class Recommender:
             k: how many items; fewer come back where the catalogue is smaller.
             exclude_seen: leave out the items of the history; RecBole's evaluation does not.
             exclude: tokens of further items to leave out.
+            times: when the events were; see the class.
+            now: the moment of asking; see the class.
             **choice: ``allow``, ``deny``, ``skip_unknown``; see the class.
 
         Returns:
@@ -108,11 +121,13 @@ class Recommender:
             UserError: the history holds an unknown token, k is below 1, or the model needs more
                 than items.
         """
-        options = {"exclude_seen": exclude_seen, "exclude": [exclude], **choice}
-        return next(self._answers([history], k, "history", "exclude", **options))
+        options = {"exclude_seen": exclude_seen, "exclude": [exclude], "now": [now], **choice}
+        options["times"] = None if times is None else [times]
+        return next(self._answers([history], k, "", **options))
 
     def recommend_many(self, histories: Iterable[Iterable[str]], k: int = 10, **options: Any) -> list[Recommendations]:
-        """:meth:`recommend` for many histories, in their order; ``exclude`` holds the tokens of each.
+        """:meth:`recommend` for many histories, in their order; ``exclude`` and ``times`` hold those of each history,
+        and ``now`` is one moment for all of them or a list of one for each.
 
         They are scored so many at a time that the scores take 32 MiB.
         """
@@ -122,55 +137,58 @@ class Recommender:
         """:meth:`recommend_many`, one answer after the other, for histories that may come one after the other too."""
         if isinstance(histories, (str, bytes, Set, Mapping)) or not isinstance(histories, Iterable):
             raise UserError(f"histories: must be a list of histories, got {shown(histories)}")
-        return self._answers(histories, k, "histories[{}]", "exclude[{}]", **options)
+        return self._answers(histories, k, "[{}]", **options)
 
     @torch.inference_mode()
     def _answers(
         self,
         histories: Iterable[Iterable[str]],
         k: int,
-        named: str,
-        exclude_named: str,
+        number_named: str,
         *,
         exclude_seen: bool = False,
         exclude: Iterable[Iterable[str]] | None = None,
+        times: Iterable[Iterable[Any]] | None = None,
+        now: Any = None,
         allow: Iterable[str] | None = None,
         deny: Iterable[str] | None = None,
         skip_unknown: bool = False,
     ) -> Iterator[Recommendations]:
         refused = self.catalogue.refused(allow, deny)
         left_out = itertools.repeat(()) if exclude is None else iter(exclude)
-        numbered = enumerate(histories)
+        numbered = enumerate(self._reader.histories(histories, times, now, number_named, skip_unknown))
         while part := list(itertools.islice(numbered, self._rows_at_once())):
             rows = []
-            for number, history in part:
-                ids, skipped = self.catalogue.known(history, named.format(number), skip_unknown)
-                others, _ = self.catalogue.known(next(left_out, ()), exclude_named.format(number), True)
-                rows.append((ids, skipped, [*others, *(ids if exclude_seen else ())]))
-            known = [(ids, outside) for ids, _, outside in rows if ids]
+            for number, asked in part:
+                others, _ = self.catalogue.known(next(left_out, ()), f"exclude{number_named.format(number)}", True)
+                rows.append((asked, [*others, *(asked.ids if exclude_seen else ())]))
+            known = [(asked, outside) for asked, outside in rows if asked.ids]
             scored: Iterator[Recommendations] = iter(())
             if known:
-                scores = self.scores([ids for ids, _ in known])
+                scores = self._scores(self._batch([asked for asked, _ in known]))
                 scored = iter(self.catalogue.best(scores, k, [outside for _, outside in known], refused))
-            for ids, skipped, outside in rows:
-                answer = next(scored) if ids else self.catalogue.popular(k, outside, refused)
-                answer.skipped = skipped
+            for asked, outside in rows:
+                answer = next(scored) if asked.ids else self.catalogue.popular(k, outside, refused)
+                answer.skipped = asked.skipped
                 yield answer
 
     def _rows_at_once(self) -> int:
         return max(1, min(1024, MOST_SCORES // len(self.items), MOST_EVENTS // self._max_length))
 
     @torch.inference_mode()
-    def score(self, history: Iterable[str], items: Iterable[str]) -> list[float]:
+    def score(
+        self, history: Iterable[str], items: Iterable[str], times: Iterable[Any] | None = None, now: Any = None
+    ) -> list[float]:
         """The scores of some items, in their order, after a history.
 
         Raises:
-            UserError: a token is unknown, or the history is empty.
+            UserError: a token is unknown, the history is empty, or the model reads times and there are none.
         """
-        ids = self.catalogue.ids(history)
-        if not ids:
+        asked = self._reader.history(history, times, now)
+        if not asked.ids:
             raise UserError("history: must be a list of one item token or more, got none")
-        found: list[float] = self.scores([ids])[0, self.catalogue.ids(items, "items")].tolist()
+        scores = self._scores(self._batch([asked]))
+        found: list[float] = scores[0, self.catalogue.ids(items, "items")].tolist()
         return found
 
     @torch.inference_mode()
@@ -202,25 +220,30 @@ class Recommender:
         return self._table()[1:].float().cpu()
 
     @torch.inference_mode()
-    def user_vectors(self, histories: Sequence[Iterable[str]], skip_unknown: bool = False) -> Tensor:
+    def user_vectors(
+        self,
+        histories: Sequence[Iterable[str]],
+        skip_unknown: bool = False,
+        times: Iterable[Iterable[Any]] | None = None,
+        now: Any = None,
+    ) -> Tensor:
         """The vectors ``[B, d]`` of users by their histories, on the CPU; a history without a known item has zeros.
 
         Raises:
-            UserError: a history holds an unknown item, or the model makes no vector of a history.
+            UserError: a history holds an unknown item, the model reads times and there are none, or it makes no vector
+                of a history.
         """
-        named = [(f"histories[{number}]", history) for number, history in enumerate(histories)]
-        ids = [self.catalogue.known(history, name, skip_unknown)[0] for name, history in named]
-        rows = [number for number, one in enumerate(ids) if one]
-        found = torch.zeros(len(ids), self._table().shape[1])
+        asked = list(self._reader.histories(histories, times, now, "[{}]", skip_unknown))
+        rows = [number for number, one in enumerate(asked) if one.ids]
+        found = torch.zeros(len(asked), self._table().shape[1])
+        fields = self._list_field, self._length_field
         for start in range(0, len(rows), self._rows_at_once()):
             part = rows[start : start + self._rows_at_once()]
-            batch = self._batch([ids[number] for number in part])
+            batch = self._batch([asked[number] for number in part])
             try:
-                # Those whose products with the items' are the scores, where the model tells them.
-                if hasattr(self.model, "factors"):
-                    vectors = self.model.factors(batch)[0]
-                else:
-                    vectors = self.model.forward(batch[self._list_field], batch[self._length_field])
+                ours = isinstance(self.model, PackedRecommender)
+                inputs = self.model.histories_of(batch) if ours else [batch[field] for field in fields]
+                vectors = self.model.forward(*inputs)
                 found[part] = vectors.float().cpu()
             except (TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{self._name}: makes no vector of a history of items ({error})") from error
@@ -230,45 +253,61 @@ class Recommender:
         table = getattr(getattr(self.model, "item_embedding", None), "weight", None)
         if table is None:
             raise UserError(f"{self._name}: has no vectors of items")
-        table = self.model.item_vectors() if hasattr(self.model, "item_vectors") else table
         found: Tensor = table.detach()[: len(self.items)]
         return found
 
-    def session(self, history: Sequence[str] = ()) -> Session:
-        """A user whose events come one by one: ``update(item)`` takes one, ``top(k)`` recommends.
+    def session(self, history: Sequence[str] = (), times: Iterable[Any] | None = None) -> Session:
+        """A user whose events come one by one: ``update(item, time)`` takes one, ``top(k, now=...)`` recommends.
 
         Args:
             history: item tokens so far, oldest first; all of them are read.
+            times: when these events were; see the class.
 
         Raises:
-            UserError: the history holds an unknown token, or the model carries no state.
+            UserError: the history holds an unknown token, the model reads times and there are none, or it carries no
+                state.
         """
         if not getattr(self.model, "carries_state", False):
             raise UserError(f"session: {self._name} carries no state from event to event; use recommend(history)")
-        return Session(self.model, self.catalogue, self.catalogue.ids(history))
+        ids, _, seconds = self._reader.events(history, times)
+        return Session(self.model, self.catalogue, ids, seconds)
 
-    @torch.inference_mode()
     def scores(self, histories: Sequence[Ids]) -> Tensor:
-        """Scores ``[B, V]`` of all items for histories of item ids; padding scores minus
+        """Scores ``[B, V]`` of all items for histories of item ids, of a model without times; padding scores minus
         infinity.
         """
-        rows = self._batch(histories)
+        return self._scores(self._batch([Asked(list(ids), 0, None, None) for ids in histories]))
+
+    @torch.inference_mode()
+    def _scores(self, rows: Any) -> Tensor:
         try:
             scores: Tensor = self.model.full_sort_predict(rows)
         except KeyError as error:
+            if str(error.args[0]).startswith(self._time_field):
+                raise UserError(f"{self._name} reads the times of events; give times beside the items") from error
             raise UserError(
                 f"{self._name} needs {error} beside the items; recommend() serves models of items alone"
             ) from error
-        scores = scores.view(len(histories), -1)[:, : len(self.items)].clone()
+        scores = scores.view(len(rows), -1)[:, : len(self.items)].clone()
         scores[:, 0] = -torch.inf
         return scores
 
-    def _batch(self, histories: Sequence[Ids]) -> Any:
-        recent = [list(history)[-self._max_length :] for history in histories]
-        # padded to the full length, as RecBole's loaders do: some models count on it
-        padded = torch.tensor([ids + [0] * (self._max_length - len(ids)) for ids in recent])
-        lengths = torch.tensor([len(ids) for ids in recent])
-        return Interaction({self._list_field: padded, self._length_field: lengths}).to(self._device)
+    def _batch(self, asked: Sequence[Asked]) -> Any:
+        """RecBole's rows of some histories, none of them empty; with times where all of them have some."""
+        lengths = torch.tensor([min(len(one.ids), self._max_length) for one in asked])
+        columns = {self._list_field: self._padded([one.ids for one in asked]), self._length_field: lengths}
+        times = [one.times for one in asked if one.times]
+        if len(times) == len(asked):
+            columns[self._time_field + self._list_suffix] = self._padded(times)
+            columns[self._time_field] = torch.tensor([one.now for one in asked])
+        return Interaction(columns).to(self._device)
+
+    def _padded(self, rows: Sequence[list[int]]) -> Tensor:
+        """The newest numbers of each row, padded to the full length, as RecBole's loaders do: some models count on
+        it.
+        """
+        recent = [row[-self._max_length :] for row in rows]
+        return torch.tensor([row + [0] * (self._max_length - len(row)) for row in recent])
 
 
 def load_recommender(
@@ -307,7 +346,7 @@ def recommender_of(
     try:
         name, sizes = saved.info["model"], saved.info["catalogue"]["sizes"]
         config = {**saved.info["config"], "model": name}
-        for key in ("ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "MAX_ITEM_LIST_LENGTH"):
+        for key in ("ITEM_ID_FIELD", "TIME_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "MAX_ITEM_LIST_LENGTH"):
             KEYS[key].take(key, config[key])
         if config["MAX_ITEM_LIST_LENGTH"] > LONGEST:
             raise UserError(
@@ -326,7 +365,7 @@ def recommender_of(
         recommender = Recommender(built, config, items, counts_of(saved, path), cuda_graphs=cuda_graphs)
         if not getattr(built, "reads_text", False) and not cuda_graphs:
             # Settings that do not fit may show in the scores alone.
-            recommender.scores([[1]])
+            recommender._scores(recommender._batch([Asked([1], 0, [0], 0)]))
     return recommender
 
 

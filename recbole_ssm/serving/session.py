@@ -5,6 +5,7 @@ after any history.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.layers import MixerState
+from recbole_ssm.layers import Clock, MixerState
 from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
+from recbole_ssm.layers.time import NEVER
 from recbole_ssm.ops import native
+from recbole_ssm.serving.asked import Reader
 from recbole_ssm.serving.catalogue import Catalogue, Recommendations
 
 
@@ -25,6 +28,10 @@ class Session:
     history. Beyond, the two part: ``recommend`` reads the newest MAX_ITEM_LIST_LENGTH events,
     as RecBole does; the state has read all of them.
 
+    Where the wait until the moment of asking enters at an event's input (``time: query``), the
+    carried state is the one before the newest event. :meth:`top` steps that event with its wait and
+    keeps nothing; the next event ends the wait, and then the step is taken for good.
+
     A session is for one thread at a time, and its model must stay where it is: no ``to``, no
     further training.
 
@@ -32,17 +39,34 @@ class Session:
         model: a model that carries state, in evaluation mode.
         catalogue: its items.
         history: item ids so far, oldest first.
+        times: when these events were, in seconds; None where the model does not read it.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, catalogue: Catalogue, history: Sequence[int]) -> None:
+    def __init__(
+        self, model: Any, catalogue: Catalogue, history: Sequence[int], times: Sequence[int] | None = None
+    ) -> None:
         self._model, self._catalogue = model, catalogue
+        self._reader = Reader(model, catalogue)
         self._seen = set(history)
-        device = model.item_embedding.weight.device
-        if history:
-            self._output, state = model.read(torch.tensor(history, device=device))
-        else:
-            self._output, state = None, model.alloc_state(1)
+        encoding = getattr(model, "time_encoding", None)
+        self._waits = encoding is not None and encoding.asks_at_input
+        self._device = model.item_embedding.weight.device
+        # Of a model that reads times: the newest item, and when the event before it and its own were.
+        self._newest: tuple[int, int, int] | None = None
+        clock: list[Clock] = []
+        if history and self._reader.reads_times:
+            assert times is not None
+            before, after = [NEVER, *times[:-1]], [*times[1:], times[-1]]
+            self._newest = history[-1], before[-1], times[-1]
+            clock = [self._clock(before, times, after)]
+        self._output, state = None, model.alloc_state(1)
+        read = torch.tensor(history, device=self._device)
+        if self._waits:
+            read, clock = read[:-1], [one.take(slice(-1)) for one in clock]
+        if len(read):
+            output, state = model.read(read, *clock)
+            self._output = None if self._waits else output
         self._step = Stepper(model, state)
 
     @property
@@ -50,14 +74,30 @@ class Session:
         """Bytes of the carried state; they do not depend on how many events there were."""
         return sum(state.nbytes for state in self._step.state)
 
-    def update(self, item: str) -> None:
+    def update(self, item: str, time: Any = None) -> None:
         """Take one more event.
 
+        Args:
+            item: its token.
+            time: when it was: seconds since 1970, a datetime, or a date of ISO 8601 as text; a model without times
+                passes over it. One before the event before counts as its time.
+
         Raises:
-            UserError: the item is not in the catalogue.
+            UserError: the item is not in the catalogue, or the model reads times and there is none.
         """
         (index,) = self._catalogue.ids([item])
-        self._output = self._step([index])
+        at = self._reader.time(time)
+        if not self._reader.reads_times:
+            self._output = self._step([index])
+        else:
+            assert at is not None
+            newest, before, last = self._newest or (0, NEVER, NEVER)
+            if not self._waits:
+                self._output = self._step([index], self._clock([last], [at], [at]))
+            elif self._newest:
+                # Its wait is over, and so it is read for good.
+                self._step([newest], self._clock([before], [last], [at]))
+            self._newest = index, last, at
         self._seen.add(index)
 
     @torch.inference_mode()
@@ -69,21 +109,38 @@ class Session:
         exclude: Iterable[str] = (),
         allow: Iterable[str] | None = None,
         deny: Iterable[str] | None = None,
+        now: Any = None,
     ) -> Recommendations:
         """The k items most likely to come next; as :meth:`Recommender.recommend`, by popularity before the first event.
 
         Raises:
             UserError: there was no event yet and the checkpoint has no counts of items, k is below
-                1, or a token is unknown.
+                1, a token is unknown, or the model must know when it is asked and is not told.
         """
         refused = self._catalogue.refused(allow, deny)
         excluded = [*self._catalogue.known(exclude, "exclude", True)[0], *(self._seen if exclude_seen else ())]
-        if self._output is None:
+        if not self._seen:
             if not self._catalogue.has_counts:
                 raise UserError("session: there was no event yet; give a history, or update(item) first")
             return self._catalogue.popular(k, excluded, refused)
-        scores = self._model.asking(self._output) @ self._model.item_vectors().T
+        scores = self._vector(now) @ self._model.item_embedding.weight.T
         return self._catalogue.best(scores, k, [excluded], refused)[0]
+
+    def _vector(self, now: Any) -> Tensor:
+        """The vector of the history ``[1, hidden_size]`` that answers at a moment."""
+        if self._newest is None:
+            assert self._output is not None
+            return self._output
+        moment = self._reader.moment(now)
+        item, before, at = self._newest
+        clock = self._clock([before], [at], [at if moment is None else moment])
+        if self._waits:
+            return self._step([item], clock, keep=False)
+        found: Tensor = self._model.read_out(self._output, clock)
+        return found
+
+    def _clock(self, before: Sequence[int], at: Sequence[int], after: Sequence[int]) -> Clock:
+        return Clock(*(torch.tensor(times, device=self._device) for times in (before, at, after)))
 
     # --- the state as an object ---
 
@@ -94,11 +151,14 @@ class Session:
 
         ``seen`` holds the ids of the items seen ``[n]``, ``output`` the vector of the history
         ``[1, hidden_size]``, without which there was no event; ``block.<n>.<part>`` the state of a
-        block.
+        block. Of a model that reads times, ``newest`` holds the newest item and the times of the event
+        before and of its own ``[3]``; where it waits to be read, there is no ``output``.
         """
         found = {"seen": torch.tensor(sorted(self._seen), dtype=torch.int64)}
         if self._output is not None:
             found["output"] = self._output
+        if self._newest is not None:
+            found["newest"] = torch.tensor(self._newest)
         for number, one in enumerate(self._step.state):
             found |= {f"block.{number}.{part}": tensor for part, tensor in one._asdict().items()}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
@@ -112,8 +172,12 @@ class Session:
         """
         now = self.state_dict()
         weight = self._model.item_embedding.weight
-        now.setdefault("output", torch.empty(1, weight.shape[1], dtype=weight.dtype))
-        if missing := sorted(set(now) - set(state) - {"output"}) or sorted(set(state) - set(now)):
+        if not self._waits:
+            now.setdefault("output", torch.empty(1, weight.shape[1], dtype=weight.dtype))
+        if self._reader.reads_times:
+            now.setdefault("newest", torch.empty(3, dtype=torch.int64))
+        of_events = {"output", "newest"} if state.get("seen", torch.empty(0)).numel() == 0 else set()
+        if missing := sorted(set(now) - set(state) - of_events) or sorted(set(state) - set(now)):
             raise UserError(f"session: a state of another model; it differs in {missing[0]}")
         for name, tensor in state.items():
             fits = tensor.ndim == 1 if name == "seen" else tensor.shape == now[name].shape
@@ -123,9 +187,10 @@ class Session:
                     f"{now[name].dtype} {list(now[name].shape)} here"
                 )
         seen = set(state["seen"].tolist())
-        if any(not 0 < item < len(self._catalogue.items) for item in seen):
+        newest = tuple(state["newest"].tolist()) if "newest" in state else None
+        if any(not 0 < item < len(self._catalogue.items) for item in (*seen, *(newest or ())[:1])):
             raise UserError("session: a state of another catalogue; it has seen items that are not in this one")
-        self._seen = seen
+        self._seen, self._newest = seen, newest
         self._output = state["output"].to(weight.device, copy=True) if "output" in state else None
         for number, one in enumerate(self._step.state):
             for part, tensor in one._asdict().items():
@@ -174,9 +239,13 @@ class Stepper:
         calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(layers, self.state)]
         self._calls = (type(calls[0]) * len(calls))(*calls)
         # The first layer reads its input from the table of embeddings, through the norm behind
-        # it.
+        # it; or, where times are added to an item's, from what is computed for each event.
         first = self._calls[0]
-        first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
+        self._inputs = None if getattr(model, "time_encoding", None) is None else torch.empty_like(self._output)
+        if self._inputs is None:
+            first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
+        else:
+            first.u = self._inputs.data_ptr()
         for name, value in norm_fields("first", model.norm).items():
             setattr(first, name, value.data_ptr() if isinstance(value, Tensor) else value)
         spaces = [native.step_workspace(call) for call in self._calls]
@@ -184,17 +253,36 @@ class Stepper:
             call.workspace = space.data_ptr()
         self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
 
-    def __call__(self, items: Sequence[int]) -> Tensor:
+    def __call__(self, items: Sequence[int], clock: Clock | None = None, *, keep: bool = True) -> Tensor:
         """Ids of one item a user -> vectors ``[B, hidden_size]``, which the next call writes over.
+
+        Args:
+            items: the ids.
+            clock: of the events ``[B]``, where the model reads times.
+            keep: whether the states advance; else the events are only tried.
 
         Raises:
             IndexError: there is no such item.
         """
         if not self._native:
             with torch.inference_mode():
-                device = self.model.item_embedding.weight.device
-                output, self.state = self.model.step(torch.tensor(items, device=device), self.state)
+                ids = torch.tensor(items, device=self.model.item_embedding.weight.device)
+                output, after = self.model.step(ids, self.state, *([] if clock is None else [clock]))
+            self.state = after if keep else self.state
             return output
-        self._rows[:] = items
-        native.run_steps(self._calls, len(self._calls))
+        if self._inputs is None:
+            self._rows[:] = items
+        else:
+            with torch.inference_mode():
+                self._inputs.copy_(self.model.embed(torch.tensor(items), clock))
+        native.run_steps(self._calls if keep else self._trials, len(self._calls))
         return self._output
+
+    @functools.cached_property
+    def _trials(self) -> Any:
+        """The calls, with their states after them written where nobody reads."""
+        trials = type(self._calls).from_buffer_copy(self._calls)
+        self._unread = [MixerState(*map(torch.empty_like, one)) for one in self.state]
+        for call, unread in zip(trials, self._unread):
+            call.conv_after, call.ssm_after = unread.conv_BDK.data_ptr(), unread.ssm.data_ptr()
+        return trials

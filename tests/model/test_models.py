@@ -14,27 +14,62 @@ from recbole_ssm import load_recommender, ops, run_recbole_ssm
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, Steps, Windows
 from recbole_ssm.data.prefixes import Prefixes
-from recbole_ssm.errors import UserError
-from recbole_ssm.model import get_model
+from recbole_ssm.layers import Clock
+from recbole_ssm.model import PackedRecommender, get_model
 from recbole_ssm.ops.packing import cu_seqlens_of
 from recbole_ssm.quick_start import configure
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
+TIMES = {
+    "none": {},
+    "gaps": {"time": "gaps"},
+    "query": {"time": "query"},
+    "output": {"time": "query", "query_enters": "output"},
+}
+
+
 def build(name, toy, **options):
     """A fresh model in evaluation mode, and its configuration."""
     options = {**toy["config_dict"], **options}
     config = configure(name, toy["dataset"], config_dict=options)
+    dataset = create_dataset(config)
     torch.manual_seed(0)
-    return get_model(name)(config, create_dataset(config)).eval(), config
+    if config["time"] is None:
+        return get_model(name)(config, dataset).eval(), config
+    model = get_model(name)(config, dataset.build()[0]).eval()
+    # The toy's gaps are all of one second. Units of 10 s that begin at 4 s, and gaps beyond the longest one, show more.
+    model.time_encoding.scale.copy_(torch.tensor([4, 10, 9000]))
+    for embedding in model.time_encoding.children():
+        torch.nn.init.normal_(embedding.weight, std=0.3)
+    return model, config
+
+
+def times_of(history):
+    """When the events of a history were: the gap before one depends on its item and place, from none to two days."""
+    gaps = [(item * 7 + place * 3) % 57 for place, item in enumerate(history)]
+    return list(itertools.accumulate(gap**3 for gap in gaps))
 
 
 def rows(histories, length=20, **columns):
-    """An interaction of right-padded histories."""
-    padded = torch.tensor([h + [0] * (length - len(h)) for h in histories])
+    """An interaction of right-padded histories, and of when they were; a row's own time is its target's."""
+    padded, times = (
+        torch.tensor([h + [0] * (length - len(h)) for h in columns])
+        for columns in (histories, list(map(times_of, histories)))
+    )
     lengths = torch.tensor([len(h) for h in histories])
-    return Interaction({"item_id_list": padded, "item_length": lengths, **columns})
+    targets = columns["item_id"].tolist() if "item_id" in columns else [9] * len(histories)
+    now = torch.tensor([times_of([*h, target])[-1] for h, target in zip(histories, targets)])
+    known = {"item_id_list": padded, "item_length": lengths, "timestamp_list": times, "timestamp": now}
+    return Interaction({**known, **columns})
+
+
+def packed(histories):
+    """Histories end to end: items, bounds, and the clock in which each event is followed by the next."""
+    items, times = (torch.cat([torch.tensor(h) for h in rows]) for rows in (histories, list(map(times_of, histories))))
+    bounds = cu_seqlens_of(torch.tensor([len(h) for h in histories]))
+    return items, bounds, Clock.of_packed(times, torch.cat([times[1:], times[-1:]]), bounds)
 
 
 HISTORIES = [[3], [1, 2, 3], [7, 8, 9, 10, 11, 12, 13], list(range(1, 21)), [5, 5, 5, 5]]
@@ -67,8 +102,11 @@ class ModelContract:
         one = model.predict(rows(HISTORIES, item_id=items))
         torch.testing.assert_close(every[torch.arange(5), items], one)
 
-    def test_padding_and_neighbours_do_not_count(self, toy):
-        model, _ = build(self.name, toy)
+    @pytest.mark.parametrize("time", TIMES)
+    def test_padding_and_neighbours_do_not_count(self, toy, time):
+        if time != "none" and not issubclass(get_model(self.name), PackedRecommender):
+            pytest.skip("it reads no times")
+        model, _ = build(self.name, toy, **TIMES[time])
         together = model.full_sort_predict(rows(HISTORIES)).view(5, -1)
         for history, expected in zip(HISTORIES, together):
             alone = model.full_sort_predict(rows([history])).view(-1)
@@ -89,13 +127,14 @@ class PackedContract(ModelContract):
         wide = model.full_sort_predict(Interaction({"item_id_list": padded, "item_length": torch.tensor([3])}))
         torch.testing.assert_close(narrow, wide, rtol=0, atol=0)
 
-    def test_last_only_is_exact(self, toy):
-        model, _ = build(self.name, toy)
+    @pytest.mark.parametrize("time", TIMES)
+    def test_last_only_is_exact(self, toy, time):
+        model, _ = build(self.name, toy, **TIMES[time])
         model = model.double()
-        items, lengths = torch.cat([torch.tensor(h) for h in HISTORIES]), torch.tensor([len(h) for h in HISTORIES])
-        every = model.encode(items, cu_seqlens_of(lengths))
-        last = model.encode(items, cu_seqlens_of(lengths), last_only=True)
-        torch.testing.assert_close(last, every[lengths.cumsum(0) - 1], rtol=1e-9, atol=1e-9)
+        items, bounds, clock = packed(HISTORIES)
+        every = model.encode(items, bounds, clock)
+        last = model.encode(items, bounds, clock, last_only=True)
+        torch.testing.assert_close(last, every[bounds[1:] - 1], rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
     def test_losses_are_recboles(self, toy, loss_type):
@@ -111,50 +150,52 @@ class PackedContract(ModelContract):
         found = model.calculate_loss(rows(HISTORIES, item_id=target, neg_item_id=negative))
         torch.testing.assert_close(found, expected)
 
-    @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
-    def test_all_positions_at_once_give_recboles_loss(self, toy, loss_type):
+    @pytest.mark.parametrize(("loss_type", "time"), [("BPR", "none"), *[("CE", time) for time in TIMES]])
+    def test_all_positions_at_once_give_recboles_loss(self, toy, loss_type, time):
         """Invariant 3: the packed loss and its gradients equal the prefix loss over the same targets."""
         if not self.causal:
             pytest.skip("a bidirectional model would see its targets")
-        model, _ = build(self.name, toy, loss_type=loss_type, **self.no_dropout)
+        model, _ = build(self.name, toy, loss_type=loss_type, **self.no_dropout, **TIMES[time])
         model = model.double().train()
-        lengths = [len(h) for h in HISTORIES[1:]]
-        items, cu_seqlens = torch.cat([torch.tensor(h) for h in HISTORIES[1:]]), cu_seqlens_of(torch.tensor(lengths))
+        items, cu_seqlens, clock = packed(HISTORIES[1:])
         prefixes = [(h[:n], h[n]) for h in HISTORIES[1:] for n in range(1, len(h))]
         target = torch.tensor([t for _, t in prefixes])
         at = torch.cat([torch.arange(b, e - 1) for b, e in itertools.pairwise(cu_seqlens.tolist())])
         negative = target % 20 + 1
-        packed = model.calculate_loss(PackedBatch(items, cu_seqlens, at, target, negative))
+        at_once = model.calculate_loss(PackedBatch(items, cu_seqlens, at, target, negative, clock.at, clock.after))
         in_rows = model.calculate_loss(rows([h for h, _ in prefixes], item_id=target, neg_item_id=negative))
-        torch.testing.assert_close(packed, in_rows, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(at_once, in_rows, rtol=1e-9, atol=1e-12)
         weights = [w for w in model.parameters() if w.requires_grad]
-        for one, other in zip(torch.autograd.grad(packed, weights), torch.autograd.grad(in_rows, weights)):
+        for one, other in zip(torch.autograd.grad(at_once, weights), torch.autograd.grad(in_rows, weights)):
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-11)
 
+    @pytest.mark.parametrize("time", ["none", "query"])
     @settings(max_examples=10)
     @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), seed=st.integers(0, 99))
-    def test_windows_of_random_histories_give_recboles_loss(self, lengths, seed):
+    def test_windows_of_random_histories_give_recboles_loss(self, time, lengths, seed):
         """The same with what the loader packs: histories that fit MAX_ITEM_LIST_LENGTH, and steps that cut them."""
         if not self.causal:
             pytest.skip("a bidirectional model would see its targets")
         options = {"data_path": str(REPOSITORY / "dataset"), "MAX_ITEM_LIST_LENGTH": 40, **self.no_dropout}
+        options |= TIMES[time]
         model, _ = build(self.name, {"dataset": "toy", "config_dict": options})
         model = model.double().train()
         generator = torch.Generator().manual_seed(seed)
         user = torch.repeat_interleave(torch.tensor(lengths))
         events = {"user_id": user, "item_id": torch.randint(1, 20, (len(user),), generator=generator)}
+        events["timestamp"] = (torch.randn(len(user), generator=generator).abs() * 9000).long().cumsum(0)
         prefixes = Prefixes.of_events(events, "user_id", 40, list_suffix="_list", length_field="item_length")
         weights = [w for w in model.parameters() if w.requires_grad]
         steps = Steps(Windows(prefixes, *self.window, shuffle=True), 17, parts=1, seed=seed)
-        packed = [0.0] * (len(weights) + 1)
+        sums = [0.0] * (len(weights) + 1)
         for _, _, _, targets, [(_, windows)], _ in steps:
-            loss = model.calculate_loss(steps.plan.gather(windows, "item_id"))
+            loss = model.calculate_loss(steps.plan.gather(windows, "item_id", "timestamp"))
             found = [loss, *torch.autograd.grad(loss, weights)]
-            packed = [a + targets * b for a, b in zip(packed, found)]
+            sums = [a + targets * b for a, b in zip(sums, found)]
         if not len(prefixes):
             return
         loss = model.calculate_loss(prefixes[:])
-        for one, other in zip(packed, [loss, *torch.autograd.grad(loss, weights)]):
+        for one, other in zip(sums, [loss, *torch.autograd.grad(loss, weights)]):
             torch.testing.assert_close(one / len(prefixes), other, rtol=1e-7, atol=1e-10)
 
     def test_golden_losses(self, toy):
@@ -176,25 +217,39 @@ class PackedContract(ModelContract):
 class SSMContract(PackedContract):
     """What state-space models promise beyond that."""
 
-    @pytest.mark.parametrize("readout", ["last", "mean"])
-    def test_backends_agree(self, toy, readout):
-        model, _ = build(self.name, toy, readout=readout)
+    @pytest.mark.parametrize(("readout", "time"), [("mean", "output"), *[("last", time) for time in TIMES]])
+    def test_backends_agree(self, toy, readout, time):
+        model, _ = build(self.name, toy, readout=readout, **TIMES[time])
         with ops.use_backend("reference"):
             expected = model.full_sort_predict(rows(HISTORIES))
         torch.testing.assert_close(model.full_sort_predict(rows(HISTORIES)), expected, rtol=1e-4, atol=1e-5)
 
-    def test_steps_equal_the_whole_history(self, toy):
+    @pytest.mark.parametrize("time", TIMES)
+    def test_steps_equal_the_whole_history(self, toy, time):
         if not self.causal:
             pytest.skip("a bidirectional model has no step")
-        model, _ = build(self.name, toy, num_layers=2)
+        model, _ = build(self.name, toy, num_layers=2, **TIMES[time])
         model = model.double()
+        batch = rows([[1, 2, 3, 4, 5, 6, 7], [20, 19, 18, 17, 16, 15, 14]], length=7)
+        items = batch["item_id_list"]
+        clock = Clock.of_rows(batch["timestamp_list"], batch["timestamp"], batch["item_length"])
         state = model.alloc_state(2)
         for t in range(7):
-            output, state = model.step(torch.tensor([t + 1, 20 - t]), state)
-        expected = model.forward(
-            torch.tensor([[1, 2, 3, 4, 5, 6, 7], [20, 19, 18, 17, 16, 15, 14]]), torch.tensor([7, 7])
-        )
-        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+            output, state = model.step(items[:, t], state, clock.take((slice(None), t)))
+        found = model.read_out(output, clock.take((slice(None), 6)))
+        torch.testing.assert_close(found, model.forward(*model.histories_of(batch)), rtol=1e-9, atol=1e-9)
+        # And so does a part of it at once, with steps behind it.
+        _, state = model.read(items[0, :4], clock.take((0, slice(4))))
+        for t in range(4, 7):
+            chunked, state = model.step(items[:1, t], state, clock.take((slice(1), t)))
+        torch.testing.assert_close(chunked, output[:1], rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("time", TIMES)
+    def test_shapes_that_lengths_do_not_change_give_the_same_scores(self, toy, time):
+        model, _ = build(self.name, toy, **TIMES[time])
+        batch = rows(HISTORIES)
+        found = model.fixed_shape_scores(*model.histories_of(batch))
+        torch.testing.assert_close(found, model.full_sort_predict(batch), rtol=1e-5, atol=1e-6)
 
     def test_residual_follows_the_published_rule(self, toy):
         for num_layers, expected in ((1, False), (2, True)):
@@ -240,33 +295,6 @@ class TestHydra4Rec(SSMContract):
         with caplog.at_level(logging.WARNING):
             assert not self.backward_half_counts(toy, num_layers=1, readout="last")
         assert "never uses its backward half" in caplog.text
-
-
-class TestHydra4RecMasked(ModelContract):
-    """It learns whole histories, of which items are hidden, and is asked for a hidden one behind them."""
-
-    name = "Hydra4Rec"
-    options = {"train_mode": "masked", "epochs": 30, "stopping_step": 30}
-
-    def test_the_next_item_is_a_hidden_one(self, toy):
-        model, _ = build(self.name, toy, train_mode="masked")
-        items, length = torch.tensor([[4, 5, 6, 17, 18]]), torch.tensor([3])  # garbage behind the history
-        expected = model.encode(torch.tensor([4, 5, 6, 0]), torch.tensor([0, 4]), last_only=True)
-        torch.testing.assert_close(model.forward(items, length), expected, rtol=0, atol=0)
-        full = model.forward(torch.tensor([[4, 5, 6]]), length)
-        torch.testing.assert_close(full, expected, rtol=0, atol=0)
-        fixed = model.fixed_shape_scores(items, length)
-        torch.testing.assert_close(fixed, expected @ model.item_embedding.weight.T)
-        assert model.item_embedding.weight[0].any()
-
-    def test_who_learns_so(self, toy):
-        for name in ("2Mamba4Rec", "SASRec", "BERT4Rec"):
-            with pytest.raises(UserError, match=f"train_mode: masked is not possible, because {name} does not learn"):
-                build(name, toy, train_mode="masked")
-        with pytest.raises(UserError, match="readout: mean does not read where an item is hidden"):
-            build("Hydra4Rec", toy, train_mode="masked", readout="mean")
-        with pytest.raises(UserError, match="train_mode: packed is not possible, because Hydra4Rec is bidirectional"):
-            build("Hydra4Rec", toy, train_mode="packed")
 
 
 class RecBolesContract(PackedContract):

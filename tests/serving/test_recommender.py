@@ -154,8 +154,8 @@ def test_histories_come_in_chunks_and_are_named(recommender, monkeypatch):
     whole = recommender.recommend_many(histories, 3)
     monkeypatch.setattr("recbole_ssm.serving.recommender.MOST_SCORES", 7 * 21)
     sizes = []
-    scores = recommender.scores
-    monkeypatch.setattr(recommender, "scores", lambda ids: sizes.append(len(ids)) or scores(ids))
+    scores = recommender._scores
+    monkeypatch.setattr(recommender, "_scores", lambda rows: sizes.append(len(rows)) or scores(rows))
     in_chunks = recommender.recommend_many((iter(history) for history in histories), 3)
     assert sizes == [7] * 7 + [1]
     for one, other in zip(whole, in_chunks):

@@ -1,0 +1,83 @@
+"""What a training set says of its times: their unit and the longest gap; and which data have no clock times."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from recbole_ssm.data import create_dataset
+from recbole_ssm.data.gaps import TimeScale, time_scale
+from recbole_ssm.data.loader import PackedBatch, create_loaders
+from recbole_ssm.data.outline import DatasetOutline
+from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
+
+START = 978_300_000
+DAY = 86_400
+
+
+def loaders(write_dataset, times, unit=1, **options):
+    """Loaders of users u0, u1 ... with these times, each with events of the items i0, i1 ..."""
+    lines = [f"u{user}\ti{n}\t{time * unit}" for user, row in enumerate(times) for n, time in enumerate(row)]
+    made = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "\n".join(lines) + "\n")
+    config = configure("2Mamba4Rec", "made", config_dict={**made["config_dict"], "topk": [1], "valid_metric": "Hit@1",
+                       "time": "query", "state": "WARNING", **options})  # fmt: skip
+    return create_loaders(config, create_dataset(config))
+
+
+@pytest.mark.parametrize(("unit", "step"), [(1, 7), (1000, 30), (1, DAY), (10**9, 1)])
+def test_the_unit_and_the_longest_gap_are_those_of_training(write_dataset, unit, step):
+    """Whatever validation and test hold: their gaps, of 500 and 900 steps, are not seen."""
+    rows = [[0, 1, 1, 12, 512, 1412], [3, 5, 9, 19, 519, 1419]]
+    times = [[START + step * time for time in row] for row in rows]
+    scale = time_scale(loaders(write_dataset, times, unit)[0]._dataset)
+    assert scale == TimeScale(START % step, step, 11)
+
+
+def test_an_outline_and_one_time_for_all_have_a_scale_too(write_dataset):
+    assert time_scale(DatasetOutline(5)) == TimeScale(0, 1, 0)
+    assert time_scale(loaders(write_dataset, [[START] * 5, [START] * 4])[0]._dataset) == TimeScale(0, 1, 0)
+
+
+@pytest.mark.parametrize("times", [[1, 2, 3, 4], [0, 2, 3, 7], [18_000, 18_001, 18_007, 18_100]])
+def test_positions_and_days_are_no_clock_times(write_dataset, times):
+    with pytest.raises(UserError, match=f"time: query needs clock times, and timestamp goes from {times[0]} to"):
+        loaders(write_dataset, [times, times])
+    loaders(write_dataset, [times, times], time="none")
+
+
+def test_rounded_times_and_changed_histories_are_refused(write_dataset):
+    times = [[START, START + 1, START + 2]] * 2
+    with pytest.raises(UserError, match="legacy_time_order: rounds times, which time: query reads; leave it out"):
+        loaders(write_dataset, times, legacy_time_order=True)
+    with pytest.raises(UserError, match="transform: crop_itemseq moves the items of histories and not their times"):
+        loaders(write_dataset, times, transform="crop_itemseq", eta=0.5)
+
+
+def test_an_empty_value_is_the_text_none(toy):
+    for given in (None, "none"):
+        assert configure("SASRec", "toy", config_dict={**toy["config_dict"], "time": given})["time"] is None
+    with pytest.raises(UserError, match="time: 'gap' is not one of .*gaps"):
+        configure("SASRec", "toy", config_dict={**toy["config_dict"], "time": "gap"})
+
+
+@pytest.mark.parametrize("length", [3, 50])
+def test_batches_carry_times_and_the_moment_of_asking(write_dataset, length):
+    """Packed: each event knows when the next one came. Rows: their own time is that of the target."""
+    generator = np.random.default_rng(0)
+    times = [(START + generator.integers(1, 10**6, 12).cumsum()).tolist() for _ in range(3)]
+    options = {"MAX_ITEM_LIST_LENGTH": length, "train_batch_size": 4}
+    train, valid, _ = loaders(write_dataset, times, **options)
+    follows = {(one, other) for row in times for one, other in itertools.pairwise(row)}
+    seen = set()
+    for step in train:
+        for _, batch in step.parts:
+            assert isinstance(batch, PackedBatch)
+            seen |= set(zip(batch.times[batch.at].tolist(), batch.now[batch.at].tolist()))
+            assert set(zip(batch.times.tolist(), batch.now.tolist())) <= follows
+    assert seen == {(one, other) for row in times for one, other in itertools.pairwise(row[:-2])}
+    (batch,) = valid
+    newest = batch.interaction["timestamp_list"].amax(1).tolist()
+    assert set(zip(newest, batch.interaction["timestamp"].tolist())) == {tuple(row[-3:-1]) for row in times}
+    for step in loaders(write_dataset, times, **options, time="none")[0]:
+        assert all(batch.times is None and batch.now is None for _, batch in step.parts)

@@ -1,0 +1,59 @@
+"""Times as vectors: the buckets are those of the formula, and what cannot be is clamped."""
+
+import math
+
+import pytest
+import torch
+
+from recbole_ssm.layers import Clock, TimeEncoding
+from recbole_ssm.layers.time import BUCKETS, NEVER
+
+
+def encoding(origin=0, resolution=1, longest=10**9, **ways):
+    return TimeEncoding(4, origin, resolution, longest, **{"asks": True, "at_output": False, **ways})
+
+
+def test_buckets_are_those_of_the_formula():
+    buckets = encoding(longest=2**40)._bucket
+    gaps = torch.cat([torch.arange(3000), torch.tensor([86_400, 31_536_000, 2**31 - 1, 2**31, 2**40])])
+    found = buckets(torch.zeros(()).long(), gaps)
+    # floor(2 log2(n + 1)) in whole numbers: the largest k with 2^k <= (n + 1)^2.
+    expected = [min(((gap + 1) ** 2).bit_length() - 1, BUCKETS - 1) for gap in gaps.tolist()]
+    assert found.tolist() == expected
+    assert expected[-5] == math.floor(2 * math.log2(86_401)) and expected[-1] == BUCKETS - 1
+
+
+def test_times_are_counted_in_the_units_of_the_data():
+    """A day begins where the data's days begin, so a moment within a day counts as that day."""
+    buckets = encoding(origin=18_000, resolution=86_400, longest=7)._bucket
+    start = torch.tensor(18_000 + 86_400 * 5)
+    moments = start + torch.tensor([0, 86_399, 86_400, 3 * 86_400, 7 * 86_400, 700 * 86_400, -86_400])
+    assert buckets(start, moments).tolist() == [0, 0, 2, 4, 6, 6, 0]
+
+
+def test_a_clock_knows_where_histories_begin_and_end():
+    times, now = torch.tensor([5, 6, 9, 1]), torch.tensor([6, 9, 20, 2])
+    packed = Clock.of_packed(times, now, torch.tensor([0, 0, 3, 4, 4]))
+    assert packed.before.tolist() == [NEVER, 5, 6, NEVER]
+    rows = Clock.of_rows(torch.tensor([[5, 6, 9], [1, 0, 0]]), torch.tensor([20, 2]), torch.tensor([3, 1]))
+    assert rows.after.tolist() == [[6, 9, 20], [2, 0, 0]]
+    for column, row in zip(packed, rows):
+        assert torch.equal(column, torch.cat([row[0], row[1, :1]]))
+    assert [column.tolist() for column in rows.newest(torch.tensor([3, 1]))] == [[6, NEVER], [9, 1], [20, 2]]
+    assert Clock.of_packed(times[:0], now[:0], torch.tensor([0, 0])).before.shape == (0,)
+
+
+@pytest.mark.parametrize("ways", [{"asks": False}, {}, {"at_output": True}])
+def test_the_moment_of_asking_enters_where_it_should(ways):
+    layer = encoding(**ways)
+    early, late = (Clock(*torch.tensor([[NEVER], [100], [now]])) for now in (101, 9999))
+    y = torch.ones(1, 4)
+    at_input = not torch.equal(layer(early), layer(late))
+    at_output = not torch.equal(layer.read_out(y, early), layer.read_out(y, late))
+    assert (at_input, at_output) == (ways == {}, "at_output" in ways)
+
+
+def test_a_damaged_scale_is_no_crash():
+    layer = encoding()
+    layer.scale.zero_()
+    assert torch.isfinite(layer(Clock(*torch.tensor([[NEVER, 3], [3, 8], [8, 9]])))).all()
