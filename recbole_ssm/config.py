@@ -1,8 +1,8 @@
 """RecBole's Config with our models, our properties, and every key and value checked before anything runs.
 
-Priority, highest first, as in RecBole: command line, config_dict, config files (a later file wins), defaults. Among the
-defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own. For language models
-properties/model comes before properties/dataset.
+Priority, highest first, as in RecBole: command line, config_dict, config files (a later file wins), the preset,
+defaults. Among the defaults: properties/dataset, then properties/model, then properties/overall, then RecBole's own.
+For language models properties/model comes before properties/dataset.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import yaml
 from recbole_ssm import compat
 from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows
+from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows, shown
 
 compat.install()
 
@@ -63,6 +63,9 @@ class Configurable:
 
     reads_text = False
     """Whether a language model reads the histories: batches and epochs are then the model's own on every data set."""
+
+    hides_items = False
+    """Whether the model can learn by ``train_mode: masked``."""
 
     @staticmethod
     def all_positions_refusal(config: Any) -> str | None:
@@ -144,8 +147,11 @@ class Config(recbole.config.Config):
 
     def _merge_external_config_dict(self) -> None:
         super()._merge_external_config_dict()
-        given = self.external_config_dict
-        self.external_config_dict: dict[str, Any] = {key: plain(key, value) for key, value in given.items()}
+        given = {key: plain(key, value) for key, value in self.external_config_dict.items()}
+        name = given.get("preset")
+        # The options of a run that goes on hold those of its preset.
+        self._preset = {} if name == self._base.get("preset") else _preset(name)
+        self.external_config_dict: dict[str, Any] = {**self._preset, **given}
 
     @property
     def class_path(self) -> str | None:
@@ -165,6 +171,9 @@ class Config(recbole.config.Config):
         assert isinstance(dataset, str)
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
+        of = self._preset.get("model", model)
+        if isinstance(model, str) and model != of and ":" not in model:
+            raise UserError(f"preset: {named['preset']} is of {of}, and the model is {model}; leave one out")
         if isinstance(model, type):
             return vars(model).get("model_name", model.__name__), model, dataset
         name = KEYS["model"].take("model", model)
@@ -237,7 +246,10 @@ class Config(recbole.config.Config):
     def _set_train_mode(self) -> None:
         """Packed wherever the model can learn from all positions at once, unless something else is asked for."""
         options = self.final_config_dict
-        refusal = self._rules.all_positions_refusal(options)
+        mode = options["train_mode"]
+        refusal = None if mode == "masked" else self._rules.all_positions_refusal(options)
+        if mode == "masked" and not self._rules.hides_items:
+            refusal = f"{self.model} does not learn from hidden items; Hydra4Rec does"
         options["packed_window"], options["packed_context"] = self._rules.window_and_context(
             options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
         )
@@ -248,9 +260,9 @@ class Config(recbole.config.Config):
             refusal = "train_neg_sample_args asks for more than one plain negative a target"
         if options["benchmark_filename"] is not None:
             refusal = "benchmark_filename names files whose prefixes are written out"
-        if refusal and options["train_mode"] == "packed":
-            raise UserError(f"train_mode: packed is not possible, because {refusal}; take train_mode: prefix")
-        options["train_mode"] = options["train_mode"] or ("prefix" if refusal else "packed")
+        if refusal and mode in ("packed", "masked"):
+            raise UserError(f"train_mode: {mode} is not possible, because {refusal}; take train_mode: prefix")
+        options["train_mode"] = mode or ("prefix" if refusal else "packed")
 
     def _init_device(self) -> None:
         if distributed.launched():
@@ -302,6 +314,15 @@ class Config(recbole.config.Config):
         self._check_times(merged)
         if temporal.NAME in merged["eval_args"]["split"]:
             temporal.check_parts(merged["eval_args"]["split"][temporal.NAME])
+        if merged["train_last"] and merged["train_newest"]:
+            raise UserError("train_newest: train_last leaves targets too, with their whole histories; leave one empty")
+        if merged["ties"] == "random" and (merged["legacy_time_order"] or merged["benchmark_filename"] is not None):
+            why = (
+                "legacy_time_order rounds times"
+                if merged["legacy_time_order"]
+                else "benchmark_filename's rows are made"
+            )
+            raise UserError(f"ties: random needs times that are not touched, and {why}; take ties: file")
         self._check_metrics(merged)
         self._rules.check_options(merged, self._find_model)
 
@@ -332,6 +353,22 @@ class Config(recbole.config.Config):
             raise UserError(
                 f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"
             )
+
+
+def _preset(name: Any) -> Mapping[str, Any]:
+    """The settings of a preset by its name; None has none.
+
+    Raises:
+        UserError: there is none.
+    """
+    if KEYS["preset"].take("preset", name) is None:
+        return {}
+    folder = PROPERTIES / "preset"
+    known = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    if name not in known:
+        hint = did_you_mean(str(name), known) or f"; known are {', '.join(known)}"
+        raise UserError(f"preset: there is no preset {shown(name)}{hint}")
+    return _shipped(folder / f"{name}.yaml")
 
 
 @cache

@@ -497,6 +497,7 @@ OPTIONS = Fields({}, "{'name': value}", open=True)
 NONE = Choice(None)
 _DECIMALS = _whole("[0, 20]")
 
+_SCHEDULER = Text("'cosine', 'one_cycle' or the name of a class of torch.optim.lr_scheduler")
 # PyTorch's schedulers find a wrong value of these only in the midst of a run, or never.
 _SCHEDULER_ARGS = Fields(
     {
@@ -582,6 +583,9 @@ KEYS: dict[str, Key] = {
 
     # how a run is started, kept and shown
     "model": Key(NAME, "run", "The model, ours or a sequential one of RecBole's."),
+    "preset": Key(Text("a name such as ml-1m/2Mamba4Rec"), "run", effect="none", empty=True, about=
+        "Settings that are shipped in properties/preset: above the other defaults, below config files and options. A "
+        "preset names its model and its data set, unless others are given."),
     "seed": Key(_whole("[0, 4294967295]"), "run", "Where all random numbers start."),
     "reproducibility": Key(FLAG, "run", "Let cuDNN choose only algorithms that give the same result each time."),
     "state": Key(_LEVEL, "run", effect="none", empty=True, about=
@@ -618,21 +622,26 @@ KEYS: dict[str, Key] = {
         "Parts into which a batch is cut, one after the other through the model: less memory, and the same step "
         "where the loss is a mean over targets."),
     "shuffle": Key(FLAG, "training", "Shuffle the training rows before each epoch."),
-    "train_mode": Key(Choice("packed", "prefix"), "training", empty=True, named=True, about=
-        "'packed': whole histories, a loss at every position. 'prefix': RecBole's rows, one loss each. Empty: "
-        "packed wherever the model allows it."),
+    "train_mode": Key(Choice("packed", "prefix", "masked"), "training", empty=True, named=True, about=
+        "'packed': whole histories, a loss at every position. 'prefix': RecBole's rows, one loss each. 'masked': whole "
+        "histories with hidden items, as BERT4Rec learns (Hydra4Rec alone). Empty: packed wherever the model allows "
+        "it, else prefix."),
     "packed_context": Key(AT_LEAST_1, "training", refused="it follows from packed_window and the model"),
     "packed_window": Key(AT_LEAST_1, "training", empty=True, about=
         "Targets of one window of a history longer than MAX_ITEM_LIST_LENGTH. Empty: the model's own choice."),
     "train_last": Key(AT_LEAST_1, "training", empty=True, about=
-        "Train on each user's newest so many targets only. Empty: on all."),
+        "Train on each user's newest so many targets only, with their whole histories. Empty: on all."),
+    "train_newest": Key(AT_LEAST_1, "training", empty=True, named=True, about=
+        "Train on each user's newest so many targets only, and let no history reach further back than the event before "
+        "them: what the loaders of SASRec, BERT4Rec and their kin do with their maximal length. Empty: on all."),
     "train_rows": Key(AT_LEAST_1, "training", empty=True, about=
         "Train on so many targets, drawn once by the seed. Empty: on all."),
     "train_neg_sample_args": Key(_NEGATIVES, "training", "Negative samples for the loss BPR.", empty=True),
     "transform": Key(_TRANSFORM, "training", "How RecBole changes the histories of a batch.", empty=True),
     "mask_ratio": Key(Number("(0, 1]"), "training", tune=Span(0.1, 0.6), about=
-        "The share of a history that 'mask_itemseq' masks."),
-    "ft_ratio": Key(Number("[0, 1]"), "training", "How often 'mask_itemseq' masks the last item only."),
+        "The share of a history that 'mask_itemseq' and 'train_mode: masked' hide."),
+    "ft_ratio": Key(Number("[0, 1]"), "training", about=
+        "How often 'mask_itemseq' and 'train_mode: masked' hide the last item only."),
     "eta": Key(Number("(0, 1]"), "training", "The share of a history that 'crop_itemseq' keeps."),
     "beta": Key(Number("[0, 1]"), "training", "The share of a history that 'reorder_itemseq' shuffles."),
     "learner": Key(_LEARNER, "training", "The optimiser.", named=True),
@@ -655,8 +664,11 @@ KEYS: dict[str, Key] = {
     "adaptive_batch_args": Key(OPTIONS, "training", empty=True, about=
         "Its options, such as {'D': 100, 'batch_max': 4096, 'every': 50}; recbole_ssm.optim.AdaptiveBatchSize lists"
         " them."),
-    "lr_scheduler": Key(Text("the name of a class of torch.optim.lr_scheduler"), "training", empty=True, about=
-        "A class of torch.optim.lr_scheduler, such as OneCycleLR."),
+    "lr_scheduler": Key(_SCHEDULER, "training", empty=True, about=
+        "'cosine' or 'one_cycle' over all steps of all epochs, after a rise of lr_warmup; or a class of "
+        "torch.optim.lr_scheduler, such as OneCycleLR."),
+    "lr_warmup": Key(PART, "training", tune=(0.0, 0.05, 0.1), about=
+        "The part of all steps in which 'cosine' and 'one_cycle' rise."),
     "lr_scheduler_args": Key(_SCHEDULER_ARGS, "training", empty=True, about=
         "Its arguments, such as {'max_lr': 0.01, 'total_steps': 1000}."),
     "lr_scheduler_interval": Key(Choice("epoch", "step"), "training", about=
@@ -689,6 +701,11 @@ KEYS: dict[str, Key] = {
         "How rows are split and ranked; entries that are not given keep their defaults."),
     "legacy_time_order": Key(FLAG, "data", about=
         "Sort events by RecBole's float32 timestamps, 64 s and coarser, as published RecBole numbers did."),
+    "ties": Key(Choice("file", "random"), "data", named=True, about=
+        "How events of one user at one time are ordered: as in the 'file', which is RecBole's way, or at 'random'; a "
+        "result that differs stands on the order of the file."),
+    "ties_seed": Key(_whole("[0, 4294967295]"), "data", about=
+        "Draws the order of 'ties: random'. It is no part of 'seed', so that runs of several seeds share their data."),
     "on_bad_lines": Key(Choice("error", "skip"), "data", about=
         "A line of a data file that cannot be used stops the run, or is skipped, counted and kept in "
         "checkpoint_dir."),
@@ -747,8 +764,8 @@ KEYS: dict[str, Key] = {
     "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256), named=True),
     "embedding_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
     "inner_size": Key(AT_LEAST_1, "model", tune=(128, 256, 512)),
-    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3), named=True),
-    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3), named=True),
+    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
+    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
     "residual": Key(Choice("auto", True, False), "model", named=True),
     "n_heads": Key(AT_LEAST_1, "model", tune=(1, 2, 4)),
     "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6), named=True),
@@ -757,6 +774,13 @@ KEYS: dict[str, Key] = {
     "hidden_act": Key(Choice("gelu", "relu", "swish", "tanh", "sigmoid"), "model"),
     "initializer_range": Key(NOT_NEGATIVE, "model"),
     "layer_norm_eps": Key(POSITIVE, "model"),
+    "norm_position": Key(Choice("post", "pre"), "model", tune=("post", "pre")),
+    "feed_forward": Key(Choice("mlp", "swiglu"), "model", tune=("mlp", "swiglu")),
+    "gated_residual": Key(FLAG, "model", tune=(False, True)),
+    "score": Key(Choice("dot", "cosine"), "model", tune=("dot", "cosine")),
+    "temperature": Key(POSITIVE, "model", tune=(0.05, 0.07, 0.1, 1.0)),
+    "label_smoothing": Key(PART, "model", tune=(0.0, 0.05, 0.1, 0.2)),
+    "logq_correction": Key(FLAG, "model", tune=(True, False)),
     "loss_type": Key(Choice("CE", "BPR"), "model", named=True),
     "num_negatives": Key(AT_LEAST_1, "model", tune=(64, 128, 256, 512)),
     "negative_power": Key(NOT_NEGATIVE, "model", tune=Span(0.0, 1.0)),

@@ -93,11 +93,11 @@ def run_recbole_ssm(
         ``test_result``; ``best_valid_result_masked`` and ``test_result_masked``, the same metrics
         in lists without the items of the user's history; ``test_by_group``, both for frequent and
         rare items and for short and long histories (:func:`recbole_ssm.evaluation.metrics.by_group`);
-        and ``checkpoint``, the path of the best checkpoint (None if not saved), and ``model``, its
-        name. For LlamaRec also ``reranking``, the metrics of the
-        test in the retriever's, the language model's and the fused order, overall and among the
-        users whose target was retrieved; and ``ranks``, order -> the rank of each tested row's
-        target.
+        ``protocol``, the split, ties and seed that these figures are of; and ``checkpoint``, the
+        path of the best checkpoint (None if not saved), and ``model``, its name. For LlamaRec also
+        ``reranking``, the metrics of the test in the retriever's, the language model's and the
+        fused order, overall and among the users whose target was retrieved; and ``ranks``, order ->
+        the rank of each tested row's target.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to
@@ -211,6 +211,8 @@ def _run(
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
     for name, found in (("best valid", best_valid_result), ("test result", test_result)):
         logger.info(f"{name}:\n{found}" if found else f"{name}: there is none")
+    protocol = metrics.protocol(config)
+    logger.info(f"protocol: {protocol}")
     groups = {}
     if test_result and trainer.ranking is not None:
         groups = metrics.by_group(trainer.ranking, config, training_events(train_data._dataset))
@@ -228,6 +230,7 @@ def _run(
         "test_result": test_result,
         "test_result_masked": test_result.masked if test_result else None,
         "test_by_group": groups,
+        "protocol": protocol,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
     for hook in trainer.hooks:

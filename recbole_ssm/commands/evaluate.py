@@ -10,7 +10,7 @@ from typing import Any
 from recbole_ssm.arguments import path_that
 from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.evaluation.metrics import Result
+from recbole_ssm.evaluation.metrics import Result, protocol
 from recbole_ssm.files import check_writable, write_json
 from recbole_ssm.quick_start import load_data_and_model
 from recbole_ssm.trainer import Trainer
@@ -37,7 +37,7 @@ def evaluate(
 
     Returns:
         ``{metric: value}``, as RecBole names them; its attribute ``masked`` has the same with the items
-        of the history left out.
+        of the history left out, and ``protocol`` says split, ties and seed.
 
     Raises:
         UserError: something given is wrong, or the split leaves no rows.
@@ -53,6 +53,7 @@ def evaluate(
     if found is None:
         raise UserError(f"part: the split leaves no rows of {part}; change eval_args")
     result: Result = found
+    result.protocol = protocol(config)
     return result
 
 
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{'':<{width}}  unmasked  history masked")
     for name, value in found.items():
         print(f"{name:<{width}}  {value:8.4f}" + (f"  {found.masked[name]:14.4f}" if name in found.masked else ""))
+    print(f"protocol: {found.protocol}")
     if options.json:
-        about = {"checkpoint": str(options.checkpoint), "part": options.part}
+        about = {"checkpoint": str(options.checkpoint), "part": options.part, "protocol": found.protocol}
         write_json(options.json, {**about, "metrics": found, "masked": found.masked})

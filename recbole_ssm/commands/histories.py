@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recbole_ssm.data import create_dataset, temporal
+from recbole_ssm.data import create_dataset, temporal, ties
 from recbole_ssm.data.convert import read_events
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.sources import open_raw
@@ -91,7 +91,8 @@ def _of_dataset(config: Any) -> Histories:
         dataset = create_dataset(config)
     events = dataset.inter_feat
     times = events[dataset.time_field].to_numpy()
-    order = np.lexsort((times, events[dataset.uid_field].to_numpy()))
+    order = ties.rows_of(dataset)
+    order = order[np.argsort(events[dataset.uid_field].to_numpy()[order], kind="stable")]
     users = events[dataset.uid_field].to_numpy()[order]
     names = dataset.field2id_token[dataset.uid_field]
     items = dataset.field2id_token[dataset.iid_field].astype(object)[events[dataset.iid_field].to_numpy()[order]]

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from recbole_ssm import compat
-from recbole_ssm.data import readymade, temporal
+from recbole_ssm.data import readymade, temporal, ties
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
 from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
@@ -58,8 +58,8 @@ class SequentialDataset(SplitDataset):
 
     - files are read by :mod:`recbole_ssm.data.atomic`, whose errors name file and line;
     - times are whole numbers (int64) where the file's are, and events are sorted by them, stably: events of one time
-      keep the order of the file. RecBole rounds to float32 first, 64 s and coarser (``legacy_time_order: true`` brings
-      that back). Batches carry seconds, whether the file counts them or milli-, micro- or nanoseconds;
+      keep the order of the file, unless ``ties: random`` draws one. RecBole rounds to float32 first, 64 s and coarser
+      (``legacy_time_order: true``). Batches carry seconds, also where the file counts milli-, micro- or nanoseconds;
     - a data set that is missing is downloaded whole or not at all;
     - prefixes are gathered batch by batch (:class:`recbole_ssm.data.prefixes.Prefixes`), the same rows in the same
       order; RecBole stores them all, padded;
@@ -365,7 +365,7 @@ class SequentialDataset(SplitDataset):
     def _change_feat_format(self) -> None:
         if self.benchmark_filename_list is None and not self.config["legacy_time_order"]:
             # Before times become seconds: all later sorts are stable, and rounding keeps the order.
-            order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
+            order = ties.rows_of(self)
             # One column after the other, because a second copy of all would double the memory.
             for column in self.inter_feat:
                 self.inter_feat[column] = self.inter_feat[column].array[order]
@@ -401,6 +401,7 @@ class SequentialDataset(SplitDataset):
         if self.config["legacy_time_order"]:
             # As RecBole will sort them.
             times = times.astype(np.float32)
+        self.logger.info(ties.sentence(self.config["ties"], self.config["ties_seed"], users, times))
         if temporal.NAME in split:
             parts = temporal.split_by_time(times, temporal.check_parts(split[temporal.NAME]))
             self._part_of_row = temporal.parts_of_targets(parts, users, times)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from recbole_ssm import distributed
 from recbole_ssm.data.evaluation import EvalLoader
 from recbole_ssm.data.gaps import reads_times, require_clock_times
+from recbole_ssm.data.masking import hide
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import LocalGenerator, seeded
 from recbole_ssm.data.splits import look_at_cold_targets, some_rows
@@ -284,7 +285,10 @@ class TrainLoader(TrainDataLoader):
         self._time_field = dataset.time_field if reads_times(config["time"]) else None
         self.sample_size = len(dataset)
         self.plan: Rows | Windows
-        if config["train_mode"] == "packed":
+        self._hides = config["train_mode"] == "masked"
+        if self._hides:
+            self.plan = Windows(dataset.inter_feat, max(config["MAX_ITEM_LIST_LENGTH"] - 1, 1), 1, self.shuffle)
+        elif config["train_mode"] == "packed":
             self.plan = Windows(dataset.inter_feat, config["packed_window"], config["packed_context"], self.shuffle)
         else:
             self.plan = Rows(dataset.inter_feat, self.shuffle)
@@ -321,6 +325,8 @@ class TrainLoader(TrainDataLoader):
         text = f"train_mode {config['train_mode']}: {plan.total:,} targets in {len(self.steps):,} steps of {self.step}"
         if not isinstance(plan, Windows):
             return f"{text}, each with its own history"
+        if self._hides:
+            return f"{text}, whose histories hide {config['mask_ratio']:.0%} of their events, or the last one alone"
         positions = int(plan.work(plan.epoch(np.random.default_rng(0))).sum())
         return (
             f"{text}; histories longer than {config['MAX_ITEM_LIST_LENGTH']} in windows of {plan.window} targets after "
@@ -333,6 +339,8 @@ class TrainLoader(TrainDataLoader):
             # The loader's own attribute of that name is PyTorch's.
             return TrainDataLoader.collate_fn(self, rows)
         batch = self.plan.gather(rows, self.iid_field, self._time_field)
+        if self._hides:
+            batch = hide(batch, self.config["mask_ratio"], self.config["ft_ratio"])
         if self._sampler is None:
             return batch
         ones = np.ones(len(batch.target), dtype=np.int64)
@@ -369,16 +377,19 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, EvalLoader, 
     processes, workers and batches; RecBole draws new ones.
 
     Raises:
-        UserError: there are fewer rows to evaluate than processes, ``train_last`` does not fit the data, a target is to
-            be ranked among more items than there are, or the model reads times and there are none.
+        UserError: there are fewer rows to evaluate than processes, ``train_last`` or ``train_newest`` does not fit the
+            data, a target is to be ranked among more items than there are, or the model reads times and there are none.
     """
     _check_transform(config)
     built = dataset.build()
     if reads_times(config["time"]):
         require_clock_times(config, built[0])
     built[1:] = look_at_cold_targets(config["drop_cold_targets"], *built)
-    if config["train_last"]:
-        built[0] = built[0].newest(config["train_last"])
+    for key in ("train_last", "train_newest"):
+        if config[key]:
+            rows = len(built[0])
+            built[0] = built[0].newest(config[key], alone=key == "train_newest")
+            getLogger().info(f"{key}: {config[key]}: {len(built[0]):,} of {rows:,} targets train")
     if config["train_rows"]:
         built[0] = _sample(built[0], config["train_rows"], config["seed"])
     negatives = config["train_neg_sample_args"]

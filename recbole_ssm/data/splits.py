@@ -75,16 +75,26 @@ class SplitDataset(recbole.data.dataset.SequentialDataset):
         part = np.where(early, position >= (early_count * (train / (1 - test))).astype(np.int64), 2)
         return self._parts(order, part)
 
-    def newest(self, count: int) -> Any:
+    def newest(self, count: int, alone: bool = False) -> Any:
         """Only each user's newest rows, at most ``count`` of them, in the order in which they stand.
+
+        With ``alone`` their histories begin with the event before the oldest of their targets, as if the user had done
+        nothing before.
 
         Raises:
             UserError: the rows come from files that were split beforehand.
         """
         if not isinstance(self.inter_feat, Prefixes):
-            raise UserError("train_last: benchmark_filename names files whose rows are written out; leave one empty")
+            key = "train_newest" if alone else "train_last"
+            raise UserError(f"{key}: benchmark_filename names files whose rows are written out; leave one empty")
         order, position, sizes = self._groups(self.uid_field)
-        return self.copy(self.inter_feat.select(np.sort(order[sizes - position <= count])))
+        kept = np.flatnonzero(sizes - position <= count)
+        kept = kept[np.argsort(order[kept])]
+        rows = self.inter_feat.select(order[kept])
+        if alone:
+            oldest = np.maximum(sizes - count, 0)
+            rows.length = np.minimum(rows.length, (position - oldest)[kept] + 1)
+        return self.copy(rows)
 
     def _groups(self, field: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows group by group, groups in the order of their first row: (rows, position in the group, its size)."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.arguments import TOY, literal
-from recbole_ssm.data import temporal
+from recbole_ssm.data import temporal, ties
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
 from recbole_ssm.data.lines import BadLines
@@ -27,6 +27,8 @@ BAR = 50
 SUSPICIOUS = 0.5
 # By how much the share may exceed twice that of chance before a warning is given.
 NOTED = 0.1
+# The share of tied events, or of tied targets, above which a warning is given.
+TIED = 0.1
 # A share that lies more standard deviations than these above that of chance does not come about by chance.
 DEVIATIONS = 5.0
 
@@ -126,7 +128,8 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
     Returns:
         ``users``, ``items``, ``interactions``, ``sparsity``, ``length`` (of histories), ``repeated_pairs`` (events
         beyond the first of their user and item), ``repeats`` (shares of the test targets that their histories hold),
-        ``ties`` (consecutive events of one user at one time), ``time``, ``order``, ``split`` and ``warnings``.
+        ``ties`` (consecutive events of one user at one time, and the share of the test targets that have the time of
+        the event before them), ``time``, ``order``, ``split`` and ``warnings``.
 
     Raises:
         UserError: the k-core is empty, or the split has an empty part.
@@ -141,7 +144,7 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
     lengths = np.diff(np.append(starts, len(users)))
     counts = events.counts()
     same = users[1:] == users[:-1]
-    tied = int((same & (times[1:] == times[:-1])).sum())
+    tied = ties.are_tied(users, times)
     part_of_event = None if parts is None else temporal.split_by_time(times, parts)
     # Leave-one-out tests the last event of each user who has three; a split by time all of its part but first events.
     tested = (starts + lengths - 1)[lengths >= 3] if part_of_event is None else np.flatnonzero(part_of_event == 2)
@@ -155,7 +158,11 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
         "length": _lengths(lengths),
         "repeated_pairs": len(repeated),
         "repeats": _repeats(sorted_events.items.codes, targets, repeated),
-        "ties": {"events": tied, "share": tied / max(int(same.sum()), 1)},
+        "ties": {
+            "events": int(tied.sum()),
+            "share": int(tied.sum()) / max(int(same.sum()), 1),
+            "targets": float(np.mean(tied[targets])) if len(targets) else 0.0,
+        },
         "time": _time(times, positions),
         "order": _order(events, sorted_events, starts, lengths),
     }
@@ -195,7 +202,7 @@ def text(found: dict[str, Any]) -> str:
         f"targets          {repeats['in_history']:.1%} of {repeats['targets']:,} test targets are in the history before"
         f" them; {repeats['newest']:.1%} are the newest item of it",
         f"ties             {found['ties']['events']:,} events at the time of the one before them "
-        f"({found['ties']['share']:.1%} of consecutive pairs)",
+        f"({found['ties']['share']:.1%} of consecutive pairs); {found['ties']['targets']:.1%} of the test targets",
         f"time             {when}",
         f"order            {order['back_in_time']:,} lines go back in time for their user; "
         f"{order['sorted_by_item']:.1%} of the histories of 3 and more are in the order of their item ids "
@@ -320,7 +327,7 @@ def _ranks(items: Tokens) -> np.ndarray:
 
 def _doubts(found: dict[str, Any]) -> list[str]:
     warnings = []
-    order, ties = found["order"], found["ties"]
+    order, tied = found["order"], found["ties"]
     if order["histories"] >= 20 and order["deviations"] > DEVIATIONS:
         share = f"{order['sorted_by_item']:.1%} of the histories are in the order of their item ids"
         if order["sorted_by_item"] > SUSPICIOUS:
@@ -332,10 +339,11 @@ def _doubts(found: dict[str, Any]) -> list[str]:
                 f"{share}, and {order['sorted_by_chance']:.1%} would be by chance: either ids were given in the order "
                 "of time, or a part of the data is sorted by item"
             )
-    if ties["share"] > 0.1:
+    if max(tied["share"], tied["targets"]) > TIED:
         warnings.append(
-            f"{ties['share']:.1%} of consecutive events of a user have one time, so results depend on how ties are "
-            "ordered: here they keep the order of the file; state it beside every figure"
+            f"{tied['share']:.1%} of consecutive events of a user have one time, and {tied['targets']:.1%} of the test "
+            "targets that of the event before, so a result may stand on the order of the file; state it beside every "
+            "figure, and its twin by ties: random"
         )
     if found["time"]["unit"] == "positions":
         warnings.append("the times only count each user's events; they are no clock times")

@@ -21,12 +21,14 @@ OF_ITEMS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", 
 class Result(dict[str, float]):
     """RecBole's metrics of an evaluation, in lists that hold the items of the histories too.
 
-    ``masked`` are the same without those items; it is empty where scores are compared with labels.
+    ``masked`` are the same without those items; it is empty where scores are compared with labels. ``protocol`` is what
+    :func:`protocol` says, where it was asked for.
     """
 
     def __init__(self, unmasked: Mapping[str, float], masked: Mapping[str, float] | None = None) -> None:
         super().__init__(unmasked)
         self.masked = dict(masked or {})
+        self.protocol: dict[str, Any] = {}
 
     def both(self) -> dict[str, float]:
         """All in one: ``hit@10`` and ``masked hit@10``."""
@@ -85,6 +87,17 @@ def result(ranking: Ranking, config: Any, training: Any) -> Result:
         UserError: a metric needs the training set and there is none.
     """
     return Result(*(_metrics(ranking, protocol, config, training) for protocol in range(len(PROTOCOLS))))
+
+
+def protocol(config: Any) -> dict[str, Any]:
+    """What figures of a configuration must be stated with: ``split``, ``mode``, ``ties`` and ``seed``.
+
+    There is a ``ties_seed`` where ties are ordered at random. Masked and unmasked figures have names of their own.
+    """
+    found = {key: config["eval_args"][key] for key in ("split", "mode")} | {"ties": config["ties"]}
+    if config["ties"] == "random":
+        found["ties_seed"] = config["ties_seed"]
+    return {**found, "seed": config["seed"]}
 
 
 def by_group(ranking: Ranking, config: Any, events: NDArray[np.int64]) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers.block import Block, Dropout, FeedForward
+from recbole_ssm.layers.block import Block, Dropout, FeedForward, Recipe, joined, outer_norms
 from recbole_ssm.layers.history import in_one_call
 from recbole_ssm.layers.hydra import Hydra
 from recbole_ssm.layers.mamba import Mamba
@@ -28,8 +28,11 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MixerState",
+    "Recipe",
     "TimeEncoding",
     "in_one_call",
+    "joined",
+    "outer_norms",
 ]
 
 

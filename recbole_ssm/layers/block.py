@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_ssm.layers.state import MixerState
 from recbole_ssm.layers.step import in_one_kernel, norm_fields
 from recbole_ssm.ops import dropout
 from recbole_ssm.ops.packing import last_of
+
+
+class Recipe(NamedTuple):
+    """What may differ in how a block surrounds its mixer; Mamba4Rec's way by default."""
+
+    pre_norm: bool = False
+    """A part f of a block computes ``u + f(norm(u))`` (Xiong et al. 2020, arXiv 2002.04745), not ``norm(u + f(u))``.
+    The stack then ends with a norm, and does not begin with one."""
+    swiglu: bool = False
+    """The feed-forward part is ``W2 (SiLU(W1 u) * V u)``, without biases (Shazeer 2020, arXiv 2002.05202)."""
+    gated: bool = False
+    """What is added to u is multiplied by ``sigmoid(W u + b)`` first, as in LiGR (Borisyuk et al. 2025, arXiv
+    2502.03417) and eSASRec."""
+
+
+PUBLISHED = Recipe()
 
 
 class Dropout(nn.Dropout):
@@ -20,28 +38,61 @@ class Dropout(nn.Dropout):
         return dropout(u, self.p, self.training)
 
 
+def joined(
+    u: Tensor, y: Tensor, norm: nn.Module, gate: nn.Module | None, pre_norm: bool, residual: bool = True
+) -> Tensor:
+    """What a part of a block gives ``[..., d_model]``, by its input u and what it has made of it, y."""
+    if gate is not None:
+        y = gate(u).sigmoid() * y
+    if residual:
+        y = u + y
+    out: Tensor = y if pre_norm else norm(y)
+    return out
+
+
+def outer_norms(width: int, recipe: Recipe, eps: float = 1e-12) -> tuple[nn.Module, nn.Module]:
+    """What stands before and behind a stack of blocks: a LayerNorm and nothing, or nothing and a LayerNorm."""
+    norm, nothing = nn.LayerNorm(width, eps=eps), nn.Identity()
+    return (nothing, norm) if recipe.pre_norm else (norm, nothing)
+
+
 class FeedForward(nn.Module):
-    """LayerNorm(u + W2 GELU(W1 u)) with dropout after either layer; position by position.
+    """LayerNorm(u + W2 GELU(W1 u)), or as the recipe says, with dropout after either layer; position by position.
 
     Args:
         d_model: width of input and output.
         d_inner: width between them.
         dropout: probability of either dropout.
+        recipe: where the norm stands, and what is between the two layers.
+        activation: takes the place of GELU.
     """
 
-    def __init__(self, d_model: int, d_inner: int, dropout: float) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        d_inner: int,
+        dropout: float,
+        recipe: Recipe = PUBLISHED,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
-        self.w_1 = nn.Linear(d_model, d_inner)
-        self.w_2 = nn.Linear(d_inner, d_model)
-        self.activation = nn.GELU()
+        self.recipe, self.activation = recipe, activation
+        self.w_1 = nn.Linear(d_model, 2 * d_inner if recipe.swiglu else d_inner, bias=not recipe.swiglu)
+        self.w_2 = nn.Linear(d_inner, d_model, bias=not recipe.swiglu)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
+        self.gate = nn.Linear(d_model, d_model) if recipe.gated else None
 
     def forward(self, u: Tensor) -> Tensor:
         """``[..., d_model]`` -> ``[..., d_model]``."""
-        hidden = self.dropout(self.activation(self.w_1(u)))
-        y: Tensor = self.norm(u + self.dropout(self.w_2(hidden)))
-        return y
+        hidden = self.w_1(self.norm(u) if self.recipe.pre_norm else u)
+        if self.recipe.swiglu:
+            gate, value = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = self.activation(hidden)
+        y = self.dropout(self.w_2(self.dropout(hidden)))
+        return joined(u, y, self.norm, self.gate, self.recipe.pre_norm)
 
 
 class Block(nn.Module):
@@ -53,14 +104,19 @@ class Block(nn.Module):
         dropout: probability of every dropout.
         residual: whether the input is added to the mixer's output. Mamba4Rec's published code
             leaves it out where the model has one layer.
+        recipe: where norms stand, and what else differs.
     """
 
-    def __init__(self, mixer: nn.Module, d_model: int, dropout: float, residual: bool) -> None:
+    def __init__(
+        self, mixer: nn.Module, d_model: int, dropout: float, residual: bool, recipe: Recipe = PUBLISHED
+    ) -> None:
         super().__init__()
         self.mixer: Any = mixer
+        self.recipe = recipe
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(d_model, eps=1e-12)
-        self.feed_forward = FeedForward(d_model, 4 * d_model, dropout)
+        self.feed_forward = FeedForward(d_model, 4 * d_model, dropout, recipe)
+        self.gate = nn.Linear(d_model, d_model) if recipe.gated else None
         self.residual = residual
 
     def forward(
@@ -73,25 +129,27 @@ class Block(nn.Module):
         return_state: bool = True,
     ) -> tuple[Tensor, MixerState | None]:
         """Whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
-        y, state = self.mixer(u, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state)
+        v = self.norm(u) if self.recipe.pre_norm else u
+        y, state = self.mixer(v, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state)
         return self._finish(last_of(u, cu_seqlens) if last_only else u, y), state
 
     @in_one_kernel
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """One event ``[B, d_model]``, as in :meth:`recbole_ssm.layers.Mamba.step`."""
-        y, state = self.mixer.step(u_t, state)
+        y, state = self.mixer.step(self.norm(u_t) if self.recipe.pre_norm else u_t, state)
         return self._finish(u_t, y), state
 
     def _finish(self, u: Tensor, y: Tensor) -> Tensor:
-        y = self.dropout(y)
-        y = self.norm(u + y if self.residual else y)
+        y = joined(u, self.dropout(y), self.norm, self.gate, self.recipe.pre_norm, self.residual)
         out: Tensor = self.feed_forward(y)
         return out
 
     def kernel_weights(self) -> dict[str, Any]:
-        """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none."""
+        """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none, or
+        its recipe is one that they do not know.
+        """
         mixer = self.mixer.kernel_weights() if hasattr(self.mixer, "kernel_weights") else {}
-        if not mixer:
+        if not mixer or self.recipe != PUBLISHED:
             return {}
         w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
         return {

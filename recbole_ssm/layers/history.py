@@ -91,10 +91,13 @@ class Chain(Weights):
 
     def __init__(self, model: Any) -> None:
         layers = [Prepared(block) for block in model.blocks]
-        table = {"table": model.item_embedding.weight, **norm_fields("first", model.norm)}
+        known = bool(layers) and all(layer.usable for layer in layers)
+        if not known:
+            logging.getLogger().info("encode: the one call of C++ does not know these blocks; they go one by one")
+        table = {"table": model.item_embedding.weight, **(norm_fields("first", model.norm) if known else {})}
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
         super().__init__(model, {**table, **blocks})
-        self.usable = self.usable and bool(layers) and all(layer.usable for layer in layers)
+        self.usable = self.usable and known
         self.most_events = 0
         if self.usable:
             self._blocks = (type(layers[0].fields) * len(layers))(*[layer.fields for layer in layers])

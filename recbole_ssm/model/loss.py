@@ -1,6 +1,4 @@
-"""The loss of next-item prediction, over the whole catalogue or against samples; ``loss_type``
-names it.
-"""
+"""The loss of next-item prediction, over the whole catalogue or against samples; ``loss_type`` names it."""
 
 from __future__ import annotations
 
@@ -19,13 +17,14 @@ from recbole_ssm.ops import linear_cross_entropy
 class NextItemLoss(nn.Module):
     """Mean loss over targets, from the vectors that predict them and the item embeddings.
 
-    - ``CE``: cross-entropy over all items.
+    - ``CE``: cross-entropy over all items; ``label_smoothing`` spreads that part of each target evenly over all of them
+      (Szegedy et al., CVPR 2016, section 7).
     - ``BPR``: RecBole's BPRLoss against one sampled item for each target.
     - ``sampled_softmax``: cross-entropy over the target and ``num_negatives`` sampled items, which all targets of a
       batch share. An item's logit is lowered by the logarithm of how often it is expected in
       the sample (logQ correction; Bengio and Senecal 2008, Yi et al. 2019), so that the sum
       over samples estimates the sum over all other items without bias. The target's own logit
-      stays: it is in the sum for certain.
+      stays: it is in the sum for certain. Without ``logq_correction`` logits stay as they are (eSASRec).
     - ``gBCE``: generalised binary cross-entropy of gSASRec (Petrov and Macdonald, RecSys 2023, equations 11 to 13),
       with calibration ``gbce_t``. The paper draws negatives for each target; that all targets
       of a batch share them is our choice.
@@ -35,7 +34,8 @@ class NextItemLoss(nn.Module):
     the target itself does not count.
 
     Args:
-        config: ``loss_type``, ``num_negatives``, ``negative_power``, ``gbce_t``.
+        config: ``loss_type``, ``num_negatives``, ``negative_power``, ``logq_correction``, ``gbce_t``,
+            ``label_smoothing``.
         dataset: its item counts are read where ``negative_power`` is above 0.
         n_items: catalogue size, padding included.
 
@@ -49,6 +49,9 @@ class NextItemLoss(nn.Module):
         self.n_items = n_items
         self.num_negatives = config["num_negatives"]
         self.t = config["gbce_t"]
+        # Settings of former versions do not hold these.
+        self.label_smoothing: float = config["label_smoothing"] or 0.0
+        self.corrected = config["logq_correction"] is not False
         if self.loss_type == "gBCE" and self.num_negatives > n_items - 2:
             raise UserError(
                 f"num_negatives: gBCE samples among the {n_items - 2} items that are not the target, got "
@@ -74,12 +77,12 @@ class NextItemLoss(nn.Module):
             negative: for BPR, an id of an item that did not ``[n]``.
         """
         if self.loss_type == "CE":
-            return linear_cross_entropy(output, items, target)
+            return linear_cross_entropy(output, items, target, label_smoothing=self.label_smoothing)
         if self.loss_type == "sampled_softmax":
             sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
             # The logarithm of K q_j, the expected count of item j in the sample.
-            expected = math.log(self.num_negatives) + self.log_q
-            return linear_cross_entropy(output, items, target, candidates_K=sample, bias_V=-expected)
+            bias = -(math.log(self.num_negatives) + self.log_q) if self.corrected else None
+            return linear_cross_entropy(output, items, target, candidates_K=sample, bias_V=bias)
         positive = (output * items[target]).sum(-1)
         if self.loss_type == "BPR":
             return self.bpr(positive, (output * items[negative]).sum(-1))

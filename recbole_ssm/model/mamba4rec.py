@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Clock, Dropout, Mamba, in_one_call
+from recbole_ssm.layers import Block, Clock, Dropout, Mamba, in_one_call, outer_norms
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.ssm import SSMRecommender
 
@@ -38,9 +38,9 @@ class Mamba4Rec(SSMRecommender):
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
         self.dropout = Dropout(self.dropout_prob)
-        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
+        self.norm, self.last_norm = outer_norms(self.hidden_size, self.recipe)
         self.blocks = nn.ModuleList(
-            Block(Mamba(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual)
+            Block(Mamba(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual, self.recipe)
             for _ in range(self.num_layers)
         )
         self.loss = NextItemLoss(config, dataset, self.n_items)
@@ -57,9 +57,10 @@ class Mamba4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
-        # The Mamba layers: y = LayerNorm(u + Dropout(Mamba(u))), then LayerNorm(y + FFN(y)).
+        # The Mamba layers: y = LayerNorm(u + Dropout(Mamba(u))), then LayerNorm(y + FFN(y));
+        # other recipes (pre-norm, SwiGLU, gates) are in recbole_ssm.layers.block.
         # The published code does not add u where there is one layer; here ``residual`` decides.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
-        return u if last_only else u[0]
+        return self.last_norm(u if last_only else u[0])

@@ -1,13 +1,12 @@
-"""RecBole's SequentialRecommender over packed histories: what a model inherits that can encode
-them.
-"""
+"""RecBole's SequentialRecommender over packed histories: what a model inherits that can encode them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
@@ -15,16 +14,17 @@ from recbole_ssm.config import Configurable
 from recbole_ssm.data.gaps import reads_times, time_scale
 from recbole_ssm.data.loader import PackedBatch
 from recbole_ssm.errors import UserError
-from recbole_ssm.layers import Clock, TimeEncoding
+from recbole_ssm.layers import Clock, Recipe, TimeEncoding
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
 
 
 class PackedRecommender(Configurable, SequentialRecommender):
-    """A model that encodes histories laid end to end; scores are dot products with the item embeddings.
+    """A model that encodes histories laid end to end; scores are products with the item embeddings.
 
-    A subclass defines ``item_embedding``, :meth:`encode` and ``loss``. RecBole's rows are
-    packed before anything is computed, so padding costs nothing and cannot influence a score.
+    They are dot products, or cosines where the key ``score`` says so, over ``temperature``. A subclass defines
+    ``item_embedding``, :meth:`encode` and ``loss``. RecBole's rows are packed before anything is computed, so padding
+    costs nothing and cannot influence a score.
 
     One that reads times calls :meth:`read_times` where it defines its layers, and starts from
     :meth:`embed`.
@@ -37,8 +37,22 @@ class PackedRecommender(Configurable, SequentialRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
+        # Settings of former versions do not hold these.
+        self.cosine = config["score"] == "cosine"
+        self.temperature: float = config["temperature"] or 1.0
         self.time_encoding: TimeEncoding | None = None
         self._time_fields = f"{config['TIME_FIELD']}{config['LIST_SUFFIX']}", config["TIME_FIELD"]
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:
+        """What a recipe asks for must go together."""
+        if options.get("label_smoothing") and options["loss_type"] != "CE":
+            raise UserError(
+                f"label_smoothing: spreads a target over all items, and loss_type: {options['loss_type']} does not see "
+                "them; take loss_type: CE"
+            )
+        if options.get("gated_residual") and options["norm_position"] != "pre":
+            raise UserError("gated_residual: is of blocks whose norms come first; take norm_position: pre")
 
     @staticmethod
     def all_positions_refusal(config: Any) -> str | None:
@@ -131,13 +145,13 @@ class PackedRecommender(Configurable, SequentialRecommender):
             output = self.forward(*self.histories_of(interaction))
             target = interaction[self.POS_ITEM_ID]
             negative = interaction[self.NEG_ITEM_ID] if self.loss.loss_type == "BPR" else None
-        loss: Tensor = self.loss(output, self.item_embedding.weight, target, negative)
+        loss: Tensor = self.loss(self.asking(output), self.item_vectors(), target, negative)
         return loss
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
         output = self.forward(*self.histories_of(interaction))
-        return (output * self.item_embedding(interaction[self.ITEM_ID])).sum(-1)
+        return (self.asking(output) * self.item_vectors()[interaction[self.ITEM_ID]]).sum(-1)
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
@@ -150,7 +164,22 @@ class PackedRecommender(Configurable, SequentialRecommender):
         """What the scores are products of: vectors of the rows ``[B, hidden_size]`` and of all items
         ``[V, hidden_size]``. Evaluation counts ranks by them, unless a subclass has a ``full_sort_predict`` of its own.
         """
-        return self.forward(*self.histories_of(interaction)), self.item_embedding.weight
+        return self.asking(self.forward(*self.histories_of(interaction))), self.item_vectors()
+
+    def asking(self, output: Tensor) -> Tensor:
+        """Outputs ``[..., hidden_size]`` as vectors whose products with :meth:`item_vectors` are the scores."""
+        if self.cosine:
+            output = F.normalize(output, dim=-1)
+        return output if self.temperature == 1 else output / self.temperature
+
+    def item_vectors(self) -> Tensor:
+        """The vectors of all items ``[V, hidden_size]``: their embeddings, of length 1 where scores are cosines."""
+        items = self.item_embedding.weight
+        if not self.cosine:
+            return items
+        length = items.norm(dim=-1, keepdim=True)
+        # Padding may be zeros, whose gradient would be without bound.
+        return items / torch.where(length > 0, length, 1.0)
 
     def fixed_shape_scores(self, item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> Tensor:
         """Scores ``[B, V]`` of all items for histories ``[B, L]``, in shapes that do not depend on their lengths.
@@ -160,7 +189,12 @@ class PackedRecommender(Configurable, SequentialRecommender):
         flat = () if clock is None else (Clock(*(column.flatten() for column in clock)),)
         output = self.encode(*split_padding(item_seq, item_seq_len), *flat, last_only=True)[::2]
         output = self.read_out(output, clock and clock.newest(item_seq_len))
-        return output @ self.item_embedding.weight.T
+        return self.asking(output) @ self.item_vectors().T
+
+
+def recipe_of(config: Any) -> Recipe:
+    """The recipe of a configuration's blocks; settings of former versions have none of these keys."""
+    return Recipe(config["norm_position"] == "pre", config["feed_forward"] == "swiglu", bool(config["gated_residual"]))
 
 
 def pack(item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> tuple[Any, ...]:

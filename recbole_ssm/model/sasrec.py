@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from recbole.model.layers import TransformerEncoder
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Clock, Dropout
+from recbole_ssm.layers import Clock, Dropout, FeedForward, Recipe, joined, outer_norms
 from recbole_ssm.model.loss import NextItemLoss
-from recbole_ssm.model.packed import PackedRecommender
+from recbole_ssm.model.packed import PackedRecommender, recipe_of
 from recbole_ssm.ops.packing import buckets, last_of, positions_of
 
 
@@ -27,7 +27,8 @@ class SASRec(PackedRecommender):
     Names, sizes and starting values of the weights are RecBole's, and so are the scores (to
     rounding). Ours are three things: no padding is computed; where only the last position is
     read, the last layer computes no other; and the model can be trained on all positions at
-    once, as in the paper and not in RecBole.
+    once, as in the paper and not in RecBole. Other recipes are open to it: with norms that come
+    first, SwiGLU and gates it has the layers of eSASRec (Tikhonovich et al., RecSys 2025).
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -52,17 +53,31 @@ class SASRec(PackedRecommender):
             hidden_act=config["hidden_act"],
             layer_norm_eps=config["layer_norm_eps"],
         )
-        self.LayerNorm = nn.LayerNorm(self.hidden_size, eps=config["layer_norm_eps"])
+        self.recipe = recipe_of(config)
+        self.LayerNorm, self.last_norm = outer_norms(self.hidden_size, self.recipe, eps=config["layer_norm_eps"])
         self.dropout = Dropout(config["hidden_dropout_prob"])
         for module in list(self.trm_encoder.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Dropout:
                     setattr(module, name, Dropout(child.p))
+        for layer in self.trm_encoder.layer:
+            layer.multi_head_attention.gate = None
+            if self.recipe != Recipe():
+                # RecBole's is the default's, whose weights keep their names.
+                self._follow_recipe(layer, config)
         self.loss = NextItemLoss(config, dataset, self.n_items)
         self.read_times(config, dataset, self.hidden_size)
 
         # parameters initialization
         self.apply(self._init_weights)
+
+    def _follow_recipe(self, layer: Any, config: Any) -> None:
+        """Replace what surrounds attention in one of RecBole's layers."""
+        width, dropout = self.hidden_size, config["hidden_dropout_prob"]
+        activation = layer.feed_forward.intermediate_act_fn
+        layer.feed_forward = FeedForward(width, config["inner_size"], dropout, self.recipe, activation)
+        if self.recipe.gated:
+            layer.multi_head_attention.gate = nn.Linear(width, width)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -90,12 +105,14 @@ class SASRec(PackedRecommender):
         for number, layer in enumerate(layers):
             at_last = last_only and number == len(layers) - 1
             attention = layer.multi_head_attention
+            u = attention.LayerNorm(x) if self.recipe.pre_norm else x
             # The positions that are needed from here on: [S or total, hidden_size].
-            rest = last_of(x[None], cu_seqlens) if at_last else x
-            context = self._attend(attention.query(rest), attention.key(x), attention.value(x), cu_seqlens, at_last)
-            y = attention.LayerNorm(attention.out_dropout(attention.dense(context)) + rest)
+            x, asking = (last_of(x[None], cu_seqlens), last_of(u[None], cu_seqlens)) if at_last else (x, u)
+            context = self._attend(attention.query(asking), attention.key(u), attention.value(u), cu_seqlens, at_last)
+            y = attention.out_dropout(attention.dense(context))
+            y = joined(x, y, attention.LayerNorm, attention.gate, self.recipe.pre_norm)
             x = layer.feed_forward(y)
-        return x
+        return self.last_norm(x)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, at_last: bool) -> Tensor:
         """Causal attention within each history, ``[total, hidden_size]`` each; with ``at_last``

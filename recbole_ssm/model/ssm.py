@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_ssm.layers import Clock, Dropout, MixerState
-from recbole_ssm.model.packed import PackedRecommender, pack
+from recbole_ssm.model.packed import PackedRecommender, pack, recipe_of
 
 
 class SSMRecommender(PackedRecommender):
@@ -19,7 +19,10 @@ class SSMRecommender(PackedRecommender):
     """
 
     dropout: Dropout
-    norm: nn.LayerNorm
+    norm: nn.Module
+    """Between the embeddings and the first block; nothing where the norms of blocks come first."""
+    last_norm: nn.Module
+    """Behind the last block; nothing where the norms of blocks come last."""
     blocks: Any
 
     def __init__(self, config: Any, dataset: Any) -> None:
@@ -31,8 +34,11 @@ class SSMRecommender(PackedRecommender):
         self.dropout_prob = config["dropout_prob"]
         self.initializer_range = config["initializer_range"]
         self.readout = config["readout"]
-        # The rule of Mamba4Rec's published code: one layer has no residual.
-        self.residual = self.num_layers > 1 if config["residual"] == "auto" else config["residual"]
+        self.recipe = recipe_of(config)
+        # The rule of Mamba4Rec's published code: one layer has no residual. Without one, a norm that comes first would
+        # leave nothing of the input.
+        several = self.num_layers > 1 or self.recipe.pre_norm
+        self.residual = several if config["residual"] == "auto" else config["residual"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -89,7 +95,7 @@ class SSMRecommender(PackedRecommender):
         for block, before in zip(self.blocks, state):
             u, new = block.step(u, before)
             after.append(new)
-        return u, after
+        return self.last_norm(u), after
 
     def read(self, items_L: Tensor, clock: Clock | None = None) -> tuple[Tensor, list[MixerState]]:
         """One history of any length at once: item ids ``[L]`` and their clock ``[L]`` -> a vector
@@ -100,4 +106,4 @@ class SSMRecommender(PackedRecommender):
         for block in self.blocks:
             u, state = block(u)
             states.append(state)
-        return u[:, -1], states
+        return self.last_norm(u[:, -1]), states

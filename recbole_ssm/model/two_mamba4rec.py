@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recbole_ssm.layers import Block, Clock, Dropout, Mamba2, in_one_call
+from recbole_ssm.layers import Block, Clock, Dropout, Mamba2, in_one_call, outer_norms
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.ssm import SSMRecommender
 
@@ -39,9 +39,9 @@ class TwoMamba4Rec(SSMRecommender):
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
         self.dropout = Dropout(self.dropout_prob)
-        self.norm = nn.LayerNorm(self.hidden_size, eps=1e-12)
+        self.norm, self.last_norm = outer_norms(self.hidden_size, self.recipe)
         self.blocks = nn.ModuleList(
-            Block(Mamba2(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual)
+            Block(Mamba2(self.hidden_size, **sizes), self.hidden_size, self.dropout_prob, self.residual, self.recipe)
             for _ in range(self.num_layers)
         )
         self.loss = NextItemLoss(config, dataset, self.n_items)
@@ -59,8 +59,8 @@ class TwoMamba4Rec(SSMRecommender):
         # The embedding layer. The scan knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
         # The blocks: y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
-        # ``residual`` decides whether u is added.
+        # ``residual`` decides whether u is added; other recipes are in recbole_ssm.layers.block.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
-        return u if last_only else u[0]
+        return self.last_norm(u if last_only else u[0])

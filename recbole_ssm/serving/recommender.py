@@ -241,9 +241,9 @@ class Recommender:
             part = rows[start : start + self._rows_at_once()]
             batch = self._batch([asked[number] for number in part])
             try:
+                # Those whose products with the items' are the scores, where the model tells them.
                 ours = isinstance(self.model, PackedRecommender)
-                inputs = self.model.histories_of(batch) if ours else [batch[field] for field in fields]
-                vectors = self.model.forward(*inputs)
+                vectors = self.model.factors(batch)[0] if ours else self.model.forward(*(batch[f] for f in fields))
                 found[part] = vectors.float().cpu()
             except (TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{self._name}: makes no vector of a history of items ({error})") from error
@@ -253,6 +253,7 @@ class Recommender:
         table = getattr(getattr(self.model, "item_embedding", None), "weight", None)
         if table is None:
             raise UserError(f"{self._name}: has no vectors of items")
+        table = self.model.item_vectors() if hasattr(self.model, "item_vectors") else table
         found: Tensor = table.detach()[: len(self.items)]
         return found
 

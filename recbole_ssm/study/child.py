@@ -164,6 +164,7 @@ def _train(folder: Path, lines: TextIO) -> None:
         peak_memory=history.peak_memory,
         latency=json.loads(latency.read_text(encoding="utf-8")) if latency.is_file() else None,
         reranking=result.get("reranking"),
+        protocol=plain(result["protocol"]),
         made=machine(),
     ).write()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from recbole_ssm.arguments import at_least, each_once
+from recbole_ssm.arguments import at_least, each_once, some_of
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
 from recbole_ssm.study import report
+from recbole_ssm.study.arms import read_arms
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
 from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
@@ -28,6 +30,9 @@ UNTUNED = "none; every model has its defaults and what the command gives"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
     add_common_arguments(parser, ",".join([*NEURAL_BASELINES, *STATE_SPACE]), "ml-100k", 5)
+    add_ties(parser)
+    what = "a YAML file of rows by name, each with its config keys, in place of --models (recbole_ssm.study.arms)"
+    parser.add_argument("--arms", type=Path, metavar="FILE", help=what)
     parser.add_argument(
         "--tune",
         type=at_least(0),
@@ -40,24 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     """Train what is missing, and write the table to the folder."""
-    runs, todo, seeds = plan(options, keys)
+    if options.arms:
+        runs, entries, seeds = plan_arms(options, keys)
+    else:
+        runs, todo, seeds = plan(options, keys)
+        entries = [Entry(one, label_of(one, options.ties), seeds=len(seeds)) for one in todo]
+    todo = [entry.run for entry in entries]
     check_rows(runs, todo, options.tune > 0)
     fetch(runs, todo)
-    entries = [Entry(one, one.model) for one in todo]
     tuning = UNTUNED
     if options.tune:
-        entries = [Entry(one, one.model) for one in tuned(runs, todo, options.tune, seeds[0])]
+        for entry, best in zip(entries, tuned(runs, todo, options.tune, seeds[0])):
+            entry.run = best
         tuning = (
             f"{options.tune} settings of each model's own search space on each data set, the defaults among them, by "
             f"validation with seed {seeds[0]}"
         )
 
     def write() -> str:
-        return report.write(options.folder, "compare", entries, seeds, tuning)
+        return report.write(options.folder, "compare", entries, seeds, tuning, of_alike_ties)
 
     carry_out(runs, entries, seeds, write)
     return (
-        f"{write()}\nwritten to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, compare.png"
+        f"{write()}\nwritten to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, "
+        "compare.json, compare.png"
     )
 
 
@@ -71,16 +82,25 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: str, datasets:
     parser.add_argument("--seeds", type=at_least(1), default=seeds, help=what)
 
 
+def add_ties(parser: argparse.ArgumentParser) -> None:
+    """The option ``--ties``, by which every run has an arm for each order of events of one time."""
+    what = "orders of a user's events of one time, an arm each: file,random; default: file alone"
+    parser.add_argument("--ties", type=some_of(("file", "random")), help=what)
+
+
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Run], list[int]]:
-    """``--models``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, a run for each pair, the seeds."""
+    """``--models``, ``--datasets``, ``--ties``, ``--seeds`` and config keys -> the runs' folder, a run for each triple,
+    the seeds.
+    """
     for model in options.models:
         get_model(model)
     plain, own = split_keys(keys, options.models, options.datasets)
     seeds = seeds_from(plain, options.seeds)
     runs, common = runs_in(options.folder, plain)
+    arms = [{"ties": ties} for ties in getattr(options, "ties", None) or ()] or [{}]
     todo = [
-        Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {})})
-        for dataset, model in itertools.product(options.datasets, options.models)
+        Run(model, dataset, {**common, **own.get(dataset, {}), **own.get(model, {}), **arm})
+        for dataset, model, arm in itertools.product(options.datasets, options.models, arms)
     ]
     for one in todo:
         try:
@@ -89,6 +109,32 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
             own_keys = "" if len(options.models) == 1 else " (a key of some models alone is written --MODEL.KEY)"
             raise UserError(f"{one.model}: {error}{own_keys}") from error
     return runs, todo, seeds
+
+
+def plan_arms(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Entry], list[int]]:
+    """``--arms``, ``--datasets``, ``--seeds`` and config keys -> the runs' folder, the table's rows, the seeds."""
+    common, _ = split_keys(keys, (), ())
+    first = seeds_from(common, 1)[0]
+    runs, common = runs_in(options.folder, common)
+    if options.ties:
+        raise UserError("--ties: each row of --arms says its own, such as ties: [file, random]")
+    entries = read_arms(options.arms, common, options.datasets, options.seeds)
+    for entry in entries:
+        try:
+            runs.config(entry.run)
+        except UserError as error:
+            raise UserError(f"--arms: {entry.label}: {error}") from error
+    return runs, entries, list(range(first, first + max(entry.seeds for entry in entries)))
+
+
+def label_of(run: Run, ties: Sequence[str] | None) -> str:
+    """What a row is called: its model, and its ties where there are arms of several."""
+    return f"{run.model}, ties {run.options['ties']}" if ties and len(ties) > 1 else run.model
+
+
+def of_alike_ties(one: Entry, other: Entry) -> bool:
+    """Whether two entries were tested on the same targets, as far as ties decide what the targets are."""
+    return one.run.options.get("ties", "file") == other.run.options.get("ties", "file")
 
 
 def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:
@@ -159,9 +205,12 @@ def split_keys(
 
 
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
-    """Measure the entries' speed, then run each on every seed, seeds in the outer loop; ``write`` after each run."""
+    """Measure the entries' speed, then run each on as many seeds as it has, seeds in the outer loop.
+
+    ``write`` is called after each run.
+    """
     for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
-        entry.speed, entry.seeds = speed, len(seeds)
+        entry.speed = speed
         try:
             entry.settings = runs.content(entry.run)["settings"]
         except UserError:
@@ -169,7 +218,9 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
             continue
     todo = [
         (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
-        for seed, entry in itertools.product(seeds, entries)
+        for number, seed in enumerate(seeds)
+        for entry in entries
+        if number < entry.seeds
     ]
     for outcome, (entry, _) in zip(runs.all(one for _, one in todo), todo):
         entry.outcomes.append(outcome)

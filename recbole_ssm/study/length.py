@@ -14,7 +14,18 @@ from typing import Any
 from recbole_ssm.arguments import sizes
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import report
-from recbole_ssm.study.compare import UNTUNED, add_common_arguments, carry_out, check_rows, fetch, plan
+from recbole_ssm.study.compare import (
+    UNTUNED,
+    add_common_arguments,
+    add_ties,
+    carry_out,
+    check_rows,
+    fetch,
+    label_of,
+    of_alike_ties,
+    plan,
+)
+from recbole_ssm.study.plots import panels
 from recbole_ssm.study.report import Entry, Row
 from recbole_ssm.study.runs import Run
 
@@ -24,6 +35,7 @@ KEY = "MAX_ITEM_LIST_LENGTH"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
     add_common_arguments(parser, "SASRec,Mamba4Rec,2Mamba4Rec", "ml-1m", 1)
+    add_ties(parser)
     parser.add_argument("--lengths", type=sizes, default="50,200,1000", help="comma-separated; default %(default)s")
 
 
@@ -35,7 +47,11 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     runs, todo, seeds = plan(options, keys)
     check_rows(runs, todo)
     entries = [
-        Entry(Run(one.model, one.dataset, {**one.options, KEY: length}), f"{one.model}, {length}")
+        Entry(
+            Run(one.model, one.dataset, {**one.options, KEY: length}),
+            f"{label_of(one, options.ties)}, {length}",
+            seeds=len(seeds),
+        )
         for one in todo
         for length in sorted(options.lengths)
     ]
@@ -51,14 +67,15 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
 
 
 def _one_thing_apart(one: Entry, other: Entry) -> bool:
-    """Whether two entries differ in their model or in their length, but not in both."""
-    return one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
+    """Whether two entries of the same ties differ in their model or in their length, but not in both."""
+    alike = one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
+    return alike and of_alike_ties(one, other)
 
 
 def _draw(drawn: Any, table: Sequence[Row]) -> None:
     """Draw NDCG@10, seconds an epoch and seconds a user against the length, one column for each data set."""
     shown = (("ndcg", "NDCG@10"), ("seconds_per_epoch", "seconds an epoch"), ("latency_p50_s", "seconds a user"))
-    for column, dataset, here in report.panels(drawn, table, lines=len(shown)):
+    for column, dataset, here in panels(drawn, table, lines=len(shown)):
         for axes, (key, title) in zip(column, shown):
             for model in dict.fromkeys(row["model"].rpartition(", ")[0] for row in here):
                 mine = [row for row in here if row["model"].rpartition(", ")[0] == model and row[key] is not None]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
-from recbole_ssm.files import write_csv, write_text
+from recbole_ssm.files import write_csv, write_json, write_text
 from recbole_ssm.keys import KEYS
+from recbole_ssm.study.plots import quality_against_latency
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
 PUBLISHED = Path(__file__).parent / "published.csv"
 Row = dict[str, Any]
 Compared = Callable[["Entry", "Entry"], bool]
+"""Whether two entries are tested against each other."""
 
 
 @dataclass
@@ -64,16 +66,21 @@ def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
     """The table's figures, a row an entry; None where there is none.
 
+    ``split`` and ``ties`` say how the runs were tested (where some run says it; those of 0.1.0 do not).
     ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._masked`` the same without the items of the history
     (where some run has them; those of 0.1.0 have not), ``..._sd`` their sample standard deviations (None for one seed),
-    ``p_best`` the Holm-corrected p of NDCG@10 against the data set's best (None for the best itself),
+    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set and ties (None for the best itself),
     ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
     """
     found = []
     masked = any(outcome.test_masked for entry in entries for outcome in entry.done)
+    stated = any(outcome.protocol for entry in entries for outcome in entry.done)
     for entry in entries:
         done, speed = entry.done, entry.speed or {}
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
+        if stated:
+            row["ties"] = entry.settings.get("ties", entry.run.options.get("ties"))
+            row["split"] = (entry.settings.get("eval_args") or {}).get("split")
         for name in METRICS:
             values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
@@ -92,24 +99,32 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
         found.append(row)
     for dataset, pairs in tests.items():
         here = [row for row in found if row["dataset"] == dataset and row["ndcg"] is not None]
-        best = max(here, key=lambda row: row["ndcg"])["model"] if here else None
-        for pair in pairs:
-            if pair.metric == "NDCG@10" and best in (pair.first, pair.second):
+        for ties in {row.get("ties") for row in here}:
+            alike = {row["model"]: row for row in here if row.get("ties") == ties}
+            best = max(alike, key=lambda model: alike[model]["ndcg"])
+            for pair in pairs:
                 other = pair.second if pair.first == best else pair.first
-                next(row for row in here if row["model"] == other)["p_best"] = pair.holm_p
+                if pair.metric == "NDCG@10" and best in (pair.first, pair.second) and other in alike:
+                    alike[other]["p_best"] = pair.holm_p
     return found
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
-    """Data set -> the pairs of its entries that are to be compared, by every metric, over the users."""
+    """Data set -> the pairs of its entries that are to be compared, by every metric, over the users.
+
+    ``NDCG@10 masked`` is of lists without the items of the history, where the runs have such.
+    """
     found: dict[str, list[Pair]] = {entry.run.dataset: [] for entry in entries}
     for dataset, pairs in found.items():
         done = [entry for entry in entries if entry.run.dataset == dataset and entry.done]
-        for name in METRICS:
-            values = {id(entry): over_users(name, [outcome.ranks() for outcome in entry.done]) for entry in done}
+        masked = [entry for entry in done if all(outcome.test_masked for outcome in entry.done)]
+        for (order, tested), name in itertools.product(((None, done), ("masked", masked)), METRICS):
+            values = {id(entry): over_users(name, [outcome.ranks(order) for outcome in entry.done]) for entry in tested}
             pairs += corrected(
-                paired(name, (one.label, values[id(one)]), (other.label, values[id(other)]))
-                for one, other in combinations(done, 2)
+                paired(
+                    f"{name} {order}" if order else name, (one.label, values[id(one)]), (other.label, values[id(other)])
+                )
+                for one, other in itertools.combinations(tested, 2)
                 if compared(one, other)
             )
     return found
@@ -137,6 +152,10 @@ def _seeds(row: Row) -> str:
     return f"{row['seeds']} of {row['of_seeds']}" if missing else f"{row['seeds']}"
 
 
+def _not_run(row: Row) -> bool:
+    return not row["seeds"] and not row["error"]
+
+
 def _number(key: str, scale: float = 1.0, digits: int = 0) -> Callable[[Row], str]:
     return lambda row: "" if row[key] is None else f"{row[key] * scale:,.{digits}f}"
 
@@ -152,7 +171,8 @@ def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Ro
         "data set": lambda row: row["dataset"],
         "model": lambda row: row["model"],
         "seeds": _seeds,
-        "Hit@10": mean("hit", latex),
+        **({"ties": lambda row: row["ties"] or ""} if any("ties" in row for row in table) else {}),
+        "Hit@10": lambda row: "not run" if _not_run(row) else mean("hit", latex)(row),
         "NDCG@10": mean("ndcg", latex),
         "MRR@10": mean("mrr", latex),
         **(masked if any("hit_masked" in row for row in table) else {}),
@@ -168,19 +188,17 @@ def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Ro
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table in Markdown; the best mean of each data set is bold, and below stands why runs failed."""
-    best: dict[tuple[str, str], Any] = {
-        (row["dataset"], key): max((r[key] for r in table if r["dataset"] == row["dataset"] and r[key]), default=None)
-        for row in table
-        for key in ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")
-        if key in row
-    }
+    """The table in Markdown; the best mean of each data set and ties is bold, and below stands why runs failed."""
+    best: dict[tuple[str, str | None, str], Any] = {}
+    for row, key in itertools.product(table, ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")):
+        group = row["dataset"], row.get("ties"), key
+        best[group] = max(best.get(group, 0), row.get(key) or 0)
     rows = []
     for row in table:
         cells = []
         for title, text_of in columns(table).items():
             text, key = text_of(row), title.lower().replace("@10", "").replace(" ", "_")
-            if text and (row["dataset"], key) in best and row[key] == best[row["dataset"], key]:
+            if text and key in row and row[key] == best.get((row["dataset"], row.get("ties"), key)):
                 text = f"**{text}**"
             cells.append(text)
         rows.append(cells)
@@ -212,7 +230,7 @@ def _escape(text: str) -> str:
 
 
 def pairs_markdown(found: Mapping[str, Sequence[Pair]]) -> str:
-    """The paired tests of NDCG@10 as a table."""
+    """The paired tests of NDCG@10, unmasked and masked, as a table."""
     titles = [
         "data set",
         "metric",
@@ -227,7 +245,7 @@ def pairs_markdown(found: Mapping[str, Sequence[Pair]]) -> str:
     rows = []
     for dataset, pairs in found.items():
         for pair in pairs:
-            if pair.metric == "NDCG@10":
+            if pair.metric.startswith("NDCG@10"):
                 # There is no p where they share too few users.
                 tested = not math.isnan(pair.t_p)
                 interval = f"{pair.low:+.4f} to {pair.high:+.4f}" if tested else ""
@@ -260,6 +278,8 @@ MEANING = """\
 - Ranking is against all items; items of the history are not masked, as in RecBole, but in the columns named masked:
   there all that the user did before is left out, and the target stays. Items of equal score share the mean of their
   ranks. The weights of the best validation are tested.
+- ties: the order of a user's events of one time, as in the file or at random. They are two protocols, so pairs are
+  tested and the best is bold within each; what differs between them stands on the order of the file.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
   seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
@@ -331,6 +351,19 @@ def _shown(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys([*named, *(key for key in given if key not in NOT_CACHED and key != "seed")]))
 
 
+def of_runs(entry: Entry) -> Iterator[Row]:
+    """An entry's runs in JSON's terms."""
+    kept = ("valid", "valid_masked", "test", "test_masked", "protocol", "epochs", "seconds", "parameters", "made")
+    for outcome in entry.done:
+        run = {
+            "row": entry.label,
+            "model": entry.run.model,
+            "dataset": entry.run.dataset,
+            "options": outcome.run.options,
+        }
+        yield run | {key: getattr(outcome, key) for key in kept}
+
+
 def machines(outcomes: Iterable[Outcome]) -> list[str]:
     """The machines and versions that computed the runs, and when; a line of Markdown each."""
     found: dict[str, list[str]] = {}
@@ -353,7 +386,9 @@ def write(
     draw: Callable[[Any, Sequence[Row]], None] | None = None,
     height: float = 4,
 ) -> str:
-    """Write ``name.md``, ``name.csv``, ``name-tests.csv``, ``name.tex`` and, with Matplotlib, ``name.png``.
+    """Write ``name.md``, ``.csv``, ``-tests.csv``, ``.tex``, ``.json`` and, with Matplotlib, ``.png``.
+
+    ``name.json`` holds each run by itself: its metrics of validation and test, its protocol, and what it cost.
 
     Args:
         folder: is made if it is not there.
@@ -389,40 +424,12 @@ def write(
     write_text(folder / f"{name}.tex", latex(table))
     write_csv(folder / f"{name}.csv", table)
     write_csv(folder / f"{name}-tests.csv", tested)
+    write_json(folder / f"{name}.json", [one for entry in entries for one in of_runs(entry)])
     datasets = len({row["dataset"] for row in table})
     # Matplotlib is optional.
     with contextlib.suppress(UserError), figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
         (draw or quality_against_latency)(drawn, table)
     return text
-
-
-def quality_against_latency(drawn: Any, table: Sequence[Row]) -> None:
-    """Draw NDCG@10 against milliseconds a user, one panel for each data set."""
-    models = list(dict.fromkeys(row["model"] for row in table))
-    for axes, dataset, here in panels(drawn, table):
-        for row in here:
-            if row["ndcg"] is not None and row["latency_p50_s"]:
-                at, color = 1e3 * row["latency_p50_s"], f"C{models.index(row['model']) % 10}"
-                axes.errorbar(at, row["ndcg"], row["ndcg_sd"], fmt="o", color=color, capsize=3, label=row["model"])
-        axes.set(xlabel="milliseconds a user", ylabel="NDCG@10", title=dataset)
-        axes.margins(0.2)
-        latencies = [row["latency_p50_s"] for row in here if row["latency_p50_s"]]
-        if latencies and max(latencies) > 20 * min(latencies):
-            axes.set_xscale("log")
-        else:
-            axes.set_xlim(left=0)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-
-
-def panels(drawn: Any, table: Sequence[Row], lines: int = 1) -> Iterator[tuple[Any, str, list[Row]]]:
-    """For each data set: its axes (a list of them where there are several lines), its name, its rows."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in table))
-    grid = drawn.subplots(lines, len(datasets), squeeze=False)
-    for column, dataset in zip(grid.T, datasets):
-        yield column[0] if lines == 1 else list(column), dataset, [r for r in table if r["dataset"] == dataset]
 
 
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -122,6 +122,8 @@ class Outcome:
     """What ``latency.json`` holds, where the run has ``measure_latency``."""
     reranking: dict[str, Any] | None = None
     """What ``reranking.json`` holds, where the model is LlamaRec."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """What :func:`recbole_ssm.evaluation.metrics.protocol` says: split, ties, seed; empty in runs of 0.1.0."""
     made: dict[str, Any] = field(default_factory=dict)
     """Date, versions, processor, threads."""
 
@@ -255,6 +257,8 @@ class Runs:
         """
         content = self.content(run)
         yield content
+        defaults, options = self.config(run).internal_config_dict, {**self.machine_options, **run.options}
+        given = {key for key, value in options.items() if value != defaults.get(key)}
         for file in sorted(self.folder.glob(f"{glob.escape(f'{run.model}-{run.dataset}-')}*/{RUN}")):
             try:
                 former = self._content_in(file)["settings"]
@@ -263,7 +267,7 @@ class Runs:
                 continue
             names, values = {ALIASES.get(name, name): name for name in former}, renamed(former)
             new = content["settings"].keys() - names.keys()
-            if new.isdisjoint({*run.options, *self.machine_options}):
+            if new.isdisjoint(given):
                 alike = {key: value for key, value in content["settings"].items() if key not in new}
                 spelled = {names[key]: former[names[key]] if values[key] == alike[key] else alike[key] for key in alike}
                 yield {**content, "settings": spelled}

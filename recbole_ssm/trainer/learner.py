@@ -18,6 +18,7 @@ from recbole_ssm.errors import UserError, did_you_mean, first_line
 from recbole_ssm.keys import shown
 from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
 from recbole_ssm.optim.gradient_noise import is_out_of_memory
+from recbole_ssm.optim.schedule import SHAPES, Schedule
 from recbole_ssm.trainer.checkpoint import keyed, plain, unkeyed
 from recbole_ssm.trainer.snapshot import Snapshot
 
@@ -43,9 +44,9 @@ class Learner:
     def __init__(self, config: Any, model: nn.Module, scaled: bool, bigger: bool) -> None:
         self.model = model
         self.clip_grad_norm: Mapping[str, Any] | None = config["clip_grad_norm"]
-        self.interval: str = config["lr_scheduler_interval"]
         self.optimizer = _build_optimizer(config, model)
         self.scheduler = _build_scheduler(config, self.optimizer, bigger)
+        self.interval: str = "step" if isinstance(self.scheduler, Schedule) else config["lr_scheduler_interval"]
         self.scaler = torch.amp.GradScaler(torch.device(config["device"]).type, enabled=scaled)
         self._output = _build_output(config, self.optimizer)
         self._optimizer_weights: Mapping[str, Tensor] = {}
@@ -92,9 +93,12 @@ class Learner:
             self.scheduler.step(score)
 
     def check_length(self, epochs: int, steps: int) -> None:
-        """Refuse a schedule that is too short for so many epochs of so many steps: it would
-        fail in mid-run.
+        """Tell the schedule that so many epochs of so many steps come; refuse one that is too short, which would fail
+        in mid-run.
         """
+        if isinstance(self.scheduler, Schedule):
+            self.scheduler.plan(epochs * steps)
+            return
         planned = epochs * (steps if self.interval == "step" else 1)
         if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < planned:
             raise UserError(
@@ -230,17 +234,25 @@ def _try_a_step(name: str, groups: list[dict[str, Any]], arguments: dict[str, An
 
 
 def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
-    """Any scheduler of torch.optim by its name, or None."""
+    """One of our schedules or any scheduler of torch.optim by its name, or None."""
     name, arguments = config["lr_scheduler"], config["lr_scheduler_args"] or {}
     if name is None:
         return None
     if hasattr(optimizer, "step_sizes"):
         raise UserError(f"lr_scheduler: {config['learner']} finds its own step size; leave lr_scheduler empty")
+    if name in SHAPES:
+        if arguments:
+            raise UserError(f"lr_scheduler_args: {name} takes none; lr_warmup says how long the rate rises")
+        if config["adaptive_batch"]:
+            raise UserError(f"lr_scheduler: {name} must know how many steps come, and adaptive_batch changes that")
+        return Schedule(optimizer, name, config["lr_warmup"])
     known: dict[str, Any] = {
         key: value for key, value in vars(lr_scheduler).items() if inspect.isclass(value) and hasattr(value, "step")
     }
     if name not in known:
-        raise UserError(f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), known)}")
+        raise UserError(
+            f"lr_scheduler: torch.optim has no scheduler '{name}'{did_you_mean(str(name), [*known, *SHAPES])}"
+        )
     if name == "ReduceLROnPlateau":
         if config["lr_scheduler_interval"] == "step":
             raise UserError("lr_scheduler_interval: ReduceLROnPlateau looks at validation; take 'epoch'")

@@ -14,7 +14,10 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.trainer.checkpoint import Checkpoint
 from recbole_ssm.trainer.known_items import items_of
 
-LEARNING_KEYS = {"initializer_range", "dt_init", "loss_type", "num_negatives", "negative_power", "gbce_t"}
+LEARNING_KEYS = {
+    *("initializer_range", "dt_init", "loss_type", "num_negatives", "negative_power", "gbce_t"),
+    *("label_smoothing", "logq_correction"),
+}
 """The keys of models that say how weights start and are learned, not what the model computes; and its dropout."""
 
 
@@ -25,9 +28,12 @@ def shaping_keys(saved: Checkpoint, rows: Mapping[str, Any]) -> dict[str, Any]:
         saved: the checkpoint.
         rows: the keys that the model has.
     """
+    return {key: saved.info["config"][key] for key in _shaping(rows) if key in saved.info["config"]}
+
+
+def _shaping(rows: Mapping[str, Any]) -> list[str]:
     names = [key for key, row in rows.items() if row.scope == "model" and key not in LEARNING_KEYS]
-    names = [key for key in names if "dropout" not in key] + ["MAX_ITEM_LIST_LENGTH"]
-    return {key: saved.info["config"][key] for key in names if key in saved.info["config"]}
+    return [key for key in names if "dropout" not in key] + ["MAX_ITEM_LIST_LENGTH"]
 
 
 def require_same_shape(saved: Checkpoint, path: Path, config: Any) -> None:
@@ -38,7 +44,10 @@ def require_same_shape(saved: Checkpoint, path: Path, config: Any) -> None:
     """
     if saved.info["model"] != config["model"]:
         raise UserError(f"checkpoint {path}: of {saved.info['model']}, cannot start {config['model']}")
-    for key, before in shaping_keys(saved, config.rows).items():
+    shaping = _shaping(config.rows)
+    # A key that the version did not have which wrote the checkpoint had the effect of its default.
+    defaults = {key: value for key, value in config.internal_config_dict.items() if key in shaping}
+    for key, before in {**defaults, **shaping_keys(saved, config.rows)}.items():
         if config[key] != before:
             raise UserError(
                 f"init: {key} is {config[key]!r} here and was {before!r} in {path}; it shapes the model, so it must "

@@ -1,5 +1,7 @@
 """Every target once an epoch, from enough context, in steps of the asked size, whoever computes them."""
 
+import itertools
+import logging
 import random
 
 import numpy as np
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import Rows, Steps, Windows, create_loaders, share_evenly
+from recbole_ssm.data.masking import MASK, hide
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import seeded
+from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure
 
 
@@ -126,13 +130,85 @@ def test_parts_of_a_step_weigh_what_they_hold():
             assert weight == pytest.approx(plan.targets(rows) / step.targets)
 
 
-@pytest.mark.parametrize("model", ["2Mamba4Rec", "BERT4Rec"])
+@given(
+    lengths=histories,
+    max_length=st.integers(2, 20),
+    size=st.integers(1, 50),
+    ratio=st.floats(0.05, 1.0),
+    seed=st.integers(),
+)
+def test_hidden_items_are_some_of_whole_histories(lengths, max_length, size, ratio, seed):
+    """Every event of training comes as an input once an epoch and more where windows meet; targets are the hidden."""
+    prefixes = prefixes_of(lengths, max_length)
+    if not len(prefixes):
+        return
+    np.random.seed(seed % 2**32)
+    windows = Windows(prefixes, max_length - 1, 1, shuffle=True)
+    for last_ratio in (0.0, 0.5, 1.0):
+        seen = set()
+        for _, _, _, targets, [(_, rows)], _ in Steps(windows, size, parts=1, seed=1):
+            whole = windows.gather(rows, "item_id")
+            batch = hide(whole, ratio, last_ratio)
+            assert len(batch.items) == targets + len(rows)
+            events = batch.items.clone()
+            events[batch.at] = batch.target
+            assert (batch.items[batch.at] == MASK).all() and (batch.items == MASK).sum() == len(batch.at)
+            for start, stop in itertools.pairwise(batch.cu_seqlens.tolist()):
+                window = events[start:stop].tolist()
+                assert window == list(range(window[0], window[0] + len(window))) and 2 <= len(window) <= max_length + 1
+                hidden = (batch.items[start:stop] == MASK).tolist()
+                assert any(hidden) and (hidden == [False] * (len(window) - 1) + [True] or last_ratio < 1)
+                seen |= set(window)
+        long = [(sum(lengths[:user]), count) for user, count in enumerate(lengths) if count > 1]
+        assert seen == {start + event + 1 for start, count in long for event in range(count)}
+
+
+def test_as_many_items_are_hidden_as_asked_for():
+    prefixes = prefixes_of([400] * 40, 50)
+    windows = Windows(prefixes, 49, 1, shuffle=True)
+    np.random.seed(0)
+    whole = windows.gather(windows.epoch(np.random.default_rng(0))[:, :2], "item_id")
+    every, none, half = (hide(whole, 0.2, last) for last in (0.0, 1.0, 0.5))
+    assert len(every.at) / len(every.items) == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(none.at, none.cu_seqlens[1:] - 1)
+    assert len(half.at) / len(half.items) == pytest.approx(0.1 + 0.5 / 50, abs=0.015)
+
+
+def test_the_newest_events_alone_train(toy, caplog):
+    """As in the published loaders: what is older is neither a target nor in a history."""
+    found = {}
+    for options in ({}, {"train_last": 3}, {"train_newest": 3}, {"train_newest": 3, "train_mode": "prefix"}):
+        config = configure("2Mamba4Rec", "toy", config_dict={**toy["config_dict"], **options})
+        with caplog.at_level(logging.INFO):
+            train = create_loaders(config, create_dataset(config))[0]
+        rows = train._dataset.inter_feat
+        found[tuple(options)] = rows
+        if "train_newest" in options:
+            assert "train_newest: 3: 180 of 537 targets train" in caplog.text
+            lengths = {user: [] for user in rows["user_id"].tolist()}
+            for user, length in zip(rows["user_id"].tolist(), rows.length.tolist()):
+                lengths[user].append(length)
+            assert all(one == [1, 2, 3] for one in lengths.values()) and len(lengths) == 60
+        if config["train_mode"] == "packed" and "train_newest" in options:
+            batches = [step.parts[0].batch for step in train]
+            assert sum(len(batch.target) for batch in batches) == 180
+            # A window that a step cuts begins again with its own context.
+            assert sum(batch.positions for batch in batches) <= 180 + 3 * len(batches)
+    last, newest = found[("train_last",)], found[("train_newest",)]
+    assert np.array_equal(last.target, newest.target) and (last.length >= newest.length).all()
+    assert (last.length > newest.length).any()
+    with pytest.raises(UserError, match="train_newest: train_last leaves targets too"):
+        configure("2Mamba4Rec", "toy", config_dict={**toy["config_dict"], "train_last": 3, "train_newest": 3})
+
+
+@pytest.mark.parametrize("model", ["2Mamba4Rec", "BERT4Rec", "Hydra4Rec"])
 @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
 def test_worker_processes_change_nothing(toy, model, loss_type):
     """Negatives and masks too, and the global random states are left alone."""
     batches = {}
     for worker in (0, 2):
         toy["config_dict"] |= {"worker": worker, "loss_type": loss_type}
+        toy["config_dict"] |= {"train_mode": "masked"} if model == "Hydra4Rec" else {}
         config = configure(model, **toy)
         train, _, _ = create_loaders(config, create_dataset(config))
         random.seed(1)

@@ -49,7 +49,7 @@ def test_figures(tmp_path, capsys):
     assert (length["min"], length["median"], length["max"]) == (1, 3, 3) and length["mean"] == 7 / 3
     assert [(bin["from"], bin["to"], bin["users"]) for bin in length["histogram"]] == [(1, 1, 1), (2, 3, 2)]
     assert found["repeated_pairs"] == 1
-    assert found["ties"] == {"events": 1, "share": 1 / 4}
+    assert found["ties"] == {"events": 1, "share": 1 / 4, "targets": 0.0}
     assert (
         found["time"] | {"unit": "seconds", "from": "2000-12-31 22:00:08", "to": "2000-12-31 22:00:40"} == found["time"]
     )

@@ -21,7 +21,9 @@ def tensors(n=9, v=31, d=6, seed=0):
 
 
 def build(n_items=31, counts=None, **options):
-    config = {"loss_type": "CE", "num_negatives": 8, "negative_power": 0.0, "gbce_t": 0.75, **options}
+    config = {"loss_type": "CE", "num_negatives": 8, "negative_power": 0.0, "gbce_t": 0.75}
+    # Settings of before these keys have None.
+    config |= {"label_smoothing": None, "logq_correction": None, **options}
     return NextItemLoss(config, SimpleNamespace(item_counter=counts or {}), n_items).double()
 
 
@@ -76,6 +78,25 @@ def test_sampled_softmax_is_its_definition():
     torch.testing.assert_close(
         torch.autograd.grad(found, (output, items)), torch.autograd.grad(expected, (output, items))
     )
+
+
+def test_without_logq_the_logits_stay_as_they_are():
+    output, items, target = tensors()
+    sampled = build(loss_type="sampled_softmax", num_negatives=50, logq_correction=False)
+    torch.manual_seed(4)
+    found = sampled(output, items, target)
+    torch.manual_seed(4)
+    sample = sampled.log_q.exp().multinomial(50, replacement=True)
+    logits = (output @ items[sample].T).masked_fill(sample == target[:, None], -torch.inf)
+    own = (output * items[target]).sum(-1, keepdim=True)
+    expected = F.cross_entropy(torch.cat([own, logits], 1), torch.zeros_like(target))
+    torch.testing.assert_close(found, expected)
+
+
+def test_smoothed_targets_are_pytorchs():
+    output, items, target = tensors()
+    expected = F.cross_entropy(output @ items.T, target, label_smoothing=0.2)
+    torch.testing.assert_close(build(label_smoothing=0.2)(output, items, target), expected)
 
 
 def test_bpr_is_recboles():

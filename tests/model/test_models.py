@@ -14,6 +14,7 @@ from recbole_ssm import load_recommender, ops, run_recbole_ssm
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import PackedBatch, Steps, Windows
 from recbole_ssm.data.prefixes import Prefixes
+from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Clock
 from recbole_ssm.model import PackedRecommender, get_model
 from recbole_ssm.ops.packing import cu_seqlens_of
@@ -295,6 +296,33 @@ class TestHydra4Rec(SSMContract):
         with caplog.at_level(logging.WARNING):
             assert not self.backward_half_counts(toy, num_layers=1, readout="last")
         assert "never uses its backward half" in caplog.text
+
+
+class TestHydra4RecMasked(ModelContract):
+    """It learns whole histories, of which items are hidden, and is asked for a hidden one behind them."""
+
+    name = "Hydra4Rec"
+    options = {"train_mode": "masked", "epochs": 30, "stopping_step": 30}
+
+    def test_the_next_item_is_a_hidden_one(self, toy):
+        model, _ = build(self.name, toy, train_mode="masked")
+        items, length = torch.tensor([[4, 5, 6, 17, 18]]), torch.tensor([3])  # garbage behind the history
+        expected = model.encode(torch.tensor([4, 5, 6, 0]), torch.tensor([0, 4]), last_only=True)
+        torch.testing.assert_close(model.forward(items, length), expected, rtol=0, atol=0)
+        full = model.forward(torch.tensor([[4, 5, 6]]), length)
+        torch.testing.assert_close(full, expected, rtol=0, atol=0)
+        fixed = model.fixed_shape_scores(items, length)
+        torch.testing.assert_close(fixed, expected @ model.item_embedding.weight.T)
+        assert model.item_embedding.weight[0].any()
+
+    def test_who_learns_so(self, toy):
+        for name in ("2Mamba4Rec", "SASRec", "BERT4Rec"):
+            with pytest.raises(UserError, match=f"train_mode: masked is not possible, because {name} does not learn"):
+                build(name, toy, train_mode="masked")
+        with pytest.raises(UserError, match="readout: mean does not read where an item is hidden"):
+            build("Hydra4Rec", toy, train_mode="masked", readout="mean")
+        with pytest.raises(UserError, match="train_mode: packed is not possible, because Hydra4Rec is bidirectional"):
+            build("Hydra4Rec", toy, train_mode="packed")
 
 
 class RecBolesContract(PackedContract):

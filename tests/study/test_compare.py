@@ -1,18 +1,22 @@
 """The commands, from the outside."""
 
 import csv
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from recbole_ssm import study
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
+from recbole_ssm.evaluation.metrics import protocol
 from recbole_ssm.study import compare
+from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Outcome, Run, Runs
 from tests.conftest import REPOSITORY
 from tests.study.conftest import alive, process_of, wait_for
@@ -39,6 +43,83 @@ def test_compare(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Runs, "_train", never)
     assert main(command) == 0
     assert capsys.readouterr().out == first.out  # speeds are kept too
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """The runs that a study asks for; what came of each is made up."""
+    asked = []
+
+    def get(self, run, progress):
+        folder = tmp_path / "made_up" / str(len(asked))
+        folder.mkdir(parents=True)
+        ranks = np.random.default_rng(len(asked)).integers(1, 30, 60).astype(float)
+        np.savez(folder / "ranks.npz", user=np.arange(60).astype(str), rank=ranks, **{"rank of masked": ranks - 0.5})
+        asked.append(run)
+        figures = {name: {"hit@10": 0.5} for name in ("valid", "valid_masked", "test", "test_masked")}
+        return Outcome(run, None, folder, **figures, protocol=protocol(self.config(run)), made=machine())
+
+    monkeypatch.setattr(Runs, "get", get)
+    monkeypatch.setattr(compare, "speeds", lambda runs, todo: [None for _ in todo])
+    return asked
+
+
+def test_both_orders_of_ties_are_arms_of_one_table(tmp_path, capsys, trained):
+    """Each is tested against its like alone."""
+    command = ["compare", "--models=GRU4Rec,Pop", *TOY, "--seeds=1", f"--folder={tmp_path}", "--ties=file,random"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "| toy | GRU4Rec, ties file | 1 | file |" in out and "| toy | Pop, ties random | 1 | random |" in out
+    assert out.count("| GRU4Rec, ties file - Pop, ties file |") == 2  # unmasked and masked
+    assert "GRU4Rec, ties file - Pop, ties random" not in out and "ties file - GRU4Rec, ties random" not in out
+    table = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [row["ties"] for row in table] == ["file", "random"] * 2
+    assert sum(not row["p_best"] for row in table) == 2  # a best one of each order
+    assert {row["split"] for row in table} == {"{'LS': 'valid_and_test'}"}
+    assert [one.options["ties"] for one in trained] == ["file", "random"] * 2
+    assert main([*command[:-1], "--ties=random"]) == 0
+    assert "| toy | GRU4Rec | 1 | random |" in capsys.readouterr().out
+
+
+def test_rows_that_a_file_names(tmp_path, capsys, trained):
+    (tmp_path / "arms.yaml").write_text(
+        "Deep: {model: GRU4Rec, num_layers: 2, seeds: 2}\n"
+        "Both: {model: Pop, ties: [file, random]}\n"
+        "eSASRec: {preset: ml-1m/eSASRec, hidden_size: 8, inner_size: 8, num_negatives: 9}\n"
+    )
+    command = ["compare", f"--arms={tmp_path / 'arms.yaml'}", *TOY, "--seeds=1", "--epochs=1", f"--folder={tmp_path}"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "| toy | Deep | 2 | file |" in out and "| toy | Both, ties random | 1 | random |" in out
+    assert "| toy | eSASRec | 1 | file |" in out and "Deep - Both, ties file" in out and "NDCG@10 masked" in out
+    assert "  - Deep: " in out and "num_layers 2" in out
+    assert [one.options["seed"] for one in trained if one.model == "GRU4Rec"] == [2020, 2021] and len(trained) == 5
+    assert {one.options["epochs"] for one in trained} == {1}
+    runs = json.loads((tmp_path / "compare.json").read_text())
+    assert [one["row"] for one in runs] == ["Deep", "Deep", "Both, ties file", "Both, ties random", "eSASRec"]
+    assert all(one["test_masked"] and one["protocol"]["split"] and one["valid"] for one in runs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A: {num_layers: 2}", "A: names no model; add model: 2Mamba4Rec, or a preset"),
+        ("A: {model: SASRek}", "--arms: A: model: there is no sequential model 'SASRek'; did you mean 'SASRec'?"),
+        ("A: {model: SASRec, seeds: 0}", "A: seeds must be at least 1, got 0"),
+        ("A: {model: SASRec, ties: rand}", "A: ties must be one of file, random or a list of such, got 'rand'"),
+        ("A: {model: SASRec, dataset: toy}", "A: dataset: here it is datasets"),
+        ("A: {model: SASRec, seed: 1}", "A: seed: here it is seeds, and --seed for the first"),
+        ("A: SASRec", "A: must be a mapping such as {'model': '2Mamba4Rec', 'seeds': 3}, got 'SASRec'"),
+        ("A: {model: SASRec, n_layerz: 2}", "--arms: A: n_layerz: there is no such key; did you mean 'n_layers'?"),
+        ("A: {preset: zzz}", "preset: there is no preset 'zzz'"),
+        ("", "arms.yaml names no row; write one such as"),
+    ],
+)
+def test_a_file_of_rows_that_is_wrong(tmp_path, capsys, monkeypatch, text, message):
+    monkeypatch.setattr(Runs, "_train", never)
+    (tmp_path / "arms.yaml").write_text(text)
+    assert main(["compare", f"--arms={tmp_path / 'arms.yaml'}", *TOY]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="looks at /proc")

@@ -96,7 +96,7 @@ def test_a_failed_run_is_a_row_that_says_why(two, entry, tmp_path):
 
 def test_nothing_done_yet(entry, tmp_path):
     text = report.write(tmp_path, "x", [entry("SASRec"), entry("GRU4Rec", error="no")], [1], "none")
-    assert "| ml-1m | SASRec | 0 |  |" in text
+    assert "| ml-1m | SASRec | 0 | not run |" in text and "| ml-1m | GRU4Rec | 0 of 1 |  |" in text
 
 
 def test_protocol(two, entry):

@@ -42,6 +42,8 @@ def test_what_a_run_leaves(done):
     assert outcome.error is None and outcome.run == SHORT and outcome.epochs == 2
     assert (outcome.parameters, outcome.items, outcome.latency) == (73_600, 20, None)
     assert outcome.peak_memory > 10**7
+    assert outcome.protocol == {"split": {"LS": "valid_and_test"}, "mode": {"valid": "full", "test": "full"},
+                                "ties": "file", "seed": 1}  # fmt: skip
     first, last = outcome.history
     assert (first["epoch"], first["targets"], first["steps"], first["batch_size"]) == (1, 537, 5, 128)
     assert (last["epoch"], last["targets"], last["steps"], last["step_size"]) == (2, 2 * 537, 10, 0.01)
@@ -139,6 +141,7 @@ def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
     (before / RUN).write_text(json.dumps(job))
     monkeypatch.setattr(Runs, "_train", never)
     assert runs.get(SHORT).test == done[1].test
+    assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, "readout": "last"})) == before
     for more in ({"readout": "mean"}, {"seed": 3}):
         assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more})) != before
 

@@ -171,6 +171,20 @@ def test_every_schedule_survives_a_checkpoint(name):
     assert len(set(rates(kill=None))) > 1
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("GRU4Rec", {"lr_scheduler": "cosine"}),
+        ("GRU4Rec", {"lr_scheduler": "one_cycle", "lr_warmup": 0.5}),
+        ("Hydra4Rec", {"train_mode": "masked"}),
+    ],
+    ids=["cosine", "one_cycle", "masked"],
+)
+def test_schedules_of_a_known_length_and_hidden_items_go_on(straight, model, options):
+    options, _, expected = straight(model, **options)
+    assert_same(kill_and_resume(model, options, step=5)[1], expected)
+
+
 def test_an_older_checkpoint_goes_on_and_the_newer_ones_are_kept_aside(straight):
     _, first, expected = straight("2Mamba4Rec", checkpoint_steps=1, checkpoint_keep=20)
     folder = pathlib.Path(first["checkpoint"]).parent
