@@ -56,7 +56,7 @@ class BuildKernels(build_ext):
                     extra_postargs=FLAGS + flags,
                 )
             self.mkpath(str(library.parent))
-            self.compiler.link_shared_object(objects, str(library), libraries=["pthread"], target_lang="c++")
+            self.compiler.link_shared_object(objects, str(library), libraries=["pthread", "dl"], target_lang="c++")
         except Exception as error:  # no compiler, or none that knows the flags
             print(f"recbole_ssm: the native kernels were not built ({error}); PyTorch's operations take their place")
 

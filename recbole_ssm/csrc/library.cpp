@@ -1,6 +1,8 @@
 // What Python calls: the choice of the instruction set, the threads, and one function for each kernel.
 
+#include <dlfcn.h>
 #include <pthread.h>
+#include <unistd.h>
 #include <cstring>
 
 #include "kernels.h"
@@ -39,19 +41,38 @@ struct FlushDenormals {
 struct Work {
   void (*run)(void*, i64, i64);
   void* context;
-  i64 tasks, next_task, next_thread;
+  i64 threads, tasks, next_task, next_thread;
 };
 
 void* worker(void* argument) {
   Work& work = *(Work*)argument;
+  const i64 thread = __atomic_fetch_add(&work.next_thread, 1, __ATOMIC_RELAXED);
+  if (thread >= work.threads) return nullptr;
   FlushDenormals flush;
   (void)flush;
-  const i64 thread = __atomic_fetch_add(&work.next_thread, 1, __ATOMIC_RELAXED);
   i64 task;
   while ((task = __atomic_fetch_add(&work.next_task, 1, __ATOMIC_RELAXED)) < work.tasks)
     work.run(work.context, task, thread);
   return nullptr;
 }
+
+// The threads of OpenMP, where PyTorch has loaded it: they spin for a while after each of PyTorch's operations, and any
+// other threads would share the cores with them. Both functions are found by name, so nothing is linked against.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*threads)() = nullptr;
+  pid_t process = getpid();
+  OpenMP() {
+    parallel = (decltype(parallel))dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    threads = (decltype(threads))dlsym(RTLD_DEFAULT, "omp_get_max_threads");
+  }
+  // A process that was forked has none of the threads that its OpenMP counts on.
+  bool usable() const { return parallel && threads && getpid() == process; }
+};
+
+const OpenMP openmp;
+
+void open_worker(void* work) { worker(work); }
 
 struct Choice {
   const char* name;
@@ -129,14 +150,28 @@ i64 run(void (*kernel)(const Step&), const Step* a, i64 count) {
 
 }  // namespace
 
-// Threads live as long as a call: nothing is left behind that a fork could break, and they cost some ten microseconds.
+// Tasks are taken in turn by at most `threads` threads, which are numbered from 0.
 void parallel(i64 threads, i64 tasks, void (*run)(void*, i64, i64), void* context) {
   enum { MOST = 256 };
-  Work work = {run, context, tasks, 0, 0};
+  const i64 most = threads < tasks ? threads : tasks;
+  Work work = {run, context, most < MOST ? most : MOST, tasks, 0, 0};
+  if (work.threads <= 1) {
+    work.threads = 1;
+    worker(&work);
+    return;
+  }
+  if (openmp.usable()) {
+    // A team of another size than PyTorch's would end threads, which PyTorch's next operation would start again. Those
+    // that are not wanted return at once.
+    const i64 team = openmp.threads();
+    openmp.parallel(open_worker, &work, (unsigned)(team > work.threads ? team : work.threads), 0);
+    return;
+  }
+  // Otherwise threads live as long as a call: nothing is left behind that a fork could break, and they cost some ten
+  // microseconds.
   pthread_t helpers[MOST];
   int started = 0;
-  const i64 wanted = (threads < tasks ? threads : tasks) - 1;
-  while (started < wanted && started < MOST && !pthread_create(&helpers[started], nullptr, worker, &work)) started++;
+  while (started < work.threads - 1 && !pthread_create(&helpers[started], nullptr, worker, &work)) started++;
   worker(&work);
   while (started) pthread_join(helpers[--started], nullptr);
 }

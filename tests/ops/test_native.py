@@ -1,6 +1,7 @@
 """The C++ kernels: every instruction set of this machine, odd shapes and memory, threads, processes, sanitizers."""
 
 import copy
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -265,6 +266,27 @@ def test_works_in_forked_workers():
     loader = DataLoader(Outputs(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for found, expected in zip(loader, here):
         assert torch.equal(found, expected)
+
+
+def test_a_forked_process_starts_threads_of_its_own(monkeypatch):
+    """The threads of OpenMP do not live in it, and whoever waits for them waits for ever."""
+    monkeypatch.setattr(native, "GRAIN", 1e-9)
+    torch.set_num_threads(2)
+    try:
+        tensors, keywords = arguments(ops.ssd, 4, 70, 4, torch.float32)
+        with ops.use_backend("native"):
+            here = ops.ssd(*tensors, **keywords)[0]
+
+            def work():
+                os._exit(0 if torch.equal(ops.ssd(*tensors, **keywords)[0], here) else 1)
+
+            process = multiprocessing.get_context("fork").Process(target=work)
+            process.start()
+            process.join(30)
+            process.kill()
+    finally:
+        torch.set_num_threads(1)
+    assert process.exitcode == 0
 
 
 RUNS_WITHOUT = """
