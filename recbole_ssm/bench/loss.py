@@ -23,7 +23,10 @@ from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import add_device, backends_on, extra_memory, medians, roofs
 
 Ways = dict[str, Callable[..., Tensor]]
-SHAPES = "2048x64x12101,2048x64x3417,16x64x100,16x512x100000,1024x512x1000,256x16x1000000,65536x16x100,65536x64x1000"
+SHAPES = (
+    "2048x64x12101,2048x64x3417,16x64x100,256x64x1000,512x64x1000,1024x128x1000,1024x512x1000,2048x128x500,"
+    "16x512x100000,256x16x1000000,65536x16x100,65536x64x1000"
+)
 
 
 def shapes(text: str) -> list[tuple[int, int, int]]:

@@ -22,7 +22,7 @@
 namespace {
 
 const i64 FEW_TILES = 8;   // below it the rows are shared out, not the items
-const i64 MOST_GROUPS = 16, MOST_ROWS = 256, LEAST_ROWS = 64;
+const i64 FAIR_GROUPS = 8, MOST_GROUPS = 16, MOST_ROWS = 256, LEAST_ROWS = 64;
 const i64 KEPT = 1 << 22;  // exponentials that a block keeps, unless LEAST_ROWS need more
 
 // --- one call -----------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ LossCall loss_call(const Loss& a) {
   call.items = a.candidates ? a.K : a.V;
   call.tiles = tiles_of(call.items, a.d);
   const bool few = call.tiles < FEW_TILES && a.n > 2 * LEAST_ROWS;
-  const i64 wanted = few ? a.n / MOST_GROUPS : KEPT / max_of(call.items, 1);
+  const i64 wanted = few ? a.n / FAIR_GROUPS : KEPT / max_of(call.items, 1);
   const i64 most = max_of(LEAST_ROWS, min_of(MOST_ROWS, wanted));
   call.rows = min_of(max_of(padded(a.n), VL), most / WIDE * WIDE);
   call.blocks = (a.n + call.rows - 1) / call.rows;

@@ -62,12 +62,11 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: label_smoothing must be within [0, 1), got {label_smoothing}")
     if label_smoothing and candidates_K is not None:
         raise ValueError("linear_cross_entropy: label smoothing needs all items, so it takes no candidates")
-    if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
-        raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
-    options = (weight_n, bias_V, mask_V, candidates_K)
-    plain = all(t is None for t in options) and temperature == 1 and not label_smoothing
+    plain = weight_n is bias_V is mask_V is candidates_K is None and temperature == 1 and not label_smoothing
     if plain and _fits_pytorch(output_nd, items_Vd, target_n):
         return F.cross_entropy(output_nd @ items_Vd.T, target_n)
+    if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
+        raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
     dtype = wide(output_nd, items_Vd)
     if mask_V is not None:
         bias_V = output_nd.new_zeros(len(items_Vd), dtype=dtype) if bias_V is None else bias_V
@@ -100,11 +99,14 @@ def _small(output: Tensor) -> int:
 
 def _fits_pytorch(output: Tensor, items: Tensor, target: Tensor) -> bool:
     """Whether a call without options is so small that all that surrounds the op would take longer than PyTorch does."""
-    fits = output.dim() == items.dim() == 2 and output.shape[1] == items.shape[1] and target.shape == output.shape[:1]
-    wide_enough = output.dtype == items.dtype and output.dtype in (torch.float32, torch.float64)
-    if not (fits and wide_enough and 0 < len(output) * len(items) < _small(output) and automatic()):
+    shape, other = output.shape, items.shape
+    if len(shape) != 2 or len(other) != 2 or shape[1] != other[1] or target.shape != shape[:1]:
         return False
-    return target.dtype == torch.int64 and not torch.is_autocast_enabled(output.device.type)
+    dtype = output.dtype
+    if dtype not in (torch.float32, torch.float64) or items.dtype != dtype or target.dtype != torch.int64:
+        return False
+    small = 0 < shape[0] * other[0] < _small(output)
+    return small and automatic() and not torch.is_autocast_enabled(output.device.type)
 
 
 def wide(output: Tensor, items: Tensor) -> torch.dtype:
