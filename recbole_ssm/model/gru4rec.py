@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, unpack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from recbole_ssm.layers import Clock, Dropout
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender
+from recbole_ssm.ops.packing import positions_of
 
 
 class GRU4Rec(PackedRecommender):
@@ -62,7 +62,13 @@ class GRU4Rec(PackedRecommender):
         ``embedding_size`` numbers.
         """
         x = self.emb_dropout(self.embed(items_L, clock))  # [total, embedding_size]
-        histories = pack_sequence(x.split(cu_seqlens.diff().tolist()), enforce_sorted=False)
+        # PyTorch's recurrent layers want all first events, then all second ones, and so on, the longest history first.
+        # PyTorch's own pack_sequence copies all of the gradient once a history.
+        lengths, positions = cu_seqlens.diff(), positions_of(cu_seqlens)
+        by_length = lengths.argsort(descending=True, stable=True)
+        rank = by_length.argsort()
+        order = (positions * len(lengths) + rank.repeat_interleave(lengths)).argsort()
+        histories = PackedSequence(x.index_select(0, order), positions.bincount().cpu(), by_length, rank)
         outputs, last = self.gru_layers(histories)  # last: [num_layers, S, hidden_size]
-        vectors: Tensor = self.dense(last[-1] if last_only else torch.cat(unpack_sequence(outputs)))
+        vectors: Tensor = self.dense(last[-1] if last_only else outputs.data.index_select(0, order.argsort()))
         return vectors
