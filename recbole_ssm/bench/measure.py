@@ -7,6 +7,8 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from recbole_ssm import clock
-from recbole_ssm.errors import first_line
+from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.memory import return_free_memory
 from recbole_ssm.ops.backend import available_backends
 
@@ -99,6 +101,14 @@ def roofs(rounds: int, device: torch.device) -> tuple[float, float]:
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process, so that its memory and settings are its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    """The result of a call in a new process, so that its memory and settings are its own.
+
+    Raises:
+        UserError: the process was ended from outside, as a system does when memory runs out.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            what = " ".join(str(a) for a in arguments if isinstance(a, str))
+            raise UserError(f"bench: the process that measured {what} was killed; perhaps memory ran out") from error

@@ -32,6 +32,8 @@ OURS = (
     ("2Mamba4Rec", "prefix"),
     ("2Mamba4Rec", "packed"),
     ("Hydra4Rec", "prefix"),
+    ("GRU4Rec", "prefix"),
+    ("GRU4Rec", "packed"),
 )
 MAX_LENGTH = {"ml-1m": 200}  # otherwise 50, RecBole's default
 WARM_UP = 2  # steps

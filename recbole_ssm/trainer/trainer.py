@@ -41,9 +41,6 @@ from recbole_ssm.trainer.evaluate import EvaluatingTrainer  # noqa: E402
 
 __all__ = ["Interrupted", "Trainer"]
 
-TRIM_EVERY = 16
-"""After so many steps free memory is given back."""
-
 
 class Trainer(EvaluatingTrainer):
     """recbole.trainer.Trainer for every sequential model, whose runs can be killed at any batch and go on.
@@ -258,7 +255,7 @@ class Trainer(EvaluatingTrainer):
         self.global_step += 1
         for name, value in self.gradients.end_step(self.global_step).items():
             self.tensorboard.add_scalar(f"AdaptiveBatch/{name}", value, self.global_step)
-        if self.global_step % TRIM_EVERY == 0 and self.device.type == "cpu":
+        if self.device.type == "cpu":
             return_memory_of_growth()
         self.learner.schedule("step")
         terms = distributed.mean(terms)

@@ -1,11 +1,13 @@
 """Benchmarks run, and their rows hold what they promise; the figures themselves are nobody's test."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from recbole_ssm import bench
+from recbole_ssm.bench.measure import in_a_process
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 
@@ -66,3 +68,8 @@ def test_tables():
     rows = [{"name": "a", "n": 12345, "s": 0.123456}, {"name": "long one", "n": 1, "s": 2.0}]
     assert bench.table(rows) == "name      n       s\na         12,345  0.1235\nlong one  1       2"
     assert bench.table([]) == "nothing was measured"
+
+
+def test_a_process_that_is_killed_is_told_of():
+    with pytest.raises(UserError, match="killed; perhaps memory ran out"):
+        in_a_process(signal.raise_signal, signal.SIGKILL)
