@@ -248,8 +248,6 @@ class Config(recbole.config.Config):
         options = self.final_config_dict
         mode = options["train_mode"]
         refusal = None if mode == "masked" else self._rules.all_positions_refusal(options)
-        if mode == "masked" and not self._rules.hides_items:
-            refusal = f"{self.model} does not learn from hidden items; Hydra4Rec does"
         options["packed_window"], options["packed_context"] = self._rules.window_and_context(
             options["MAX_ITEM_LIST_LENGTH"], options["packed_window"]
         )
@@ -260,6 +258,8 @@ class Config(recbole.config.Config):
             refusal = "train_neg_sample_args asks for more than one plain negative a target"
         if options["benchmark_filename"] is not None:
             refusal = "benchmark_filename names files whose prefixes are written out"
+        if mode == "masked" and not self._rules.hides_items:
+            refusal = f"{self.model} does not learn from hidden items; Hydra4Rec does"
         if refusal and mode in ("packed", "masked"):
             raise UserError(f"train_mode: {mode} is not possible, because {refusal}; take train_mode: prefix")
         options["train_mode"] = mode or ("prefix" if refusal else "packed")
