@@ -130,9 +130,6 @@ def second_of(name: str, moment: Any) -> int:
     Raises:
         UserError: it is none of these, or so large that it must count milliseconds.
     """
-    if type(moment) is int and abs(moment) < LATEST:
-        # Most are, and the rest takes ten times as long.
-        return moment
     if isinstance(moment, np.datetime64):
         moment = moment.astype("datetime64[s]").item()
     found = None

@@ -15,6 +15,7 @@ the state which a model carries does not depend on it (feature-wise scale and sh
 
 from __future__ import annotations
 
+import bisect
 import math
 from typing import Any, NamedTuple
 
@@ -107,10 +108,25 @@ class TimeEncoding(nn.Module):
 
     def read_out(self, y: Tensor, clock: Clock) -> Tensor:
         """The vectors ``[..., d_model]`` that answer when they are asked at ``clock.after``."""
-        if not self.asks or self.asks_at_input:
-            return y
-        wait = self._bucket(clock.at, clock.after)
+        return self.gated(y, self._bucket(clock.at, clock.after)) if self.asks and not self.asks_at_input else y
+
+    def gated(self, y: Tensor, wait: Tensor) -> Tensor:
+        """:meth:`read_out` of ``query_enters: output``, for buckets of waits ``[...]``."""
         return y * (1 + self.gate(wait)) + self.shift(wait)
+
+    def rows_of(self, before: int, at: int, after: int) -> tuple[int, int]:
+        """The rows of the gap and of the wait of one event, as :meth:`forward` finds them for many.
+
+        In Python it takes a tenth of the time that a dozen operations on tensors of one number take.
+        """
+        origin, resolution, longest = self.scale.tolist()
+        starts = (at if before == NEVER else before), at
+        units = [
+            (end - origin) // max(resolution, 1) - (start - origin) // max(resolution, 1)
+            for start, end in zip(starts, (at, after))
+        ]
+        gap, wait = (bisect.bisect_right(LIMITS, min(max(count, 0), longest)) for count in units)
+        return (0 if before == NEVER else gap + 1), wait
 
     def _bucket(self, start: Tensor, end: Tensor) -> Tensor:
         """The buckets of the times between two moments; a time that runs backwards counts as none."""

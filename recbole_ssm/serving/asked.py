@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recbole_ssm.data.times import second_of
+from recbole_ssm.data.times import LATEST, second_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.keys import shown
 from recbole_ssm.serving.catalogue import Catalogue, Ids
@@ -39,7 +39,7 @@ class Reader:
         encoding = getattr(model, "time_encoding", None)
         self._catalogue = catalogue
         self.reads_times = encoding is not None
-        self._asks = encoding is not None and encoding.asks
+        self.asks = encoding is not None and encoding.asks
 
     def histories(
         self, histories: Iterable[Iterable[Any]], times: Any, now: Any, numbered: str, skip_unknown: bool
@@ -102,7 +102,11 @@ class Reader:
             return ids, skipped, None
         if isinstance(times, (str, bytes)) or not isinstance(times, Iterable):
             raise UserError(f"{times_named}: must be a list with a time for each item, got {shown(times)}")
-        seconds = [second_of(f"{times_named}[{number}]", moment) for number, moment in enumerate(times)]
+        seconds = [
+            # Most are plain numbers of seconds.
+            moment if type(moment) is int and abs(moment) < LATEST else second_of(f"{times_named}[{number}]", moment)
+            for number, moment in enumerate(times)
+        ]
         if len(seconds) != len(places):
             raise UserError(f"{times_named}: has {len(seconds)} times for the {len(places)} items of {what}")
         return ids, skipped, [second for second, index in zip(seconds, places) if index is not None]
@@ -123,7 +127,7 @@ class Reader:
         Raises:
             UserError: it is no time, or it is not given and the model reads it.
         """
-        if now is None and self._asks:
+        if now is None and self.asks:
             raise UserError(
                 "now: this model reads how long ago the newest event was when it is asked; give the moment in seconds "
                 "since 1970, such as time.time(), or as a datetime"

@@ -9,16 +9,25 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.layers import Clock, MixerState
+from recbole_ssm.layers import MixerState
 from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
-from recbole_ssm.layers.time import NEVER
+from recbole_ssm.layers.time import NEVER, Clock
 from recbole_ssm.ops import native
 from recbole_ssm.serving.asked import Reader
 from recbole_ssm.serving.catalogue import Catalogue, Recommendations
+
+Moments = tuple[int, int, int]
+"""Of an event in seconds: when the event before it was, its own time, and when the next one was or it was asked."""
+
+
+def clock_of(moments: Sequence[Moments], device: torch.device) -> Clock:
+    """The clock ``[n]`` of n events."""
+    return Clock(*torch.tensor(moments, device=device).T)
 
 
 class Session:
@@ -54,18 +63,16 @@ class Session:
         self._device = model.item_embedding.weight.device
         # Of a model that reads times: the newest item, and when the event before it and its own were.
         self._newest: tuple[int, int, int] | None = None
-        clock: list[Clock] = []
+        moments: list[Moments] = []
         if history and self._reader.reads_times:
             assert times is not None
-            before, after = [NEVER, *times[:-1]], [*times[1:], times[-1]]
-            self._newest = history[-1], before[-1], times[-1]
-            clock = [self._clock(before, times, after)]
+            moments = list(zip([NEVER, *times[:-1]], times, [*times[1:], times[-1]]))
+            self._newest = history[-1], *moments[-1][:2]
         self._output, state = None, model.alloc_state(1)
-        read = torch.tensor(history, device=self._device)
-        if self._waits:
-            read, clock = read[:-1], [one.take(slice(-1)) for one in clock]
-        if len(read):
-            output, state = model.read(read, *clock)
+        read = history[:-1] if self._waits else history
+        if read:
+            clock = [clock_of(moments[: len(read)], self._device)] if moments else []
+            output, state = model.read(torch.tensor(read, device=self._device), *clock)
             self._output = None if self._waits else output
         self._step = Stepper(model, state)
 
@@ -93,10 +100,10 @@ class Session:
             assert at is not None
             newest, before, last = self._newest or (0, NEVER, NEVER)
             if not self._waits:
-                self._output = self._step([index], self._clock([last], [at], [at]))
+                self._output = self._step([index], [(last, at, at)])
             elif self._newest:
                 # Its wait is over, and so it is read for good.
-                self._step([newest], self._clock([before], [last], [at]))
+                self._step([newest], [(before, last, at)])
             self._newest = index, last, at
         self._seen.add(index)
 
@@ -128,19 +135,17 @@ class Session:
 
     def _vector(self, now: Any) -> Tensor:
         """The vector of the history ``[1, hidden_size]`` that answers at a moment."""
-        if self._newest is None:
-            assert self._output is not None
-            return self._output
         moment = self._reader.moment(now)
-        item, before, at = self._newest
-        clock = self._clock([before], [at], [at if moment is None else moment])
-        if self._waits:
-            return self._step([item], clock, keep=False)
-        found: Tensor = self._model.read_out(self._output, clock)
-        return found
-
-    def _clock(self, before: Sequence[int], at: Sequence[int], after: Sequence[int]) -> Clock:
-        return Clock(*(torch.tensor(times, device=self._device) for times in (before, at, after)))
+        if self._newest is not None and moment is not None and self._reader.asks:
+            item, before, at = self._newest
+            if self._waits:
+                return self._step([item], [(before, at, moment)], keep=False)
+            encoding = self._model.time_encoding
+            _, wait = encoding.rows_of(before, at, moment)
+            gated: Tensor = encoding.gated(self._output, torch.tensor([wait], device=self._device))
+            return gated
+        assert self._output is not None
+        return self._output
 
     # --- the state as an object ---
 
@@ -241,11 +246,18 @@ class Stepper:
         # The first layer reads its input from the table of embeddings, through the norm behind
         # it; or, where times are added to an item's, from what is computed for each event.
         first = self._calls[0]
-        self._inputs = None if getattr(model, "time_encoding", None) is None else torch.empty_like(self._output)
-        if self._inputs is None:
+        self._encoding = getattr(model, "time_encoding", None)
+        if self._encoding is None:
             first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
         else:
-            first.u = self._inputs.data_ptr()
+            tables = [
+                table,
+                self._encoding.gap.weight,
+                *([self._encoding.wait.weight] if self._encoding.asks_at_input else []),
+            ]
+            self._tables = [weight.detach().numpy() for weight in tables]
+            self._inputs = np.empty((B, table.shape[1]), dtype=np.float32)
+            first.u = self._inputs.ctypes.data
         for name, value in norm_fields("first", model.norm).items():
             setattr(first, name, value.data_ptr() if isinstance(value, Tensor) else value)
         spaces = [native.step_workspace(call) for call in self._calls]
@@ -253,12 +265,12 @@ class Stepper:
             call.workspace = space.data_ptr()
         self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
 
-    def __call__(self, items: Sequence[int], clock: Clock | None = None, *, keep: bool = True) -> Tensor:
+    def __call__(self, items: Sequence[int], moments: Sequence[Moments] = (), *, keep: bool = True) -> Tensor:
         """Ids of one item a user -> vectors ``[B, hidden_size]``, which the next call writes over.
 
         Args:
             items: the ids.
-            clock: of the events ``[B]``, where the model reads times.
+            moments: of each event, where the model reads times.
             keep: whether the states advance; else the events are only tried.
 
         Raises:
@@ -266,15 +278,18 @@ class Stepper:
         """
         if not self._native:
             with torch.inference_mode():
-                ids = torch.tensor(items, device=self.model.item_embedding.weight.device)
-                output, after = self.model.step(ids, self.state, *([] if clock is None else [clock]))
+                device = self.model.item_embedding.weight.device
+                clock = [clock_of(moments, device)] if moments else []
+                output, after = self.model.step(torch.tensor(items, device=device), self.state, *clock)
             self.state = after if keep else self.state
             return output
-        if self._inputs is None:
+        if self._encoding is None:
             self._rows[:] = items
         else:
-            with torch.inference_mode():
-                self._inputs.copy_(self.model.embed(torch.tensor(items), clock))
+            for row, item, times in zip(self._inputs, items, moments):
+                row[:] = sum(
+                    table[place] for table, place in zip(self._tables, (item, *self._encoding.rows_of(*times)))
+                )
         native.run_steps(self._calls if keep else self._trials, len(self._calls))
         return self._output
 

@@ -43,6 +43,18 @@ def test_a_clock_knows_where_histories_begin_and_end():
     assert Clock.of_packed(times[:0], now[:0], torch.tensor([0, 0])).before.shape == (0,)
 
 
+@pytest.mark.parametrize("scale", [(0, 1, 10**7), (18_000, 86_400, 90), (4, 10, 3)])
+def test_one_event_in_python_has_the_rows_of_many(scale):
+    layer = encoding(*scale)
+    generator = torch.Generator().manual_seed(0)
+    times = 978_300_000 + torch.randint(0, 10**8, (500, 3), generator=generator)
+    times = torch.cat([times, times.sort(1).values, times // 10**4 * 10**4, torch.tensor([[NEVER, 5, 90], [7, 7, 7]])])
+    table = torch.arange(BUCKETS + 1.0)
+    layer.gap.weight.data[:], layer.wait.weight.data[:] = table[:, None] * 100, table[:-1, None]
+    expected = layer(Clock(*times.T))[:, 0].tolist()
+    assert [100 * gap + wait for gap, wait in (layer.rows_of(*row) for row in times.tolist())] == expected
+
+
 @pytest.mark.parametrize("ways", [{"asks": False}, {}, {"at_output": True}])
 def test_the_moment_of_asking_enters_where_it_should(ways):
     layer = encoding(**ways)
