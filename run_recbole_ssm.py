@@ -5,4 +5,5 @@ import sys
 from recbole_ssm.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Without arguments recbole-ssm prints its help, and this trains the default model.
+    sys.exit(main(sys.argv[1:] or ["train"]))

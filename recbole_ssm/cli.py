@@ -5,25 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from recbole_ssm import __version__
+from recbole_ssm import __version__, console
 from recbole_ssm.arguments import join_values
 from recbole_ssm.errors import UserError, did_you_mean
 
 USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
 
-  train and test a model
-    run_recbole_ssm.py [--model=2Mamba4Rec] [--dataset=ml-100k] [--config_files "a.yaml b.yaml"] [--key=value ...]
+  recbole-ssm train     train and test a model: train [--model=2Mamba4Rec] [--dataset=ml-100k] [--key=value ...]
+                        python run_recbole_ssm.py [--key=value ...] is the same, and so is recbole-ssm --key=value ...
 
-      --model     Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
-                  or a class of your own: --model=my_package.my_file:MyModel; Pop and RepeatNewest learn nothing
-      --dataset   ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
-                  amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files under data_path
-      --resume    a checkpoint, the folder of a run, or the folder above: go on from the newest, byte for byte
-      --init      start from the weights of a checkpoint or run, on data with new users, events and items
-      --key       any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
+      --model           Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
+                        or a class of your own: --model=my_package.my_file:MyModel; Pop and RepeatNewest learn nothing
+      --dataset         ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
+                        amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files in data_path
+      --config_files    YAML files of settings: "a.yaml b.yaml"; a later one wins
+      --resume          a checkpoint, the folder of a run, or the folder above: go on from the newest, byte for byte
+      --init            start from the weights of a checkpoint or run, on data with new users, events and items
+      --key             any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
   recbole-ssm recommend the next items of many users, as a file: recommend CHECKPOINT [--users=FILE] [--out=recs.csv]
-  recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk=[20]]
+  recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk='[10,20]']
   recbole-ssm export    vectors of items or users by raw id: export CHECKPOINT --what=items [--out=items.parquet]
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
@@ -31,21 +32,30 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm doctor    versions, device, usable kernels, and the line that installs what is missing;
                         --numerics compares every backend with the float64 reference on this machine
   recbole-ssm compare   models by data sets in one table with paired tests: compare --models=SASRec,2Mamba4Rec --seeds=5
-  recbole-ssm tune      the best hyper-parameters: tune --model=M [--params_file=FILE.hyper] [--algo=bayes]; also --tune
+  recbole-ssm tune      the best hyper-parameters of a model: tune --model=M [--params_file=FILE.hyper] [--algo=bayes]
   recbole-ssm study     questions that take many runs: study length --help says more
   recbole-ssm bench     measure side by side in one run: bench train [--json=FILE]; bench train --help says more
   recbole-ssm pairs     LlamaRec's training rows as preference pairs, for TRL: pairs OUT.jsonl [--key=value ...]
+
+  every command takes --help, and --quiet: no progress bars, and of a run's log only warnings and the result;
+  recbole-ssm --version prints the version
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    console.set_quiet("--quiet" in arguments)
+    arguments = [argument for argument in arguments if argument != "--quiet"]
     if "--tune" in arguments and arguments[0].startswith("-"):  # of the main job; compare has one too
         arguments = ["tune", *(argument for argument in arguments if argument != "--tune")]
+        print("recbole_ssm: --tune is the command recbole-ssm tune", file=sys.stderr)
     try:
-        if not set(arguments[:1]) & WITH_HELP and any(argument in ("-h", "--help", "help") for argument in arguments):
+        asks_for_help = any(argument in ("-h", "--help", "help") for argument in arguments)
+        if not arguments or (asks_for_help and arguments[0] not in WITH_HELP):
             print(USAGE, end="")
+        elif arguments == ["--version"]:
+            print(f"recbole_ssm {__version__}")
         elif arguments and not arguments[0].startswith("-"):
             name = arguments[0]
             if name not in COMMANDS:

@@ -8,6 +8,7 @@ For language models properties/model comes before properties/dataset.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from recbole_ssm import compat
+from recbole_ssm import __version__, compat
 from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows, shown
@@ -40,6 +41,8 @@ from recbole_ssm import distributed  # noqa: E402
 from recbole_ssm.data import temporal  # noqa: E402
 from recbole_ssm.data.gaps import reads_times  # noqa: E402
 
+SETTINGS = "config.yaml"
+"""The file in a run's folder that holds all its settings."""
 RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
 # The keys that name columns, and the names by which our defaults and RecBole's speak of those columns.
 FIELDS = {
@@ -160,6 +163,25 @@ class Config(recbole.config.Config):
         return f"{kind.__module__}:{kind.__qualname__}" if _is_own(kind) else None
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """What is given and is not the default of this model on this data set; model and data set are left out."""
+        defaults = self.internal_config_dict
+        given = {key: value for key, value in self.external_config_dict.items() if key not in ("model", "dataset")}
+        return {key: value for key, value in given.items() if key not in defaults or defaults[key] != value}
+
+    def as_yaml(self) -> str:
+        """All settings, in a form that ``--config_files`` takes; where they were left open, as they were chosen."""
+        known = self.known_keys()
+        chosen = {key: self.final_config_dict[key] for key in ("train_mode", "packed_window")}
+        named = {"model": self.class_path or self.model, "dataset": self.dataset}
+        settings = {key: value for key, value in {**self._settings, **chosen, **named}.items() if key in known}
+        # An own model may have defaults that YAML cannot hold.
+        plain_settings = json.loads(json.dumps(settings, default=str))
+        text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)
+        versions = f"recbole_ssm {__version__}, PyTorch {torch.__version__}"
+        return f"# All settings of a run of {versions}. They train it again: --config_files {SETTINGS}\n{text}"
+
+    @property
     def _rules(self) -> type[Configurable]:
         return self.model_class if issubclass(self.model_class, Configurable) else Configurable
 
@@ -230,6 +252,8 @@ class Config(recbole.config.Config):
             # The text means the same, and what is kept with a model is compared.
             merged["time"] = None
         self._check_together(merged)
+        # RecBole changes some of them from here on.
+        self._settings = copy.deepcopy(merged)
         return copy.deepcopy(merged)
 
     def _set_default_parameters(self) -> None:
@@ -237,7 +261,7 @@ class Config(recbole.config.Config):
         super()._set_default_parameters()
         if self.dataset != "ml-100k" or (folder / f"{self.dataset}.inter").is_file():
             # RecBole sends ml-100k to its bundled copy, whatever data_path says; the toy comes along with us.
-            own = self.dataset == TOY.name and not folder.is_dir()
+            own = self.dataset == TOY.name and not os.path.isdir(folder)
             self.final_config_dict["data_path"] = str(TOY if own else folder)
         # RecBole knows the losses CE and BPR only.
         self.final_config_dict.setdefault("MODEL_INPUT_TYPE", InputType.POINTWISE)
@@ -272,7 +296,7 @@ class Config(recbole.config.Config):
             # Several processes do not work together as RecBole's do, so it is told that there is one.
             self.final_config_dict |= {"single_spec": True, "local_rank": distributed.rank()}
             if distributed.rank():
-                self.final_config_dict |= {"state": "ERROR", "show_progress": False}
+                self.final_config_dict |= {"state": "ERROR", "show_progress": False, "log_wandb": False}
             return
         if "gpu_id" not in self.external_config_dict and "CUDA_VISIBLE_DEVICES" in os.environ:
             # RecBole overwrites the user's own choice of GPUs with its default.

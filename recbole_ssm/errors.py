@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NoReturn
@@ -73,11 +74,30 @@ class _Help(argparse.HelpFormatter):
         return text if known else f"{text} (default: %(default)s)"
 
 
+FORMER_OPTIONS = {"--batch": "--batch_size", "--max_length": "--length", "--top_k": "--k"}
+"""What options were called before every command had the same word for the same thing."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser of a command's arguments whose errors are :class:`UserError`; options are never abbreviated."""
+    """A parser of a command's arguments whose errors are :class:`UserError`; options are never abbreviated.
+
+    A former name of an option still counts, with a hint on standard error.
+    """
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_Help)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, after options have their present names."""
+        return super().parse_known_args(args and [self._by_present_name(argument) for argument in args], namespace)
+
+    def _by_present_name(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        present = FORMER_OPTIONS.get(name, "")
+        if name in self._option_string_actions or present not in self._option_string_actions:
+            return argument
+        print(f"{self.prog}: {name} is called {present} now; the old name still counts", file=sys.stderr)
+        return present + equals + value
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a UserError."""

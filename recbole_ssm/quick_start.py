@@ -14,9 +14,10 @@ from recbole_ssm import compat, distributed
 
 compat.install()
 
-from recbole.utils import init_logger, init_seed  # noqa: E402
+from recbole.utils import init_seed  # noqa: E402
 
 from recbole_ssm.config import Config  # noqa: E402
+from recbole_ssm.console import RESULT, begin_log, closing, opening  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, create_loaders  # noqa: E402
 from recbole_ssm.data.outline import item_tokens  # noqa: E402
@@ -38,6 +39,7 @@ from recbole_ssm.starting import (  # noqa: E402
     take_weights,
 )
 from recbole_ssm.trainer import Hook, Trainer, checkpoint, known_items  # noqa: E402
+from recbole_ssm.trainer.records import require_wandb  # noqa: E402
 from recbole_ssm.trainer.refusals import recbole_refusals, refusals_of_a_run  # noqa: E402
 from recbole_ssm.trainer.snapshot import require_same_run  # noqa: E402
 
@@ -119,11 +121,12 @@ def run_recbole_ssm(
         config = configure_again(start, model, **given)
     else:
         config = configure(model, **given)
-    if distributed.rank() == 0:
-        init_logger(config)
+    log = begin_log(config) if distributed.rank() == 0 else None
+    getLogger().info(opening(config, log))
     with refusals_of_a_run(config["model"]):
         result = _run(config, saved, start, hooks, first if init is not None else None)
     distributed.stop()
+    getLogger().log(RESULT, closing(config, result))
     return result
 
 
@@ -151,7 +154,7 @@ def load_data_and_model(
     """
     saved = checkpoint.find_best(Path(model_file))
     config = configure_again(saved, model, config_dict=config_dict, command_line=command_line)
-    init_logger(config)
+    begin_log(config)
     init_seed(config["seed"], config["reproducibility"])
     set_backend(config["ssm_backend"])
     path, found = saved
@@ -189,7 +192,7 @@ def _run(
         require_same_items(train_data._dataset, start)
     if first is not None:
         take_weights(recommender, config, train_data._dataset, first)
-    logger.info(recommender)
+    logger.debug(recommender)
     # Each process draws dropout of its own.
     init_seed(config["seed"] + distributed.rank(), config["reproducibility"])
     parameters = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
@@ -210,20 +213,18 @@ def _run(
         )
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
     for name, found in (("best valid", best_valid_result), ("test result", test_result)):
-        logger.info(f"{name}:\n{found}" if found else f"{name}: there is none")
+        logger.debug(f"{name}:\n{found}" if found else f"{name}: there is none")
     protocol = metrics.protocol(config)
     logger.info(f"protocol: {protocol}")
     groups = {}
     if test_result and trainer.ranking is not None:
         groups = metrics.by_group(trainer.ranking, config, training_events(train_data._dataset))
-        logger.info(metrics.text_of(groups))
-    if saved:
-        logger.info(f"checkpoint: {trainer.saved_model_file}")
-    elif best_valid_result:
+        logger.debug(metrics.text_of(groups))
+    if not saved and best_valid_result:
         logger.info("saved=False: the best validation is of its epoch, the test of the last weights")
     result = {
         "model": config["model"],
-        "best_valid_score": best_valid_score,
+        "best_valid_score": float(best_valid_score),
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "best_valid_result_masked": best_valid_result.masked if best_valid_result else None,
@@ -243,7 +244,8 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
     LlamaRec, is trained or read.
     """
     logger = getLogger()
-    logger.info(config)
+    logger.debug(config.as_yaml())
+    require_wandb(config)
     stage = None
     if hasattr(config.model_class, "first_stage"):
         stage = config.model_class.first_stage(config, start[1] if start else None, configure, _checkpoint_of)
@@ -254,7 +256,10 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
         require_data(config)
     with recbole_refusals(config["dataset"]):
         data = create_dataset(config)
-        logger.info(data)
+        logger.debug(data)
+        logger.info(
+            f"{config['dataset']}: {data.user_num - 1:,} users, {data.item_num - 1:,} items, {data.inter_num:,} events"
+        )
         loaders = create_loaders(config, data)
 
     init_seed(config["seed"], config["reproducibility"])
@@ -315,7 +320,7 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
     config = configure("LlamaRec", *arguments, **options)
-    init_logger(config)
+    begin_log(config)
     recommender, train_data, _, _ = _prepare(config, None)
     init_seed(config["seed"], config["reproducibility"])
     return pairs.export(Path(path), recommender, train_data, config["show_progress"])

@@ -264,7 +264,7 @@ def test_groups_of_targets_make_up_the_whole(toy):
 
 def test_a_run_tells_both_protocols_and_its_groups(toy, caplog):
     toy["config_dict"] |= {"epochs": 0, "state": "INFO"}
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         result = run_recbole_ssm("GRU4Rec", **toy)
     assert result["test_result"].keys() == result["test_result_masked"].keys() == METRICS
     groups = result["test_by_group"]

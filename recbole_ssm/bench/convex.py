@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from recbole_ssm.arguments import add_counts, at_least
 from recbole_ssm.bench import Row
+from recbole_ssm.console import progress_bar
 from recbole_ssm.optim import USFGM, USGM, IterateAverage
 
 
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """A row for each problem, method and noise."""
     rows: list[Row] = []
     cases = [(name, method, sigma) for name in PROBLEMS for method in METHODS for sigma in (0.0, 0.1, 1.0)]
-    for name, method, sigma in tqdm(cases, desc="convex", leave=False):
+    for name, method, sigma in progress_bar(cases, desc="convex", leave=False):
         problem = PROBLEMS[name](options.size, torch.Generator().manual_seed(0))
         runs = [gaps(problem, method, sigma, options.gradients, seed) for seed in range(options.seeds)]
         mean = {k: sum(r[k] for r in runs) / len(runs) for k in runs[0]}

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_counts(
         parser,
         interactions=(20_000_000, "how many are generated"),
-        max_length=(200, "MAX_ITEM_LIST_LENGTH"),
+        length=(200, "events of the longest history"),
         steps=(100, "batches of 2048 targets that are read"),
     )
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Rows with name, interactions, raw_bytes, above_raw_bytes, bytes_per_interaction, build_s, batch_s."""
     jobs = [("packed", options.interactions), ("prefix", options.interactions)]
     jobs.append(("RecBole", max(options.interactions // 100, 1000)))
-    return [in_a_process(_measure, *job, options.max_length, options.steps) for job in jobs]
+    return [in_a_process(_measure, *job, options.length, options.steps) for job in jobs]
 
 
 def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:

@@ -24,12 +24,12 @@ import psutil
 import torch
 from scipy.stats import linregress
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from recbole_ssm import compat
 from recbole_ssm.arguments import add_counts, one_of, path_that, positive, sizes, some_of
 from recbole_ssm.bench import Row, table
 from recbole_ssm.bench.measure import add_device, extra_memory
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.figure import check_drawable, figure
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=sizes, default="50,200,1000,4000,16000", help="events of a history")
     parser.add_argument("--batch_sizes", type=sizes, default="1,64,4096", help="histories in a call")
     parser.add_argument("--items", type=sizes, default="12101,1000000", help="items of the catalogue")
-    add_counts(parser, top_k=(10, "best items of each history"))
+    add_counts(parser, k=(10, "best items of each history"))
     parser.add_argument("--seconds", type=positive, default=10.0, help="for each row; one that needs more is skipped")
     add_device(parser)
     parser.add_argument(
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     # Length 0 is one event. Models take turns within a length, so that a slow minute of the machine meets all of them.
     calls = list(itertools.product(sorted(options.batch_sizes), (0, *sorted(options.lengths)), options.models))
-    total = len(options.items) * len(calls)
-    with tqdm(total=total, unit="row", leave=False) as progress, contextlib.suppress(KeyboardInterrupt):
+    total, done = len(options.items) * len(calls), 0
+    with progress_bar(total=total, unit="row", leave=False) as progress, contextlib.suppress(KeyboardInterrupt):
         for items in options.items:
             torch.manual_seed(0)
             models = {name: _build(name, max(options.lengths), items, device) for name in options.models}
@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                 model, path = models[name], PATHS[bool(length)]
                 progress.set_description(f"{name}, {batch} x {length or path}, {items:,} items")
                 progress.update()
+                done += 1
                 if not length and not getattr(model, "carries_state", False):
                     continue
                 row = {"model": name, "path": path, "length": length or 1, "batch_size": batch, "items": items}
@@ -104,8 +105,8 @@ def run(options: argparse.Namespace) -> list[Row]:
                 else:
                     measured = bench.row(model, costs[name, path], length, batch, items)
                 rows.append({**row, **measured})
-    if progress.n < total:
-        print(f"interrupted after {progress.n} of {total} rows; these were measured:")
+    if done < total:
+        print(f"interrupted after {done} of {total} rows; these were measured:")
     return rows
 
 
@@ -202,7 +203,7 @@ class _Bench:
     """Measures rows, and leaves those out that would take too much memory or time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device, self.seconds, self.top_k = options.device, options.seconds, options.top_k
+        self.device, self.seconds, self.top_k = options.device, options.seconds, options.k
         self.clock = _Processor if options.clock == "processor" else Latency
 
     def row(self, model: Any, costs: _Costs, length: int, batch: int, items: int) -> Row:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_counts(
         parser,
         items=(1682, "in the catalogue"),
-        batch=(256, "targets a step"),
+        batch_size=(256, "targets a step"),
         length=(20, "events of a history"),
         every=(50, "a step in this many is measured"),
         rounds=(15, "measurements, of which the median counts"),
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """A row for each update and for a measured step, beside the whole step with Adam."""
     torch.manual_seed(0)
     model = untrained_model("2Mamba4Rec", options.items, options.device, MAX_ITEM_LIST_LENGTH=options.length).train()
-    rows = random_histories(options.batch, options.length, options.items, options.device)
+    rows = random_histories(options.batch_size, options.length, options.items, options.device)
     # The rates are so small that the point stays where it is.
     adam = torch.optim.Adam(model.parameters(), lr=1e-6)
     updates: dict[str, torch.optim.Optimizer] = {
@@ -47,18 +47,20 @@ def run(options: argparse.Namespace) -> list[Row]:
     }
     IterateAverage(updates["USGM, averaged"])
     probe = GradientProbe(model.parameters())
-    sizes = AdaptiveBatchSize(options.batch, every=1, chunks=options.chunks, batch_max=options.batch, D=1.0, budget=1e6)
+    sizes = AdaptiveBatchSize(
+        options.batch_size, every=1, chunks=options.chunks, batch_max=options.batch_size, D=1.0, budget=1e6
+    )
 
     def backward(part: slice) -> None:
-        share = (part.stop - part.start) / options.batch
+        share = (part.stop - part.start) / options.batch_size
         (model.calculate_loss(rows[part]) * share).backward()
 
     def plain() -> None:
-        sizes.accumulate(options.batch, backward, adam.zero_grad)
+        sizes.accumulate(options.batch_size, backward, adam.zero_grad)
         adam.step()
 
     def measured() -> None:
-        sizes.accumulate(options.batch, backward, adam.zero_grad, probe)
+        sizes.accumulate(options.batch_size, backward, adam.zero_grad, probe)
         measurement = probe.measure()
         adam.step()
         sizes.observe(measurement, probe.change(backward))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=at_least(2), default=12_102, help="in the catalogue, padding included")
     add_counts(
         parser,
-        batch=(2048, "histories in a batch"),
+        batch_size=(2048, "histories in a batch"),
         length=(50, "items in a history"),
         layers=(1, "of our models; SASRec has RecBole's 2"),
         rounds=(3, "measurements, of which the median counts"),
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Measure; one row a model, backend and kind of step."""
     torch.manual_seed(0)
     items = options.items - 1
-    rows = random_histories(options.batch, options.length, items, options.device)
+    rows = random_histories(options.batch_size, options.length, items, options.device)
     functions: dict[tuple[str, str, str], Function] = {}
     for name in options.models:
         model = model_of_a_step(name, items, options.device, options.length, options.layers)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             "model": name,
             "backend": backend,
             "step": kind,
-            "B": options.batch if CALLS[kind] == 1 else 1,
+            "B": options.batch_size if CALLS[kind] == 1 else 1,
             "L": options.length,
             "ms": value * 1e3,
             "x_recbole": ratio(value, RECBOLE, kind),

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from recbole_ssm import clock
 from recbole_ssm.arguments import add_counts, at_least, names, positive, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import in_a_process
+from recbole_ssm.console import progress_bar
 
 RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
 OURS = (
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = list(dict.fromkeys(model for model, _ in OURS))
     parser.add_argument("--datasets", type=names, default="ml-100k", help="separated by commas")
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets")
-    parser.add_argument("--max_length", type=at_least(1), help="MAX_ITEM_LIST_LENGTH; default 50, on ml-1m 200")
+    parser.add_argument("--length", type=at_least(1), help="events of the longest history; default 50, on ml-1m 200")
     add_counts(parser, batch_size=(2048, "targets of a step"))
     parser.add_argument("--seconds", type=positive, default=20.0, help="time for each row's steps")
     parser.add_argument("--models", type=some_of(models), default=",".join(models), help="beside RecBole's SASRec")
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     jobs: list[tuple[str, str]] = [(RECBOLE, "prefix"), (AS_SHIPPED, "prefix")]
     jobs += [(model, mode) for model, mode in OURS if model in options.models]
     rows: list[Row] = []
-    with tqdm(total=len(jobs) * len(options.datasets), desc="bench train", unit="row") as bar:
+    with progress_bar(total=len(jobs) * len(options.datasets), desc="bench train", unit="row") as bar:
         for dataset in options.datasets:
             first: Row | None = None
             for name, mode in jobs:
@@ -73,7 +73,7 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
     from recbole_ssm.memory import peak_memory
     from recbole_ssm.quick_start import configure
 
-    length = options["max_length"] or MAX_LENGTH.get(dataset, 50)
+    length = options["length"] or MAX_LENGTH.get(dataset, 50)
     theirs = name in (RECBOLE, AS_SHIPPED)
     keys = {
         "data_path": options["data_path"],

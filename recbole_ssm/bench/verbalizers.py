@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         width=(128, "of a random base model"),
         layers=(4, "of a random base model"),
         users=(8, "whose candidates are scored"),
-        batch=(4, "rows in a batch of the plain implementation"),
+        batch_size=(4, "rows in a batch of the plain implementation"),
         candidates=(20, "of each user"),
         rounds=(3, "measurements, of which the median counts"),
     )
@@ -77,13 +77,13 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def _rows(kind: str, model: Any, prompts: Prompts, questions: list[Question], options: argparse.Namespace) -> list[Row]:
-    tokens = options.batch * 512
+    tokens = options.batch_size * 512
     in_turn = Verbalizer(model, prompts, kind, 10**9)
     ways: dict[str, Any] = {
-        "plain": partial(plain, model, prompts, kind, questions, options.batch),
+        "plain": partial(plain, model, prompts, kind, questions, options.batch_size),
         "ours": partial(Verbalizer(model, prompts, kind, tokens).scores, questions),
         "without prefix": partial(Verbalizer(model, prompts, kind, tokens, False).scores, questions),
-        "without buckets": partial(_in_turn, in_turn, questions, options.batch),
+        "without buckets": partial(_in_turn, in_turn, questions, options.batch_size),
     }
     expected = ways["plain"]()
     for name, way in ways.items():

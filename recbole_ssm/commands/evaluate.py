@@ -78,10 +78,7 @@ def main(arguments: Sequence[str]) -> None:
     options, command_line = parse(parser, arguments)
     command_line += _device_keys(options.device)
     found = evaluate(options.checkpoint, part=options.part, model=options.model, command_line=command_line)
-    width = max(map(len, found))
-    print(f"{'':<{width}}  unmasked  history masked")
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value:8.4f}" + (f"  {found.masked[name]:14.4f}" if name in found.masked else ""))
+    print(found.table())
     print(f"protocol: {found.protocol}")
     if options.json:
         about = {"checkpoint": str(options.checkpoint), "part": options.part, "protocol": found.protocol}

@@ -37,8 +37,12 @@ FILE_ORDER = "the source has no times; they count each user's events in the orde
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("source", type=Path, help="file, folder or zip: MovieLens, Amazon Reviews, text, JSON, Parquet")
-    parser.add_argument("--name", required=True, help="of the data set that is written: OUT/NAME/NAME.inter ...")
-    parser.add_argument("--out", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)")
+    parser.add_argument(
+        "--name", "--dataset", required=True, help="of the data set that is written: OUT/NAME/NAME.inter ..."
+    )
+    parser.add_argument(
+        "--out", "--data_path", type=Path, default=Path("dataset"), help="folder of data sets (default: dataset/)"
+    )
     for field in (*EVENT, "text"):
         what = {"text": "words that describe an item, for .item"}.get(field, f"{field} (default: guessed)")
         parser.add_argument(

@@ -9,8 +9,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
+from recbole_ssm.console import progress_bar
 from recbole_ssm.data.archives import DAMAGED
 
 # Seconds without a byte before a download counts as dead.
@@ -30,7 +29,7 @@ def download(url: str, folder: Path, name: str) -> None:
         archive, ready = Path(scratch, "archive.zip"), Path(scratch, name)
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(archive, "wb") as file:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"Download {name}") as bar:
+            with progress_bar(total=size or None, unit="B", unit_scale=True, desc=f"Download {name}") as bar:
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))

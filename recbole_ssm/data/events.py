@@ -177,7 +177,7 @@ def oddities(
         row = int(backwards.min())
         who = events.users.names[int(events.users.codes[row])].as_py()
         yield (
-            logging.INFO,
+            logging.DEBUG,
             f"{bad.path}, line {bad.line_of(row)}: {time} goes back to {temporal.shown(events.times[row])} for {user} "
             f"{excerpt(who)}, and {len(backwards):,} such lines in all; events are sorted by time here, and those of "
             "one time keep the order of the file",

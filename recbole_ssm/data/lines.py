@@ -9,15 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from tqdm import tqdm
 
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import whole
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 # Bytes that are read at a time. A block of nothing but line ends takes fifty times its size for a moment.
 BLOCK = 1 << 22
@@ -104,9 +107,9 @@ class BadLines:
         self._stack.__exit__(*error)
 
 
-def progress(what: str, size: int, unit: str = "B") -> tqdm[NoReturn]:
+def progress(what: str, size: int, unit: str = "B") -> tqdm[Any]:
     """A bar that appears on a terminal, and only when the work takes more than a second."""
-    return tqdm(total=size, desc=what, unit=unit, unit_scale=True, delay=1, disable=None)
+    return progress_bar(total=size, desc=what, unit=unit, unit_scale=True, delay=1)
 
 
 def read_blocks(

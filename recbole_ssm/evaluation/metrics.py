@@ -19,20 +19,29 @@ OF_ITEMS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", 
 
 
 class Result(dict[str, float]):
-    """RecBole's metrics of an evaluation, in lists that hold the items of the histories too.
+    """RecBole's metrics of an evaluation, in lists that hold the items of the histories too, as Python's numbers.
 
     ``masked`` are the same without those items; it is empty where scores are compared with labels. ``protocol`` is what
     :func:`protocol` says, where it was asked for.
     """
 
     def __init__(self, unmasked: Mapping[str, float], masked: Mapping[str, float] | None = None) -> None:
-        super().__init__(unmasked)
-        self.masked = dict(masked or {})
+        super().__init__({name: float(value) for name, value in unmasked.items()})
+        self.masked = {name: float(value) for name, value in (masked or {}).items()}
         self.protocol: dict[str, Any] = {}
 
     def both(self) -> dict[str, float]:
         """All in one: ``hit@10`` and ``masked hit@10``."""
         return {**self, **{f"masked {name}": value for name, value in self.masked.items()}}
+
+    def table(self, title: str = "") -> str:
+        """All as aligned columns under a title, a line for each metric."""
+        width = max(len(name) for name in [title, *self])
+        lines = [f"{title:{width}}  unmasked" + "  history masked" * bool(self.masked)]
+        for name, value in self.items():
+            masked = f"  {self.masked[name]:14.4f}" if name in self.masked else ""
+            lines.append(f"{name:{width}}  {value:8.4f}{masked}")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         """Both on lines of their own."""

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from recbole_ssm.console import progress_bar, shows_progress
 from recbole_ssm.errors import UserError, require
 from recbole_ssm.files import whole
 from recbole_ssm.llm.base import load_base_model
@@ -76,7 +76,7 @@ def export(path: Path, model: Any, loader: Any, show_progress: bool) -> int:
         loader: its :class:`~recbole_ssm.data.loader.TrainLoader`.
         show_progress: show a bar of the steps.
     """
-    bar = tqdm(loader, desc="Pairs", unit="step", disable=not show_progress)
+    bar = progress_bar(loader, show_progress, desc="Pairs", unit="step")
     count = write_pairs(path, preference_pairs(model, bar))
     getLogger().info(f"{path}: {count:,} preference pairs of {loader.plan.total:,} training rows")
     return count
@@ -186,7 +186,7 @@ def _orpo_config(orpo: Any, folder: str, config: Any, arguments: dict[str, Any])
         "gradient_checkpointing": False,
         "use_cpu": torch.device(config["device"]).type != "cuda",
         "seed": config["seed"],
-        "disable_tqdm": not config["show_progress"],
+        "disable_tqdm": not shows_progress(config["show_progress"]),
     }
     try:
         return orpo.ORPOConfig(**{**defaults, **arguments})

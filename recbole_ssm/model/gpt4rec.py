@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from recbole_ssm import distributed
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError, require
 from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge
 from recbole_ssm.llm.model import LanguageModelRecommender
@@ -142,13 +142,13 @@ class GPT4Rec(LanguageModelRecommender):
         histories: list[tuple[int, ...]] = []
         queries: list[list[str]] = []
         step = valid_data.step
-        for start in tqdm(range(0, len(rows), step), desc="Queries", unit="batch", disable=not self.show_progress):
+        for start in progress_bar(range(0, len(rows), step), self.show_progress, desc="Queries", unit="batch"):
             batch = rows[start : start + step]
             histories += [tuple(history) for history in self.histories(batch)]
             queries += self.queries(batch)
         targets = rows[self.POS_ITEM_ID].tolist()
         gains = []
-        for k1, b in tqdm(self.grid, desc="BM25", unit="pair", disable=not self.show_progress):
+        for k1, b in progress_bar(self.grid, self.show_progress, desc="BM25", unit="pair"):
             self.search.build(k1, b)
             gains.append(sum(self._gain(*row) for row in zip(queries, targets)) / max(len(targets), 1))
         gains = distributed.mean(gains)

@@ -173,7 +173,10 @@ def _order(x: torch.Tensor) -> tuple[list[str], str]:
 
 
 def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
-    """The implementation of ``op`` for a tensor like ``x``; the first choice of each kind is logged with its reason."""
+    """The implementation of ``op`` for a tensor like ``x``.
+
+    The first choice of each kind stands in the log file of the run, with its reason.
+    """
     tracing = torch.compiler.is_compiling()
     if not tracing:
         forced, function = getattr(_forced, "choice", None) or ("", None)
@@ -189,7 +192,7 @@ def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
             if not tracing and choice not in _logged:
                 _logged.add(choice)
                 name = backend if found[0].name == backend else f"{backend} ({found[0].name})"
-                logging.getLogger().info(f"op {op}: backend {name} ({reason})")
+                logging.getLogger().debug(f"op {op}: backend {name} ({reason})")
             return found[0].function
     raise UserError(f"ssm_backend: '{_selected}' has no implementation of {op}; use ssm_backend: auto")
 

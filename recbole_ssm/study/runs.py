@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from recbole_ssm.config import Config
+from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest, digest_of_json, write_json
@@ -317,7 +317,7 @@ class Runs:
         todo = list(runs)
         # Wall seconds of what was trained now.
         spent: list[tuple[Run, float]] = []
-        with tqdm(total=len(todo), desc="runs", unit="run", disable=None) as bar:
+        with progress_bar(total=len(todo), desc="runs", unit="run") as bar:
             for number, run in enumerate(todo, 1):
                 bar.set_postfix_str(str(run))
                 begin = time.monotonic()

@@ -25,10 +25,10 @@ from typing import Any
 
 import yaml
 from recbole.utils import dict2str
-from tqdm import tqdm
 
 from recbole_ssm.arguments import at_least, one_of, path_that, read_yaml
 from recbole_ssm.config import Config
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError, did_you_mean, require
 from recbole_ssm.figure import check_drawable
 from recbole_ssm.files import check_writable, write_csv, write_text
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
             **{name: getattr(options, name) for name in ("algo", "max_evals", "early_stop", "prune")},
         )
         before = sum(trial.status in ("done", "pruned") for trial in tuning.trials)
-        with tqdm(unit="trial", disable=None, total=tuning.max_evals, initial=before) as bar:
+        with progress_bar(unit="trial", total=tuning.max_evals, initial=before) as bar:
             bar.write(
                 f"tune {config.model} on {config.dataset}: {tuning.search.algo} search of {tuning.max_evals} trials "
                 f"over {', '.join(space)}, by {metric}; {before} are done; the table is {tuning.table}"

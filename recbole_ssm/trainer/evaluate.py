@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import score_by_graphs
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
 from recbole_ssm.trainer.hooks import Hook
+from recbole_ssm.trainer.records import TensorBoardRecords, WandbRecords
 from recbole_ssm.trainer.signals import Signals
 from recbole_ssm.trainer.step_sizes import StepSizes
 from recbole_ssm.trainer.timing import Latency
@@ -62,7 +63,11 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
             self.tensorboard = _Silence()
 
     def _own_hooks(self) -> list[Hook]:
-        own: list[Hook] = [Latency()] if self.config["measure_latency"] else []
+        own: list[Hook] = [TensorBoardRecords()]
+        if self.config["log_wandb"]:
+            own.append(WandbRecords(self.wandblogger))
+        if self.config["measure_latency"]:
+            own.append(Latency())
         if hasattr(self.model, "hooks"):
             own += self.model.hooks()
         if hasattr(self.optimizer, "step_sizes"):
@@ -95,7 +100,7 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         if load_best_model:
             path = Path(distributed.broadcast(model_file or self.saved_model_file))
             load_weights(self.model, checkpoint.read(path), path)
-            self.logger.info(f"Loading model structure and parameters from {path}")
+            self.logger.debug(f"Loading model structure and parameters from {path}")
         self.model.eval()
         if not isinstance(eval_data, EvalLoader):
             phase = getattr(eval_data._sampler, "phase", "test")
@@ -104,7 +109,7 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         k = max(self.config["topk"]) if {m.lower() for m in self.config["metrics"]} & set(OF_ITEMS) else 0
         found: list[tuple[torch.Tensor, ...]] = []
         self._notify("on_evaluation_start")
-        for batch in tqdm(eval_data, desc="Evaluate", unit="batch", disable=not show_progress):
+        for batch in progress_bar(eval_data, show_progress, desc="Evaluate", unit="batch", leave=False):
             self._notify("on_evaluation_batch_start")
             batch = batch.to(self.device)
             rows: tuple[torch.Tensor, ...]
@@ -120,7 +125,6 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
                 # to stop.
                 self._signals.stop_if_asked()
         result = self._of_labels(found) if eval_data.labelled else self._of_ranks(found, eval_data)
-        self.wandblogger.log_eval_metrics(result.both(), head="eval")
         self._notify("on_evaluation_end", result)
         return result
 

@@ -1,6 +1,7 @@
 """The folder of a run, ``<model>-<dataset>-<time>/``: which of its checkpoints there are, and what becomes of them.
 
-``best.safetensors`` is the best by validation, ``step-<n>.safetensors`` the newest after n steps.
+``best.safetensors`` is the best by validation, ``step-<n>.safetensors`` the newest after n steps, and ``config.yaml``
+holds all settings.
 While a step is kept from which a run could go on, so is the checkpoint that was the best then:
 ``former-best-<n>.safetensors`` is the one that was the best until step n.
 """
@@ -17,8 +18,9 @@ from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
 
+from recbole_ssm.config import SETTINGS, Config
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import lock, whole
+from recbole_ssm.files import lock, whole, write_text
 from recbole_ssm.trainer.checkpoint import BEST, SUFFIX, read
 
 
@@ -31,6 +33,12 @@ def new_folder(parent: Path, name: str) -> Path:
             folder.mkdir(parents=True)
             break
     return folder
+
+
+def write_settings(folder: Path, config: Config) -> None:
+    """Write all settings of a run into its folder, and say where that lies."""
+    write_text(folder / SETTINGS, config.as_yaml())
+    getLogger().info(f"run: {folder}, with the checkpoints and all settings, {SETTINGS}")
 
 
 def step_file(folder: Path, step: int) -> Path:

@@ -33,6 +33,8 @@ class Training(Protocol):
     """Where the run's checkpoints and reports are written; None before there is a folder."""
     epochs: int
     """How many epochs the run has at most."""
+    start_epoch: int
+    """The epoch, from 0, with which training begins or goes on."""
     global_step: int
     """How many steps of the optimiser were taken since the start of the run."""
     valid_metric: str

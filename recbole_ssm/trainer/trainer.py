@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from recbole_ssm import compat, distributed
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError
 from recbole_ssm.memory import peak_memory, return_memory_of_growth
 from recbole_ssm.trainer import checkpoint, known_items
@@ -45,20 +45,18 @@ __all__ = ["Interrupted", "Trainer"]
 class Trainer(EvaluatingTrainer):
     """recbole.trainer.Trainer for every sequential model, whose runs can be killed at any batch and go on.
 
-    What differs from RecBole's: batches come from :class:`recbole_ssm.data.loader.TrainLoader`;
-    gradients may be accumulated over the parts of a step; the gradient scaler lives as long as
-    the run, and gradients are unscaled before they are clipped; several processes divide each
-    step and each evaluation, and give one process's metrics; checkpoints hold all that the next
-    step depends on. A checkpoint also holds what recommending needs.
+    What differs from RecBole's: batches come from :class:`recbole_ssm.data.loader.TrainLoader`; gradients may be
+    accumulated over the parts of a step; the gradient scaler lives as long as the run, and gradients are unscaled
+    before they are clipped; several processes divide each step and each evaluation, and give one process's metrics;
+    checkpoints hold all that the next step depends on. A checkpoint also holds what recommending needs.
 
-    A run has a folder ``<checkpoint_dir>/<model>-<dataset>-<time>/`` with ``best.safetensors``
-    and the newest ``step-<n>.safetensors``.
+    A run has a folder ``<checkpoint_dir>/<model>-<dataset>-<time>/``; see :mod:`recbole_ssm.trainer.folder`.
 
     Args:
         config: the configuration.
         model: the model, on its device.
-        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists, as are
-            those that the model brings by a method ``hooks()``.
+        hooks: called at the moments that :class:`~recbole_ssm.trainer.hooks.Hook` lists, as are those that the model
+            brings by a method ``hooks()``.
 
     Raises:
         UserError: an option is impossible, or two hooks are of one class.
@@ -93,9 +91,7 @@ class Trainer(EvaluatingTrainer):
 
     @property
     def step_size(self) -> float:
-        """The learning rate of the first parameter group, or the step size that the optimiser
-        found for it.
-        """
+        """The learning rate of the first parameter group, or the step size that the optimiser found for it."""
         return self.learner.step_size
 
     # --- training ---
@@ -120,6 +116,8 @@ class Trainer(EvaluatingTrainer):
         self._notify("on_fit_start", train_data)
         if saved:
             checkpoint.check_room(self.open_folder(), *self._contents([random_states()]))
+            if distributed.rank() == 0:
+                folders.write_settings(self.open_folder(), self.config)
         with self._folder_held(), self._signals.held(self._save_for_later):
             if self._random is not None:
                 set_random_states(self._random)
@@ -164,20 +162,24 @@ class Trainer(EvaluatingTrainer):
         callback: Any,
     ) -> None:
         """Train, evaluate, and save what came of it."""
+        told = []
         if not self.position.ended:
-            begin = time.time()
+            begin, first_seen = time.perf_counter(), self.position.seen
             losses = self._train_epoch(train_data, epoch, show_progress=progress)
             self.train_loss_dict[epoch] = sum(losses) if isinstance(losses, tuple) else losses
-            if verbose:
-                self.logger.info(self._generate_train_loss_output(epoch, begin, time.time(), losses))
             self._add_train_loss_to_tensorboard(epoch, losses)
-            self.wandblogger.log_metrics({"epoch": epoch, "train_loss": losses, "train_step": epoch}, head="train")
+            seconds, events = time.perf_counter() - begin, self.position.seen - first_seen
+            mean = self.train_loss_dict[epoch] / max(self.position.number, 1)
+            told.append(f"loss {mean:.4f}, {seconds:.1f} s, {events / seconds:,.0f} events/s")
         improved, score = not valid_data, None
         if valid_data and (epoch + 1) % self.eval_step == 0:
             # A checkpoint that a signal causes from here on repeats the evaluation.
             self._random = random_states()
-            improved, score = self._validate(valid_data, epoch, verbose, progress)
+            improved, score = self._validate(valid_data, epoch, progress)
             self._random = None
+            told.append(self._validation_in_words(epoch, score))
+        if verbose:
+            self.logger.info(f"epoch {epoch}: {'; '.join(told)}")
         self.learner.schedule("epoch", score)
         self.position = Position(epoch + 1)
         self.gradients.end_epoch(self.folder if self._saved else None)
@@ -188,53 +190,52 @@ class Trainer(EvaluatingTrainer):
         if callback and score is not None:
             callback(epoch, score)
 
-    def _validate(self, valid_data: Any, epoch: int, verbose: bool, progress: bool) -> tuple[bool, float]:
+    def _validate(self, valid_data: Any, epoch: int, progress: bool) -> tuple[bool, float]:
         """Evaluate on the validation rows; whether the model has become better, and the score."""
-        begin = time.time()
         with self.learner.evaluation_point():
             self._notify("on_validation_start", valid_data)
             score, result = self._valid_epoch(valid_data, show_progress=progress)
-        self.best_valid_score, self.cur_step, stop, improved = early_stopping(
+        self.best_valid_score, self.cur_step, _, improved = early_stopping(
             score, self.best_valid_score, self.cur_step, max_step=self.stopping_step, bigger=self.valid_metric_bigger
         )
         if improved:
             self.best_valid_result = result
-        if verbose:
-            self.logger.info(f"epoch {epoch} evaluating [time: {time.time() - begin:.2f}s, valid_score: {score:f}]")
-            self.logger.info(f"valid result: \n{result}")
-            if stop:
-                best = epoch - self.cur_step * self.eval_step
-                self.logger.info(f"Finished training, best eval result in epoch {best}")
+        self.logger.debug(f"valid result:\n{result}")
         # The name is RecBole's spelling, which its users' plots read.
         self.tensorboard.add_scalar("Vaild_score", score, epoch)
-        self.wandblogger.log_metrics({**result.both(), "valid_step": epoch // self.eval_step}, head="valid")
         return improved, score
 
+    def _validation_in_words(self, epoch: int, score: float) -> str:
+        """The score of an epoch beside the best one, and whether training stops."""
+        best = epoch - self.cur_step * self.eval_step
+        since = "the best so far" if best == epoch else f"best {self.best_valid_score:.4f} in epoch {best}"
+        stops = f"; training stops after {self.cur_step} validations without a better one"
+        return f"valid {self.valid_metric} {score:.4f}, {since}{stops if self.cur_step > self.stopping_step else ''}"
+
     def _train_epoch(self, train_data: Any, epoch_idx: int, show_progress: bool = False) -> float | tuple[float, ...]:
-        """Take the steps that are left of an epoch; the sum of their losses, of each term where
-        there are several.
-        """
+        """Take the steps that are left of an epoch; the sum of their losses, of each term where there are several."""
         self.model.train()
         self._notify("on_epoch_start", epoch_idx)
         position = self.position
         train_data.steps.begin(epoch_idx, position.number, position.seen)
-        bar = tqdm(
+        bar = progress_bar(
             train_data,
+            show_progress,
             initial=position.number,
             total=position.number + len(train_data.steps),
             desc=f"Train {epoch_idx:>5}",
             unit="step",
-            disable=not show_progress,
+            leave=False,
         )
         begin, first_seen = time.perf_counter(), position.seen
         for step in bar:
             losses = self._run_step(step)
             sums = tuple(a + b for a, b in zip(position.loss or [0.0] * len(losses), losses))
             self.position = position = Position(epoch_idx, step.number + 1, step.seen, sums)
-            if show_progress:
+            if not bar.disable:
                 rate = (step.seen - first_seen) / (time.perf_counter() - begin)
                 memory = peak_memory(self.device) / 2**20
-                bar.set_postfix_str(f"loss {sum(losses):.4f}, {rate:,.0f} targets/s, {memory:,.0f} MiB", refresh=False)
+                bar.set_postfix_str(f"loss {sum(losses):.4f}, {rate:,.0f} events/s, {memory:,.0f} MiB", refresh=False)
             every = self.config["checkpoint_steps"]
             if every and self._saved and self.global_step % every == 0:
                 self._save_step()
@@ -263,9 +264,7 @@ class Trainer(EvaluatingTrainer):
         return terms
 
     def _backward(self, part: Part) -> list[float]:
-        """Take a part of a step through the model and back; the terms of its share of the
-        step's loss.
-        """
+        """Take a part of a step through the model and back; the terms of its share of the step's loss."""
         with torch.autocast(self.device.type, enabled=self.enable_amp):
             losses = self.gradients.loss(part.batch)
         losses = losses if isinstance(losses, tuple) else (losses,)
@@ -334,7 +333,7 @@ class Trainer(EvaluatingTrainer):
         if distributed.rank() == 0:
             folders.put_best(path, self.global_step)
         if verbose:
-            self.logger.info(f"Saving current: {self.saved_model_file}")
+            self.logger.debug(f"Saving current: {self.saved_model_file}")
 
     def _save_step(self) -> None:
         """Write the checkpoint of this moment, and drop the oldest."""
@@ -377,7 +376,7 @@ class Trainer(EvaluatingTrainer):
             "train_losses": plain(self.train_loss_dict),
             **self.learner.progress(),
             "adaptive": self.gradients.state_dict(),
-            "hooks": {type(hook).__name__: hook.state_dict() for hook in self.hooks},
+            "hooks": {type(hook).__name__: state for hook in self.hooks if (state := hook.state_dict())},
             "fingerprint": self.fingerprint,
             "options": plain(getattr(self.config, "external_config_dict", {})),
         }

@@ -21,7 +21,7 @@ def rows_of(tmp_path, *arguments):
 
 def test_train(tmp_path, capsys):
     options = ["--datasets=toy", f"--data_path={REPOSITORY / 'dataset'}", "--models=2Mamba4Rec", "--seconds=0.2"]
-    rows = rows_of(tmp_path, "train", *options, "--max_length=20", "--batch_size=128")
+    rows = rows_of(tmp_path, "train", *options, "--length=20", "--batch_size=128")
     assert [(row["name"], row["train_mode"]) for row in rows] == [
         ("RecBole SASRec", "prefix"),
         ("RecBole SASRec, as shipped", "prefix"),
@@ -38,7 +38,7 @@ def test_train(tmp_path, capsys):
 
 
 def test_dataset(tmp_path):
-    rows = rows_of(tmp_path, "dataset", "--interactions=20000", "--steps=2", "--max_length=50")
+    rows = rows_of(tmp_path, "dataset", "--interactions=20000", "--steps=2", "--length=50")
     assert [(row["name"], row["interactions"]) for row in rows] == [
         ("packed", 20000),
         ("prefix", 20000),

@@ -36,7 +36,7 @@ def test_the_loss_is_measured(tmp_path):
 
 def test_every_step_is_measured(tmp_path):
     out = tmp_path / "step.json"
-    assert main(["bench", "step", "--batch=2", "--length=5", "--items=20", "--rounds=1", f"--json={out}"]) == 0
+    assert main(["bench", "step", "--batch_size=2", "--length=5", "--items=20", "--rounds=1", f"--json={out}"]) == 0
     rows = json.loads(out.read_text())
     assert {row["model"] for row in rows} == {"RecBole SASRec", "SASRec", "Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"}
     assert {row["step"] for row in rows} == {"train", "evaluate", "one event", "in place"}

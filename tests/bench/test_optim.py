@@ -14,7 +14,7 @@ def rows_of(arguments, tmp_path):
 
 
 def test_the_cost_of_a_step(tmp_path, capsys):
-    small = ["--items=50", "--batch=8", "--length=4", "--rounds=1", "--every=10"]
+    small = ["--items=50", "--batch_size=8", "--length=4", "--rounds=1", "--every=10"]
     rows = {row["what"]: row for row in rows_of(["optim", *small], tmp_path)}
     assert {"update: USGM", "update: Adam", "measured step", "measuring 1 step in 10, a step"} <= set(rows)
     assert all(row["ms"] > 0 for name, row in rows.items() if not name.startswith("measuring"))

@@ -122,7 +122,7 @@ def test_oddities_name_line_value_and_mend():
     bad.numbers = [3]
     rows = [("u", "7.0", 5), ("u", "8", 4), ("u", "8", 4), ("v", "9.00", 1), ("v", "7.0", 0), ("u", "b1.0", 9)]
     notes = list(oddities(events(rows), ("user_id", "item_id", "timestamp"), bad))
-    assert [level for level, _ in notes] == [logging.WARNING, logging.WARNING, logging.INFO]
+    assert [level for level, _ in notes] == [logging.WARNING, logging.WARNING, logging.DEBUG]
     ids, again, back = (text for _, text in notes)
     assert ids.startswith("x.inter, line 2: item_id is '7.0': 2 ids look like floats")
     assert again.startswith("x.inter, line 5: the same user_id, item_id and timestamp as an earlier line, and 1 such")
