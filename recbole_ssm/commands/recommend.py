@@ -71,9 +71,10 @@ def write_recommendations(
         k: how many items for each.
         **options: ``exclude_seen``, ``allow``, ``deny``, ``now`` and ``skip_unknown`` as of
             :class:`recbole_ssm.serving.Recommender`, but unknown items of histories are skipped
-            unless ``skip_unknown=False``; ``model``, the class of the model, where it is one of your
-            own; ``device``; ``config_dict`` and ``command_line``, options of the data set that are
-            to be others than in the run, such as ``data_path``.
+            unless ``skip_unknown=False``; ``title_field``, the column of the .item file that holds
+            the titles; ``model``, the class of the model, where it is one of your own; ``device``;
+            ``config_dict`` and ``command_line``, options of the data set that are to be others than
+            in the run, such as ``data_path``.
 
     Returns:
         How many rows were written.
@@ -95,6 +96,7 @@ def _tables(
     config_dict: Mapping[str, Any] | None = None,
     command_line: Iterable[str] = (),
     skip_unknown: bool = True,
+    title_field: str | None = None,
     **choice: Any,
 ) -> Iterator[pa.Table]:
     """The rows, those of so many users at a time."""
@@ -105,7 +107,7 @@ def _tables(
     # What training alone needs is not kept.
     del saved
     histories = histories_of(users, config)
-    titles = _titles(config, recommender.items)
+    titles = _titles(config, recommender.items, title_field)
 
     answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
     names = iter(histories.users)
@@ -145,13 +147,19 @@ SCHEMA = pa.schema(
 )
 
 
-def _titles(config: Any, items: Sequence[str]) -> dict[str, str] | None:
-    """``{item token: title}``, where the data set of the run has titles."""
-    if not Path(config["data_path"], f"{config['dataset']}.item").is_file():
+def _titles(config: Any, items: Sequence[str], title_field: str | None) -> dict[str, str] | None:
+    """``{item token: title}``, where the data set of the run has titles.
+
+    Raises:
+        UserError: there are none in the column that was asked for.
+    """
+    if not title_field and not Path(config["data_path"], f"{config['dataset']}.item").is_file():
         return None
     try:
-        return dict(zip(items, read_titles(config, items)))
+        return dict(zip(items, read_titles(config, items, title_field)))
     except UserError as error:
+        if title_field:
+            raise
         getLogger().warning(f"the rows have no titles: {error}")
         return None
 
@@ -169,6 +177,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--k", type=at_least(1), default=10, help="items for each user")
     parser.add_argument("--out", type=Path, default=Path("recommendations.csv"), help="a .parquet or .csv file")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out the items of the user's history")
+    parser.add_argument("--title_field", help="the column of titles in the .item file (default: title or name)")
     parser.add_argument("--allow", type=Path, metavar="FILE", help="an item's id in each line: only these")
     parser.add_argument("--deny", type=Path, metavar="FILE", help="an item's id in each line: none of these")
     add_now(parser)
@@ -186,6 +195,7 @@ def main(arguments: Sequence[str]) -> None:
         deny=read_items("--deny", options.deny),
         skip_unknown=not options.refuse_unknown,
         now=options.now,
+        title_field=options.title_field,
         model=options.model,
         device=options.device,
         command_line=command_line,

@@ -20,6 +20,12 @@ EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 DIGITS = 9
 # Seconds since 1970 above which a number is taken for another unit.
 LATEST = 10**11
+# How dates are often written that are not of ISO 8601. They serve advice, never reading: 01/02/2025 fits two of them.
+FORMS = [
+    f"{date}{time}"
+    for date in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y")
+    for time in (" %H:%M:%S", " %H:%M", "")
+]
 
 
 class Moments(Values):
@@ -70,7 +76,9 @@ class Moments(Values):
             elif other is not None:
                 faults[row] = f"is {excerpt(cell)} in a column of {self._kind}; correct it or drop the line"
             else:
-                faults[row] = f"is {excerpt(cell)}, which is no finite number and no date; correct it or drop the line"
+                form = "" if faults else next((form for form in FORMS if _date_of_form(cell, form)), "")
+                advice = f"name the form of the dates, such as --time_format='{form}'," if form else "correct it"
+                faults[row] = f"is {excerpt(cell)}, which is no finite number and no date; {advice} or drop the line"
         return faults
 
     def _parse_dates_of_form(self, cells: pa.StringArray) -> dict[int, str]:

@@ -18,7 +18,7 @@ from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, did_you_mean
 
 FIELDS = ("movie_title", "title", "name", "item_name", "item_title")
-"""Names of columns that may hold titles, in the order in which they are looked for."""
+"""Names of columns that may hold titles, as they are looked for; ``Item title`` is taken for the last."""
 
 
 def titles_of(dataset: Any, config: Any) -> list[str]:
@@ -46,8 +46,11 @@ def titles_of(dataset: Any, config: Any) -> list[str]:
     return read_titles(config, item_tokens(dataset))
 
 
-def read_titles(config: Any, tokens: Sequence[str]) -> list[str]:
-    """:func:`titles_of` items that are named by their tokens, of which the first is the padding's."""
+def read_titles(config: Any, tokens: Sequence[str], title_field: str | None = None) -> list[str]:
+    """:func:`titles_of` items that are named by their tokens, of which the first is the padding's.
+
+    ``title_field`` wins over the configuration's.
+    """
     path = Path(config["data_path"]) / f"{config['dataset']}.item"
     item_field, separator, encoding = config["ITEM_ID_FIELD"], config["field_separator"], config["encoding"] or "utf-8"
     if not path.is_file():
@@ -58,7 +61,7 @@ def read_titles(config: Any, tokens: Sequence[str]) -> list[str]:
     header = read_header(path, separator, encoding)
     if item_field not in header:
         raise UserError(f"{path}, line 1: no column {item_field}:token (there are {', '.join(header)})")
-    field = _title_field(path, header, config["title_field"], item_field)
+    field = _title_field(path, header, title_field or config["title_field"], item_field)
     columns = read_columns(
         path,
         {item_field: "token", field: header[field]},
@@ -81,7 +84,8 @@ def _title_field(path: Path, header: dict[str, str], wanted: str | None, item_fi
     text = [name for name, kind in header.items() if kind.startswith("token") and name != item_field]
     there = f"its columns of text are {', '.join(text) or 'none'}"
     if wanted is None:
-        known = [name for name in FIELDS if name in text]
+        spelt = {name.lower().replace(" ", "_"): name for name in text}
+        known = [spelt[name] for name in FIELDS if name in spelt]
         if not known:
             raise UserError(f"{path}, line 1: no column of titles ({there}); set title_field")
         return known[0]

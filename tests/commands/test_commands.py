@@ -67,6 +67,20 @@ def test_every_user_of_the_data_set(run, tmp_path):
         assert {row["source"] for row in found} == {"model"}
 
 
+def test_titles_of_a_column_that_is_named(run, tmp_path):
+    result, folder = run
+    (tmp_path / "data").mkdir()
+    shutil.copytree(Path(result["checkpoint"]).parent.parent.parent / "data" / "shop", tmp_path / "data" / "shop")
+    items = "".join(f"i{i}\tno. {i}\tThe title, {i}\n" for i in range(20))
+    (tmp_path / "data" / "shop" / "shop.item").write_text(
+        f"item_id:token\tlabel:token_seq\tItem title:token_seq\n{items}"
+    )
+    command = ["recommend", str(folder), "--k=1", "--out=recs.csv", "--data_path=data"]
+    for more, title in ([], "The title, "), (["--title_field=label"], "no. "):
+        assert main([*command, *more]) == 0
+        assert all(row["title"] == title + row["item_id"][1:] for row in rows_of("recs.csv"))
+
+
 def test_some_users_and_items(run, tmp_path, caplog):
     _, folder = run
     Path("users.txt").write_text("u3\nnobody\nu1\n")
@@ -164,6 +178,7 @@ def test_vectors_by_raw_id(run):
         (["recommend", "{run}", "--allow=absent.txt"], "--allow: absent.txt cannot be read"),
         (["recommend", "{run}", "--allow={strange}"], "allow: none of its items is in the catalogue"),
         (["evaluate", "{run}", "--device=banana"], "--device: must be cpu, cuda or cuda:0, got banana"),
+        (["recommend", "{run}", "--title_field=titl"], "has no column titl of text; did you mean 'title'?"),
         (["recommend", "{run}", "--k=0"], "must be at least 1"),
         (["recommend", "{run}", "--data_pth=x"], "data_pth: there is no such key; did you mean 'data_path'?"),
         (["evaluate", "{run}", "--metrics=['Hits']"], "there is no metric 'Hits'; did you mean 'hit'?"),

@@ -531,6 +531,15 @@ def test_dates_in_another_form(tmp_path, form, cells, times):
     assert card["skipped_lines"] == 2 and times_of(tmp_path / "out" / "again") == times
 
 
+@pytest.mark.parametrize(("cell", "form"), [("06.01.2026 11:50", "%d.%m.%Y %H:%M"), ("1/25/2025", "%m/%d/%Y")])
+def test_an_error_says_how_dates_in_another_form_are_read(tmp_path, cell, form):
+    (tmp_path / "x.csv").write_text(f"user_id,item_id,timestamp\nu,i,{cell}\nu,j,{cell}\n")
+    with pytest.raises(UserError, match="line 2.*such as --time_format=") as error:
+        convert(tmp_path / "x.csv", "made", tmp_path / "out")
+    assert f"--time_format='{form}', or drop the line" in str(error.value)
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=form)
+
+
 def test_some_columns_are_named_and_others_known(tmp_path):
     (tmp_path / "x.csv").write_text("session_id,item_id,timestamp,rating,user_id\ns,i,1,5,u\ns,j,2,4,u\n")
     convert(tmp_path / "x.csv", "made", tmp_path / "out", user="session_id")
