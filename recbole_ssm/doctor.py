@@ -18,8 +18,12 @@ NEEDED = (
     "tqdm", "colorama", "colorlog", "texttable", "psutil",
 )  # fmt: skip
 KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
+RIVALS = {"fla": "flash-linear-attention"}
 INSTALL_NATIVE = "pip install -v -e .   # in the folder of recbole_ssm, with g++ or clang++ on the PATH"
-INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
+# Since July 2026 mamba-ssm leaves its CUDA kernels out unless the variable is set.
+INSTALL_KERNELS = (
+    "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
+)
 
 
 def report() -> str:
@@ -75,6 +79,9 @@ def _computing() -> tuple[list[str], list[str]]:
         lines.append(f"  {package:14} {'installed' if found else 'not installed; optional' + reason}")
         if not found and torch.cuda.is_available() and INSTALL_KERNELS not in missing:
             missing.append(INSTALL_KERNELS)
+    for module, package in RIVALS.items():
+        found = "installed" if importlib.util.find_spec(module) else "not installed"
+        lines.append(f"  {package} {found}; our ops do not use it")
     return lines, missing
 
 

@@ -72,6 +72,15 @@ def test_doctor_gives_the_line_for_what_is_missing(monkeypatch):
     assert "pip install --no-deps recbole==1.2.1" in report()
 
 
+def test_doctor_says_how_the_kernels_of_others_are_built(monkeypatch):
+    from recbole_ssm import doctor
+
+    assert "  flash-linear-attention not installed; our ops do not use it" in doctor.report()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_device", lambda: "GPU")
+    assert "  MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'mamba-ssm" in doctor.report()
+
+
 def test_doctor_reports_where_torch_cannot_be_imported():
     code = """
 import sys
