@@ -793,6 +793,7 @@ KEYS: dict[str, Key] = {
     "dt_init": Key(Choice("log_uniform", "zero_bias"), "model"),
     "readout": Key(Choice("last", "mean"), "model"),
     "time": Key(Choice("none", "gaps", "query"), "model", empty=True, named=True),
+    "query_calendar": Key(FLAG, "model", empty=True),
     "query_enters": Key(Choice("input", "output"), "model", empty=True),
     "base_model": Key(_BASE, "model", effect="free"),
     "base_model_dtype": Key(Choice("auto", "float32", "bfloat16"), "model"),

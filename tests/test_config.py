@@ -240,7 +240,7 @@ def test_frozen_keys():
         "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "n_groups", "negative_power", "num_beams",
         "num_candidates", "num_layers",
         "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
-        "prompt_history", "prompt_tokens", "quantize_4bit", "query_enters", "random_base_args",
+        "prompt_history", "prompt_tokens", "quantize_4bit", "query_calendar", "query_enters", "random_base_args",
         "readout", "rerank", "residual",
         "retriever", "retriever_checkpoint", "retriever_config", "stopping_step", "time", "title_field", "title_tokens",
         "train_batch_size", "train_candidates", "train_last", "train_neg_sample_args", "train_objective", "verbalizer",

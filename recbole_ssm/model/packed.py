@@ -73,7 +73,11 @@ class PackedRecommender(Configurable, SequentialRecommender):
     def read_times(self, config: Any, dataset: Any, width: int) -> None:
         """Read gaps and waits into the vectors of events, which are ``width`` wide, where the key ``time`` says so."""
         if reads_times(config["time"]):
-            ways = {"asks": config["time"] == "query", "at_output": config["query_enters"] == "output"}
+            ways = {
+                "asks": config["time"] == "query",
+                "at_output": config["query_enters"] == "output",
+                "calendar": bool(config["query_calendar"]),
+            }
             self.time_encoding = TimeEncoding(width, *time_scale(dataset), **ways)
 
     def embed(self, items_L: Tensor, clock: Clock | None = None) -> Tensor:

@@ -141,8 +141,8 @@ class Session:
             if self._waits:
                 return self._step([item], [(before, at, moment)], keep=False)
             encoding = self._model.time_encoding
-            _, wait = encoding.rows_of(before, at, moment)
-            gated: Tensor = encoding.gated(self._output, torch.tensor([wait], device=self._device))
+            _, *rows = encoding.rows_of(before, at, moment)
+            gated: Tensor = encoding.gated(self._output, torch.tensor(rows, device=self._device)[:, None])
             return gated
         assert self._output is not None
         return self._output
@@ -250,12 +250,7 @@ class Stepper:
         if self._encoding is None:
             first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
         else:
-            tables = [
-                table,
-                self._encoding.gap.weight,
-                *([self._encoding.wait.weight] if self._encoding.asks_at_input else []),
-            ]
-            self._tables = [weight.detach().numpy() for weight in tables]
+            self._tables = [weight.detach().numpy() for weight in (table, *self._encoding.input_tables())]
             self._inputs = np.empty((B, table.shape[1]), dtype=np.float32)
             first.u = self._inputs.ctypes.data
         for name, value in norm_fields("first", model.norm).items():

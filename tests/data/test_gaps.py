@@ -54,6 +54,15 @@ def test_rounded_times_and_changed_histories_are_refused(write_dataset):
         loaders(write_dataset, times, transform="crop_itemseq", eta=0.5)
 
 
+@pytest.mark.parametrize("given", [{"query_enters": "output"}, {"query_calendar": True}])
+def test_what_is_of_query_alone_is_refused_elsewhere(toy, given):
+    for time, shown in (("gaps", "gaps"), (None, "none")):
+        with pytest.raises(
+            UserError, match=f"{next(iter(given))}: is of time: query, and time is {shown}; leave it out"
+        ):
+            configure("GRU4Rec", "toy", config_dict={**toy["config_dict"], "time": time, **given})
+
+
 def test_an_empty_value_is_the_text_none(toy):
     for given in (None, "none"):
         assert configure("SASRec", "toy", config_dict={**toy["config_dict"], "time": given})["time"] is None

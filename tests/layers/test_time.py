@@ -1,6 +1,7 @@
 """Times as vectors: the buckets are those of the formula, and what cannot be is clamped."""
 
 import math
+from datetime import datetime, timezone
 
 import pytest
 import torch
@@ -45,14 +46,30 @@ def test_a_clock_knows_where_histories_begin_and_end():
 
 @pytest.mark.parametrize("scale", [(0, 1, 10**7), (18_000, 86_400, 90), (4, 10, 3)])
 def test_one_event_in_python_has_the_rows_of_many(scale):
-    layer = encoding(*scale)
+    layer = encoding(*scale, calendar=True)
     generator = torch.Generator().manual_seed(0)
     times = 978_300_000 + torch.randint(0, 10**8, (500, 3), generator=generator)
     times = torch.cat([times, times.sort(1).values, times // 10**4 * 10**4, torch.tensor([[NEVER, 5, 90], [7, 7, 7]])])
-    table = torch.arange(BUCKETS + 1.0)
-    layer.gap.weight.data[:], layer.wait.weight.data[:] = table[:, None] * 100, table[:-1, None]
-    expected = layer(Clock(*times.T))[:, 0].tolist()
-    assert [100 * gap + wait for gap, wait in (layer.rows_of(*row) for row in times.tolist())] == expected
+    assert [layer.rows_of(*row) for row in times.tolist()] == list(
+        zip(*(rows.tolist() for rows in layer._rows(Clock(*times.T))))
+    )
+    found = sum(table[row] for table, row in zip(layer.input_tables(), layer.rows_of(*times[7].tolist())))
+    torch.testing.assert_close(found, layer(Clock(*times[7])))
+
+
+@pytest.mark.parametrize("at_output", [False, True])
+def test_the_calendar_is_that_of_the_moment_of_asking(at_output):
+    """Rounded as the data are: a model of days, which all begin at five o'clock, never asks at another hour."""
+    moment = datetime(2026, 11, 28, 21, 45, tzinfo=timezone.utc)
+    *_, hour, weekday = encoding(calendar=True, at_output=at_output).rows_of(NEVER, 5, int(moment.timestamp()))
+    assert (hour, weekday) == (21, moment.weekday())
+    *_, hour, weekday = encoding(18_000, 86_400, 9).rows_of(NEVER, 5, int(moment.timestamp()) + 8 * 3600)
+    assert (hour, weekday) == (5, (moment.weekday() + 1) % 7)
+    layer, y = encoding(calendar=True, at_output=at_output), torch.ones(1, 4)
+    # An hour later within one bucket of waits.
+    early, late = (Clock(*torch.tensor([[NEVER], [0], [10**9 + later]])) for later in (0, 3600))
+    assert torch.equal(layer(early), layer(late)) == at_output
+    assert torch.equal(layer.read_out(y, early), layer.read_out(y, late)) != at_output
 
 
 @pytest.mark.parametrize("ways", [{"asks": False}, {}, {"at_output": True}])

@@ -27,7 +27,7 @@ TIMES = {
     "none": {},
     "gaps": {"time": "gaps"},
     "query": {"time": "query"},
-    "output": {"time": "query", "query_enters": "output"},
+    "output": {"time": "query", "query_enters": "output", "query_calendar": True},
 }
 
 

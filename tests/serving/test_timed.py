@@ -20,11 +20,12 @@ START = 978_300_000
 WAYS = {
     "gaps": ("Mamba4Rec", {"time": "gaps"}),
     "query": ("2Mamba4Rec", {"time": "query"}),
-    "output": ("Mamba4Rec", {"time": "query", "query_enters": "output"}),
+    "calendar": ("2Mamba4Rec", {"time": "query", "query_calendar": True, "norm_position": "pre", "score": "cosine"}),
+    "output": ("Mamba4Rec", {"time": "query", "query_enters": "output", "query_calendar": True}),
     "attention": ("SASRec", {"time": "query"}),
     "none": ("2Mamba4Rec", {}),
 }
-STATEFUL = ["gaps", "query", "output"]
+STATEFUL = ["gaps", "query", "calendar", "output"]
 
 
 def times_of(user, count):
@@ -134,8 +135,9 @@ def test_a_moment_may_be_written_as_one_likes(recommenders, way):
     assert top(now, dates) == top(now, np.array(TIMES)) == expected
     # Before the newest event is at the newest event, and beyond the longest gap of training is the longest gap.
     assert top(0) == top(TIMES[-1]) != expected
-    assert top(TIMES[-1] + 10**9) == top(TIMES[-1] + 9 * 10**9)
-    assert differ(top(TIMES[-1] + 10**9), expected)
+    week = 7 * 86_400
+    assert top(TIMES[-1] + 2000 * week) == top(TIMES[-1] + 9000 * week)
+    assert differ(top(TIMES[-1] + 2000 * week), expected)
 
 
 def test_many_histories_equal_one_by_one(recommenders):
