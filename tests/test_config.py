@@ -234,23 +234,25 @@ def test_frozen_keys():
     ours = {key for file in PROPERTIES.glob("model/*.yaml") for key in yaml.safe_load(file.read_text())}
     assert sorted(ours) == [
         "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
-        "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "fusion_weight",
-        "gbce_t", "gradient_checkpointing", "head_dim", "hidden_size", "initializer_range", "joint_norm",
-        "learning_rate", "length_penalty", "lora_alpha", "lora_dropout", "lora_modules", "lora_r", "loss_type",
-        "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval", "n_groups", "negative_power", "num_beams",
-        "num_candidates", "num_layers",
-        "num_negatives", "num_queries", "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens",
-        "prompt_history", "prompt_tokens", "quantize_4bit", "query_calendar", "query_enters", "random_base_args",
-        "readout", "rerank", "residual",
-        "retriever", "retriever_checkpoint", "retriever_config", "stopping_step", "time", "title_field", "title_tokens",
-        "train_batch_size", "train_candidates", "train_last", "train_neg_sample_args", "train_objective", "verbalizer",
+        "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "feed_forward",
+        "ft_ratio", "fusion_weight", "gated_residual", "gbce_t", "gradient_checkpointing", "head_dim",
+        "hidden_size", "initializer_range", "joint_norm", "label_smoothing", "learning_rate", "length_penalty",
+        "logq_correction", "lora_alpha", "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler",
+        "lr_scheduler_args", "lr_scheduler_interval", "mask_ratio", "n_groups", "negative_power",
+        "norm_position", "num_beams", "num_candidates", "num_layers", "num_negatives", "num_queries",
+        "orpo_lambda", "orpo_probabilities", "orpo_rejected", "prompt_batch_tokens", "prompt_history",
+        "prompt_tokens", "quantize_4bit", "query_calendar", "query_enters", "random_base_args", "readout",
+        "rerank", "residual", "retriever", "retriever_checkpoint", "retriever_config", "score", "stopping_step",
+        "temperature", "time", "title_field", "title_tokens", "train_batch_size", "train_candidates",
+        "train_last", "train_neg_sample_args", "train_objective", "verbalizer",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
-        "adaptive_batch", "adaptive_batch_args", "average_power", "checkpoint_keep", "checkpoint_steps", "cuda_graphs",
-        "dataset", "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args", "learner_groups",
-        "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args", "lr_scheduler_interval",
-        "measure_latency", "metrics", "model",
-        "on_bad_lines", "packed_window", "ssm_backend", "train_last", "train_mode", "train_rows", "valid_metric",
+        "adaptive_batch", "adaptive_batch_args", "average_power", "checkpoint_keep", "checkpoint_steps",
+        "cuda_graphs", "dataset", "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args",
+        "learner_groups", "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args",
+        "lr_scheduler_interval", "lr_warmup", "measure_latency", "metrics", "model", "on_bad_lines",
+        "packed_window", "preset", "ssm_backend", "ties", "ties_seed", "train_last", "train_mode",
+        "train_newest", "train_rows", "valid_metric",
     ]  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def test_frozen_keys():
         ("2Mamba4Rec", {"train_mode": "packed", "readout": "mean"}, "because readout: mean takes a history as one"),
         ("STAMP", {"train_mode": "packed"}, "because STAMP is RecBole's own, which reads one position of a row"),
         ("SASRec", {"train_mode": "packed", "transform": "crop_itemseq"}, "because transform: crop_itemseq changes"),
-        ("SASRec", {"train_mode": "paked"}, "train_mode: 'paked' is not one of None, packed, prefix; did you mean"),
+        ("SASRec", {"train_mode": "paked"}, "'paked' is not one of None, packed, prefix, masked; did you mean"),
         ("STAMP", {"loss_type": "gBCE"}, "loss_type: 'gBCE' is not one of BPR, CE"),
         (
             "Mamba4Rec",
