@@ -21,9 +21,7 @@ KERNELS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"}
 RIVALS = {"fla": "flash-linear-attention"}
 INSTALL_NATIVE = "pip install -v -e .   # in the folder of recbole_ssm, with g++ or clang++ on the PATH"
 # Since July 2026 mamba-ssm leaves its CUDA kernels out unless the variable is set.
-INSTALL_KERNELS = (
-    "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
-)
+INSTALL_KERNELS = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'mamba-ssm>=2.2.2' 'causal-conv1d>=1.4'"
 
 
 def report() -> str:
