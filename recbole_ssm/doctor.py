@@ -78,8 +78,8 @@ def _computing() -> tuple[list[str], list[str]]:
         if not found and torch.cuda.is_available() and INSTALL_KERNELS not in missing:
             missing.append(INSTALL_KERNELS)
     for module, package in RIVALS.items():
-        found = "installed" if importlib.util.find_spec(module) else "not installed"
-        lines.append(f"  {package} {found}; our ops do not use it")
+        have = "installed" if importlib.util.find_spec(module) else "not installed"
+        lines.append(f"  {package} {have}; our ops do not use it")
     return lines, missing
 
 
