@@ -143,7 +143,10 @@ def wheel(source_distribution, tmp_path_factory):
 def test_the_wheel_holds_the_package_the_properties_and_the_toy(source_distribution, wheel):
     package = REPOSITORY / "recbole_ssm"
     expected = {f"recbole_ssm/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
-    expected |= {f"recbole_ssm/{name}" for name in ("py.typed", "study/published.csv", "dataset/toy/toy.inter")}
+    expected |= {
+        f"recbole_ssm/{name}"
+        for name in ("py.typed", "serving/page.html", "study/published.csv", "dataset/toy/toy.inter")
+    }
     expected |= {f"recbole_ssm/properties/{name}" for name in files_below(REPOSITORY / "properties")}
     assert {name for name in files_below(wheel) if ".dist-info/" not in name} == expected
 

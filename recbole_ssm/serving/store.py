@@ -1,0 +1,319 @@
+"""Where the records of users lie: in memory, in a folder (lmdb), or on a Redis server.
+
+All three are one small interface. Only :meth:`Store.update` writes: what it reads and what it writes are one
+transaction, so that several servers may share a store.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from recbole_ssm.errors import UserError, require
+
+Values = dict[str, bytes | None]
+"""The value of each user; None where there is none, or shall be none."""
+Change = Callable[[Values], Mapping[str, bytes | None]]
+"""From the values of some users to those that are to be written; it may be called again with newer values."""
+
+DURABILITIES = ("each", "batched")
+SYNC_WITHIN = 0.01
+"""Seconds after an update at which what is batched begins to be synced."""
+UNWRITTEN = 1 << 16
+"""Bytes by which lmdb's file may be shorter than its pages: the last may have been freed before they were written."""
+AT_ONCE = 256
+"""The names of so many users are read at once."""
+
+
+class StoreError(OSError):
+    """The store took nothing of a change, or cannot be read: the disk is full or damaged, or the server is gone."""
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room left."""
+        return self.errno == errno.ENOSPC
+
+
+class Store(Protocol):
+    """Values by user."""
+
+    def get(self, users: Sequence[str]) -> Values:
+        """The values of these users.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+
+    def update(self, users: Sequence[str], change: Change) -> None:
+        """Read these users' values and write what ``change`` makes of them, all or nothing.
+
+        Raises:
+            StoreError: nothing was written.
+        """
+
+    def users(self) -> Iterator[str]:
+        """Every user, in an order of the store's; who comes or goes meanwhile may be among them or not.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+
+    def sync(self) -> None:
+        """See to it that all that was written outlives a crash of the machine."""
+
+    def close(self) -> None:
+        """Sync, and let go of everything."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take where they lie."""
+
+
+def open_store(place: str | None, *, durability: str = "each", most_bytes: int = 1 << 36) -> Store:
+    """The store at a place.
+
+    Args:
+        place: a folder, made if it is not there; ``redis://host:port/number``; None for memory alone.
+        durability: of a folder. ``each``: an update is on the disk when it returns. ``batched``: it outlives a crash of
+            the process when it returns, and a crash of the machine after the next :meth:`Store.sync`.
+        most_bytes: a folder never takes more; an update that would is refused.
+
+    Raises:
+        UserError: a package is missing, or there is no store there that can be opened.
+    """
+    if durability not in DURABILITIES:
+        raise UserError(f"durability: must be {' or '.join(DURABILITIES)}, got {durability}")
+    if place is None:
+        return MemoryStore()
+    if place.startswith(("redis://", "rediss://", "unix://")):
+        return RedisStore(place)
+    return LmdbStore(Path(place), durability, most_bytes)
+
+
+class MemoryStore:
+    """Values in this process, which end with it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get(self, users: Sequence[str]) -> Values:
+        """As of :class:`Store`."""
+        return {user: self._values.get(user) for user in users}
+
+    def update(self, users: Sequence[str], change: Change) -> None:
+        """As of :class:`Store`."""
+        with self._lock:
+            for user, value in change(self.get(users)).items():
+                if value is None:
+                    self._values.pop(user, None)
+                else:
+                    self._values[user] = value
+
+    def users(self) -> Iterator[str]:
+        """As of :class:`Store`."""
+        with self._lock:
+            return iter(list(self._values))
+
+    def sync(self) -> None:
+        """There is no disk."""
+
+    def close(self) -> None:
+        """Let go of the values."""
+        self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        with self._lock:
+            return sum(map(len, self._values.values()))
+
+
+class LmdbStore:
+    """Values in a folder, by lmdb: a memory-mapped tree that a kill at any moment leaves whole.
+
+    A process opens a folder once; several processes may have it open, on one machine.
+    """
+
+    def __init__(self, folder: Path, durability: str, most_bytes: int) -> None:
+        self._lmdb = require("lmdb", "state: a folder needs lmdb; pip install 'recbole-ssm[serve]'")
+        self._place = f"state {folder}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._env = self._lmdb.open(str(folder), map_size=most_bytes, sync=durability == "each", max_readers=512)
+        except (OSError, self._lmdb.Error) as error:
+            raise UserError(f"{self._place}: cannot be opened ({error}); name another folder, or restore it") from error
+        self._check_length(folder / "data.mdb")
+        self._dirty, self._open, self._failed = threading.Event(), True, ""
+        self._syncer = threading.Thread(target=self._sync_later, daemon=True) if durability == "batched" else None
+        if self._syncer:
+            self._syncer.start()
+
+    def _check_length(self, file: Path) -> None:
+        """See to it that the file is as long as its pages are; reading behind its end would end the process."""
+        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        missing = needed - file.stat().st_size
+        if missing > UNWRITTEN:
+            raise UserError(f"{self._place}: data.mdb is {missing:,} bytes short; restore it, or name another folder")
+        if missing > 0:
+            os.truncate(file, needed)
+
+    def get(self, users: Sequence[str]) -> Values:
+        """As of :class:`Store`."""
+        try:
+            with self._env.begin() as transaction:
+                return {user: transaction.get(user.encode()) for user in users}
+        except self._lmdb.Error as error:
+            raise self._failure(error) from error
+
+    def update(self, users: Sequence[str], change: Change) -> None:
+        """As of :class:`Store`."""
+        try:
+            with self._env.begin(write=True) as transaction:
+                if self._failed:
+                    raise self._lmdb.Error(self._failed)
+                changed = change({user: transaction.get(user.encode()) for user in users})
+                for user, value in changed.items():
+                    if value is None:
+                        transaction.delete(user.encode())
+                    else:
+                        transaction.put(user.encode(), value)
+        except self._lmdb.Error as error:
+            raise self._failure(error) from error
+        self._dirty.set()
+
+    def _sync_later(self) -> None:
+        while self._open:
+            self._dirty.wait()
+            time.sleep(SYNC_WITHIN / 2)
+            self._dirty.clear()
+            try:
+                self.sync()
+            except self._lmdb.Error as error:
+                # What was acknowledged may be lost when the machine ends, so nothing more is acknowledged.
+                self._failed = f"what was written could not be synced: {error}"
+
+    def users(self) -> Iterator[str]:
+        """As of :class:`Store`; read in pieces, because a transaction that stays open keeps old pages from reuse."""
+        piece = self._piece(b"")
+        while piece:
+            yield from (key.decode() for key in piece)
+            piece = self._piece(piece[-1])
+
+    def _piece(self, after: bytes) -> list[bytes]:
+        """The next keys behind one."""
+        try:
+            with self._env.begin() as transaction, transaction.cursor() as cursor:
+                if not (cursor.set_range(after) if after else cursor.first()):
+                    return []
+                return [key for key in itertools.islice(cursor.iternext(values=False), AT_ONCE) if key != after]
+        except self._lmdb.Error as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> StoreError:
+        full = isinstance(error, (self._lmdb.MapFullError, self._lmdb.DiskError))
+        what = "is full; delete users or raise --state_bytes" if full else f"failed ({error})"
+        return StoreError(errno.ENOSPC if full else errno.EIO, f"{self._place}: {what}")
+
+    def sync(self) -> None:
+        """As of :class:`Store`."""
+        self._env.sync(True)
+
+    def close(self) -> None:
+        """As of :class:`Store`."""
+        self._open = False
+        self._dirty.set()
+        if self._syncer:
+            self._syncer.join()
+        self.sync()
+        self._env.close()
+
+    def __len__(self) -> int:
+        return self._env.stat()["entries"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages in use."""
+        about = self._env.stat()
+        pages = about["branch_pages"] + about["leaf_pages"] + about["overflow_pages"]
+        return pages * about["psize"]
+
+
+class RedisStore:
+    """Values on a Redis server, which several servers on several machines may share.
+
+    How durable a write is the Redis server decides, by its own ``appendfsync``.
+    """
+
+    PREFIX = b"recbole_ssm:user:"
+
+    def __init__(self, address: str) -> None:
+        self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
+        try:
+            self._client = self._redis.Redis.from_url(address, socket_timeout=5.0, socket_connect_timeout=5.0)
+            self._client.ping()
+        except (ValueError, self._redis.RedisError) as error:
+            raise UserError(f"state {address.rpartition('@')[2]}: no Redis server answers ({error})") from error
+
+    def _key(self, user: str) -> bytes:
+        return self.PREFIX + user.encode()
+
+    def get(self, users: Sequence[str]) -> Values:
+        """As of :class:`Store`."""
+        try:
+            return dict(zip(users, self._client.mget([self._key(user) for user in users])))
+        except self._redis.RedisError as error:
+            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+
+    def update(self, users: Sequence[str], change: Change) -> None:
+        """As of :class:`Store`; where another server wrote meanwhile, it is done once more."""
+        keys = [self._key(user) for user in users]
+
+        def write(pipe: Any) -> None:
+            values = dict(zip(users, pipe.mget(keys)))
+            changed = change(values)
+            pipe.multi()
+            for user, value in changed.items():
+                if value is None:
+                    pipe.delete(self._key(user))
+                else:
+                    pipe.set(self._key(user), value)
+
+        try:
+            self._client.transaction(write, *keys)
+        except self._redis.RedisError as error:
+            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+
+    def users(self) -> Iterator[str]:
+        """As of :class:`Store`."""
+        try:
+            for key in self._client.scan_iter(match=self.PREFIX + b"*", count=AT_ONCE):
+                yield key[len(self.PREFIX) :].decode()
+        except self._redis.RedisError as error:
+            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+
+    def sync(self) -> None:
+        """The Redis server does that."""
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.users())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the whole Redis server."""
+        return int(self._client.info("memory")["used_memory"])
