@@ -84,6 +84,7 @@ class Recommender:
         self.catalogue = Catalogue(items, counts)
         self.items = self.catalogue.items
         self._reader = Reader(model, self.catalogue)
+        self.reads_times = self._reader.reads_times
         self._list_field = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]
         self._time_field, self._list_suffix = config["TIME_FIELD"], config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
@@ -273,11 +274,23 @@ class Recommender:
         ids, _, seconds = self._reader.events(history, times)
         return Session(self.model, self.catalogue, ids, seconds)
 
-    def scores(self, histories: Sequence[Ids]) -> Tensor:
-        """Scores ``[B, V]`` of all items for histories of item ids, of a model without times; padding scores minus
-        infinity.
+    def scores(
+        self,
+        histories: Sequence[Ids],
+        times: Sequence[Sequence[int]] | None = None,
+        now: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Scores ``[B, V]`` of all items for histories of item ids; padding scores minus infinity.
+
+        Args:
+            histories: none of them empty.
+            times: of their events in seconds, where the model reads them.
+            now: the moment of asking of each.
         """
-        return self._scores(self._batch([Asked(list(ids), 0, None, None) for ids in histories]))
+        given = [list(one) for one in times] if times is not None else [None] * len(histories)
+        moments = now if now is not None else [None] * len(histories)
+        asked = [Asked(list(ids), 0, seconds, moment) for ids, seconds, moment in zip(histories, given, moments)]
+        return self._scores(self._batch(asked))
 
     @torch.inference_mode()
     def _scores(self, rows: Any) -> Tensor:

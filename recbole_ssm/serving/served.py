@@ -1,0 +1,94 @@
+"""A model as a server serves it: with its digest, titles and categories, and rules of what may be recommended."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.serving.recommender import Recommender
+from recbole_ssm.serving.states import States
+
+
+@dataclass(slots=True)
+class Rules:
+    """What may be recommended; nothing given means everything."""
+
+    allow: Sequence[str] | None = None
+    deny: Sequence[str] | None = None
+    categories: Sequence[str] | None = None
+    """Items of one of these at least."""
+
+
+class Served:
+    """A model as it is served.
+
+    Args:
+        recommender: the model and its items.
+        digest: of the checkpoint file, in hexadecimal.
+        titles: by item token, where the data has them.
+        categories: the tokens of each category's items, where the data has them.
+    """
+
+    def __init__(
+        self,
+        recommender: Recommender,
+        digest: str,
+        titles: Mapping[str, str] | None = None,
+        categories: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.recommender, self.digest, self.titles = recommender, digest, titles or {}
+        self.key = bytes.fromhex(digest)[:16]
+        self.catalogue = recommender.catalogue
+        carries = getattr(recommender.model, "carries_state", False) and not recommender.reads_times
+        self.states = States(recommender.model) if carries else None
+        self._categories = {
+            name: torch.tensor(self.catalogue.known(tokens, name, True)[0], dtype=torch.int64)
+            for name, tokens in (categories or {}).items()
+        }
+
+    def refused(self, rules: Rules | None) -> Tensor | None:
+        """Which items the rules rule out ``[V]``; None where they rule out nothing.
+
+        Raises:
+            UserError: there is no such category, or no item of ``allow`` is known.
+        """
+        if rules is None:
+            return None
+        refused = self.catalogue.refused(rules.allow, rules.deny)
+        if rules.categories is None:
+            return refused
+        allowed = torch.zeros(len(self.catalogue.items), dtype=torch.bool)
+        for name in rules.categories:
+            if name not in self._categories:
+                raise UserError(f"categories: there is no {name!r} among the {len(self._categories):,} of this data")
+            allowed[self._categories[name]] = True
+        return ~allowed if refused is None else refused | ~allowed
+
+    def choice(self, rules: Rules) -> dict[str, Any]:
+        """The rules as options of :class:`~recbole_ssm.serving.recommender.Recommender`."""
+        refused = self.refused(rules)
+        return {} if refused is None else {"deny": [self.catalogue.items[item] for item in refused.nonzero()]}
+
+    def find(self, text: str, k: int) -> list[str]:
+        """The first items, by their ids, whose token or title holds a text, in any case of its letters."""
+        wanted = text.casefold()
+        tokens = self.catalogue.items[1:]
+        fits = (token for token in tokens if wanted in f"{token} {self.titles.get(token, '')}".casefold())
+        return list(islice(fits, k))
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as content:
+        found = hashlib.sha256()
+        while piece := content.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()

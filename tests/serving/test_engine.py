@@ -1,0 +1,273 @@
+"""The engine: whatever comes in whatever order, a state is what its events give, and an answer what recommend gives."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_ssm.bench.untrained import untrained_model
+from recbole_ssm.errors import UserError
+from recbole_ssm.serving import Recommender
+from recbole_ssm.serving.engine import Engine, Event, Visit
+from recbole_ssm.serving.record import Record, decoded, unpacked_state
+from recbole_ssm.serving.served import Rules, Served
+from recbole_ssm.serving.store import MemoryStore, StoreError
+
+
+def untrained(name, seed, **options):
+    """A model of 20 items as it is served; its vectors are as large as those of a trained one."""
+    torch.manual_seed(seed)
+    cpu, items = torch.device("cpu"), ["[PAD]", *(f"i{number}" for number in range(20))]
+    model = untrained_model(name, 20, cpu, MAX_ITEM_LIST_LENGTH=20, **options)
+    with torch.no_grad():
+        model.item_embedding.weight.mul_(10)
+    config = {
+        "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
+        "TIME_FIELD": "timestamp", "MAX_ITEM_LIST_LENGTH": 20, "device": cpu, "model": name,
+    }  # fmt: skip
+    counts = torch.arange(21)
+    return Served(Recommender(model, config, items, counts), f"{seed:064x}"[::-1])
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Name -> a model as it is served; ``other`` is another Mamba-2 of the same items."""
+    return {
+        "Mamba4Rec": untrained("Mamba4Rec", 1),
+        "2Mamba4Rec": untrained("2Mamba4Rec", 2, num_layers=2),
+        "other": untrained("2Mamba4Rec", 3, num_layers=1),
+        "SASRec": untrained("SASRec", 4, train_neg_sample_args=None),
+    }
+
+
+def assert_same(found, expected):
+    assert [item for item, _ in found] == [item for item, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-6, abs=1e-5)
+
+
+def record_of(engine, user):
+    return decoded(engine.store.get([user])[user])
+
+
+def assert_states_are_those_of_their_events(engine, tolerance=1e-5):
+    served = engine.served
+    for user in engine.store.users():
+        record = record_of(engine, user)
+        assert record.digest == served.key
+        expected = served.states.read(served.catalogue.ids(record.items.texts()))
+        np.testing.assert_allclose(
+            unpacked_state(record.state, record.state_type), expected, atol=tolerance, rtol=tolerance
+        )
+
+
+def visit(engine, *visits):
+    found = engine.visit(visits)
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return found
+
+
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec", "SASRec"])
+def test_recommendations_are_those_of_the_whole_history(models, name):
+    engine = Engine(models[name], MemoryStore())
+    recommender = models[name].recommender
+    histories = {f"u{n}": [f"i{(3 * n + j) % 20}" for j in range(2 + n)] for n in range(9)}
+    for j in range(10):
+        now = {user: history[j] for user, history in histories.items() if j < len(history)}
+        found = visit(engine, *(Visit(user, [Event(item)], k=5) for user, item in now.items()))
+        for user, one in zip(now, found):
+            assert_same(one.recommended, recommender.recommend(histories[user][: j + 1], 5))
+            assert (one.taken, one.events, one.model) == (1, j + 1, models[name].digest)
+    asked = [Visit(user, k=20, exclude_seen=True, candidates=["i3", "i1"]) for user in histories]
+    for user, one in zip(histories, visit(engine, *asked)):
+        assert_same(one.recommended, recommender.recommend(histories[user], 20, exclude_seen=True))
+        assert one.scores == pytest.approx(recommender.score(histories[user], ["i3", "i1"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("state_type", ["float32", "bf16"])
+def test_any_order_of_events_gives_the_state_of_the_events_in_order(models, seed, state_type):
+    """Late events, repeated ones, unknown items, several events and several visits of a user at once."""
+    draw = random.Random(seed)
+    engine = Engine(models["2Mamba4Rec"], MemoryStore(), state_type=state_type)
+    expected: dict = {}
+    known: dict = {}
+    for _ in range(30):
+        visits = []
+        for _ in range(draw.randint(1, 5)):
+            user, events = f"u{draw.randint(0, 3)}", []
+            for _ in range(draw.randint(0, 4)):
+                item = draw.choice(["unknown", *(f"i{n}" for n in range(20))])
+                moment, event_id = float(draw.randint(0, 50)), draw.choice([None, f"e{draw.randint(0, 99)}"])
+                events.append(Event(item, moment, event_id))
+                if item == "unknown" or event_id in known.setdefault(user, []):
+                    continue
+                if event_id is not None:
+                    known[user] = [*known[user], event_id][-64:]
+                mine = expected.setdefault(user, [])
+                mine.insert(sum(other <= moment for other, _ in mine), (moment, item))
+            visits.append(Visit(user, events, k=draw.choice([0, 3])))
+        visit(engine, *visits)
+    for user, mine in expected.items():
+        record = record_of(engine, user)
+        assert record.items.texts() == [item for _, item in mine]
+        assert record.total == len(mine)
+    if state_type == "float32":
+        assert_states_are_those_of_their_events(engine)
+    else:
+        # Each step adds an error of its own, in the third digit.
+        assert_states_are_those_of_their_events(engine, 0.1)
+
+
+def test_an_event_with_a_known_id_counts_once(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    event = Event("i1", id="a")
+    (first,) = visit(engine, Visit("u", [event, event, Event("i1")]))
+    (second,) = visit(engine, Visit("u", [event]))
+    assert (first.taken, first.repeated, second.taken, second.repeated, second.events) == (2, 1, 0, 1, 2)
+    # Sixty-four newer ids later it is forgotten, as the documents say.
+    visit(engine, Visit("u", [Event("i2", id=f"{n}") for n in range(64)]))
+    assert visit(engine, Visit("u", [event]))[0].taken == 1
+
+
+def test_visits_of_one_user_are_done_one_after_the_other(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    recommender = models["2Mamba4Rec"].recommender
+    items = ["i1", "i2", "i3"]
+    found = visit(engine, *(Visit("u", [Event(item)], k=4) for item in items))
+    for count, one in enumerate(found, 1):
+        assert_same(one.recommended, recommender.recommend(items[:count], 4))
+
+
+def test_an_unknown_user_gets_what_is_popular(models):
+    for name in ("2Mamba4Rec", "SASRec"):
+        engine = Engine(models[name], MemoryStore())
+        (found,) = visit(engine, Visit("nobody", k=3))
+        assert found.recommended.source == "popularity" and len(found.recommended) == 3
+        (found,) = visit(engine, Visit("nobody", [Event("unknown")], k=3))
+        assert found.recommended.source == "popularity" and found.skipped == 1
+        (error,) = engine.visit([Visit("nobody", candidates=["i1"])])
+        assert isinstance(error, UserError) and "has no event of a known item" in str(error)
+        assert len(engine.store) == 0
+
+
+def test_another_model_builds_its_own_states(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    visit(engine, *(Visit(f"u{n}", [Event(f"i{(n + j) % 20}") for j in range(4)]) for n in range(20)))
+    engine.served = models["other"]
+    (found,) = visit(engine, Visit("u3", [Event("i7")], k=5))
+    assert_same(found.recommended, models["other"].recommender.recommend(["i3", "i4", "i5", "i6", "i7"], 5))
+    assert found.model == models["other"].digest
+    for _ in engine.tidy():
+        pass
+    assert_states_are_those_of_their_events(engine)
+    # A model without a step reads the same events.
+    engine.served = models["SASRec"]
+    (found,) = visit(engine, Visit("u3", k=5))
+    assert_same(found.recommended, models["SASRec"].recommender.recommend(["i3", "i4", "i5", "i6", "i7"], 5))
+
+
+def test_only_the_newest_events_are_kept_but_the_state_has_read_all(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore(), state_history=5)
+    items = [f"i{n % 20}" for n in range(12)]
+    for item in items:
+        visit(engine, Visit("u", [Event(item)]))
+    record = record_of(engine, "u")
+    assert record.items.texts() == items[-5:] and record.total == 12
+    served = models["2Mamba4Rec"]
+    np.testing.assert_allclose(
+        unpacked_state(record.state, 0), served.states.read(served.catalogue.ids(items)), atol=1e-5
+    )
+
+
+def test_rules(models):
+    served = models["2Mamba4Rec"]
+    served = Served(served.recommender, served.digest, categories={"red": ["i1", "i2", "i3"], "blue": ["i9"]})
+    engine = Engine(served, MemoryStore())
+    cases = [
+        (Rules(allow=["i1", "i4"]), {"i1", "i4"}),
+        (Rules(allow=["i1", "i4"], deny=["i4"]), {"i1"}),
+        (Rules(categories=["red"]), {"i1", "i2", "i3"}),
+        (Rules(categories=["red", "blue"], deny=["i2"]), {"i1", "i3", "i9"}),
+    ]
+    for rules, expected in cases:
+        for user in ("u", "nobody"):
+            events = [Event("i5")] if user == "u" else []
+            (found,) = visit(engine, Visit(user, events, k=20, rules=rules))
+            assert {item for item, _ in found.recommended} == expected
+        assert set(served.choice(rules)["deny"]) == {*served.catalogue.items} - expected
+    wrong, right = engine.visit([Visit("u", k=1, rules=Rules(categories=["green"])), Visit("v", k=1)])
+    assert "categories: there is no 'green' among the 2" in str(wrong) and right.recommended
+
+
+def test_a_user_is_forgotten_when_told_and_when_silent(models, monkeypatch):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore(), forget_after=100.0)
+    visit(engine, Visit("a", [Event("i1")]), Visit("b", [Event("i1")]))
+    assert visit(engine, Visit("a", forget=True))[0].forgotten
+    assert not visit(engine, Visit("a", forget=True))[0].forgotten
+    assert list(engine.store.users()) == ["b"]
+    import recbole_ssm.serving.engine as module
+
+    now = module.time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 101)
+    for _ in engine.tidy():
+        pass
+    assert len(engine.store) == 0
+
+
+def test_a_damaged_record_is_an_error_of_its_user_alone(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    visit(engine, *(Visit(user, [Event("i1"), Event("i2")]) for user in ("a", "b", "c")))
+    values = engine.store._values
+    values["a"] = values["a"][:70] + b"?" + values["a"][71:]
+    values["b"] = values["b"][:-1] + b"?"
+    wrong, *right = engine.visit([Visit(user, [Event("i3")], k=3) for user in ("a", "b", "c")])
+    assert isinstance(wrong, StoreError) and "the record of user 'a' is damaged" in str(wrong)
+    # The state of b was damaged, and is computed again from the events.
+    assert_same(right[0].recommended, right[1].recommended)
+    assert visit(engine, Visit("a", forget=True), Visit("a", [Event("i1")]))[1].events == 1
+
+
+def test_a_store_that_fails_takes_nothing(models, monkeypatch):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    visit(engine, Visit("a", [Event("i1")]))
+
+    def fail(users, change):
+        change(engine.store.get(users))
+        raise StoreError("state: is full")
+
+    monkeypatch.setattr(engine.store, "update", fail)
+    found = engine.visit([Visit("a", [Event("i2")]), Visit("b", [Event("i2")])])
+    assert all(isinstance(one, StoreError) for one in found)
+    assert record_of(engine, "a").total == 1
+
+
+def test_a_change_that_is_made_twice_counts_once(models, monkeypatch):
+    """Where another server wrote meanwhile, a Redis store calls again with newer values."""
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    update = engine.store.update
+
+    def twice(users, change):
+        change({user: None for user in users})
+        other = Record()
+        other.append("i9", 1.0)
+        engine.store._values["a"] = other.encoded()
+        update(users, change)
+
+    monkeypatch.setattr(engine.store, "update", twice)
+    visit(engine, Visit("a", [Event("i2", 2.0)]))
+    assert record_of(engine, "a").items.texts() == ["i9", "i2"]
+    assert_states_are_those_of_their_events(engine)
+
+
+def test_a_model_of_times_is_told_when_events_were_and_when_it_is_asked():
+    served = untrained("2Mamba4Rec", 5, time="query")
+    assert served.recommender.reads_times
+    engine = Engine(served, MemoryStore())
+    items, times = ["i1", "i2", "i3"], [100, 5000, 5100]
+    visit(engine, *(Visit("u", [Event(item, float(moment))]) for item, moment in zip(items, times)))
+    for now in (5200, 900_000):
+        (found,) = visit(engine, Visit("u", k=5, now=float(now)))
+        assert_same(found.recommended, served.recommender.recommend(items, 5, times=times, now=now))
