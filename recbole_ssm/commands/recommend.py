@@ -15,11 +15,11 @@ import pyarrow as pa
 
 from recbole_ssm.arguments import at_least
 from recbole_ssm.commands.histories import ALL_EVENTS, histories_of, read_items
+from recbole_ssm.commands.items import titles_of
 from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
-from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.llm.titles import read_titles
+from recbole_ssm.errors import ArgumentParser
 from recbole_ssm.serving import recommender_of
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
@@ -107,7 +107,7 @@ def _tables(
     # What training alone needs is not kept.
     del saved
     histories = histories_of(users, config)
-    titles = _titles(config, recommender.items, title_field)
+    titles = titles_of(config, recommender.items, title_field)
 
     answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
     names = iter(histories.users)
@@ -145,23 +145,6 @@ SCHEMA = pa.schema(
         "source": pa.dictionary(pa.int8(), pa.string()),
     }
 )
-
-
-def _titles(config: Any, items: Sequence[str], title_field: str | None) -> dict[str, str] | None:
-    """``{item token: title}``, where the data set of the run has titles.
-
-    Raises:
-        UserError: there are none in the column that was asked for.
-    """
-    if not title_field and not Path(config["data_path"], f"{config['dataset']}.item").is_file():
-        return None
-    try:
-        return dict(zip(items, read_titles(config, items, title_field)))
-    except UserError as error:
-        if title_field:
-            raise
-        getLogger().warning(f"the rows have no titles: {error}")
-        return None
 
 
 def main(arguments: Sequence[str]) -> None:

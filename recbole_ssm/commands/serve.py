@@ -1,0 +1,137 @@
+"""Serve a trained model over HTTP, with the state of every user: docs/serving.md shows the calls."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_ssm.arguments import at_least, positive
+from recbole_ssm.commands.items import categories_of, titles_of
+from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.errors import ArgumentParser, UserError, require
+from recbole_ssm.serving import recommender_of
+from recbole_ssm.serving.record import STATE_TYPES
+from recbole_ssm.serving.served import Served, digest_of
+from recbole_ssm.serving.store import DURABILITIES, open_store
+from recbole_ssm.starting import configure_again
+from recbole_ssm.trainer import checkpoint
+
+if TYPE_CHECKING:
+    from recbole_ssm.serving.service import Server
+
+INSTALL = "serve: needs FastAPI, uvicorn and prometheus-client; pip install 'recbole-ssm[serve]'"
+TOKEN = "RECBOLE_SSM_TOKEN"
+
+
+def load_served(
+    place: str | Path,
+    *,
+    model: str | type | None = None,
+    device: str | None = None,
+    category_field: str | None = None,
+    command_line: Sequence[str] = (),
+) -> Served:
+    """A checkpoint as it is served, with titles and categories where the data set of its run is at hand.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    file = checkpoint.best_file(Path(place))
+    saved = checkpoint.read(file)
+    recommender = recommender_of(file, saved, device, model=model)
+    titles, categories = None, None
+    try:
+        config = configure_again((file, saved), model, command_line=command_line)
+        titles = titles_of(config, recommender.items)
+        categories = categories_of(config, category_field)
+    except UserError as error:
+        # A checkpoint serves without its data set, unless the caller asks for something that only the data has.
+        if command_line or category_field:
+            raise
+        getLogger().warning(f"no titles and no categories: {error}")
+    return Served(recommender, digest_of(file), titles, categories)
+
+
+def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
+    """The server that the options of the command describe.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, INSTALL)
+    from recbole_ssm.serving.service import Limits, Server
+
+    if options.models is not None and not options.models.is_dir():
+        raise UserError(f"--models: there is no folder {options.models}")
+
+    def load(place: Path) -> Served:
+        return load_served(
+            place, model=options.model, device=options.device, category_field=options.category_field,
+            command_line=command_line,
+        )  # fmt: skip
+
+    return Server(
+        load=load,
+        place=options.checkpoint,
+        store=open_store(options.state, durability=options.durability, most_bytes=options.state_bytes),
+        models=options.models,
+        token=_token(options.token_file),
+        refuse_unknown=options.refuse_unknown,
+        limits=Limits(body_bytes=options.body_bytes),
+        options={
+            "state_history": options.state_history,
+            "state_type": options.state_type,
+            "forget_after": None if options.forget_days is None else options.forget_days * 86400,
+        },
+    )
+
+
+def _token(file: Path | None) -> str | None:
+    """The token in a file or in the environment; on the command line every user of the machine could read it."""
+    try:
+        token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--token_file: {file} cannot be read ({error})") from error
+    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+        where = f"--token_file: {file}" if file else TOKEN
+        raise UserError(f"{where}: must hold one word of visible ASCII characters")
+    return token
+
+
+def command_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser("recbole-ssm serve", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--state", metavar="PLACE", help="a folder, or redis://HOST:PORT/N (default: in memory)")
+    parser.add_argument("--durability", choices=DURABILITIES, default="each", help="of the folder: see docs/serving.md")
+    parser.add_argument("--state_type", choices=sorted(STATE_TYPES), default="float32", help="bf16 takes half the room")
+    parser.add_argument("--state_history", type=at_least(1), default=10_000, help="events that are kept of a user")
+    parser.add_argument("--state_bytes", type=at_least(1 << 20), default=1 << 36, help="most bytes of the folder")
+    parser.add_argument("--forget_days", type=positive, help="forget users who were silent for so long (default: none)")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen")
+    parser.add_argument("--port", type=at_least(0), default=8000, help="where to listen; 0 takes a free one")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="POST /v1/model serves another one of this folder")
+    parser.add_argument(
+        "--token_file", type=Path, metavar="FILE", help=f"callers must show this token (default: {TOKEN} if it is set)"
+    )
+    parser.add_argument("--category_field", help="the column of .item that holds categories")
+    parser.add_argument("--refuse_unknown", action="store_true", help="refuse unknown items (default: count them)")
+    parser.add_argument("--body_bytes", type=at_least(1024), default=1 << 20, help="most bytes of a call's body")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command until it is told to end."""
+    options, command_line = parse(command_parser(), arguments, flags=("--refuse_unknown",))
+    server = server_of(options, command_line)
+    from recbole_ssm.serving.server import listen, run
+
+    listening = listen(options.host, options.port)
+    host, port = listening.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {options.checkpoint}", flush=True)
+    run(server, listening)

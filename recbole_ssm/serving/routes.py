@@ -1,0 +1,237 @@
+"""The calls of the server under /v1."""
+
+# FastAPI evaluates these annotations, so they are not postponed.
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as InPath
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.serving import schema
+from recbole_ssm.serving.catalogue import Recommendations
+from recbole_ssm.serving.engine import Engine, Event, Visit, Visited
+from recbole_ssm.serving.record import LONGEST_ID
+from recbole_ssm.serving.served import Rules, Served
+from recbole_ssm.serving.service import Server
+
+
+class _AnyText(Convertor[str]):
+    """An id within a path: any text, slashes and line ends too."""
+
+    regex = r"[\s\S]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _AnyText())
+router = APIRouter(prefix="/v1")
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": schema.Error, "description": "The path or the body is none."},
+    401: {"model": schema.Error, "description": "The token is missing or wrong."},
+    408: {"model": schema.Error, "description": "The body was too slow."},
+    413: {"model": schema.Error, "description": "The body is too large."},
+    422: {"model": schema.Error, "description": "A value is none that is taken; the line names it."},
+    500: {"model": schema.Error, "description": "A defect, or a damaged record; the line says which."},
+    503: {"model": schema.Error, "description": "Too many callers wait. Nothing was taken; try again later."},
+    507: {"model": schema.Error, "description": "The store is full. Nothing was taken."},
+}
+User = Annotated[str, InPath(min_length=1, max_length=LONGEST_ID)]
+Now = Annotated[schema.Seconds | None, Query(description=schema.NOW)]
+Names = Annotated[list[str] | None, Query(max_length=schema.MOST_ITEMS)]
+
+
+def server_of(request: Request) -> Server:
+    """The server that a call came to."""
+    server: Server = request.app.state.server
+    return server
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    """An answer in JSON."""
+    return Response(
+        json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, media_type="application/json"
+    )
+
+
+def scored(served: Served, pairs: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Items of an answer."""
+    if not served.titles:
+        return [{"item": item, "score": score} for item, score in pairs]
+    return [{"item": item, "score": score, "title": served.titles.get(item)} for item, score in pairs]
+
+
+def recommended(served: Served, found: Recommendations) -> dict[str, Any]:
+    """The part of an answer that recommends."""
+    return {"source": found.source, "items": scored(served, found)}
+
+
+@router.post("/events", response_model=schema.Taken | schema.TakenMany, responses=ERRORS)
+async def take_events(
+    request: Request,
+    body: schema.EventOrEvents,
+    recommend: Annotated[schema.K | None, Query(description="So many recommendations are in the answer.")] = None,
+    exclude_seen: bool = False,
+    now: Now = None,
+) -> Response:
+    """Take one event (`{"user": ..., "item": ...}`) or many (`{"events": [...]}`), and recommend after them."""
+    server = server_of(request)
+    events = [body] if isinstance(body, schema.EventBody) else body.events
+    server.refuse(event.item for event in events)
+    by_user: dict[str, list[Event]] = {}
+    for event in events:
+        by_user.setdefault(event.user, []).append(Event(event.item, event.time, event.id))
+    found = await server.visit(
+        [Visit(user, mine, k=recommend or 0, exclude_seen=exclude_seen, now=now) for user, mine in by_user.items()]
+    )
+    served = server.engine.served
+    taken = [_taken(served, user, one) for user, one in zip(by_user, found)]
+    if isinstance(body, schema.EventBody):
+        return answer(taken[0])
+    return answer({"model": found[0].model, "users": taken})
+
+
+def _taken(served: Served, user: str, found: Visited) -> dict[str, Any]:
+    about = {
+        "model": found.model,
+        "user": user,
+        "taken": found.taken,
+        "repeated": found.repeated,
+        "skipped": found.skipped,
+        "events": found.events,
+    }
+    return about if found.recommended is None else {**about, **recommended(served, found.recommended)}
+
+
+@router.get("/users/{user:text}/recommendations", response_model=schema.UserAnswer, responses=ERRORS)
+async def recommend_to_user(
+    request: Request,
+    user: User,
+    k: schema.K = 10,
+    exclude_seen: bool = False,
+    allow: Names = None,
+    deny: Names = None,
+    category: Names = None,
+    now: Now = None,
+) -> Response:
+    """Recommend to a user after all events; an unknown user gets what is popular."""
+    server = server_of(request)
+    rules = Rules(allow, deny, category) if allow or deny or category else None
+    (found,) = await server.visit([Visit(_id(user), k=k, exclude_seen=exclude_seen, rules=rules, now=now)])
+    assert found.recommended is not None
+    about = {"model": found.model, "user": user, "events": found.events}
+    return answer({**about, **recommended(server.engine.served, found.recommended)})
+
+
+@router.delete("/users/{user:text}", response_model=schema.Forgotten, responses=ERRORS)
+async def forget_user(request: Request, user: User) -> Response:
+    """Delete all that is kept of a user."""
+    (found,) = await server_of(request).visit([Visit(_id(user), forget=True)])
+    return answer({"forgotten": found.forgotten})
+
+
+@router.post("/recommend", response_model=schema.Answers, responses=ERRORS)
+async def recommend_after(request: Request, body: schema.HistoriesBody) -> Response:
+    """Recommend after histories, of which nothing is kept; unknown items are counted, or refused."""
+    server = server_of(request)
+    server.refuse(item for history in body.histories for item in history)
+
+    def work(engine: Engine) -> Any:
+        served = engine.served
+        choice = served.choice(Rules(body.allow, body.deny, body.categories))
+        found = served.recommender.recommend_many(
+            body.histories,
+            body.k,
+            exclude_seen=body.exclude_seen,
+            skip_unknown=True,
+            times=body.times,
+            now=time.time() if body.now is None else body.now,
+            **choice,
+        )
+        return {
+            "model": served.digest,
+            "answers": [{**recommended(served, one), "skipped": one.skipped} for one in found],
+        }
+
+    return answer(await server.call(work))
+
+
+@router.post("/score", response_model=schema.Scores, responses=ERRORS)
+async def score(request: Request, body: schema.ScoreBody) -> Response:
+    """Score given items after a user's events, or after a history in the body."""
+    server = server_of(request)
+    if (body.user is None) == (body.history is None):
+        raise UserError("give either user or history")
+    if body.user is not None:
+        (found,) = await server.visit([Visit(body.user, candidates=body.items, now=body.now)])
+        digest, scores = found.model, found.scores or []
+    else:
+        asked = (body.history or [], body.items, body.times, time.time() if body.now is None else body.now)
+        digest, scores = await server.call(
+            lambda engine: (engine.served.digest, engine.served.recommender.score(*asked))
+        )
+    return answer({"model": digest, "items": scored(server.engine.served, zip(body.items, scores))})
+
+
+@router.get("/items/{item:text}/similar", response_model=schema.Answer, responses=ERRORS)
+async def similar_items(request: Request, item: User, k: schema.K = 10, category: Names = None) -> Response:
+    """The items whose vectors are most like that of an item."""
+
+    def work(engine: Engine) -> Any:
+        served = engine.served
+        found = served.recommender.similar_items(_id(item), k, **served.choice(Rules(categories=category)))
+        return {"model": served.digest, **recommended(served, found)}
+
+    return answer(await server_of(request).call(work))
+
+
+@router.get("/items", response_model=schema.FoundItems, responses=ERRORS)
+async def find_items(
+    request: Request,
+    search: Annotated[str, Query(max_length=LONGEST_ID)] = "",
+    k: schema.K = 10,
+) -> Response:
+    """Items whose id or title holds a text, in any case of its letters; the page at `/` looks items up so."""
+    served = server_of(request).engine.served
+    found = await asyncio.to_thread(served.find, search, k)
+    items = [{"item": item, "title": served.titles.get(item)} for item in found]
+    return answer({"model": served.digest, "items": items})
+
+
+@router.post(
+    "/model",
+    response_model=schema.ModelAnswer,
+    responses={**ERRORS, 403: {"model": schema.Error, "description": "This server has no token or no folder."}},
+)
+async def serve_model(request: Request, body: schema.ModelBody) -> Response:
+    """Serve another model of the folder `--models` from the next call on; no call is lost."""
+    server = server_of(request)
+    if server.models is None or server.token is None:
+        raise HTTPException(403, "start the server with --models and a token, and models can be chosen")
+    folder = server.models.resolve()
+    place = (folder / body.name).resolve() if "\0" not in body.name else folder
+    if place.parent != folder or not place.exists():
+        raise UserError(f"name: there is no {body.name!r} in the folder of models")
+    return answer({"model": await server.swap(place), "name": body.name})
+
+
+def _id(text: str) -> str:
+    """An id in a path.
+
+    Raises:
+        UserError: it is too long.
+    """
+    try:
+        return schema.checked_id(text)
+    except ValueError as error:
+        raise UserError(str(error)) from error

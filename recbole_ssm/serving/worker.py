@@ -1,0 +1,162 @@
+"""The thread that does an engine's work for callers who wait in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from logging import getLogger
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from recbole_ssm.serving.engine import Engine, Visit, Visited
+
+VISITS_AT_ONCE = 256
+"""So many visits share a transaction at most."""
+TIDY_EVERY = 3600.0
+"""Seconds from the end of one walk through all users to the next."""
+
+
+class BusyError(RuntimeError):
+    """Nothing was done, because too many callers wait, or this one waited too long."""
+
+
+@dataclass(slots=True)
+class _Job:
+    visits: Sequence[Visit] | None
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Worker:
+    """Does what callers want in one thread. What comes while it works is done together next: the busier, the larger the
+    pieces, and nobody waits for others to come.
+
+    Args:
+        engine: whose work it does.
+        most_waiting: with so many callers waiting, a further one is refused.
+        longest_wait: seconds after which a caller whose turn has not come is refused.
+    """
+
+    def __init__(self, engine: Engine, *, most_waiting: int = 2048, longest_wait: float = 10.0) -> None:
+        self.engine = engine
+        self._most_waiting, self._longest_wait = most_waiting, longest_wait
+        self._waiting = 0
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._tidying: Iterator[None] | None = engine.tidy()
+        self._tidied = 0.0
+        self._thread = threading.Thread(target=self._work, name="engine")
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    async def visit(self, visits: Sequence[Visit]) -> list[Visited]:
+        """:meth:`Engine.visit`.
+
+        Raises:
+            BusyError: too many callers wait.
+            Exception: what became of the first visit that failed.
+        """
+        found = await self._done(visits, _nothing)
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        return found
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that runs between visits."""
+        return await self._done(None, function)
+
+    async def _done(self, visits: Sequence[Visit] | None, function: Callable[[], Any]) -> Any:
+        if self._waiting >= self._most_waiting:
+            raise BusyError(f"{self._waiting:,} callers wait; try again later")
+        job = _Job(visits, function, self._loop.create_future())
+        self._waiting += 1
+        self._jobs.put(job)
+        return await job.future
+
+    def tidy(self) -> None:
+        """Begin to go through all users; called between visits."""
+        self._tidying = self.engine.tidy()
+
+    async def close(self) -> None:
+        """Do what is waiting, and end."""
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # --- in the thread ---
+
+    def _work(self) -> None:
+        going = True
+        while going:
+            try:
+                jobs = [self._jobs.get(timeout=0 if self._tidying else 1.0)]
+            except Empty:
+                self._tidy_on()
+                continue
+            visits = 0
+            while jobs[-1] is not None and visits < VISITS_AT_ONCE:
+                visits += len(jobs[-1].visits or ())
+                try:
+                    jobs.append(self._jobs.get_nowait())
+                except Empty:
+                    break
+            going = jobs[-1] is not None
+            done = self._results([job for job in jobs if job is not None])
+            self._loop.call_soon_threadsafe(self._deliver, done)
+
+    def _results(self, jobs: Sequence[_Job]) -> list[tuple[_Job, Any]]:
+        late = time.monotonic() - self._longest_wait
+        done: list[tuple[_Job, Any]] = [(job, BusyError("waited too long")) for job in jobs if job.since < late]
+        jobs = [job for job in jobs if job.since >= late]
+        visiting = [job for job in jobs if job.visits is not None]
+        if visiting:
+            found = _outcome(lambda: self.engine.visit([visit for job in visiting for visit in job.visits or ()]))
+            for job in visiting:
+                mine = len(job.visits or ())
+                done.append((job, found if isinstance(found, Exception) else found[:mine]))
+                found = found if isinstance(found, Exception) else found[mine:]
+        done += [(job, _outcome(job.function)) for job in jobs if job.visits is None]
+        return done
+
+    def _tidy_on(self) -> None:
+        if self._tidying is None:
+            if time.monotonic() - self._tidied > TIDY_EVERY:
+                self.tidy()
+            return
+        found = _outcome(lambda: next(self._tidying, self))  # type: ignore[arg-type]
+        if isinstance(found, Exception):
+            getLogger().warning(f"users were not gone through: {found}")
+        if found is not None:
+            self._tidying, self._tidied = None, time.monotonic()
+
+    def _deliver(self, done: Sequence[tuple[_Job, Any]]) -> None:
+        """Back in the event loop: wake those who wait."""
+        self._waiting -= len(done)
+        for job, found in done:
+            # Whose client is gone waits no longer.
+            if job.future.done():
+                continue
+            if isinstance(found, Exception):
+                job.future.set_exception(found)
+            else:
+                job.future.set_result(found)
+
+
+def _nothing() -> None:
+    """What a job of visits calls."""
+
+
+def _outcome(function: Callable[[], Any]) -> Any:
+    """What a function returns, or the exception that it raises."""
+    try:
+        return function()
+    except Exception as error:
+        return error
