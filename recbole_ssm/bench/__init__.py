@@ -25,6 +25,7 @@ BENCHES = {
     "loss": "milliseconds and memory of the loss over all items and of ranks, beside PyTorch",
     "ops": "milliseconds and memory of every op on every backend, beside what the machine allows",
     "optim": "what USGM and the adaptive batch size cost, in parts of a training step",
+    "serve": "calls a second and latencies of the server, an event and its recommendations in each",
     "step": "milliseconds of a training, an evaluation and a one-event step of every model, beside SASRec",
     "train": "seconds, positions and memory of a training epoch, beside RecBole's own SASRec",
 }
