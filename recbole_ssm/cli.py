@@ -16,7 +16,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 
       --model           Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
                         or a class of your own: --model=my_package.my_file:MyModel; Pop and RepeatNewest learn nothing
-      --dataset         ml-100k (bundled with RecBole), ml-1m, amazon-beauty, amazon-video-games,
+      --dataset         toy and ml-100k (they come along), ml-1m, amazon-beauty, amazon-video-games,
                         amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files in data_path
       --config_files    YAML files of settings: "a.yaml b.yaml"; a later one wins
       --resume          a checkpoint, the folder of a run, or the folder above: go on from the newest, byte for byte
