@@ -137,7 +137,7 @@ def test_without_arguments_the_script_trains(monkeypatch):
 
 
 COMMANDS = [
-    *([name] for name in ("recommend", "evaluate", "export", "convert", "inspect")),
+    *([name] for name in ("recommend", "evaluate", "serve", "export", "convert", "inspect")),
     *(["study", name] for name in STUDIES),
     *(["bench", name] for name in BENCHES),
 ]

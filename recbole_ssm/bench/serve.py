@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         items=(12_101, "of the catalogue"),
         users=(100_000, "in the store"),
         events=(20, "that each user has at first"),
-        top_k=(10, "recommendations a call"),
+        k=(10, "recommendations a call"),
         server_threads=(1, "of PyTorch in the server"),
     )
     parser.add_argument("--connections", type=sizes, default="1,8,64", help="calls under way at once")
@@ -132,7 +132,7 @@ class _Client:
 
     def __init__(self, options: argparse.Namespace, port: int, users: int) -> None:
         self._port, self._users, self._items = port, users, options.items
-        self._path = f"/v1/events?recommend={options.top_k}"
+        self._path = f"/v1/events?recommend={options.k}"
         if options.exclude_seen:
             self._path += "&exclude_seen=true"
         self.latencies: list[float] = []
