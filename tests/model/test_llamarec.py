@@ -55,7 +55,7 @@ LEARNS = {
 }
 
 
-def write_circle(folder, last=None):
+def write_circle(folder, last=None, begin=1000):
     """Six items, each followed by the next. ``last`` gives all users but the first other validation and test items."""
     (folder / "circle").mkdir(parents=True)
     rng = random.Random(0)
@@ -64,7 +64,7 @@ def write_circle(folder, last=None):
         start = rng.randrange(6) if user else 0
         for time in range(12):
             item = last if last is not None and user and time >= 10 else (start + time) % 6
-            lines.append(f"u{user}\ti{item}\t{1000 + time}")
+            lines.append(f"u{user}\ti{item}\t{begin + time}")
     (folder / "circle" / "circle.inter").write_text("\n".join(lines) + "\n")
     titles = [f"i{number}\t{word}" for number, word in enumerate(WORDS)]
     (folder / "circle" / "circle.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *titles]) + "\n")
@@ -540,3 +540,16 @@ def test_a_retriever_has_the_keys_of_its_ranker_but_for_model_and_training():
     }
     assert own["model"] == "2Mamba4Rec" and own["hidden_size"] == 8 and own["epochs"] != 9
     assert own["prompt_history"] is None
+
+
+def test_a_retriever_may_read_times(tmp_path):
+    """The ranker's batches carry them, and who is served gives them."""
+    options = {**SMALL, **write_circle(tmp_path / "data", begin=978_300_000), "epochs": 0, "state": "WARNING"}
+    options["retriever_config"] = {**options["retriever_config"], "time": "query"}
+    result = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    recommender = load_recommender(result["checkpoint"], device="cpu")
+    times = [978_300_000, 978_300_001]
+    scores = [recommender.score(["i1", "i2"], ["i3"], times=times, now=times[1] + wait) for wait in (0, 1)]
+    assert scores[0] != scores[1]
+    with pytest.raises(UserError, match="now: this model reads how long ago the newest event was"):
+        recommender.recommend(["i1", "i2"], times=times)

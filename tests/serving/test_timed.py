@@ -240,3 +240,16 @@ def test_what_the_checkpoint_keeps_of_the_data(trained, recommenders):
     longest = max(b - a for user in range(30) for a, b in itertools.pairwise(times_of(user, 8)[:6]))
     assert kept[1] == 1 and kept[2] == longest
     assert torch.equal(kept, recommenders["attention"].model.time_encoding.scale)
+
+
+def test_training_on_keeps_the_scale_that_the_buckets_have(trained, write_dataset):
+    """Gaps of days and longer ones in the new data: what was trained by seconds goes on by seconds."""
+    days = [f"u{user}\ti{(user + n) % 20}\t{START + 86_400 * 50 * n}" for user in range(30) for n in range(6)]
+    given = write_dataset("user_id:token\titem_id:token\ttimestamp:float\n" + "\n".join(days) + "\n", name="timed")
+    first = trained["query"]["checkpoint"]
+    options = {**given["config_dict"], "epochs": 1, "topk": [5], "valid_metric": "NDCG@5", "state": "WARNING"}
+    second = run_recbole_ssm(None, "timed", config_dict=options, init=first)["checkpoint"]
+    scales = [load_recommender(path, device="cpu").model.time_encoding.scale for path in (first, second)]
+    assert torch.equal(*scales) and scales[0][1] == 1
+    with pytest.raises(UserError, match="init: time is 'gaps' here and was 'query'"):
+        run_recbole_ssm(None, "timed", config_dict={**options, "time": "gaps"}, init=first)
