@@ -149,13 +149,13 @@ class PackedRecommender(Configurable, SequentialRecommender):
             output = self.forward(*self.histories_of(interaction))
             target = interaction[self.POS_ITEM_ID]
             negative = interaction[self.NEG_ITEM_ID] if self.loss.loss_type == "BPR" else None
-        loss: Tensor = self.loss(self.asking(output), self.item_vectors(), target, negative)
+        loss: Tensor = self.loss(self.query_vectors(output), self.item_vectors(), target, negative)
         return loss
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
         output = self.forward(*self.histories_of(interaction))
-        return (self.asking(output) * self.item_vectors()[interaction[self.ITEM_ID]]).sum(-1)
+        return (self.query_vectors(output) * self.item_vectors()[interaction[self.ITEM_ID]]).sum(-1)
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
@@ -168,9 +168,9 @@ class PackedRecommender(Configurable, SequentialRecommender):
         """What the scores are products of: vectors of the rows ``[B, hidden_size]`` and of all items
         ``[V, hidden_size]``. Evaluation counts ranks by them, unless a subclass has a ``full_sort_predict`` of its own.
         """
-        return self.asking(self.forward(*self.histories_of(interaction))), self.item_vectors()
+        return self.query_vectors(self.forward(*self.histories_of(interaction))), self.item_vectors()
 
-    def asking(self, output: Tensor) -> Tensor:
+    def query_vectors(self, output: Tensor) -> Tensor:
         """Outputs ``[..., hidden_size]`` as vectors whose products with :meth:`item_vectors` are the scores."""
         if self.cosine:
             output = F.normalize(output, dim=-1)
@@ -193,7 +193,7 @@ class PackedRecommender(Configurable, SequentialRecommender):
         flat = () if clock is None else (Clock(*(column.flatten() for column in clock)),)
         output = self.encode(*split_padding(item_seq, item_seq_len), *flat, last_only=True)[::2]
         output = self.read_out(output, clock and clock.newest(item_seq_len))
-        return self.asking(output) @ self.item_vectors().T
+        return self.query_vectors(output) @ self.item_vectors().T
 
 
 def recipe_of(config: Any) -> Recipe:

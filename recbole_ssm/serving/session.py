@@ -130,7 +130,7 @@ class Session:
             if not self._catalogue.has_counts:
                 raise UserError("session: there was no event yet; give a history, or update(item) first")
             return self._catalogue.popular(k, excluded, refused)
-        scores = self._model.asking(self._vector(now)) @ self._model.item_vectors().T
+        scores = self._model.query_vectors(self._vector(now)) @ self._model.item_vectors().T
         return self._catalogue.best(scores, k, [excluded], refused)[0]
 
     def _vector(self, now: Any) -> Tensor:

@@ -63,7 +63,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         return report.write(options.folder, "length", entries, seeds, UNTUNED, _one_thing_apart, _draw, height=9)
 
     carry_out(runs, entries, seeds, write)
-    return f"{write()}\nwritten to {options.folder}/: length.md, length.csv, length-tests.csv, length.tex, length.png"
+    files = "length.md, length.csv, length-tests.csv, length.tex, length.json, length.png"
+    return f"{write()}\nwritten to {options.folder}/: {files}"
 
 
 def _one_thing_apart(one: Entry, other: Entry) -> bool:
