@@ -655,7 +655,7 @@ KEYS: dict[str, Key] = {
     "learner_groups": Key(Table(OPTIONS, "{'item_embedding*': {'D': 30}}"), "training", empty=True, about=
         "Options of some parameters, by a pattern of their names: {'item_embedding*': {'D': 30}}; the rest has "
         "learner_args."),
-    "average_power": Key(NOT_NEGATIVE, "training", empty=True, about=
+    "average_power": Key(NOT_NEGATIVE, "training", empty=True, named=True, about=
         "Validate, test and save the mean of the learner's iterates, in which iterate k weighs about k ** "
         "average_power: 0 is the plain mean, 8 about that of the last fifth of training. Empty: the last iterate."),
     "adaptive_batch": Key(Choice("hoelder", "norm_test", "inner_product"), "training", empty=True, about=
@@ -664,7 +664,7 @@ KEYS: dict[str, Key] = {
     "adaptive_batch_args": Key(OPTIONS, "training", empty=True, about=
         "Its options, such as {'D': 100, 'batch_max': 4096, 'every': 50}; recbole_ssm.optim.AdaptiveBatchSize lists"
         " them."),
-    "lr_scheduler": Key(_SCHEDULER, "training", empty=True, about=
+    "lr_scheduler": Key(_SCHEDULER, "training", empty=True, named=True, about=
         "'cosine' or 'one_cycle' over all steps of all epochs, after a rise of lr_warmup; or a class of "
         "torch.optim.lr_scheduler, such as OneCycleLR."),
     "lr_warmup": Key(PART, "training", tune=(0.0, 0.05, 0.1), about=
@@ -774,13 +774,13 @@ KEYS: dict[str, Key] = {
     "hidden_act": Key(Choice("gelu", "relu", "swish", "tanh", "sigmoid"), "model"),
     "initializer_range": Key(NOT_NEGATIVE, "model"),
     "layer_norm_eps": Key(POSITIVE, "model"),
-    "norm_position": Key(Choice("post", "pre"), "model", tune=("post", "pre")),
-    "feed_forward": Key(Choice("mlp", "swiglu"), "model", tune=("mlp", "swiglu")),
-    "gated_residual": Key(FLAG, "model", tune=(False, True)),
-    "score": Key(Choice("dot", "cosine"), "model", tune=("dot", "cosine")),
-    "temperature": Key(POSITIVE, "model", tune=(0.05, 0.07, 0.1, 1.0)),
-    "label_smoothing": Key(PART, "model", tune=(0.0, 0.05, 0.1, 0.2)),
-    "logq_correction": Key(FLAG, "model", tune=(True, False)),
+    "norm_position": Key(Choice("post", "pre"), "model", tune=("post", "pre"), named=True),
+    "feed_forward": Key(Choice("mlp", "swiglu"), "model", tune=("mlp", "swiglu"), named=True),
+    "gated_residual": Key(FLAG, "model", tune=(False, True), named=True),
+    "score": Key(Choice("dot", "cosine"), "model", tune=("dot", "cosine"), named=True),
+    "temperature": Key(POSITIVE, "model", tune=(0.05, 0.07, 0.1, 1.0), named=True),
+    "label_smoothing": Key(PART, "model", tune=(0.0, 0.05, 0.1, 0.2), named=True),
+    "logq_correction": Key(FLAG, "model", tune=(True, False), named=True),
     "loss_type": Key(Choice("CE", "BPR"), "model", named=True),
     "num_negatives": Key(AT_LEAST_1, "model", tune=(64, 128, 256, 512)),
     "negative_power": Key(NOT_NEGATIVE, "model", tune=Span(0.0, 1.0)),

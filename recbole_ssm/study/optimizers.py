@@ -334,8 +334,8 @@ def protocol(cells: Sequence[Cell], seeds: Sequence[int], values: int) -> str:
 
 
 MEANING = """\
-- Ranking is against all items, leave one out unless eval_args says otherwise; the weights of the best validation are
-  tested.
+- Ranking is against all items, leave one out unless eval_args says otherwise, events of one time in the order of the
+  file unless ties says otherwise; the weights of the best validation are tested.
 - The score to be reached is the mean over seeds of the first optimiser's best validation. A run reaches it at the end
   of an epoch; samples and seconds (training alone) are means over the runs that do. Of the first optimiser's own runs
   about half do.

@@ -339,8 +339,8 @@ def _differs(key: str, entries: Sequence[Entry]) -> bool:
 def _value(entry: Entry, key: str) -> Any:
     value = entry.settings.get(key)
     if key == "residual" and value == "auto":
-        # Mamba4Rec's published rule.
-        return entry.settings["num_layers"] > 1
+        # Mamba4Rec's published rule, of blocks whose norms come last.
+        return entry.settings["num_layers"] > 1 or entry.settings.get("norm_position") == "pre"
     return value
 
 

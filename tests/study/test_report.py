@@ -113,6 +113,8 @@ def test_a_residual_that_follows_from_the_layers_is_told_apart(entry):
     layers = {"Mamba4Rec": 1, "2Mamba4Rec": 2}
     two = [entry(name, [1, 2], residual="auto", num_layers=number) for name, number in layers.items()]
     two[0].outcomes[0].run.options["clip_grad_norm"] = None
+    pre = entry("Mamba4Rec", [1, 2], dataset="toy", residual="auto", num_layers=1, norm_position="pre")
+    assert "residual True; norm_position pre" in report.protocol([pre], [1], "none")
     text = report.protocol(two, [1], "none")
     assert "  - Mamba4Rec: num_layers 1, residual False\n  - 2Mamba4Rec: num_layers 2, residual True\n" in text
     assert "clip_grad_norm None\n" in text
