@@ -353,8 +353,8 @@ class Config(recbole.config.Config):
     @staticmethod
     def _check_times(merged: dict[str, Any]) -> None:
         for key in ("query_enters", "query_calendar"):
-            if merged.get(key) and merged["time"] != "query":
-                raise UserError(f"{key}: is of time: query, and time is {merged['time'] or 'none'}; leave it out")
+            if merged.get(key) and merged.get("time") != "query":
+                raise UserError(f"{key}: is of time: query, and time is {merged.get('time') or 'none'}; leave it out")
         if not reads_times(merged.get("time")):
             return
         if merged["legacy_time_order"]:

@@ -47,7 +47,7 @@ def test_the_wait_or_the_gap_decides_and_only_who_reads_it_knows(write_dataset, 
     """With ``shift`` 0 the item follows from the time since the last event, with 1 from the gap before that event."""
     made = write(write_dataset, shift)
     for time in learns:
-        assert hits(name, made, **TIMES[time]) > 0.9
+        assert hits(name, made, **TIMES[time]) > 0.75
     assert hits(name, made) < 0.5
 
 

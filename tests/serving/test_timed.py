@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
         }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recommenders(trained):
     return {way: load_recommender(result["checkpoint"], device="cpu") for way, result in trained.items()}
 
