@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="first try N settings of each model's search space (properties/hyper), its defaults the first of them, on "
-        "the first seed; the best by validation runs on all seeds. Default 0: the defaults",
+        "the first seed; the best by validation runs on all seeds. Default 0: the defaults. To search longer for one "
+        "model there is recbole-ssm tune",
     )
 
 
