@@ -322,6 +322,25 @@ def test_other_settings_and_other_data_are_refused(straight, write_dataset):
         run_recbole_ssm(resume=result["checkpoint"], config_dict={"data_path": path, "epochs": 9})
 
 
+@pytest.mark.parametrize("options", [{}, {"query_enters": "output", "query_calendar": True}])
+def test_a_model_that_reads_times_goes_on_and_with_the_same_times_alone(write_dataset, options):
+    def write(power):
+        header, *lines = (REPOSITORY / "dataset" / "toy" / "toy.inter").read_text().splitlines()
+        rows = [line.split("\t") for line in lines]
+        timed = [f"{user}\t{item}\t{978_300_000 + (int(time) - 1000) ** power}" for user, item, time in rows]
+        return write_dataset("\n".join([header, *timed]) + "\n", name="toy")["config_dict"]
+
+    options = options_of({"config_dict": {**write(3), "state": "WARNING", "time": "query", **options}})
+    result = run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options, hooks=[Count()])
+    expected = last_of(pathlib.Path(result["checkpoint"]).parent)
+    resumed, found = kill_and_resume("2Mamba4Rec", options, step=5)
+    assert_same(found, expected)
+    assert resumed["test_result"] == result["test_result"]
+    write(4)
+    with pytest.raises(UserError, match="resume: the training data is not what it was when the checkpoint was written"):
+        run_recbole_ssm(resume=result["checkpoint"], config_dict={"epochs": 9})
+
+
 def test_recboles_own_checkpoint_needs_a_flag(toy, tmp_path, caplog):
     """RecBole writes it, its pickle is refused, and with the flag training goes on from it."""
     from recbole.trainer import Trainer
