@@ -154,7 +154,8 @@ class Config(recbole.config.Config):
         name = given.get("preset")
         # The options of a run that goes on hold those of its preset.
         self._preset = {} if name == self._base.get("preset") else _preset(name)
-        self.external_config_dict: dict[str, Any] = {**self._preset, **given}
+        own = {key: value for key, value in given.items() if key not in self._base or self._base[key] != value}
+        self.external_config_dict: dict[str, Any] = {**given, **self._preset, **own}
 
     @property
     def class_path(self) -> str | None:

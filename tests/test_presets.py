@@ -64,3 +64,13 @@ def test_a_run_by_a_preset_goes_on_without_it(toy, monkeypatch):
     assert result["model"] == "SASRec"
     with pytest.raises(UserError, match="resume: n_heads is 2 here and was 1"):
         run_recbole_ssm(resume=path, config_dict={"n_heads": 2, "data_path": toy["config_dict"]["data_path"]})
+
+
+def test_a_preset_stands_above_what_a_checkpoint_says(toy):
+    """So one that does not fit the weights is refused, and not passed over."""
+    toy["config_dict"]["epochs"] = 0
+    path = run_recbole_ssm("SASRec", **toy)["checkpoint"]
+    toy["config_dict"]["preset"] = "ml-1m/eSASRec"
+    for how in ("init", "resume"):
+        with pytest.raises(UserError, match=rf"{how}: \w+ is .* here and was"):
+            run_recbole_ssm(**toy, **{how: path})
