@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -59,7 +59,10 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        refusal = self._refusal(scope)
+        # As it was sent: an id is one part of the path, in which %2F is no slash.
+        raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+        scope["path"] = raw.decode("latin-1")
+        refusal = self._refusal(scope, raw)
         body = b""
         if refusal is None:
             try:
@@ -77,10 +80,10 @@ class Guard:
         route = getattr(scope.get("route"), "path", "none")
         self._observe(route, status, time.perf_counter() - begin)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope, raw: bytes) -> tuple[int, str] | None:
         """Status and reason why a call is not even read."""
         try:
-            unquote_to_bytes(scope.get("raw_path") or scope["path"]).decode()
+            unquote_to_bytes(raw).decode()
         except UnicodeDecodeError:
             return 400, "the path is no UTF-8"
         headers = dict(scope["headers"])

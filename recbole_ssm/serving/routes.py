@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any
+from urllib.parse import unquote
 
-from fastapi import APIRouter, Query, Request, Response
-from fastapi import Path as InPath
-from starlette.convertors import Convertor, register_url_convertor
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BeforeValidator
 from starlette.exceptions import HTTPException
 
 from recbole_ssm.errors import UserError
@@ -21,20 +21,6 @@ from recbole_ssm.serving.record import LONGEST_ID
 from recbole_ssm.serving.served import Rules, Served
 from recbole_ssm.serving.service import Server
 
-
-class _AnyText(Convertor[str]):
-    """An id within a path: any text, slashes and line ends too."""
-
-    regex = r"[\s\S]+"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("text", _AnyText())
 router = APIRouter(prefix="/v1")
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": schema.Error, "description": "The path or the body is none."},
@@ -46,9 +32,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": schema.Error, "description": "Too many callers wait. Nothing was taken; try again later."},
     507: {"model": schema.Error, "description": "The store is full. Nothing was taken."},
 }
-User = Annotated[str, InPath(min_length=1, max_length=LONGEST_ID)]
+InPath = Annotated[schema.Id, BeforeValidator(unquote), Path(description="Percent-encoded UTF-8.")]
 Now = Annotated[schema.Seconds | None, Query(description=schema.NOW)]
-Names = Annotated[list[str] | None, Query(max_length=schema.MOST_ITEMS)]
+Names = Annotated[list[str] | None, Query(max_length=schema.MOST_NAMES)]
 
 
 def server_of(request: Request) -> Server:
@@ -113,10 +99,10 @@ def _taken(served: Served, user: str, found: Visited) -> dict[str, Any]:
     return about if found.recommended is None else {**about, **recommended(served, found.recommended)}
 
 
-@router.get("/users/{user:text}/recommendations", response_model=schema.UserAnswer, responses=ERRORS)
+@router.get("/users/{user}/recommendations", response_model=schema.UserAnswer, responses=ERRORS)
 async def recommend_to_user(
     request: Request,
-    user: User,
+    user: InPath,
     k: schema.K = 10,
     exclude_seen: bool = False,
     allow: Names = None,
@@ -127,16 +113,16 @@ async def recommend_to_user(
     """Recommend to a user after all events; an unknown user gets what is popular."""
     server = server_of(request)
     rules = Rules(allow, deny, category) if allow or deny or category else None
-    (found,) = await server.visit([Visit(_id(user), k=k, exclude_seen=exclude_seen, rules=rules, now=now)])
+    (found,) = await server.visit([Visit(user, k=k, exclude_seen=exclude_seen, rules=rules, now=now)])
     assert found.recommended is not None
     about = {"model": found.model, "user": user, "events": found.events}
     return answer({**about, **recommended(server.engine.served, found.recommended)})
 
 
-@router.delete("/users/{user:text}", response_model=schema.Forgotten, responses=ERRORS)
-async def forget_user(request: Request, user: User) -> Response:
+@router.delete("/users/{user}", response_model=schema.Forgotten, responses=ERRORS)
+async def forget_user(request: Request, user: InPath) -> Response:
     """Delete all that is kept of a user."""
-    (found,) = await server_of(request).visit([Visit(_id(user), forget=True)])
+    (found,) = await server_of(request).visit([Visit(user, forget=True)])
     return answer({"forgotten": found.forgotten})
 
 
@@ -183,13 +169,13 @@ async def score(request: Request, body: schema.ScoreBody) -> Response:
     return answer({"model": digest, "items": scored(server.engine.served, zip(body.items, scores))})
 
 
-@router.get("/items/{item:text}/similar", response_model=schema.Answer, responses=ERRORS)
-async def similar_items(request: Request, item: User, k: schema.K = 10, category: Names = None) -> Response:
+@router.get("/items/{item}/similar", response_model=schema.Answer, responses=ERRORS)
+async def similar_items(request: Request, item: InPath, k: schema.K = 10, category: Names = None) -> Response:
     """The items whose vectors are most like that of an item."""
 
     def work(engine: Engine) -> Any:
         served = engine.served
-        found = served.recommender.similar_items(_id(item), k, **served.choice(Rules(categories=category)))
+        found = served.recommender.similar_items(item, k, **served.choice(Rules(categories=category)))
         return {"model": served.digest, **recommended(served, found)}
 
     return answer(await server_of(request).call(work))
@@ -223,15 +209,3 @@ async def serve_model(request: Request, body: schema.ModelBody) -> Response:
     if place.parent != folder or not place.exists():
         raise UserError(f"name: there is no {body.name!r} in the folder of models")
     return answer({"model": await server.swap(place), "name": body.name})
-
-
-def _id(text: str) -> str:
-    """An id in a path.
-
-    Raises:
-        UserError: it is too long.
-    """
-    try:
-        return schema.checked_id(text)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -12,6 +12,8 @@ MOST_EVENTS = 1000
 """Events or histories in one call."""
 MOST_ITEMS = 10_000
 """Items in a list."""
+MOST_NAMES = 100
+"""Items or categories in an address."""
 MOST_K = 1000
 """Recommendations in an answer."""
 
@@ -36,9 +38,9 @@ K = Annotated[int, Field(ge=1, le=MOST_K)]
 
 
 class Body(BaseModel):
-    """A body, in which an unknown name is an error."""
+    """A body, in which an unknown name is an error, and so is a text or a truth value in place of a number."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class EventBody(Body):

@@ -34,7 +34,10 @@ async def _failed(request: Request, error: Exception) -> Response:
         place = ".".join(str(part) for part in first["loc"][begin:]) or "body"
         return answer({"error": f"{place}: {first['msg']}"}, UNPROCESSABLE)
     if isinstance(error, HTTPException):
-        return answer({"error": str(error.detail)}, error.status_code)
+        found = answer({"error": str(error.detail)}, error.status_code)
+        # A method that is not allowed comes with those that are.
+        found.headers.update(error.headers or {})
+        return found
     if isinstance(error, UserError):
         return answer({"error": str(error)}, UNPROCESSABLE)
     if isinstance(error, BusyError):
