@@ -139,12 +139,19 @@ class TimeEncoding(nn.Module):
 
     def _rows(self, clock: Clock) -> Iterator[Tensor]:
         """The rows of gaps, waits, hours and weekdays, one after the other as they are needed."""
+        origin, unit, longest = self.scale
+        # A damaged file may hold anything.
+        unit = unit.clamp(min=1)
         first = clock.before == NEVER
-        yield (self._bucket(clock.before.where(~first, clock.at), clock.at) + 1).masked_fill(first, 0)
-        yield self._bucket(clock.at, clock.after)
-        origin, unit, _ = self._scale()
+        times = torch.stack([torch.where(first, clock.at, clock.before), clock.at, clock.after])
+        units = (times - origin) // unit
+        # A time that runs backwards counts as none.
+        counts = units.diff(dim=0).clamp(min=0).minimum(longest)
+        gap, wait = torch.bucketize(counts, self.limits, right=True)
+        yield (gap + 1).masked_fill(first, 0)
+        yield wait
         # Rounded down as the data are, because nothing else was trained.
-        moment = origin + (clock.after.maximum(clock.at) - origin) // unit * unit
+        moment = origin + units[1:].amax(0) * unit
         yield moment // HOUR % 24
         yield (moment // (24 * HOUR) + THURSDAY) % 7
 
@@ -165,17 +172,6 @@ class TimeEncoding(nn.Module):
     def input_tables(self) -> list[Tensor]:
         """The weights whose rows add up to what the times add to an event, in the order of :meth:`rows_of`."""
         return [table.weight for table in self._at_input]
-
-    def _bucket(self, start: Tensor, end: Tensor) -> Tensor:
-        """The buckets of the times between two moments; a time that runs backwards counts as none."""
-        origin, unit, longest = self._scale()
-        units = (end - origin) // unit - (start - origin) // unit
-        return torch.bucketize(units.clamp(min=0).minimum(longest), self.limits, right=True)
-
-    def _scale(self) -> tuple[Tensor, Tensor, Tensor]:
-        origin, resolution, longest = self.scale
-        # A damaged file may hold anything.
-        return origin, resolution.clamp(min=1), longest
 
     def extra_repr(self) -> str:
         """What the buckets stand for; nothing before they have numbers."""
