@@ -26,6 +26,7 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm recommend the next items of many users, as a file: recommend CHECKPOINT [--users=FILE] [--out=recs.csv]
   recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk='[10,20]']
   recbole-ssm serve     recommendations over HTTP, from events as they come: serve CHECKPOINT [--state=DIR]
+  recbole-ssm state     events into a server's store, or out of it: state CHECKPOINT --state=DIR --import=FILE
   recbole-ssm export    vectors of items or users by raw id: export CHECKPOINT --what=items [--out=items.parquet]
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
@@ -175,6 +176,13 @@ def serve(arguments: list[str]) -> None:
     run_serve(arguments)
 
 
+def state(arguments: list[str]) -> None:
+    """Fill the store of a server, or write what it holds."""
+    from recbole_ssm.commands.state import main as run_state
+
+    run_state(arguments)
+
+
 def keys(arguments: list[str]) -> None:
     """Print the config keys, or one of them."""
     from recbole_ssm.reference import print_keys
@@ -205,6 +213,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pairs": pairs,
     "recommend": recommend,
     "serve": serve,
+    "state": state,
     "study": study,
     "train": train,
     "tune": tune,

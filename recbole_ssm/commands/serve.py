@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recbole_ssm.arguments import at_least, positive
 from recbole_ssm.commands.items import categories_of, titles_of
@@ -16,7 +16,7 @@ from recbole_ssm.errors import ArgumentParser, UserError, require
 from recbole_ssm.serving import recommender_of
 from recbole_ssm.serving.record import STATE_TYPES
 from recbole_ssm.serving.served import Served, digest_of
-from recbole_ssm.serving.store import DURABILITIES, open_store
+from recbole_ssm.serving.store import DURABILITIES, Store, open_store
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
@@ -75,19 +75,16 @@ def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
             command_line=command_line,
         )  # fmt: skip
 
+    store, settings = state_options(options)
     return Server(
         load=load,
         place=options.checkpoint,
-        store=open_store(options.state, durability=options.durability, most_bytes=options.state_bytes),
+        store=store,
         models=options.models,
         token=_token(options.token_file),
         refuse_unknown=options.refuse_unknown,
         limits=Limits(body_bytes=options.body_bytes),
-        options={
-            "state_history": options.state_history,
-            "state_type": options.state_type,
-            "forget_after": None if options.forget_days is None else options.forget_days * 86400,
-        },
+        options=settings,
     )
 
 
@@ -103,16 +100,31 @@ def _token(file: Path | None) -> str | None:
     return token
 
 
-def command_parser() -> ArgumentParser:
-    """The options of the command."""
-    parser = ArgumentParser("recbole-ssm serve", __doc__)
-    add_arguments(parser)
+def add_state_arguments(parser: ArgumentParser) -> None:
+    """The store, and what is kept of a user."""
     parser.add_argument("--state", metavar="PLACE", help="a folder, or redis://HOST:PORT/N (default: in memory)")
     parser.add_argument("--durability", choices=DURABILITIES, default="each", help="of the folder: see docs/serving.md")
     parser.add_argument("--state_type", choices=sorted(STATE_TYPES), default="float32", help="bf16 takes half the room")
     parser.add_argument("--state_history", type=at_least(1), default=10_000, help="events that are kept of a user")
     parser.add_argument("--state_bytes", type=at_least(1 << 20), default=1 << 36, help="most bytes of the folder")
     parser.add_argument("--forget_days", type=positive, help="forget users who were silent for so long (default: none)")
+
+
+def state_options(options: Namespace) -> tuple[Store, dict[str, Any]]:
+    """The store that the options name, and those of :class:`~recbole_ssm.serving.engine.Engine` among them."""
+    store = open_store(options.state, durability=options.durability, most_bytes=options.state_bytes)
+    return store, {
+        "state_history": options.state_history,
+        "state_type": options.state_type,
+        "forget_after": None if options.forget_days is None else options.forget_days * 86400,
+    }
+
+
+def command_parser() -> ArgumentParser:
+    """The options of the command."""
+    parser = ArgumentParser("recbole-ssm serve", __doc__)
+    add_arguments(parser)
+    add_state_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen")
     parser.add_argument("--port", type=at_least(0), default=8000, help="where to listen; 0 takes a free one")
     parser.add_argument("--models", type=Path, metavar="DIR", help="POST /v1/model serves another one of this folder")

@@ -320,7 +320,7 @@ class Engine:
         times, moments = [], []
         for guest, _ in known:
             places = served.catalogue.places(guest.record.items.texts(), "history", True)
-            times.append([second for place, second in zip(places, guest.record.seconds()) if place is not None])
+            times.append([int(time) for place, time in zip(places, guest.record.moments()) if place is not None])
             moments.append(int(time.time() if guest.visit.now is None else guest.visit.now))
         return served.recommender.scores(ids, times, moments)
 

@@ -97,9 +97,9 @@ class Record:
         """The time of the newest event; minus infinity where there is none."""
         return struct.unpack_from("<d", self.times, len(self.times) - 8)[0] if self.times else -float("inf")
 
-    def seconds(self) -> list[int]:
-        """The times of the events in whole seconds, as models read them."""
-        return np.frombuffer(self.times, "<f8").astype(np.int64).tolist()
+    def moments(self) -> list[float]:
+        """The times of the events in seconds."""
+        return np.frombuffer(self.times, "<f8").tolist()
 
     def append(self, item: str, time: float) -> None:
         """Take an event that is as new as the newest or newer."""

@@ -504,3 +504,76 @@ def test_schemathesis_finds_nothing(runs):
         ]
         found = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=500)
     assert found.returncode == 0, found.stdout[-9000:]
+
+
+class Browser:
+    """A page in headless Chromium, driven through its pipe: JSON messages that end in a zero byte."""
+
+    def __init__(self, address):
+        to_read, self._to = os.pipe()
+        from_, to_write = os.pipe()
+        flags = "--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir=profile about:blank"
+        command = f"exec chromium {flags} 3<&{to_read} 4>&{to_write} 2>/dev/null"
+        self.process = subprocess.Popen(["bash", "-c", command], pass_fds=(to_read, to_write))
+        os.close(to_read)
+        os.close(to_write)
+        self._from, self._number, self._session = os.fdopen(from_, "rb", buffering=0), 0, {}
+        target = self.call("Target.createTarget", url=address)["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def call(self, method, **params):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params, **self._session}
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = b""
+            while not answer.endswith(b"\0"):
+                part = self._from.read(1)
+                assert part, "Chromium has ended"
+                answer += part
+            found = json.loads(answer[:-1])
+            if found.get("id") == self._number:
+                assert "error" not in found, found
+                return found["result"]
+
+    def value(self, expression):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def wait_for(self, expression):
+        until = time.monotonic() + 20
+        while not (found := self.value(expression)):
+            assert time.monotonic() < until, f"{expression} never came true; {self.value('document.body.innerText')}"
+            time.sleep(0.02)
+        return found
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(runs):
+    """Who types items sees titles, and recommendations that change with each of them."""
+    if shutil.which("chromium") is None:
+        pytest.skip("there is no chromium on this machine")
+    lines = "Array.from(document.querySelectorAll('#items button')).map((one) => one.textContent).join('|')"
+    with started(lambda: made(runs)) as (_, port):
+        browser = Browser(f"http://127.0.0.1:{port}/")
+        try:
+            popular = browser.wait_for(lines)
+            assert "The title, " in popular and "popularity" in browser.value("document.body.innerText")
+            for count, item in enumerate((3, 4), 1):
+                browser.value("document.getElementById('search').focus()")
+                browser.call("Input.insertText", text=f"title, {item}")
+                browser.wait_for(
+                    f"document.querySelector('#found button')?.textContent === 'The title, {item} (i{item})'"
+                )
+                browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter")
+                browser.wait_for(f"document.querySelectorAll('#history li').length === {count}")
+                browser.wait_for("document.body.innerText.includes('from the model')")
+            expected = load_recommender(runs / "first", device="cpu").recommend(["i3", "i4"], 10)
+            titles = "|".join(f"The title, {i[1:]} ({i})" for i, _ in expected)
+            browser.wait_for(f"{lines} === {json.dumps(titles)}")
+            # A click on a recommendation takes it into the history.
+            browser.value("document.querySelector('#items button').click()")
+            browser.wait_for("document.querySelectorAll('#history li').length === 3")
+            assert browser.value("document.getElementById('error').textContent") == ""
+        finally:
+            browser.process.kill()
+            browser.process.wait()
