@@ -463,6 +463,32 @@ def test_another_model_under_load_and_an_end_that_loses_no_call(runs):
     store.close()
 
 
+def test_two_replicas_share_a_redis(runs, redis_address):
+    """Calls of one user through both at once: every event once, and the state that of all of them."""
+    option = f"--state={redis_address}"
+    with started(lambda: made(runs, option)) as (_, first), started(lambda: made(runs, option)) as (_, second):
+
+        def call(number, port):
+            client = Client(port)
+            for event in range(20):
+                body = {"user": "both", "item": f"i{event}", "id": f"{number}-{event}"}
+                status, found = client.post("/v1/events?recommend=1", body)
+                assert status == 200 and found["taken"] == 1
+                # Sent again, through the other.
+                assert Client(first + second - port).post("/v1/events", body)[1]["repeated"] == 1
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for one in [pool.submit(call, number, port) for number, port in enumerate((first, second))]:
+                one.result()
+    store = open_store(redis_address)
+    record = decoded(store.get(["both"])["both"])
+    store.close()
+    assert record.total == 40 and sorted(record.items.texts()) == sorted([f"i{event}" for event in range(20)] * 2)
+    served = load_served(runs / "first", device="cpu")
+    row = served.states.read(served.catalogue.ids(record.items.texts()))
+    np.testing.assert_allclose(unpacked_state(record.state, record.state_type), row, atol=1e-5, rtol=1e-5)
+
+
 DOCS = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import subprocess
 import time
 
 import numpy as np
@@ -16,23 +14,6 @@ from recbole_ssm.serving.record import DamagedError, Record, decoded, packed_sta
 from recbole_ssm.serving.store import StoreError, open_store
 
 lmdb = pytest.importorskip("lmdb", reason="the extra serve is not installed")
-
-
-@pytest.fixture(scope="module")
-def redis_address(tmp_path_factory):
-    """A real Redis server of this test's own."""
-    pytest.importorskip("redis", reason="the package redis is not installed")
-    if shutil.which("redis-server") is None:
-        pytest.skip("there is no redis-server on this machine")
-    folder = tmp_path_factory.mktemp("redis")
-    place = folder / "socket"
-    command = ["redis-server", "--port", "0", "--unixsocket", str(place), "--dir", str(folder), "--save", ""]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        until = time.monotonic() + 10
-        while not place.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        yield f"unix://{place}"
-        server.terminate()
 
 
 @pytest.fixture(params=["memory", "folder", "batched", "redis"])
