@@ -589,8 +589,8 @@ KEYS: dict[str, Key] = {
     "seed": Key(_whole("[0, 4294967295]"), "run", "Where all random numbers start."),
     "reproducibility": Key(FLAG, "run", "Let cuDNN choose only algorithms that give the same result each time."),
     "state": Key(_LEVEL, "run", effect="none", empty=True, about=
-        "From which level on messages are logged."),
-    "show_progress": Key(FLAG, "run", "Show a bar for each epoch.", effect="none"),
+        "From which level on messages are shown; at INFO and below the log file keeps more."),
+    "show_progress": Key(FLAG, "run", "Show a bar for each epoch, on a terminal or in a notebook.", effect="none"),
     "log_wandb": Key(FLAG, "run", "Log metrics to Weights & Biases.", effect="none"),
     "wandb_project": Key(NAME, "run", "The project there.", effect="none"),
     "checkpoint_steps": Key(AT_LEAST_1, "run", effect="none", empty=True, about=

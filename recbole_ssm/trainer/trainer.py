@@ -116,8 +116,8 @@ class Trainer(EvaluatingTrainer):
         self._notify("on_fit_start", train_data)
         if saved:
             checkpoint.check_room(self.open_folder(), *self._contents([random_states()]))
-            if distributed.rank() == 0:
-                folders.write_settings(self.open_folder(), self.config)
+            if distributed.rank() == 0 and self.folder:
+                folders.write_settings(self.folder, self.config)
         with self._folder_held(), self._signals.held(self._save_for_later):
             if self._random is not None:
                 set_random_states(self._random)
