@@ -93,7 +93,7 @@ class Chain(Weights):
         layers = [Prepared(block) for block in model.blocks]
         known = bool(layers) and all(layer.usable for layer in layers)
         if not known:
-            logging.getLogger().info("encode: the one call of C++ does not know these blocks; they go one by one")
+            _say_unknown(type(model).__name__)
         table = {"table": model.item_embedding.weight, **(norm_fields("first", model.norm) if known else {})}
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
         super().__init__(model, {**table, **blocks})
@@ -127,6 +127,12 @@ class Chain(Weights):
             call.V, call.table = len(table), table.data_ptr()
         native.run_history(call)
         return y
+
+
+@functools.cache
+def _say_unknown(model: str) -> None:
+    """Say once that the blocks of such models go one by one."""
+    logging.getLogger().info(f"encode: the one call of C++ does not know these blocks of {model}; one by one")
 
 
 _chains: WeakKeyDictionary[nn.Module, Chain] = WeakKeyDictionary()
