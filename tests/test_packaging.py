@@ -199,5 +199,5 @@ def test_a_wheel_in_an_environment_of_its_own_trains_without_a_compiler(tmp_path
     )
     run("-m", "pip", "install", "--no-deps", "--force-reinstall", str(wheel))
     assert "native kernels built; instruction set" in run("-m", "recbole_ssm", "doctor")
-    trained = run("-m", "recbole_ssm", "train", "--dataset=toy", "--epochs=1")
-    assert "hit@1" in trained
+    run("-m", "recbole_ssm", "train", "--dataset=toy", "--epochs=1")
+    assert list((tmp_path / "empty").glob("saved/2Mamba4Rec-toy-*/best.safetensors"))
