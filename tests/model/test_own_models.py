@@ -55,8 +55,8 @@ def test_a_class_inherits_the_keys_of_its_parent(module, toy):
 
 def test_keys_of_a_class_come_from_it_or_from_the_options(module, toy):
     options = toy["config_dict"]
-    gated = configure(f"{module}:Gated", "toy", config_dict=options | {"smoothing": [1, 2]})
-    assert gated["gate"] == 0.5 and gated["smoothing"] == [1, 2]
+    gated = configure(f"{module}:Gated", "toy", config_dict=options | {"damping": [1, 2]})
+    assert gated["gate"] == 0.5 and gated["damping"] == [1, 2]
     assert gated["embedding_size"] == configure("GRU4Rec", "toy", config_dict=options)["embedding_size"]
     with pytest.raises(UserError, match="gaet: there is no such key; did you mean 'gate'"):
         configure(f"{module}:Gated", "toy", config_dict=options | {"gaet": 1})
