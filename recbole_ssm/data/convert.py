@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--sequences", action="store_true", help="each line is USER ITEM ITEM ..., oldest first")
     parser.add_argument("--file_order", action="store_true", help="there are no times; take the order of the file")
-    parser.add_argument("--time_format", default="", metavar="FORM", help="of dates, such as '%%d.%%m.%%Y %%H:%%M:%%S'")
+    parser.add_argument(
+        "--time_format",
+        default="",
+        metavar="FORM",
+        help="of dates, such as '%%d.%%m.%%Y %%H:%%M:%%S' or '%%m/%%d/%%Y %%I:%%M %%p' (AM and PM)",
+    )
     parser.add_argument(
         "--keep", default="", metavar="COLUMN[:TYPE],...", help="further columns for .inter; types are guessed"
     )
@@ -153,10 +158,8 @@ def convert(
     for key, core in (("k_core", k_core), ("user_core", cores[0]), ("item_core", cores[1])):
         if core < 0:
             raise UserError(f"--{key}: must be 0 or more, got {core}")
-    if time_format:
-        check_form("--time_format", time_format)
-        if sequences or file_order:
-            raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
+    if time_format and (sequences or file_order):
+        raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
     if target.exists():
         raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
@@ -167,6 +170,9 @@ def convert(
     raw = open_raw(
         source, asked, meta, meta_item, sequences=sequences, file_order=file_order, encoding=encoding, **reading
     )
+    if time_format:
+        first = next(raw.events.rows({"time": raw.fields["time"]}, BadLines(str(raw.events.file), "skip")), None)
+        check_form("--time_format", time_format, first.cells["time"].to_pylist() if first else ())
     kept = columns_to_keep(raw, keep)
 
     out.mkdir(parents=True, exist_ok=True)

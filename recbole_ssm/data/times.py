@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from decimal import ROUND_FLOOR, Decimal, InvalidOperation
 from typing import Any
@@ -23,9 +24,15 @@ LATEST = 10**11
 # How dates are often written that are not of ISO 8601. They serve advice, never reading: 01/02/2025 fits two of them.
 FORMS = [
     f"{date}{time}"
-    for date in ("%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d-%m-%Y", "%d %b %Y", "%d %B %Y", "%b %d, %Y")
-    for time in (" %H:%M:%S", " %H:%M", "")
-]
+    for date in (
+        "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%Y-%m-%d", "%d-%m-%Y", "%m-%d-%Y", "%d.%m.%y", "%d/%m/%y",
+        "%m/%d/%y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%d-%b-%Y",
+    )
+    for time in ("", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p", " %I:%M%p", ", %H:%M:%S", ", %I:%M:%S %p")
+]  # fmt: skip
+EXAMPLES = "%d.%m.%Y %H:%M:%S or %m/%d/%Y %I:%M %p"
+# Cells of a column that tell how its dates are written.
+SAMPLE = 1000
 
 
 class Moments(Values):
@@ -76,9 +83,12 @@ class Moments(Values):
             elif other is not None:
                 faults[row] = f"is {excerpt(cell)} in a column of {self._kind}; correct it or drop the line"
             else:
-                form = "" if faults else next((form for form in FORMS if _date_of_form(cell, form)), "")
-                advice = f"name the form of the dates, such as --time_format='{form}'," if form else "correct it"
-                faults[row] = f"is {excerpt(cell)}, which is no finite number and no date; {advice} or drop the line"
+                # The first fault stops the command, or its like are many.
+                forms = "" if faults else forms_of(cell, spelt)
+                advice = f"give --time_format, here perhaps {forms}," if forms else "correct it"
+                faults[row] = (
+                    f"is {excerpt(cell)}, which is no finite number and no date of ISO 8601; {advice} or drop the line"
+                )
         return faults
 
     def _parse_dates_of_form(self, cells: pa.StringArray) -> dict[int, str]:
@@ -88,8 +98,16 @@ class Moments(Values):
         codes = distinct.indices.to_numpy()
         self._parsed = np.array([time or (0, 0) for time in read], dtype=np.int64).reshape(-1, 2)[codes]
         wrong = np.flatnonzero(np.array([time is None for time in read], dtype=bool)[codes])
-        fault = f"is {{}}, which is not written as --time_format={self._form}; correct it or drop the line"
-        return {int(row): fault.format(excerpt(cells[int(row)].as_py())) for row in wrong}
+        faults: dict[int, str] = {}
+        for row in wrong.tolist():
+            cell = cells[row].as_py()
+            forms = "" if faults else forms_of(cell, distinct.dictionary.to_pylist(), self._form)
+            perhaps = f" (here perhaps {forms})" if forms else ""
+            faults[row] = (
+                f"is {excerpt(cell)}, which is not written as --time_format={self._form}; correct the form{perhaps} or "
+                "the line, or drop the line"
+            )
+        return faults
 
     def finish(self) -> np.ndarray:
         """[rows] int64: the whole column, in units of ``10 ** -digits``.
@@ -156,19 +174,55 @@ def second_of(name: str, moment: Any) -> int:
     return found[0]
 
 
-def check_form(key: str, form: str) -> None:
-    """Make sure that dates can be read by a form of :meth:`datetime.datetime.strptime`.
+def check_form(key: str, form: str, cells: Sequence[str] = ()) -> None:
+    """Make sure that dates can be read by a form of :meth:`datetime.datetime.strptime`, and nothing of them is lost.
+
+    Args:
+        key: the name of the option.
+        form: its value.
+        cells: some of the dates, which tell what form would do.
 
     Raises:
-        UserError: it has a directive that is none, or says no day.
+        UserError: it has a directive that is none, says no day, or has Python read over AM and PM or a zone's name.
     """
+    advice = f"try {forms_of(cells[0], cells) if cells else ''}".strip()
+    advice = advice if advice != "try" else f"try {EXAMPLES}"
+    said = set(re.findall("%(.)", form.replace("%%", "")))
+    if "p" in said and said & set("HcX"):
+        raise UserError(f"{key}: {excerpt(form)} has %p, which Python reads over beside %H; use %I with %p")
+    if "I" in said and "p" not in said:
+        raise UserError(f"{key}: {excerpt(form)} has %I without %p, so 1 and 13 o'clock are one; use %I with %p, or %H")
+    if "Z" in said:
+        raise UserError(
+            f"{key}: {excerpt(form)} has %Z, which Python reads over; write UTC or GMT in its place, or %z for +0100"
+        )
     day = datetime(2013, 2, 11, tzinfo=timezone.utc)
     try:
         read = datetime.strptime(day.strftime(form), form)
     except ValueError as error:
-        raise UserError(f"{key}: {excerpt(form)} is no form of dates ({error}); try %d.%m.%Y %H:%M:%S") from error
+        raise UserError(f"{key}: {excerpt(form)} is no form of dates ({error}); {advice}") from error
     if read.date() != day.date():
-        raise UserError(f"{key}: {excerpt(form)} does not say year, month and day; try %d.%m.%Y %H:%M:%S")
+        raise UserError(f"{key}: {excerpt(form)} does not say year, month and day; {advice}")
+
+
+def forms_of(cell: str, cells: Sequence[str], given: str = "") -> str:
+    """The usual forms by which a date is written, for a message: "" if there is none, and of several all.
+
+    Args:
+        cell: the date.
+        cells: the column, whose first cells decide between forms that all fit: those that fit most of them stay.
+        given: a form that was tried; none that fits fewer cells than it does is named.
+    """
+    forms = [form for form in FORMS if _date_of_form(cell, form)]
+    if not forms:
+        return ""
+    sample = [cell, *cells[:SAMPLE]]
+    fitting = {form: sum(_date_of_form(other, form) is not None for other in sample) for form in forms}
+    most = max(fitting.values())
+    if given and most <= sum(_date_of_form(other, given) is not None for other in sample):
+        return ""
+    named = [f"'{form}'" for form in forms if fitting[form] == most]
+    return " or ".join(named) + (", whichever is meant" if len(named) > 1 else "")
 
 
 def _date_of_form(cell: str, form: str) -> tuple[int, int] | None:

@@ -531,13 +531,56 @@ def test_dates_in_another_form(tmp_path, form, cells, times):
     assert card["skipped_lines"] == 2 and times_of(tmp_path / "out" / "again") == times
 
 
-@pytest.mark.parametrize(("cell", "form"), [("06.01.2026 11:50", "%d.%m.%Y %H:%M"), ("1/25/2025", "%m/%d/%Y")])
-def test_an_error_says_how_dates_in_another_form_are_read(tmp_path, cell, form):
-    (tmp_path / "x.csv").write_text(f"user_id,item_id,timestamp\nu,i,{cell}\nu,j,{cell}\n")
-    with pytest.raises(UserError, match="line 2.*such as --time_format=") as error:
-        convert(tmp_path / "x.csv", "made", tmp_path / "out")
-    assert f"--time_format='{form}', or drop the line" in str(error.value)
-    convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=form)
+ADVICE = [
+    # The form that fits all cells, where only one does.
+    (["06.01.2026 11:50", "25.01.2026 11:50"], "'%d.%m.%Y %H:%M'"),
+    (["1/25/2025", "1/2/2025"], "'%m/%d/%Y'"),
+    (["01/02/2023 05:55 PM", "01/27/2023 10:53 AM"], "'%m/%d/%Y %I:%M %p'"),
+    (["2023-01-27 5:55:01 PM"], "'%Y-%m-%d %I:%M:%S %p'"),
+    # A mistake does not hide it.
+    (["05/27/2023", "x", "05/28/2023"], "'%m/%d/%Y'"),
+    # What the cells leave open is asked.
+    (["05/06/2023", "05/05/2023"], "'%d/%m/%Y' or '%m/%d/%Y', whichever is meant"),
+]
+
+
+@pytest.mark.parametrize("given", ["", "%d-%m-%Y"])
+@pytest.mark.parametrize(("cells", "forms"), ADVICE)
+def test_an_error_says_how_dates_in_another_form_are_read(tmp_path, cells, forms, given):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,i,{cell}\n" for cell in cells))
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=given)
+    advice = (
+        f"correct the form (here perhaps {forms}) or the line" if given else f"--time_format, here perhaps {forms},"
+    )
+    assert advice in str(error.value) and "x.csv, line 2: timestamp is" in str(error.value)
+    if "or" not in forms:
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=forms.strip("'"), on_bad_lines="skip")
+
+
+def test_a_mistake_in_one_line_is_not_taken_for_one_in_the_form(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,27/05/2023\nu,i,26/05/2023\nu,i,05/27/2023\n")
+    with pytest.raises(UserError, match="line 4: .*; correct the form or the line, or drop the line$"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format="%d/%m/%Y")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("%m/%d/%Y %H:%M %p", "has %p, which Python reads over beside %H; use %I with %p"),
+        ("%m/%d/%Y %I:%M", "has %I without %p, so 1 and 13 o'clock are one; use %I with %p, or %H"),
+        ("%m/%d/%Y %I:%M %p %Z", "has %Z, which Python reads over; write UTC or GMT in its place, or %z for +0100"),
+        ("MM/DD/YYYY", "does not say year, month and day; try '%m/%d/%Y %I:%M %p'"),
+        ("%m/%d/%q", "is no form of dates ('q' is a bad directive in format '%m/%d/%q'); try '%m/%d/%Y %I:%M %p'"),
+    ],
+)
+def test_a_form_that_would_lose_a_part_of_the_times_is_refused(tmp_path, form, message):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,01/27/2023 05:55 PM\n")
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=form)
+    assert str(error.value) == f"--time_format: {form!r} {message}"
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format="%m/%d/%Y %I:%M %p")
+    assert times_of(tmp_path / "out" / "made") == ["1674842100"]
 
 
 def test_some_columns_are_named_and_others_known(tmp_path):
