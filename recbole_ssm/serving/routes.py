@@ -37,6 +37,9 @@ Now = Annotated[schema.Seconds | None, Query(description=schema.NOW)]
 Names = Annotated[list[str] | None, Query(max_length=schema.MOST_NAMES)]
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def server_of(request: Request) -> Server:
     """The server that a call came to."""
     server: Server = request.app.state.server
