@@ -23,7 +23,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
       --init            start from the weights of a checkpoint or run, on data with new users, events and items
       --key             any key of RecBole's or of properties/, for example --learning_rate=0.003 --data_path=../data
 
-  recbole-ssm recommend the next items of many users, as a file: recommend CHECKPOINT [--users=FILE] [--out=recs.csv]
+  recbole-ssm recommend the next items of many users, as a file: recommend CHECKPOINT [--users=FILE] [--out=recs.csv];
+                        or of one history, on the screen: recommend CHECKPOINT --history=ITEM,ITEM
   recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk='[10,20]']
   recbole-ssm serve     recommendations over HTTP, from events as they come: serve CHECKPOINT [--state=DIR]
   recbole-ssm state     events into a server's store, or out of it: state CHECKPOINT --state=DIR --import=FILE

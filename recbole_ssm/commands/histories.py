@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from recbole_ssm.arguments import names
 from recbole_ssm.data import create_dataset, temporal, ties
 from recbole_ssm.data.convert import read_events
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.sources import open_raw
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, did_you_mean, excerpt
 from recbole_ssm.keys import shown
 from recbole_ssm.starting import require_data
 from recbole_ssm.trainer.refusals import recbole_refusals
@@ -45,6 +46,12 @@ class Histories(NamedTuple):
         seconds = self.seconds
         return None if seconds is None else (seconds[start:end].tolist() for start, end in self.bounds)
 
+    @classmethod
+    def typed(cls, items: Iterable[str]) -> Histories:
+        """One history that somebody typed: items, oldest first, without times; its user is called ``history``."""
+        tokens = np.array(list(items), dtype=object)
+        return cls(["history"], tokens, np.array([[0, len(tokens)]]), None)
+
     def of(self, users: Iterable[str]) -> Histories:
         """The histories of these users, in their order; a user who is not known has none."""
         known = {user: number for number, user in enumerate(self.users)}
@@ -54,26 +61,29 @@ class Histories(NamedTuple):
         return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2), self.seconds)
 
 
-def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
+def histories_of(users: str | Path | Iterable[str] | Histories, config: Any) -> Histories:
     """The histories that ``users`` stands for.
 
     Args:
-        users: ``all`` for every user of the configuration's data set; ids of some of them; the path
-            of a text file that holds an id in each line; or the path of a file of events, which
-            needs no data set: an atomic file, Parquet, CSV or JSON lines, whose columns are found
-            as ``recbole-ssm convert`` finds them.
+        users: ``all`` for every user of the configuration's data set; ids of some of them, as a list
+            or with commas between them; the path of a text file that holds an id in each line; the
+            path of a file of events, which needs no data set: an atomic file, Parquet, CSV or JSON
+            lines, whose columns are found as ``recbole-ssm convert`` finds them; or histories, which
+            stay as they are.
         config: names the data set; its filters hold, but for the least numbers of events.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: there is no such file or user, or it cannot be read.
     """
+    if isinstance(users, Histories):
+        return users
     if not isinstance(users, (str, Path)):
         return _of_dataset(config).of(users)
     if users == "all":
         return _of_dataset(config)
     path = Path(users)
     if not path.is_file():
-        raise UserError(f"--users: must be all or a file, and there is no file {path}")
+        return _of_ids(str(users), _of_dataset(config))
     if path.suffix.lower() in TABLES:
         return _of_events(path)
     try:
@@ -85,6 +95,18 @@ def histories_of(users: str | Path | Iterable[str], config: Any) -> Histories:
     return _of_dataset(config).of(found)
 
 
+def _of_ids(text: str, everybody: Histories) -> Histories:
+    """The histories of a user, or of several with commas between their ids, all of whom are known."""
+    known = set(everybody.users)
+    wanted = [text] if text in known else names(text)
+    if strange := next((user for user in wanted or [text] if user not in known), None):
+        raise UserError(
+            f"--users: must be all, a file or ids, and there is no file {excerpt(text)} and no user "
+            f"{excerpt(strange)}{did_you_mean(strange, known)}"
+        )
+    return everybody.of(wanted)
+
+
 def _of_dataset(config: Any) -> Histories:
     require_data(config)
     with recbole_refusals(config["dataset"]):
@@ -94,9 +116,9 @@ def _of_dataset(config: Any) -> Histories:
     order = ties.rows_of(dataset)
     order = order[np.argsort(events[dataset.uid_field].to_numpy()[order], kind="stable")]
     users = events[dataset.uid_field].to_numpy()[order]
-    names = dataset.field2id_token[dataset.uid_field]
+    tokens = dataset.field2id_token[dataset.uid_field]
     items = dataset.field2id_token[dataset.iid_field].astype(object)[events[dataset.iid_field].to_numpy()[order]]
-    return _by_user(users, items, times[order], [str(name) for name in names])
+    return _by_user(users, items, times[order], [str(token) for token in tokens])
 
 
 def _of_events(path: Path) -> Histories:
@@ -104,16 +126,16 @@ def _of_events(path: Path) -> Histories:
     with BadLines(str(raw.events.file)) as bad:
         events, digits = read_events(raw, bad)
     events = events.take(events.by_user_and_time())
-    times, names = events.times // 10**digits, [str(name) for name in events.users.names.to_pylist()]
-    return _by_user(events.users.codes, events.items.objects(), times, names)
+    tokens = [str(token) for token in events.users.names.to_pylist()]
+    return _by_user(events.users.codes, events.items.objects(), events.times // 10**digits, tokens)
 
 
-def _by_user(users: np.ndarray, items: np.ndarray, times: np.ndarray, names: list[str]) -> Histories:
-    """Histories of events that are sorted by user and time; ``names`` are the users' by number."""
+def _by_user(users: np.ndarray, items: np.ndarray, times: np.ndarray, tokens: list[str]) -> Histories:
+    """Histories of events that are sorted by user and time; ``tokens`` are the users' by number."""
     starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
     bounds = np.stack([starts, np.append(starts[1:], len(users))], axis=1)
     seconds = temporal.in_seconds(times) if len(times) and temporal.unit_of(times)[0] else None
-    return Histories([names[number] for number in users[starts]], items, bounds, seconds)
+    return Histories([tokens[number] for number in users[starts]], items, bounds, seconds)
 
 
 def read_items(option: str, path: Path | None) -> list[str] | None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from recbole_ssm.arguments import at_least
-from recbole_ssm.commands.histories import ALL_EVENTS, histories_of, read_items
+from recbole_ssm.arguments import at_least, names
+from recbole_ssm.commands.histories import ALL_EVENTS, Histories, histories_of, read_items
 from recbole_ssm.commands.items import titles_of
 from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
-from recbole_ssm.errors import ArgumentParser
+from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.serving import recommender_of
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
@@ -33,7 +33,7 @@ USERS_AT_ONCE = 1024
 
 def recommend_users(
     model_file: str | Path,
-    users: str | Path | Iterable[str] = "all",
+    users: str | Path | Iterable[str] | Histories = "all",
     k: int = 10,
     **options: Any,
 ) -> pd.DataFrame:
@@ -58,7 +58,7 @@ def recommend_users(
 def write_recommendations(
     out: str | Path,
     model_file: str | Path,
-    users: str | Path | Iterable[str] = "all",
+    users: str | Path | Iterable[str] | Histories = "all",
     k: int = 10,
     **options: Any,
 ) -> int:
@@ -88,7 +88,7 @@ def write_recommendations(
 
 def _tables(
     model_file: str | Path,
-    users: str | Path | Iterable[str],
+    users: str | Path | Iterable[str] | Histories,
     k: int,
     *,
     model: str | type | None = None,
@@ -110,11 +110,11 @@ def _tables(
     titles = titles_of(config, recommender.items, title_field)
 
     answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
-    names = iter(histories.users)
-    popular = skipped = 0
+    asked = iter(histories.users)
+    popular = skipped = few = 0
     with progress("Recommend", len(histories.users), "user") as bar:
         # An empty piece comes where there are no users: a table has its columns all the same.
-        while (piece := list(islice(zip(names, answers), USERS_AT_ONCE))) or not bar.n:
+        while (piece := list(islice(zip(asked, answers), USERS_AT_ONCE))) or not bar.n:
             rows = [
                 (user, item, rank, score, answer.source)
                 for user, answer in piece
@@ -129,11 +129,15 @@ def _tables(
                 break
             popular += sum(answer.source == "popularity" for _, answer in piece)
             skipped += sum(answer.skipped for _, answer in piece)
+            few += sum(len(answer) < k for _, answer in piece)
             bar.update(len(piece))
     if popular:
         getLogger().warning(f"{popular:,} users have no event of a known item; they are answered by popularity")
     if skipped:
         getLogger().warning(f"{skipped:,} events are of items that the checkpoint does not know; they do not count")
+    if few:
+        known = f"{len(recommender.items) - 1:,} items"
+        getLogger().warning(f"--k={k}: {few:,} users have fewer rows, because no more of the {known} are left")
 
 
 SCHEMA = pa.schema(
@@ -147,6 +151,13 @@ SCHEMA = pa.schema(
 )
 
 
+def _lines(rows: pd.DataFrame) -> str:
+    """The answer to one history as aligned columns."""
+    shown = [column for column in ("rank", "item_id", "title", "score") if column in rows]
+    text: str = rows[shown].to_string(index=False, float_format="{:.4f}".format)
+    return text
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the command and say what was written."""
     parser = ArgumentParser("recbole-ssm recommend", __doc__)
@@ -154,11 +165,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--users",
         default="all",
-        help="all users of the run's data set with all their events (default), or a file: of a user's id in each line, "
-        "or of events (.inter, .parquet, .csv, .jsonl)",
+        help="all users of the run's data set with all their events (default), ids with commas between them, or a "
+        "file: of a user's id in each line, or of events (.inter, .parquet, .csv, .jsonl)",
+    )
+    parser.add_argument(
+        "--history",
+        type=names,
+        metavar="ITEM,...",
+        help="one history in place of users, items oldest first; it is answered on the screen, unless --out is given",
     )
     parser.add_argument("--k", type=at_least(1), default=10, help="items for each user")
-    parser.add_argument("--out", type=Path, default=Path("recommendations.csv"), help="a .parquet or .csv file")
+    parser.add_argument("--out", type=Path, help="a .parquet or .csv file (default: recommendations.csv)")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out the items of the user's history")
     parser.add_argument("--title_field", help="the column of titles in the .item file (default: title or name)")
     parser.add_argument("--allow", type=Path, metavar="FILE", help="an item's id in each line: only these")
@@ -168,19 +185,28 @@ def main(arguments: Sequence[str]) -> None:
         "--refuse_unknown", action="store_true", help="stop at an event of an unknown item (default: leave it out)"
     )
     options, command_line = parse(parser, arguments, flags=("--exclude_seen", "--refuse_unknown"))
-    rows = write_recommendations(
-        options.out,
-        options.checkpoint,
-        options.users,
-        options.k,
+    how: dict[str, Any] = dict(
         exclude_seen=options.exclude_seen,
         allow=read_items("--allow", options.allow),
         deny=read_items("--deny", options.deny),
-        skip_unknown=not options.refuse_unknown,
+        # Who types an item means it.
+        skip_unknown=not options.refuse_unknown and options.history is None,
         now=options.now,
         title_field=options.title_field,
         model=options.model,
         device=options.device,
         command_line=command_line,
     )
+    users = options.users
+    if options.history is not None:
+        if users != "all":
+            raise UserError("--history: is in place of --users; leave one out")
+        if not options.history:
+            raise UserError("--history: names no item; write their ids with commas between them, oldest first")
+        users = Histories.typed(options.history)
+        if options.out is None:
+            print(_lines(recommend_users(options.checkpoint, users, options.k, **how)))
+            return
+    options.out = options.out or Path("recommendations.csv")
+    rows = write_recommendations(options.out, options.checkpoint, users, options.k, **how)
     print(f"wrote {options.out}: {rows:,} rows")

@@ -94,6 +94,31 @@ def test_some_users_and_items(run, tmp_path, caplog):
     assert table["source"][2:4] == ["popularity"] * 2 and set(table["source"][:2]) == {"model"}
 
 
+def test_users_by_their_ids(run, tmp_path):
+    _, folder = run
+    for users, known in (("few", ["few"]), ("u3, few", ["u3", "few"])):
+        assert list(recommend_users(folder, users, 1, device="cpu").user_id) == known
+
+
+def test_a_history_that_is_typed(run, tmp_path, capsys):
+    _, folder = run
+    recommender = load_recommender(folder, device="cpu")
+    expected = recommender.recommend(["i4", "i5"], 3)
+    assert main(["recommend", str(folder), "--history=i4,i5", "--k=3"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["rank", "item_id", "title", "score"] and not Path("recommendations.csv").exists()
+    for rank, (line, (item, score)) in enumerate(zip(lines, expected, strict=True), 1):
+        assert line.split() == [str(rank), item, "The", "title,", item[1:], f"{score:.4f}"]
+    assert main(["recommend", str(folder), "--history=i4,i5", "--k=3", "--out=recs.csv"]) == 0
+    assert [row["item_id"] for row in rows_of("recs.csv")] == [item for item, _ in expected]
+
+
+def test_it_says_when_there_are_not_so_many_items(run, tmp_path, caplog):
+    _, folder = run
+    assert len(recommend_users(folder, ["u1", "few"], 20, device="cpu", exclude_seen=True)) == 12 + 18
+    assert "--k=20: 2 users have fewer rows, because no more of the 20 items are left" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["events.inter", "events.csv", "events.parquet"])
 def test_users_from_a_file_of_events(run, tmp_path, kind):
     _, folder = run
@@ -172,7 +197,11 @@ def test_vectors_by_raw_id(run):
         (["recommend"], "the following arguments are required: checkpoint"),
         (["recommend", "{run}", "more"], "one checkpoint is taken"),
         (["recommend", "no/such"], "there is no such file"),
-        (["recommend", "{run}", "--users=absent.txt"], "there is no file absent.txt"),
+        (["recommend", "{run}", "--users=absent.txt"], "there is no file 'absent.txt' and no user 'absent.txt'"),
+        (["recommend", "{run}", "--users=u3,feww"], "no file 'u3,feww' and no user 'feww'; did you mean 'few'?"),
+        (["recommend", "{run}", "--history=i1,i99"], "item 'i99' is not in the catalogue"),
+        (["recommend", "{run}", "--history=i1", "--users=u1"], "--history: is in place of --users; leave one out"),
+        (["recommend", "{run}", "--history=,"], "--history: names no item"),
         (["recommend", "{run}", "--out=recs.xls"], "must end in .parquet or .csv"),
         (["recommend", "{run}", "--out=absent/recs.csv"], "there is no folder"),
         (["recommend", "{run}", "--allow=absent.txt"], "--allow: absent.txt cannot be read"),
