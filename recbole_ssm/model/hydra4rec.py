@@ -80,7 +80,7 @@ class Hydra4Rec(SSMRecommender):
         if options["train_mode"] == "masked" and options["readout"] != "last":
             raise UserError("readout: mean does not read where an item is hidden; with train_mode: masked take last")
         if options["train_mode"] == "masked" and reads_times(options.get("time")):
-            raise UserError("time: of what is hidden it would be told; with train_mode: masked take none")
+            raise UserError("time: the times of a hidden item would tell of it; with train_mode: masked take none")
 
     @staticmethod
     def all_positions_refusal(config: Any) -> str | None:
