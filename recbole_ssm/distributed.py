@@ -84,9 +84,16 @@ def mean(values: list[float]) -> list[float]:
     if world_size() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    return average(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def average(values: torch.Tensor) -> torch.Tensor:
+    """The processes' means, number by number, on the device; on a GPU, Python does not wait for them."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
     dist.all_reduce(total)
-    return (total / world_size()).tolist()
+    return total / world_size()
 
 
 def any_of(flag: bool) -> bool:

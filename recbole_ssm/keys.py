@@ -675,6 +675,8 @@ KEYS: dict[str, Key] = {
         "When the scheduler steps: every 'epoch' or every 'step' of the optimiser."),
     "clip_grad_norm": Key(_CLIP, "training", "Shorten longer gradients: {'max_norm': 5}.", empty=True),
     "enable_amp": Key(FLAG, "training", "Train in mixed precision."),
+    "amp_dtype": Key(Choice("bf16", "fp16"), "training", empty=True, about=
+        "The half precision of enable_amp; 'fp16' wants enable_scaler. Empty: fp16 on a GPU, bf16 on a CPU."),
     "enable_scaler": Key(FLAG, "training", "Scale the loss in mixed precision, so that small gradients do not vanish."),
     "require_pow": Key(FLAG, "training", "Square the norm in RecBole's EmbLoss."),
     "loss_decimal_place": Key(_DECIMALS, "training", "Decimal places of the loss in the log.", effect="none"),

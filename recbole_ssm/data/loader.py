@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from recbole.data.dataloader import TrainDataLoader
+from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.data.utils import _create_sampler
 from torch import Tensor
@@ -54,12 +55,26 @@ class PackedBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch._make(None if values is None else values.to(device) for values in self)
+        return PackedBatch._make(None if values is None else _moved(values, device) for values in self)
 
     @property
     def positions(self) -> int:
         """How many events the model computes."""
         return self.items.numel()
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch, :class:`PackedBatch` or RecBole's Interaction, on the device."""
+    if isinstance(batch, PackedBatch):
+        return batch.to(device)
+    return Interaction({field: _moved(values, device) for field, values in batch.interaction.items()})
+
+
+def _moved(values: Tensor, device: torch.device | str) -> Tensor:
+    """The same values on the device; a GPU takes them from pinned memory, so that Python does not wait for it."""
+    if torch.device(device).type == "cuda" and values.is_cpu:
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 class Part(NamedTuple):

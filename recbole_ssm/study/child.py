@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recbole_ssm import __version__, run_recbole_ssm
 from recbole_ssm.data.loader import Step
@@ -62,7 +63,7 @@ class History(Hook):
         """Start the clock."""
         self._begin = time.perf_counter()
 
-    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Step, loss: Tensor) -> None:
         """Count the step; say now and then how far the run is."""
         self._done["steps"] += 1
         self._done["targets"] += step.targets

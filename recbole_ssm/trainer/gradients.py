@@ -15,21 +15,24 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recbole_ssm import distributed
-from recbole_ssm.data.loader import Part, Step, TrainLoader
+from recbole_ssm.data.loader import Part, Step, TrainLoader, on_device
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
 from recbole_ssm.files import whole
 from recbole_ssm.optim import AdaptiveBatchSize, GradientProbe, Measurement
+from recbole_ssm.optim.gradient_noise import is_out_of_memory
+from recbole_ssm.trainer.fitting import what_fits
 from recbole_ssm.trainer.learner import Learner
 from recbole_ssm.trainer.tiled import loss_of
 
-Backward = Callable[[Part], list[float]]
-"""Takes a part through the model and back; the terms of its share of the loss."""
+Backward = Callable[[Part], Tensor]
+"""Takes a part through the model and back; the terms ``[n]`` of its share of the loss, in float64."""
 
 COLUMNS = ("step", "batch_size", "step_size", "sigma", "nu", "L")
 """The figures of a measured step; sigma squared is the variance of a single sample's gradient."""
@@ -58,19 +61,29 @@ class Gradients:
         """Targets of the next step."""
         return self._batch_size
 
-    def add_up(self, step: Step, backward: Backward) -> tuple[list[float], Step]:
+    def add_up(self, step: Step, backward: Backward) -> tuple[Tensor, Step]:
         """Leave a step's gradient in the model's parameters.
 
         Returns:
             The terms of the step's loss, and the step with the parts in which it was taken.
+
+        Raises:
+            UserError: a part does not fit into memory; with several processes the error stays what it is.
         """
         self.learner.optimizer.zero_grad()
-        found = []
+        terms: Any = 0
         for part in step.parts:
             last = part is step.parts[-1]
             with contextlib.nullcontext() if last or not hasattr(self.loss, "no_sync") else self.loss.no_sync():
-                found.append(backward(part))
-        return [sum(values) for values in zip(*found)], step
+                try:
+                    terms = terms + backward(part)
+                    continue
+                except Exception as error:
+                    if not is_out_of_memory(error) or distributed.world_size() > 1:
+                        raise
+            # Here, and not in the handler, whose traceback would hold the tensors of the failed part.
+            raise UserError(what_fits(part, len(step.parts), backward, self.learner.optimizer))
+        return terms, step
 
     def end_step(self, global_step: int) -> dict[str, float]:
         """See what the optimiser's step has changed, and choose the next one; figures of the
@@ -157,23 +170,24 @@ class AdaptiveGradients(Gradients):
         """Targets of the next step."""
         return int(self.sizes.batch_size)
 
-    def add_up(self, step: Step, backward: Backward) -> tuple[list[float], Step]:
+    def add_up(self, step: Step, backward: Backward) -> tuple[Tensor, Step]:
         """As :meth:`Gradients.add_up`; the gradients of the processes are averaged here."""
         rank, world = distributed.rank(), distributed.world_size()
         first, stop = step.targets * rank // world, step.targets * (rank + 1) // world
         samples = stop - first
         parts: list[Part] = []
 
-        def take(piece: slice) -> list[float]:
-            batch = step.gather(slice(first + piece.start, first + piece.stop)).to(self.device)
+        def take(piece: slice) -> Tensor:
+            batch = on_device(step.gather(slice(first + piece.start, first + piece.stop)), self.device)
             parts.append(Part((piece.stop - piece.start) / samples, batch))
             return backward(parts[-1])
 
         self._take = take
         found = self.sizes.accumulate(samples, take, self.learner.optimizer.zero_grad, self.probe)
-        terms = [samples / step.targets * sum(values) for values in zip(*found)]
+        terms: Any = samples / step.targets * sum(found)
         if world > 1:
-            terms = self._agree(terms)
+            agreed = self._agree(terms.tolist() if found else [])
+            terms = torch.tensor(agreed, dtype=torch.float64, device=self.device)
         if self.sizes.due:
             self._measurement = self.probe.measure()
         else:

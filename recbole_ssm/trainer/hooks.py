@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from recbole_ssm.data.loader import Step
 from recbole_ssm.evaluation.ranks import Ranking
@@ -79,8 +80,11 @@ class Hook:
     def on_gradients(self, trainer: Training, step: Step) -> None:
         """When the gradients are complete, unscaled and not yet clipped."""
 
-    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
-        """After the optimiser's step; ``loss`` is the mean over the step's targets."""
+    def on_step_end(self, trainer: Training, step: Step, loss: Tensor) -> None:
+        """After the optimiser's step; ``loss`` is the mean over the step's targets, a scalar on the device.
+
+        ``float(loss)`` reads it, and on a GPU waits until the step is done.
+        """
 
     def on_validation_start(self, trainer: Training, loader: Any) -> None:
         """Before an epoch's evaluation on the validation rows that ``loader`` gives."""

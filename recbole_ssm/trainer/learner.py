@@ -22,6 +22,10 @@ from recbole_ssm.optim.schedule import SHAPES, Schedule
 from recbole_ssm.trainer.checkpoint import keyed, plain, unkeyed
 from recbole_ssm.trainer.snapshot import Snapshot
 
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OF_A_DEVICE = ("fused", "foreach", "capturable")
+"""Options of PyTorch's optimisers that say how a step is computed on a device, and not what."""
+
 
 class Learner:
     """Takes the steps of training, from gradients that are complete.
@@ -47,7 +51,11 @@ class Learner:
         self.optimizer = _build_optimizer(config, model)
         self.scheduler = _build_scheduler(config, self.optimizer, bigger)
         self.interval: str = "step" if isinstance(self.scheduler, Schedule) else config["lr_scheduler_interval"]
-        self.scaler = torch.amp.GradScaler(torch.device(config["device"]).type, enabled=scaled)
+        self._device_type = torch.device(config["device"]).type
+        # None is PyTorch's choice for the device.
+        self._half = AMP_DTYPES.get(config["amp_dtype"])
+        self._mixed = bool(config["enable_amp"])
+        self.scaler = torch.amp.GradScaler(self._device_type, enabled=scaled)
         self._output = _build_output(config, self.optimizer)
         self._optimizer_weights: Mapping[str, Tensor] = {}
         # Whether the next step is the first after a checkpoint was read.
@@ -62,6 +70,10 @@ class Learner:
         return own()[0] if own else self.optimizer.param_groups[0]["lr"]
 
     # --- steps ---
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """While the context lasts, PyTorch computes in half precision where ``enable_amp`` says so."""
+        return torch.autocast(self._device_type, self._half, self._mixed)
 
     def unscale(self) -> None:
         """Give complete gradients their true size."""
@@ -154,8 +166,13 @@ class Learner:
         """
         self._optimizer_weights = {}
         self._restored = True
-        _require_alike("param_groups", snapshot.optimizer["param_groups"], self.optimizer.state_dict()["param_groups"])
-        self.optimizer.load_state_dict(dict(snapshot.optimizer))
+        own = self.optimizer.state_dict()["param_groups"]
+        groups = [dict(group) for group in snapshot.optimizer["param_groups"]]
+        # The run may have been on another device before.
+        for group, here in zip(groups, own):
+            group.update({name: here[name] for name in OF_A_DEVICE if name in here})
+        _require_alike("param_groups", groups, own)
+        self.optimizer.load_state_dict({**snapshot.optimizer, "param_groups": groups})
         for weight, entries in self.optimizer.state.items():
             # Gradients of rows have the shape of those rows.
             for name, entry in entries.items() if "rows" not in entries else ():
@@ -189,6 +206,7 @@ def _require_alike(name: str, found: Any, own: Any) -> None:
 def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
     """RecBole's learners by their names, and ours, with ``learner_args`` and ``learner_groups``."""
     name, arguments = config["learner"], dict(config["learner_args"] or {})
+    arguments = {**_on_device(name, arguments, torch.device(config["device"])), **arguments}
     if arguments.get("same_batch"):
         raise UserError("learner_args: same_batch takes each gradient twice, and training gives one; leave it out")
     defaults = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
@@ -221,6 +239,13 @@ def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
             if key not in known:
                 raise UserError(f"learner_groups: {name} has no '{key}' of a group{did_you_mean(key, known)}")
     return optimizer
+
+
+def _on_device(name: str, arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What lets a learner take its step on a GPU in one kernel, which also a CUDA graph can hold."""
+    if device.type != "cuda" or name not in ("adam", "adamw") or arguments.keys() & {*OF_A_DEVICE, "differentiable"}:
+        return {}
+    return {"fused": True, "capturable": True}
 
 
 def _try_a_step(name: str, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from torch import Tensor
+
 from recbole_ssm.data.loader import Step
 from recbole_ssm.errors import UserError, require
 from recbole_ssm.trainer.hooks import Hook, Training
@@ -41,7 +43,7 @@ class Records(Hook):
         """Start the clock."""
         self.epoch, self._targets, self._begin = epoch, 0, time.perf_counter()
 
-    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Step, loss: Tensor) -> None:
         """Count the step's targets."""
         self._targets += step.targets
         self._steps = step.number + 1

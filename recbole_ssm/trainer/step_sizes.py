@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
 from recbole_ssm.figure import figure
@@ -30,7 +32,7 @@ class StepSizes(Hook):
         """The step, then 1 / H of each group; None where a group had no gradient yet."""
         self.every = 1
 
-    def on_step_end(self, trainer: Training, step: Any, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Any, loss: Tensor) -> None:
         """Keep a row."""
         if trainer.global_step % self.every:
             return

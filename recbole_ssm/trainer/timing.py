@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recbole_ssm import clock, distributed
 from recbole_ssm.data.loader import PackedBatch, Step
@@ -47,7 +48,7 @@ class Latency(Hook):
         """Start the clock."""
         self._begin = self._now()
 
-    def on_step_end(self, trainer: Training, step: Step, loss: float) -> None:
+    def on_step_end(self, trainer: Training, step: Step, loss: Tensor) -> None:
         """Note the step, its targets and its positions."""
         batches = [part.batch for part in step.parts]
         lengths = trainer.config["ITEM_LIST_LENGTH_FIELD"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recbole_ssm import compat, distributed
 from recbole_ssm.console import progress_bar
@@ -21,6 +22,7 @@ from recbole_ssm.trainer.checkpoint import load_weights, plain, settings_of
 from recbole_ssm.trainer.gradients import AdaptiveGradients, Gradients
 from recbole_ssm.trainer.hooks import Hook
 from recbole_ssm.trainer.learner import Learner
+from recbole_ssm.trainer.losses import Losses
 from recbole_ssm.trainer.signals import Interrupted
 from recbole_ssm.trainer.snapshot import (
     Position,
@@ -35,11 +37,14 @@ compat.install()
 
 from recbole.utils import early_stopping  # noqa: E402
 
-from recbole_ssm.data.loader import Part, Step, TrainLoader  # noqa: E402
+from recbole_ssm.data.loader import Part, Step, TrainLoader, on_device  # noqa: E402
 from recbole_ssm.evaluation.metrics import Result  # noqa: E402
 from recbole_ssm.trainer.evaluate import EvaluatingTrainer  # noqa: E402
 
 __all__ = ["Interrupted", "Trainer"]
+
+SHOW_EVERY = 0.5
+"""Seconds between two losses that a progress bar shows."""
 
 
 class Trainer(EvaluatingTrainer):
@@ -71,6 +76,7 @@ class Trainer(EvaluatingTrainer):
         self.fingerprint = ""
         self.global_step = 0
         self.position = Position()
+        self._losses = Losses(self)
         self.gradients = Gradients(config, model, self.learner)
         self._gradients_state: dict[str, Any] | None = None
         # What a checkpoint holds in place of the random states of the moment.
@@ -181,7 +187,7 @@ class Trainer(EvaluatingTrainer):
         if verbose:
             self.logger.info(f"epoch {epoch}: {'; '.join(told)}")
         self.learner.schedule("epoch", score)
-        self.position = Position(epoch + 1)
+        self._stand_at(Position(epoch + 1))
         self.gradients.end_epoch(self.folder if self._saved else None)
         if self._saved:
             if improved:
@@ -227,29 +233,33 @@ class Trainer(EvaluatingTrainer):
             unit="step",
             leave=False,
         )
-        begin, first_seen = time.perf_counter(), position.seen
+        begin, first_seen, shown = time.perf_counter(), position.seen, 0.0
         for step in bar:
-            losses = self._run_step(step)
-            sums = tuple(a + b for a, b in zip(position.loss or [0.0] * len(losses), losses))
-            self.position = position = Position(epoch_idx, step.number + 1, step.seen, sums)
-            if not bar.disable:
-                rate = (step.seen - first_seen) / (time.perf_counter() - begin)
-                memory = peak_memory(self.device) / 2**20
-                bar.set_postfix_str(f"loss {sum(losses):.4f}, {rate:,.0f} events/s, {memory:,.0f} MiB", refresh=False)
+            terms = self._run_step(step)
+            self.position = Position(epoch_idx, step.number + 1, step.seen)
+            # To read the loss of a step is to wait for it.
+            if not bar.disable and time.perf_counter() - shown > SHOW_EVERY:
+                shown = time.perf_counter()
+                rate, memory = (step.seen - first_seen) / (shown - begin), peak_memory(self.device) / 2**20
+                text = f"loss {float(sum(terms)):.4f}, {rate:,.0f} events/s, {memory:,.0f} MiB"
+                bar.set_postfix_str(text, refresh=False)
             every = self.config["checkpoint_steps"]
             if every and self._saved and self.global_step % every == 0:
                 self._save_step()
             self._signals.stop_if_asked()
-        total = position.loss
-        self._notify("on_epoch_end", epoch_idx, sum(total) / max(position.number, 1))
-        self.position = position._replace(ended=True)
+        self._settle()
+        total = self.position.loss
+        self._notify("on_epoch_end", epoch_idx, sum(total) / max(self.position.number, 1))
+        self.position = self.position._replace(ended=True)
         return total if len(total) > 1 else sum(total)
 
-    def _run_step(self, step: Step) -> list[float]:
-        """One step of the optimiser; the terms of its loss."""
-        step = step._replace(parts=[part._replace(batch=part.batch.to(self.device)) for part in step.parts])
+    def _run_step(self, step: Step) -> Tensor:
+        """One step of the optimiser; the terms of its loss, where they were computed."""
+        step = step._replace(parts=[part._replace(batch=on_device(part.batch, self.device)) for part in step.parts])
         self._notify("on_step_start", step)
         terms, step = self.gradients.add_up(step, self._backward)
+        terms = distributed.average(terms)
+        self._losses.add(terms)
         self.learner.unscale()
         self._notify("on_gradients", step)
         self.learner.step()
@@ -259,32 +269,25 @@ class Trainer(EvaluatingTrainer):
         if self.device.type == "cpu":
             return_memory_of_growth()
         self.learner.schedule("step")
-        terms = distributed.mean(terms)
         self._notify("on_step_end", step, sum(terms))
         return terms
 
-    def _backward(self, part: Part) -> list[float]:
+    def _backward(self, part: Part) -> Tensor:
         """Take a part of a step through the model and back; the terms of its share of the step's loss."""
-        with torch.autocast(self.device.type, enabled=self.enable_amp):
+        with self.learner.autocast():
             losses = self.gradients.loss(part.batch)
         losses = losses if isinstance(losses, tuple) else (losses,)
         loss: Any = sum(losses)
-        self._check_nan(loss)
         self.learner.scaler.scale(part.weight * loss).backward()
-        return [part.weight * term.item() for term in losses]
+        return part.weight * torch.stack([term.detach().double().view(()) for term in losses])
 
-    def _check_nan(self, loss: torch.Tensor) -> None:
-        if torch.isfinite(loss):
-            return
-        written = self.folder is not None and any(self.folder.glob(f"*{checkpoint.SUFFIX}"))
-        kept = f"; the last good checkpoint is in {self.folder}" if written else ""
-        smaller = f"a smaller learning_rate than {self.learning_rate}"
-        if hasattr(self.optimizer, "step_sizes"):
-            smaller = f"a smaller D or rho in learner_args than {self.config['learner_args']}"
-        raise UserError(
-            f"epoch {self.position.epoch}, step {self.position.number}: the training loss became {loss.item()}; "
-            f"try {smaller} or clip_grad_norm: {{'max_norm': 5}}{kept}"
-        )
+    def _settle(self) -> None:
+        """Wait for the steps that are under way, and note the sums of the losses; nothing is saved before that."""
+        self.position = self.position._replace(loss=self._losses.sums())
+
+    def _stand_at(self, position: Position) -> None:
+        self.position = position
+        self._losses.begin(position.number, position.loss)
 
     # --- checkpoints ---
 
@@ -350,6 +353,7 @@ class Trainer(EvaluatingTrainer):
         return f"go on with --resume={self.folder}"
 
     def _write(self, path: Path) -> None:
+        self._settle()
         states = distributed.gather(self._random or random_states())
         if distributed.rank() == 0:
             checkpoint.write(path, *self._contents(states))
@@ -424,7 +428,7 @@ class Trainer(EvaluatingTrainer):
         if progress["best_valid_score"] is not None:
             self.best_valid_score = progress["best_valid_score"]
         position = {field: progress[field] for field in Position._fields if field in progress}
-        self.position = Position(**position)
+        self._stand_at(Position(**position))
         self.start_epoch = self.position.epoch
         # RecBole's own checkpoints hold no more than this.
         if "global_step" not in progress:
