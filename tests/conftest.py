@@ -16,6 +16,23 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", choices=("cuda", "cpu"), help="where tests/test_device.py computes; otherwise it is skipped"
+    )
+
+
+@pytest.fixture
+def device(request):
+    """The device of ``--device``."""
+    name = request.config.getoption("--device")
+    if name is None:
+        pytest.skip("needs a device: pytest --device=cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device=cuda: PyTorch finds no GPU here")
+    return torch.device(name)
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

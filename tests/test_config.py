@@ -247,7 +247,7 @@ def test_frozen_keys():
         "train_last", "train_neg_sample_args", "train_objective", "verbalizer",
     ]  # fmt: skip
     assert sorted(yaml.safe_load((PROPERTIES / "overall.yaml").read_text())) == [
-        "adaptive_batch", "adaptive_batch_args", "average_power", "checkpoint_keep", "checkpoint_steps",
+        "adaptive_batch", "adaptive_batch_args", "amp_dtype", "average_power", "checkpoint_keep", "checkpoint_steps",
         "cuda_graphs", "dataset", "eval_args", "eval_rows", "gradient_accumulation_steps", "learner_args",
         "learner_groups", "legacy_time_order", "load_col", "lr_scheduler", "lr_scheduler_args",
         "lr_scheduler_interval", "lr_warmup", "measure_latency", "metrics", "model", "on_bad_lines",
