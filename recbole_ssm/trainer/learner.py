@@ -206,10 +206,10 @@ def _require_alike(name: str, found: Any, own: Any) -> None:
 def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
     """RecBole's learners by their names, and ours, with ``learner_args`` and ``learner_groups``."""
     name, arguments = config["learner"], dict(config["learner_args"] or {})
-    arguments = {**_on_device(name, arguments, torch.device(config["device"])), **arguments}
     if arguments.get("same_batch"):
         raise UserError("learner_args: same_batch takes each gradient twice, and training gives one; leave it out")
     defaults = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
+    defaults |= _device_options(name, arguments, torch.device(config["device"]))
     if hasattr(LEARNERS[name], "step_sizes"):
         # Such an optimiser finds its own.
         del defaults["lr"]
@@ -241,7 +241,7 @@ def _build_optimizer(config: Any, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def _on_device(name: str, arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _device_options(name: str, arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What lets a learner take its step on a GPU in one kernel, which also a CUDA graph can hold."""
     if device.type != "cuda" or name not in ("adam", "adamw") or arguments.keys() & {*OF_A_DEVICE, "differentiable"}:
         return {}

@@ -11,7 +11,7 @@ from recbole_ssm import ops, run_recbole_ssm
 from recbole_ssm.data.loader import PackedBatch, on_device
 from recbole_ssm.errors import UserError
 from recbole_ssm.trainer import Hook, checkpoint
-from recbole_ssm.trainer.learner import _on_device
+from recbole_ssm.trainer.learner import _device_options
 from recbole_ssm.trainer.losses import LOOK_EVERY, Losses
 from tests.trainer.test_trainer import build
 
@@ -164,8 +164,9 @@ def test_a_single_target_that_does_not_fit(toy, monkeypatch):
 
 def test_adam_on_a_gpu_is_fused_and_can_be_recorded():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert _on_device("adam", {}, gpu) == _on_device("adamw", {}, gpu) == {"fused": True, "capturable": True}
-    assert _on_device("adam", {}, cpu) == _on_device("sgd", {}, gpu) == _on_device("adam", {"foreach": True}, gpu) == {}
+    assert all(_device_options(name, {}, gpu) == {"fused": True, "capturable": True} for name in ("adam", "adamw"))
+    for name, arguments, device in (("adam", {}, cpu), ("sgd", {}, gpu), ("adam", {"foreach": True}, gpu)):
+        assert _device_options(name, arguments, device) == {}
 
 
 def test_a_run_goes_on_on_another_device(toy, tmp_path):
