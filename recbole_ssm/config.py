@@ -23,7 +23,7 @@ import yaml
 from recbole_ssm import __version__, compat
 from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, plain, renamed, row, rows, shown
+from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, nearest, plain, renamed, row, rows, shown
 
 compat.install()
 
@@ -321,7 +321,7 @@ class Config(recbole.config.Config):
         if key in self._base and self._base[key] == value and not (found and found.refused):
             # It has run with that value, and goes on with it.
             return value
-        near = "" if found else did_you_mean(str(key), self.known_keys())
+        near = "" if found else nearest(str(key), self.known_keys(), other_words=self.class_path is None)
         if found is None and (near or self.class_path is None):
             raise UserError(f"{key}: there is no such key{near}")
         found = found or UNDECLARED
@@ -342,11 +342,8 @@ class Config(recbole.config.Config):
         if merged["train_last"] and merged["train_newest"]:
             raise UserError("train_newest: train_last leaves targets too, with their whole histories; leave one empty")
         if merged["ties"] == "random" and (merged["legacy_time_order"] or merged["benchmark_filename"] is not None):
-            why = (
-                "legacy_time_order rounds times"
-                if merged["legacy_time_order"]
-                else "benchmark_filename's rows are made"
-            )
+            legacy = merged["legacy_time_order"]
+            why = "legacy_time_order rounds times" if legacy else "benchmark_filename's rows are made"
             raise UserError(f"ties: random needs times that are not touched, and {why}; take ties: file")
         self._check_metrics(merged)
         self._rules.check_options(merged, self._find_model)
@@ -370,13 +367,17 @@ class Config(recbole.config.Config):
     def _check_metrics(merged: dict[str, Any]) -> None:
         metrics = [merged["metrics"]] if isinstance(merged["metrics"], str) else merged["metrics"]
         cutoffs = [merged["topk"]] if isinstance(merged["topk"], int) else merged["topk"]
+        of_ranks = [name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING]
         for metric in metrics:
             if str(metric).lower() not in metric_types:
-                raise UserError(f"metrics: there is no metric '{metric}'{did_you_mean(str(metric), metric_types)}")
+                near = did_you_mean(str(metric), of_ranks)
+                raise UserError(f"metrics: '{metric}' is not one of {', '.join(of_ranks)}{near}")
         name, _, cutoff = str(merged["valid_metric"]).partition("@")
-        ranking_metrics = {m for m, kind in metric_types.items() if kind == EvaluatorType.RANKING} - {"gauc"}
+        ranking_metrics = {*of_ranks} - {"gauc"}
         if name.lower() not in {str(metric).lower() for metric in metrics}:
-            raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; add it there")
+            raise UserError(
+                f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; name one of them"
+            )
         if name.lower() in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):
             raise UserError(
                 f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"

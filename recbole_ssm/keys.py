@@ -15,7 +15,7 @@ import ast
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -234,7 +234,9 @@ class Either(Kind):
 
 @dataclass(frozen=True)
 class Many(Kind):
-    """A list of values of one kind; with ``or_one``, a single value may stand without its list."""
+    """A list of values of one kind, or a text of them with commas between; with ``or_one``, a single value may stand
+    without its list.
+    """
 
     of: Kind
     or_one: bool = False
@@ -250,6 +252,8 @@ class Many(Kind):
 
     def take(self, value: Any) -> Any:
         """See :meth:`Kind.take`."""
+        if isinstance(value, str) and "," in value and isinstance(self.of, Text):
+            value = [part.strip() for part in value.split(",")]
         if not isinstance(value, (list, tuple)):
             try:
                 if self.or_one:
@@ -817,6 +821,46 @@ KEYS: dict[str, Key] = {
 
 ALIASES = {"learner_average": "average_power"}
 """The names that keys had in earlier versions; what is given by one of them still counts."""
+OTHER_WORDS = {
+    "lr": ["learning_rate"],
+    "wd": ["weight_decay"],
+    "optimizer": ["learner"],
+    "optim": ["learner"],
+    "scheduler": ["lr_scheduler"],
+    "warmup": ["lr_warmup"],
+    "warmup_steps": ["lr_warmup"],
+    "batch_size": ["train_batch_size"],
+    "batch": ["train_batch_size"],
+    "bs": ["train_batch_size"],
+    "num_epochs": ["epochs"],
+    "n_epochs": ["epochs"],
+    "max_epochs": ["epochs"],
+    "patience": ["stopping_step"],
+    "grad_clip": ["clip_grad_norm"],
+    "max_grad_norm": ["clip_grad_norm"],
+    "loss": ["loss_type"],
+    "max_len": ["MAX_ITEM_LIST_LENGTH"],
+    "maxlen": ["MAX_ITEM_LIST_LENGTH"],
+    "max_length": ["MAX_ITEM_LIST_LENGTH"],
+    "max_seq_len": ["MAX_ITEM_LIST_LENGTH"],
+    "max_seq_length": ["MAX_ITEM_LIST_LENGTH"],
+    "dim": ["hidden_size", "embedding_size"],
+    "d_model": ["hidden_size", "embedding_size"],
+    "hidden_dim": ["hidden_size", "embedding_size"],
+    "embedding_dim": ["hidden_size", "embedding_size"],
+    "emb_dim": ["hidden_size", "embedding_size"],
+    "layers": ["num_layers", "n_layers"],
+    "num_blocks": ["num_layers", "n_layers"],
+    "dropout": ["dropout_prob", "hidden_dropout_prob"],
+    "k": ["topk"],
+    "top_k": ["topk"],
+    "metric": ["metrics"],
+    "random_seed": ["seed"],
+    "gpu": ["gpu_id"],
+    "num_workers": ["worker"],
+    "split": ["eval_args"],
+}
+"""What others call these keys, for the hint in an error; the first name that the model has is meant."""
 FREE_KEYS = {name for name, key in KEYS.items() if key.free}
 """What a resumed run may change without being another run."""
 MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
@@ -826,6 +870,15 @@ MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
 def row(name: str) -> Key | None:
     """The row of a name, of which there are many for ``alias_of_...``; None where there is none."""
     return KEYS.get("alias_of_item_id" if name.startswith("alias_of_") else name)
+
+
+def nearest(name: str, known: Collection[str], other_words: bool) -> str:
+    """Which known key a wrong name may mean, as :func:`recbole_ssm.errors.did_you_mean` says it.
+
+    ``other_words`` takes what others call a key too; a user's own model may read a key by such a name.
+    """
+    meant = next((key for key in OTHER_WORDS.get(name, ()) if other_words and key in known), None)
+    return f"; did you mean '{meant}'?" if meant else did_you_mean(name, known)
 
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:

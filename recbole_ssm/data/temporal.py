@@ -17,6 +17,7 @@ from recbole_ssm.errors import UserError
 # The name in eval_args.split, beside RecBole's RS, LS and TS.
 NAME = "GTS"
 EXAMPLE = f"split: {{'{NAME}': [0.8, 0.1, 0.1]}}"
+EXAMPLE_ENTRY = EXAMPLE.replace("split", "'split'", 1)
 DATES = f"split: {{'{NAME}': ['2020-01-01', '2020-07-01']}}"
 # Units of clock times: above which the newest of them is counted in it, and how many of them make a second.
 UNITS = (
@@ -204,8 +205,10 @@ def leave_one_out_warning(users: np.ndarray, times: np.ndarray) -> str:
     if not leak["after_targets"]:
         return ""
     return (
-        f"leave-one-out trains on the future of {leak['after_targets']:.1%} of its {leak['targets']:,} test events (at "
-        f"the median one, {leak['median_future']:.1%} of the training events are later); eval_args {EXAMPLE} does not"
+        f"leave-one-out: {leak['after_targets']:.1%} of the {leak['targets']:,} test events are older than some that "
+        f"train the model (the median one is older than {leak['median_future']:.1%} of these), so the figures of the "
+        "test may flatter it; recommendations are not concerned; to test on what comes after all training: "
+        f'--eval_args="{{{EXAMPLE_ENTRY}}}"'
     )
 
 

@@ -150,10 +150,10 @@ def test_a_run_is_tested_again_as_it_was(run):
 
 def test_other_metrics_and_splits(run, capsys):
     _, folder = run
-    options = ["--metrics=['Recall']", "--topk=[2]", "--valid_metric=Recall@2", "--json=out.json"]
+    options = ["--metrics=Recall, MAP", "--topk=2,3", "--valid_metric=Recall@2", "--json=out.json"]
     assert main(["evaluate", str(folder), "--device=cpu", *options]) == 0
     written = json.loads(Path("out.json").read_text())
-    assert list(written["metrics"]) == list(written["masked"]) == ["recall@2"]
+    assert list(written["metrics"]) == list(written["masked"]) == ["recall@2", "recall@3", "map@2", "map@3"]
     assert "recall@2" in capsys.readouterr().out
     sampled = evaluate(folder, config_dict={"eval_args": {"mode": "uni5"}, "use_gpu": False})
     assert sampled["hit@1"] >= evaluate(folder, config_dict={"use_gpu": False})["hit@1"] and sampled["hit@5"] <= 1
@@ -210,7 +210,7 @@ def test_vectors_by_raw_id(run):
         (["recommend", "{run}", "--title_field=titl"], "has no column titl of text; did you mean 'title'?"),
         (["recommend", "{run}", "--k=0"], "must be at least 1"),
         (["recommend", "{run}", "--data_pth=x"], "data_pth: there is no such key; did you mean 'data_path'?"),
-        (["evaluate", "{run}", "--metrics=['Hits']"], "there is no metric 'Hits'; did you mean 'hit'?"),
+        (["evaluate", "{run}", "--metrics=Hits,MRR"], "tailpercentage; did you mean 'hit'?"),
         (["export", "{run}", "--what=people"], "invalid choice: 'people'"),
         (["export", "{run}", "--out=v.csv"], "must end in .parquet or .npy"),
     ],

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import re
 import tracemalloc
 
 import numpy as np
@@ -165,8 +166,11 @@ def test_leave_one_out_tells_what_it_leaks(write_dataset, caplog):
     with caplog.at_level(logging.INFO):
         create_dataset(configure("GRU4Rec", **write_dataset(text(events())))).build()
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "leave-one-out trains on the future of" in caplog.text
-    assert "eval_args split: {'GTS': [0.8, 0.1, 0.1]} does not" in caplog.text
+    assert "leave-one-out: " in caplog.text and "recommendations are not concerned" in caplog.text
+    typed = re.search('--eval_args="(.*)"', caplog.text)[1]
+    # As a shell hands it on.
+    config = configure("GRU4Rec", **write_dataset(text(events())), command_line=[f"--eval_args={typed}"])
+    assert config["eval_args"]["split"] == {"GTS": [0.8, 0.1, 0.1]} and config["eval_args"]["order"] == "TO"
 
 
 def test_the_moment_of_a_split_after_recboles_manner_is_exact(write_dataset):
