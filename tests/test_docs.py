@@ -14,6 +14,6 @@ PAGES = {page: BLOCK.findall(page.read_text(encoding="utf-8")) for page in FILES
 @pytest.mark.parametrize("page", [page for page, blocks in PAGES.items() if blocks], ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     (tmp_path / "dataset").symlink_to(REPOSITORY / "dataset")
-    names = {"__name__": "docs"}
+    names = {"__name__": "__main__"}
     for block in PAGES[page]:
         exec(compile(block, page.name, "exec"), names)

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm import __version__
-from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Values, Words
+from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Values, Words, read_header
 from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, check_separator, progress
+from recbole_ssm.data.names import name_titles, title_column
 from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, check_names, kind_of, open_raw
 from recbole_ssm.data.times import Moments, check_form, decimals
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="a line that cannot be used stops the command (default), or is skipped, counted and kept in NAME.skipped",
     )
+    parser.add_argument("--overwrite", action="store_true", help="put the data set in the place of one that is there")
     parser.add_argument("--separator", help="between columns of text (default: guessed)")
     parser.add_argument("--encoding", default="utf-8", help="of text (default: utf-8)")
 
@@ -91,16 +93,35 @@ def main(arguments: Sequence[str]) -> None:
     add_arguments(parser)
     options = parser.parse_args(list(arguments))
     card = convert(**vars(options))
+    print(f"columns: {', '.join(f'{part} {column}' for part, column in card['columns'].items())}")
     for step in card["steps"]:
         print("{step:<34}{users:>12,} users{items:>12,} items{interactions:>14,} interactions".format(**step))
+    first, last = card["steps"][0], card["steps"][-1]
+    users, items = (first[what] - last[what] for what in ("users", "items"))
+    if users or items:
+        lost = "nothing is recommended to these users, nor these items to anybody"
+        print(f"{users:,} users and {items:,} items are left out: {lost}")
     if card["described_items"]:
         print(f"{card['described_items']:,} of the items are described")
     if card["contradicting_descriptions"]:
         print(f"{card['contradicting_descriptions']:,} of them again in other words; the first description counts")
+    if card["described_items"]:
+        print(titles_in(options.out, options.name))
     if card["skipped_lines"]:
         print(f"{card['skipped_lines']:,} lines were skipped; they are in {options.out / options.name}")
     print(f"wrote {options.out / options.name}: {', '.join(card['written'])} and the card, {options.name}.card.json")
     print(f"look at it: recbole-ssm inspect {options.name} --data_path={options.out}")
+
+
+def titles_in(out: Path, name: str) -> str:
+    """Which column of a data set's .item file is taken for its titles, in words."""
+    header = read_header(out / name / f"{name}.item")
+    text = [column for column, kind in header.items() if kind.startswith("token") and column != "item_id"]
+    if found := title_column(text):
+        return f"titles: {found}"
+    return (
+        f"no column of titles (of text: {listed(text) or 'none'}); to train or recommend with them, {name_titles(text)}"
+    )
 
 
 def convert(
@@ -119,6 +140,7 @@ def convert(
     item_core: int | None = None,
     duplicates: str = "keep",
     on_bad_lines: str = "error",
+    overwrite: bool = False,
     separator: str | None = None,
     encoding: str = "utf-8",
     **named: str | None,
@@ -142,6 +164,7 @@ def convert(
         duplicates: ``keep``; ``same_time`` for one event of each user, item and time; or ``first`` or ``last`` of each
             pair of user and item.
         on_bad_lines: ``error``, or ``skip``.
+        overwrite: a data set of that name that this function wrote goes, once the new one is whole.
         separator: between columns; None guesses.
         encoding: of text.
         named: ``user``, ``item``, ``time``, ``rating``, ``text``: columns of the source; None guesses.
@@ -161,8 +184,10 @@ def convert(
     if time_format and (sequences or file_order):
         raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
-    if target.exists():
-        raise UserError(f"{target} is there already, and stays as it is; remove it or choose another --name")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} is there already, and stays as it is; say --overwrite or choose another --name")
+    if target.exists() and not Path(target, f"{name}.card.json").is_file():
+        raise UserError(f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name")
     asked = {field: column for field, column in named.items() if column is not None}
     reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
     if separator is not None:
@@ -174,6 +199,8 @@ def convert(
         first = next(raw.events.rows({"time": raw.fields["time"]}, BadLines(str(raw.events.file), "skip")), None)
         check_form("--time_format", time_format, first.cells["time"].to_pylist() if first else ())
     kept = columns_to_keep(raw, keep)
+    if inside := [file for file in raw.files if target.resolve() in file.path.resolve().parents]:
+        raise UserError(f"--overwrite: {inside[0]} is read, and would go with {target}; choose another --name")
 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out, ignore_cleanup_errors=True) as temporary:
@@ -223,8 +250,21 @@ def convert(
             "by": f"recbole_ssm {__version__}",
         }
         write_json(scratch / f"{name}.card.json", card)
-        os.replace(scratch, target)
+        if target.exists():
+            _exchange(scratch, target, Path(temporary, "former"))
+        else:
+            os.replace(scratch, target)
     return card
+
+
+def _exchange(new: Path, target: Path, former: Path) -> None:
+    """Put a folder in the place of another, which is kept until then."""
+    os.replace(target, former)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(former, target)
+        raise
 
 
 def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:

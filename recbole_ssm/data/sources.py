@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from recbole_ssm.data.archives import File, members
 from recbole_ssm.data.atomic import EXACT
 from recbole_ssm.data.lines import BadLines, split_header
+from recbole_ssm.data.names import only_column
 from recbole_ssm.data.tables import JsonLines, Parquet, Sequences, Table, Text, cell_of
 from recbole_ssm.data.times import is_time
 from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
@@ -171,6 +172,10 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
         for part, name in zip(EVENT, KNOWN[kind]):
             if part in guessed and name in columns and name not in fields.values():
                 fields.setdefault(part, name)
+    for part in parts:
+        others = [name for name in columns if name not in fields.values()]
+        if part not in fields and (likely := only_column(part, others)):
+            fields[part] = likely
     if file_order:
         fields.pop("time", None)
     if isinstance(table, Text) and table.names is None and is_time(fields.get("time", "")):

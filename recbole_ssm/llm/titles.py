@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header
+from recbole_ssm.data.names import name_titles, title_column
 from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, did_you_mean
-
-FIELDS = ("movie_title", "title", "name", "item_name", "item_title")
-"""Names of columns that may hold titles, as they are looked for; ``Item title`` is taken for the last."""
 
 
 def titles_of(dataset: Any, config: Any) -> list[str]:
@@ -31,8 +29,8 @@ def titles_of(dataset: Any, config: Any) -> list[str]:
     Args:
         dataset: a data set whose ids are assigned, or the catalogue of a checkpoint, which
             holds its titles.
-        config: ``title_field`` names the column; empty takes the first of :data:`FIELDS` that
-            is there.
+        config: ``title_field`` names the column; empty takes the first of
+            :data:`recbole_ssm.data.names.TITLES` that is there.
 
     Returns:
         Titles by internal item id; id 0, the padding, has the empty one.
@@ -74,7 +72,10 @@ def read_titles(config: Any, tokens: Sequence[str], title_field: str | None = No
     titles = [found.get(token, "") for token in tokens[1:]]
     missing = titles.count("")
     if missing == len(titles):
-        raise UserError(f"{path}: its column {field} has no title for any of the {missing} items; set title_field")
+        raise UserError(
+            f"{path}: its column {field} has no title for any of the {missing} items; add --title_field=COLUMN, with "
+            "another one"
+        )
     if missing:
         getLogger().warning(f"{path}: {missing} of {len(titles)} items have no {field}; their ids stand for them")
     return ["", *(title or token for title, token in zip(titles, tokens[1:]))]
@@ -84,11 +85,10 @@ def _title_field(path: Path, header: dict[str, str], wanted: str | None, item_fi
     text = [name for name, kind in header.items() if kind.startswith("token") and name != item_field]
     there = f"its columns of text are {', '.join(text) or 'none'}"
     if wanted is None:
-        spelt = {name.lower().replace(" ", "_"): name for name in text}
-        known = [spelt[name] for name in FIELDS if name in spelt]
-        if not known:
-            raise UserError(f"{path}, line 1: no column of titles ({there}); set title_field")
-        return known[0]
+        known = title_column(text)
+        if known is None:
+            raise UserError(f"{path}, line 1: no column of titles ({there}); {name_titles(text)}")
+        return known
     if wanted not in text:
         raise UserError(f"title_field: {path} has no column {wanted} of text{did_you_mean(wanted, text)} ({there})")
     return wanted

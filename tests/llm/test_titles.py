@@ -57,11 +57,11 @@ def test_movie_titles_are_found_without_a_word():
     ("file", "options", "message"),
     [
         (None, {}, "made.item: there is no such file, and GPT4Rec reads titles from it; write one with the columns"),
-        ("item_id:token\tyear:float\ni1\t3\n", {}, "no column of titles (its columns of text are none); set title"),
+        ("item_id:token\tyear:float\ni1\t3\n", {}, "no column of titles (its columns of text are none); add a column"),
         (
             "item_id:token\theadline:token_seq\ni1\tx\n",
             {},
-            "no column of titles (its columns of text are headline); set title_field",
+            "no column of titles (its columns of text are headline); add --title_field=headline",
         ),
         (
             "item_id:token\theadline:token_seq\ni1\tx\n",
@@ -69,7 +69,11 @@ def test_movie_titles_are_found_without_a_word():
             "has no column headlin of text; did you mean 'headline'? (its columns of text are headline)",
         ),
         ("item:token\ttitle:token\ni1\tx\n", {}, "no column item_id:token (there are item, title)"),
-        ("item_id:token\ttitle:token\nother\tx\n", {}, "has no title for any of the 12 items; set title_field"),
+        (
+            "item_id:token\ttitle:token\nother\tx\n",
+            {},
+            "has no title for any of the 12 items; add --title_field=COLUMN, with",
+        ),
     ],
 )
 def test_bad_files(titles, file, options, message):

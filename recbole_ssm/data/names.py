@@ -1,0 +1,40 @@
+"""What the columns of other people's tables are called, where the names are not those of a known data set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+WHAT = {
+    "user": "user customer client buyer member account kunde kundin käufer nutzer benutzer",
+    "item": "item product article sku artikel produkt ware",
+    "time": "time datetime date when orderdate ordertime orderdatetime orderedat ordered purchasedate purchasetime "
+    "purchasedat createdat eventtime eventdate ts datum zeit uhrzeit zeitpunkt zeitstempel bestelldatum kaufdatum",
+}
+"""Names of columns, without blanks and in lower case; one of users or items may end in a word of :data:`NUMBER`."""
+NUMBER = "id|no|nr|num|number|nummer|key|code"
+TITLES = ("movie_title", "title", "name", "item_name", "item_title")
+"""Names of columns that may hold titles, as they are looked for; ``Item title`` is taken for the last."""
+
+
+def only_column(part: str, columns: Iterable[str]) -> str | None:
+    """The only one of some columns whose name says that it holds users, items or times; None if there is none, or two.
+
+    Two, such as ``Date`` and ``Time``, or ``Product`` and ``SKU``, are not chosen between: it would be a guess.
+    """
+    end = "" if part == "time" else f"({NUMBER})?"
+    pattern = f"({'|'.join(WHAT[part].split())}){end}"
+    found = [column for column in columns if re.fullmatch(pattern, re.sub(r"[\W_]", "", column.lower()))]
+    return found[0] if len(found) == 1 else None
+
+
+def title_column(columns: Collection[str]) -> str | None:
+    """The one of some columns of text that holds titles, by its name; None if no name says so."""
+    spelt = {name.lower().replace(" ", "_"): name for name in columns}
+    return next((spelt[name] for name in TITLES if name in spelt), None)
+
+
+def name_titles(columns: Collection[str]) -> str:
+    """What a user does whose table of items has its titles under another name, for a message."""
+    text = list(columns)
+    return f"add --title_field={text[0] if len(text) == 1 else 'COLUMN'}" if text else "add a column title"

@@ -1,0 +1,107 @@
+"""convert on a company's own table: names that are not ours, titles, what is left out, and converting again."""
+
+import pytest
+
+from recbole_ssm.cli import main
+from recbole_ssm.data.convert import convert
+from recbole_ssm.data.names import only_column
+from recbole_ssm.errors import UserError
+
+ORDERS = "Order Date|Quantity|Product|Customer\n" + "".join(
+    f"2023-01-{day:02d}|1|SKU{(user * day) % 7}|cust-{user}\n" for user in range(1, 5) for day in range(1, 2 + user)
+)
+
+
+@pytest.mark.parametrize(
+    ("part", "columns", "expected"),
+    [
+        ("user", ["Customer", "Product", "Order Date"], "Customer"),
+        ("user", ["KundenNr.", "Artikel"], None),
+        ("user", ["Kunde-Nr.", "Artikel"], "Kunde-Nr."),
+        ("item", ["Order Date", "SKU"], "SKU"),
+        ("item", ["ARTIKEL_ID", "Preis"], "ARTIKEL_ID"),
+        ("item", ["Product Name", "Price"], None),
+        ("time", ["Order Date", "Ship Date"], "Order Date"),
+        ("time", ["Bestelldatum"], "Bestelldatum"),
+        # Between two that fit nothing is chosen.
+        ("time", ["Datum", "Uhrzeit"], None),
+        ("item", ["Product", "SKU"], None),
+        ("user", ["client", "customer_id"], None),
+    ],
+)
+def test_columns_are_known_by_names_that_say_one_thing(part, columns, expected):
+    assert only_column(part, columns) == expected
+
+
+def test_a_table_of_a_company_and_what_is_said_of_it(tmp_path, capsys):
+    (tmp_path / "orders.txt").write_text(ORDERS)
+    (tmp_path / "products.txt").write_text("Product;Name\n" + "".join(f"SKU{k};Red River {k}\n" for k in range(7)))
+    assert main(["convert", "orders.txt", "--name=shop", "--user_core=3", "--meta=products.txt"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("columns: user Customer, item Product, time Order Date\n")
+    assert "\n1 users and 0 items are left out: nothing is recommended to these users" in out
+    assert "of the items are described\ntitles: Name\n" in out
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            "Bezeichnung",
+            "no column of titles (of text: Bezeichnung); to train or recommend with them, add --title_field=Bez",
+        ),
+        (
+            "Bezeichnung;Farbe",
+            "no column of titles (of text: Bezeichnung, Farbe); to train or recommend with them, add --ti",
+        ),
+    ],
+)
+def test_items_without_titles_are_told_before_anything_is_trained(tmp_path, capsys, columns, message):
+    (tmp_path / "orders.csv").write_text(ORDERS)
+    cells = ";".join("a b" for _ in columns.split(";"))
+    (tmp_path / "items.csv").write_text(f"Product;{columns}\n" + "".join(f"SKU{k};{cells}\n" for k in range(7)))
+    assert main(["convert", "orders.csv", "--name=shop", "--meta=items.csv"]) == 0
+    out = capsys.readouterr().out
+    assert message in out and "left out" not in out
+
+
+def test_columns_of_two_meanings_are_asked_for(tmp_path):
+    (tmp_path / "x.csv").write_text("Kunde,Artikel,Datum,Uhrzeit\nu,i,2020-01-01,12:00\n")
+    with pytest.raises(UserError, match="name its columns by --time .there are Kunde, Artikel, Datum, Uhrzeit"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out")
+
+
+def test_a_data_set_is_put_in_the_place_of_another(tmp_path, monkeypatch):
+    source, out = tmp_path / "orders.csv", tmp_path / "out"
+    source.write_text(ORDERS)
+    convert(source, "shop", out)
+    before = (out / "shop" / "shop.inter").read_bytes()
+    source.write_text(ORDERS + "soon|1|SKU1|cust-1\n")
+    with pytest.raises(UserError, match="line 16: Order Date is 'soon'"):
+        convert(source, "shop", out, overwrite=True)
+    assert (out / "shop" / "shop.inter").read_bytes() == before
+    source.write_text(ORDERS + "2024-01-01|1|SKU1|cust-1\n")
+    with pytest.raises(
+        UserError, match="is there already, and stays as it is; say --overwrite or choose another --name"
+    ):
+        convert(source, "shop", out)
+    card = convert(source, "shop", out, overwrite=True)
+    assert card["steps"][0]["interactions"] == 15
+    assert (out / "shop" / "shop.inter").read_bytes().count(b"\n") == 16
+    assert [path.name for path in out.iterdir()] == ["shop"]
+
+
+def test_nothing_but_a_data_set_of_converts_is_overwritten(tmp_path):
+    (tmp_path / "x.csv").write_text(ORDERS)
+    mine = tmp_path / "out" / "mine" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(
+        UserError, match="--overwrite: .*mine is none of convert's data sets; remove it or choose another"
+    ):
+        convert(tmp_path / "x.csv", "mine", tmp_path / "out", overwrite=True)
+    convert(tmp_path / "x.csv", "shop", tmp_path / "out")
+    inter = tmp_path / "out" / "shop" / "shop.inter"
+    with pytest.raises(UserError, match="--overwrite: .*shop.inter is read, and would go with .*shop; choose another"):
+        convert(inter, "shop", tmp_path / "out", overwrite=True)
+    assert inter.is_file() and mine.read_text() == "mine"
