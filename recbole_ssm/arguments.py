@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -224,3 +225,13 @@ def path_that(check: Callable[[Path], object]) -> Callable[[str], Path]:
         return Path(text)
 
     return path
+
+
+def module_of(kind: type) -> str:
+    """The module by which a later command finds a class; for one of a script, that of the script from this folder."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if kind.__module__ != "__main__" or not script:
+        return kind.__module__
+    file = Path(script).resolve()
+    parts = (file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else Path(file.name)).with_suffix("").parts
+    return ".".join(parts) if all(part.isidentifier() for part in parts) else kind.__module__

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from recbole_ssm import __version__, console
 from recbole_ssm.arguments import join_values
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import NO_RECBOLE, UserError, did_you_mean
 
 USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
 
@@ -68,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
             train(arguments)
     except UserError as error:
         print(f"recbole_ssm: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "recbole":
+            raise
+        print(f"recbole_ssm: error: {NO_RECBOLE}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"recbole_ssm: error: {error}", file=sys.stderr)

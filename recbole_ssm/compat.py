@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_ssm.errors import INSTALL_RECBOLE, UserError
+from recbole_ssm.errors import NO_RECBOLE, UserError
 
 _installed = False
 
@@ -35,10 +35,7 @@ def install() -> None:
     if _installed:
         return
     if importlib.util.find_spec("recbole") is None:
-        raise UserError(
-            f"RecBole is not installed; run: {INSTALL_RECBOLE}   "
-            "(--no-deps, because RecBole pins an old release of ray, which nothing here needs)"
-        )
+        raise UserError(NO_RECBOLE)
     restore_numpy_aliases()
     import_models_without_anomaly_detection()
     take_numpy_aliases_once()

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from recbole_ssm import __version__, compat
-from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, parse_options, read_yaml
+from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, module_of, parse_options, read_yaml
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, nearest, plain, renamed, row, rows, shown
 
@@ -161,7 +161,7 @@ class Config(recbole.config.Config):
     def class_path(self) -> str | None:
         """``package.module:Class`` of a user's own model; None of one that is known by its name."""
         kind = self.model_class
-        return f"{kind.__module__}:{kind.__qualname__}" if _is_own(kind) else None
+        return f"{module_of(kind)}:{kind.__qualname__}" if _is_own(kind) else None
 
     @property
     def changed(self) -> dict[str, Any]:

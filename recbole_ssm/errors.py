@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 
 INSTALL_RECBOLE = "pip install --no-deps recbole==1.2.1"
 """RecBole pins an old release of ray, which nothing here needs and Python 3.12 and later cannot install."""
+NO_RECBOLE = (
+    f"RecBole is not installed; run: {INSTALL_RECBOLE}   "
+    "(--no-deps, because RecBole pins an old release of ray, which nothing here needs)"
+)
 LONGEST = 900
 """Characters of a message; what it quotes may be of any length."""
 

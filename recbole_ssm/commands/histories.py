@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from recbole_ssm.arguments import names
 from recbole_ssm.data import create_dataset, temporal, ties
 from recbole_ssm.data.convert import read_events
 from recbole_ssm.data.lines import BadLines
-from recbole_ssm.data.sources import open_raw
+from recbole_ssm.data.sources import KNOWN, open_raw
 from recbole_ssm.errors import UserError, did_you_mean, excerpt
 from recbole_ssm.keys import shown
 from recbole_ssm.starting import require_data
@@ -35,6 +36,8 @@ class Histories(NamedTuple):
     """Where each user's events begin and end in ``items`` [users, 2]; a user without events has none."""
     seconds: np.ndarray | None
     """When all events were, in seconds since 1970 [events]; None where the times are no clock times."""
+    strangers: int = 0
+    """How many of the users were asked for and are not in the data set."""
 
     def __iter__(self) -> Iterator[list[str]]:  # type: ignore[override]
         for start, end in self.bounds:
@@ -57,8 +60,9 @@ class Histories(NamedTuple):
         known = {user: number for number, user in enumerate(self.users)}
         wanted = [str(user) for user in users]
         nobody = np.zeros(2, dtype=np.int64)
+        strangers = sum(user not in known for user in wanted)
         bounds = [self.bounds[known[user]] if user in known else nobody for user in wanted]
-        return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2), self.seconds)
+        return Histories(wanted, self.items, np.array(bounds, dtype=np.int64).reshape(-1, 2), self.seconds, strangers)
 
 
 def histories_of(users: str | Path | Iterable[str] | Histories, config: Any) -> Histories:
@@ -92,7 +96,15 @@ def histories_of(users: str | Path | Iterable[str] | Histories, config: Any) -> 
         raise UserError(f"{path}: is no text in UTF-8; a file of events ends in {', '.join(TABLES)}") from error
     if not found:
         raise UserError(f"{path}: holds no user; write one id in each line")
-    return _of_dataset(config).of(found)
+    histories = _of_dataset(config).of(found)
+    # A list of users has some of them; what has next to none is another file.
+    if 100 * (len(found) - histories.strangers) < len(found):
+        raise UserError(
+            f"--users: of {len(found):,} lines of {path}, {histories.strangers:,} are no user of data set "
+            f"{config['dataset']}, such as {excerpt(found[0])}; write one id in each line, or call a file of events "
+            f"{path.stem}.csv"
+        )
+    return histories
 
 
 def _of_ids(text: str, everybody: Histories) -> Histories:
@@ -122,9 +134,18 @@ def _of_dataset(config: Any) -> Histories:
 
 
 def _of_events(path: Path) -> Histories:
-    raw = open_raw(path, {})
-    with BadLines(str(raw.events.file)) as bad:
-        events, digits = read_events(raw, bad)
+    try:
+        raw = open_raw(path, {})
+        with BadLines(str(raw.events.file)) as bad:
+            events, digits = read_events(raw, bad)
+    except UserError as error:
+        if " --" not in str(error):
+            raise
+        raise UserError(
+            f"{error} (all of that is said to recbole-ssm convert: convert the file, then give dataset/NAME/NAME.inter)"
+        ) from error
+    if not any(set(raw.fields.values()) <= set(columns) for columns in KNOWN.values()):
+        getLogger().warning(f"{path}: {', '.join(f'{part} is {column}' for part, column in raw.fields.items())}")
     events = events.take(events.by_user_and_time())
     tokens = [str(token) for token in events.users.names.to_pylist()]
     return _by_user(events.users.codes, events.items.objects(), events.times // 10**digits, tokens)

@@ -27,6 +27,8 @@ def titles_of(config: Any, items: Sequence[str], title_field: str | None = None)
         UserError: there are none in the column that was asked for.
     """
     if not title_field and not _file(config).is_file():
+        how = "recbole-ssm convert --meta=FILE or --text=COLUMN writes it"
+        getLogger().warning(f"the items have no titles: there is no file {_file(config)}; {how}")
         return None
     try:
         return dict(zip(items, read_titles(config, items, title_field)))

@@ -12,7 +12,11 @@ from recbole_ssm.errors import ArgumentParser, UserError
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The checkpoint, and how to load it."""
-    parser.add_argument("checkpoint", type=Path, help="a .safetensors checkpoint, or the folder of a run for its best")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a .safetensors checkpoint, the folder of a run for its best, or the folder above for its newest run",
+    )
     parser.add_argument("--model", help="the class of the model, package.module:Class, where it is one of your own")
     parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.epilog = "any other --key=value is a config key that is to be another than in the run, such as --data_path"

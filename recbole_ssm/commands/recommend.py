@@ -97,9 +97,10 @@ def _tables(
     command_line: Iterable[str] = (),
     skip_unknown: bool = True,
     title_field: str | None = None,
+    told: list[str] | None = None,
     **choice: Any,
 ) -> Iterator[pa.Table]:
-    """The rows, those of so many users at a time."""
+    """The rows, those of so many users at a time; what they are of is added to ``told``, in words."""
     path, saved = checkpoint.find_best(Path(model_file))
     recommender = recommender_of(path, saved, device, model=model)
     data_options = {**ALL_EVENTS, **(config_dict or {})}
@@ -108,6 +109,10 @@ def _tables(
     del saved
     histories = histories_of(users, config)
     titles = titles_of(config, recommender.items, title_field)
+    if told is not None:
+        with_titles = "with" if titles else "without"
+        run = f"run {path.parent}" if path.name == checkpoint.BEST else f"checkpoint {path}"
+        told.append(f"{with_titles} titles, for {len(histories.users):,} users ({run}, data set {config['dataset']})")
 
     answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
     asked = iter(histories.users)
@@ -131,7 +136,12 @@ def _tables(
             skipped += sum(answer.skipped for _, answer in piece)
             few += sum(len(answer) < k for _, answer in piece)
             bar.update(len(piece))
-    if popular:
+    if histories.strangers:
+        getLogger().warning(
+            f"{histories.strangers:,} users are not in data set {config['dataset']} and are answered by popularity; "
+            "give their events: --users=EVENTS.csv"
+        )
+    if popular := popular - histories.strangers:
         getLogger().warning(f"{popular:,} users have no event of a known item; they are answered by popularity")
     if skipped:
         getLogger().warning(f"{skipped:,} events are of items that the checkpoint does not know; they do not count")
@@ -208,5 +218,6 @@ def main(arguments: Sequence[str]) -> None:
             print(_lines(recommend_users(options.checkpoint, users, options.k, **how)))
             return
     options.out = options.out or Path("recommendations.csv")
-    rows = write_recommendations(options.out, options.checkpoint, users, options.k, **how)
-    print(f"wrote {options.out}: {rows:,} rows")
+    told: list[str] = []
+    rows = write_recommendations(options.out, options.checkpoint, users, options.k, **how, told=told)
+    print(f"wrote {options.out}: {rows:,} rows {told[0]}")
