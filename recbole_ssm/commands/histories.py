@@ -89,7 +89,7 @@ def histories_of(users: str | Path | Iterable[str] | Histories, config: Any) -> 
     if not path.is_file():
         return _of_ids(str(users), _of_dataset(config))
     if path.suffix.lower() in TABLES:
-        return _of_events(path)
+        return events_of(path)
     try:
         found = _lines_of(path)
     except UnicodeDecodeError as error:
@@ -133,7 +133,14 @@ def _of_dataset(config: Any) -> Histories:
     return _by_user(users, items, times[order], [str(token) for token in tokens])
 
 
-def _of_events(path: Path) -> Histories:
+def events_of(path: Path) -> Histories:
+    """The histories that a file of events holds.
+
+    Raises:
+        UserError: there is no such file, or it is of another kind, or must be converted first.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     try:
         raw = open_raw(path, {})
         with BadLines(str(raw.events.file)) as bad:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recbole_ssm.arguments import join_values
 from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.keys import KEYS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -48,4 +49,8 @@ def parse(
     options, others = parser.parse_known_args(join_values(list(arguments), {"--help", "-h", *flags}))
     if strange := [other for other in others if not other.startswith("--")]:
         raise UserError(f"{parser.prog}: one checkpoint is taken, got {options.checkpoint} and {strange[0]}")
+    for name in (other.partition("=")[0] for other in others):
+        longer = [option for option in parser._option_string_actions if option.startswith(f"{name}_")]
+        if longer and name.removeprefix("--") not in KEYS:
+            raise UserError(f"{parser.prog}: there is no option {name}; did you mean '{longer[0]}'?")
     return options, others

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.arguments import path_that
-from recbole_ssm.commands.histories import Histories, histories_of
+from recbole_ssm.commands.histories import Histories, events_of
 from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.commands.serve import add_state_arguments, load_served, state_options
 from recbole_ssm.data.lines import progress
@@ -41,7 +41,7 @@ def import_events(engine: Engine, file: str | Path) -> tuple[int, int]:
     Raises:
         UserError: the file cannot be read, or an id is too long.
     """
-    histories = histories_of(Path(file), None)
+    histories = events_of(Path(file))
     visits = _visits(histories)
     taken = skipped = 0
     with progress("Import", len(histories.users), "user") as bar:

@@ -86,7 +86,8 @@ class SequentialDataset(SplitDataset):
             source = f" (from {url})" if url else ""
             raise UserError(f"{where}; put it there{source}, or set data_path to the folder above {self.dataset_name}/")
         if url is None:
-            raise UserError(f"{where}, and RecBole knows no download of that name; set data_path or correct it")
+            near = did_you_mean(self.dataset_name, (path.parent.name for path in folder.parent.glob("*/*.inter")))
+            raise UserError(f"{where}, and RecBole knows no download of that name{near}; set data_path or correct it")
         getLogger().info(f"{where}; downloading {url}")
         try:
             download(url, folder, self.dataset_name)

@@ -158,7 +158,7 @@ def first_line(source: Source, path: Path | str, encoding: str = "utf-8") -> str
     try:
         return block.data.partition(b"\n")[0].decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line 1: {_not_text(encoding)}") from error
+        raise UserError(f"{path}, line 1: {not_text(encoding)}") from error
 
 
 def split_header(line: str, separator: str, path: Path | str) -> list[str]:
@@ -268,7 +268,7 @@ def sound_lines(block: Block, width: int, separator: str, encoding: str, bad: Ba
         raw = content[starts[row] : ends[row]].replace(delimiter.encode(), separator.encode())
         shown = repr(raw[:60].decode(errors="replace"))
         if foreign[row]:
-            fault = f"{_not_text(encoding)}: {shown}"
+            fault = f"{not_text(encoding)}: {shown}"
         elif not raw.strip():
             fault = "the line is empty; drop it"
         elif control[row]:
@@ -310,8 +310,9 @@ def _is_wide(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
-def _not_text(encoding: str) -> str:
-    return f"not {encoding} text; set encoding to what the file is written in"
+def not_text(encoding: str) -> str:
+    """The fault of bytes that are no text in an encoding."""
+    return f"not {encoding} text; set encoding to what the file is written in, such as --encoding=latin-1"
 
 
 def _lines_with(data: np.ndarray, characters: bytes, ends: np.ndarray) -> np.ndarray:
@@ -343,4 +344,4 @@ def _as_utf8(pieces: Iterable[bytes], path: Path | str, encoding: str) -> Iterat
         for text in codecs.iterdecode(pieces, encoding, "strict" if _is_wide(encoding) else "surrogateescape"):
             yield text.encode("utf-8", "surrogatepass")
     except UnicodeError as error:
-        raise UserError(f"{path}: {_not_text(encoding)}") from error
+        raise UserError(f"{path}: {not_text(encoding)}") from error

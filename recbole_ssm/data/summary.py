@@ -17,7 +17,7 @@ from recbole_ssm.data import temporal, ties
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
 from recbole_ssm.data.lines import BadLines
-from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_json
 
@@ -99,7 +99,8 @@ def find(dataset: str, data_path: Path) -> Path:
     if dataset == TOY.name and not path.parent.is_dir():
         path = TOY / f"{dataset}.inter"
     if not path.is_file():
-        raise UserError(f"no file {path}; set --data_path to the folder above {dataset}/, or name the file")
+        near = did_you_mean(dataset, (found.parent.name for found in data_path.glob("*/*.inter")))
+        raise UserError(f"no file {path}{near}; set --data_path to the folder above {dataset}/, or name the file")
     return path
 
 

@@ -24,7 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from recbole_ssm.data.archives import File
-from recbole_ssm.data.lines import BadLines, Block, below_header, original, progress, sound_lines, split_header
+from recbole_ssm.data.lines import (
+    BadLines,
+    Block,
+    below_header,
+    not_text,
+    original,
+    progress,
+    sound_lines,
+    split_header,
+)
 from recbole_ssm.data.times import decimals
 from recbole_ssm.errors import UserError, excerpt
 
@@ -117,7 +126,7 @@ class Text:
             number, raw, foreign = lines.taken()
             raw = original(raw, self.encoding)
             if foreign:
-                fault = f"not {self.encoding} text: {raw[:60]!r}; set encoding to what it is written in"
+                fault = f"{not_text(self.encoding)}: {raw[:60]!r}"
             elif not fault and not cells:
                 fault = "the line is empty; drop it"
             elif not fault and len(cells) != len(names):
@@ -243,7 +252,7 @@ class Sequences:
                 try:
                     user, *items = line.decode().strip().split(self.separator) or [""]
                 except UnicodeDecodeError:
-                    bad.add(number, f"not {self.encoding} text: {raw[:60]!r}; set encoding to what it is", raw)
+                    bad.add(number, f"{not_text(self.encoding)}: {raw[:60]!r}", raw)
                     continue
                 if not items:
                     bad.add(number, f"no user with items after it: {raw[:60]!r}; drop the line", raw)

@@ -79,6 +79,19 @@ def test_columns_that_were_guessed_are_told(run, caplog):
     assert "orders.csv: user is Customer, item is Product, time is Order Date" in caplog.text
 
 
+def test_the_beginning_of_an_option_is_near_to_it(run, capsys):
+    assert main(["recommend", str(run), "--title=Name"]) == 2
+    assert "recommend: there is no option --title; did you mean '--title_field'?" in capsys.readouterr().err
+
+
+def test_a_data_set_of_nearly_that_name_is_named(run, capsys):
+    where = f"--data_path={run.parent.parent / 'data'}"
+    assert main(["inspect", "shp", where]) == 2
+    assert "shp.inter; did you mean 'shop'?; set --data_path to" in capsys.readouterr().err
+    assert main(["train", "--dataset=shp", where]) == 2
+    assert "RecBole knows no download of that name; did you mean 'shop'?; set data_path" in capsys.readouterr().err
+
+
 def test_without_recbole_every_command_says_how_to_install_it():
     code = "import sys; sys.modules['recbole'] = None; from recbole_ssm.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "recommend", "saved"], capture_output=True, text=True)

@@ -55,8 +55,10 @@ def test_mistakes_are_one_line(checkpoint, capsys):
         (["--state=s"], "state: name a store and one file"),
         (["--import=log.jsonl"], "state: name a store and one file"),
         (["--state=s", "--import=none.jsonl"], "there is no file none.jsonl"),
+        (["--state=s", "--import=users.txt"], "users.txt: name its columns by --user, --item, --time"),
         (["--state=s", "--export=none/out.jsonl"], "there is no folder"),
     ]
+    Path("users.txt").write_text("u1\nu2\n")
     for options, line in cases:
         assert main(["state", str(checkpoint), "--device=cpu", *options]) == 2
         assert line in capsys.readouterr().err
