@@ -113,7 +113,7 @@ def closing(config: Any, result: Mapping[str, Any]) -> str:
     if result["checkpoint"]:
         folder = Path(result["checkpoint"]).parent
         lines += ["", f"run   {folder}"]
-        trained = shlex.quote(str(folder)) + (f" --model={own_class}" if own_class else "")
+        trained = run_on_command_line(config, folder)
         cutoffs = ",".join(map(str, sorted({*config["topk"], 20})))
         commands = [
             f"recommend {trained} --k=10 --exclude_seen --out=recommendations.csv",
@@ -126,6 +126,17 @@ def closing(config: Any, result: Mapping[str, Any]) -> str:
     for heading, command in itertools.zip_longest(["next"], commands, fillvalue=""):
         lines.append(f"{heading:6}recbole-ssm {command}")
     return "\n".join(lines)
+
+
+def trained_in_words(loss: float, seconds: float, events: int) -> str:
+    """What an epoch's training gave and cost; a run that goes on behind its last batch has no speed."""
+    return f"loss {loss:.4f}" + (f", {seconds:.1f} s, {events / seconds:,.0f} events/s" if events else "")
+
+
+def run_on_command_line(config: Any, folder: Path | None) -> str:
+    """How a command names a run: its folder, and the class of a model of one's own."""
+    own_class = config.class_path
+    return shlex.quote(str(folder)) + (f" --model={own_class}" if own_class else "")
 
 
 class _Screen(logging.StreamHandler[Any]):

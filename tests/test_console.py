@@ -66,6 +66,7 @@ def test_the_closing_block_names_the_metrics_the_folder_and_the_next_commands(ma
     assert block[0].split() == ["test", "result", "unmasked", "history", "masked"]
     assert [line.split()[0] for line in block[1:7]] == ["hit@1", "hit@5", "ndcg@1", "ndcg@5", "mrr@1", "mrr@5"]
     assert len({len(line) for line in block[:7]}) == 1, "aligned"
+    assert block[7] == "(history masked: items that the user had before are left out of the list)"
     assert f"run   {folder}" in block
     commands = [line.partition("recbole-ssm ")[2].replace("'", "").split() for line in block if "recbole-ssm " in line]
     assert [command[0] for command in commands] == ["recommend", "evaluate", "compare"]
@@ -74,6 +75,11 @@ def test_the_closing_block_names_the_metrics_the_folder_and_the_next_commands(ma
         assert main(command) == 0
     assert Path("recommendations.csv").is_file() and "hit@20" in capsys.readouterr().out
     assert commands[2][1:] == ["--models=GRU4Rec,SASRec", "--datasets=toy", TOY[1], "--seeds=3"]
+
+
+def test_an_epoch_of_which_nothing_was_left_to_train_has_no_speed():
+    assert console.trained_in_words(1.5, 2.0, 100) == "loss 1.5000, 2.0 s, 50 events/s"
+    assert console.trained_in_words(1.5, 0.001, 0) == "loss 1.5000"
 
 
 def test_quiet_leaves_the_result(main_alone, capsys):

@@ -13,7 +13,7 @@ from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.evaluation.metrics import Result, protocol
 from recbole_ssm.files import check_writable, write_json
 from recbole_ssm.quick_start import load_data_and_model
-from recbole_ssm.trainer import Trainer
+from recbole_ssm.trainer import Trainer, checkpoint
 
 
 def evaluate(
@@ -42,6 +42,17 @@ def evaluate(
     Raises:
         UserError: something given is wrong, or the split leaves no rows.
     """
+    return _evaluate(model_file, part, model, config_dict, command_line)[0]
+
+
+def _evaluate(
+    model_file: str | Path,
+    part: str,
+    model: str | type | None,
+    config_dict: Mapping[str, Any] | None,
+    command_line: Iterable[str],
+) -> tuple[Result, str]:
+    """The metrics, and the name of the data set."""
     if part not in ("test", "valid"):
         raise UserError(f"part: must be test or valid, got {part}")
     config, recommender, _, _, valid, test = load_data_and_model(model_file, model, config_dict, command_line)
@@ -54,7 +65,7 @@ def evaluate(
         raise UserError(f"part: the split leaves no rows of {part}; change eval_args")
     result: Result = found
     result.protocol = protocol(config)
-    return result
+    return result, config["dataset"]
 
 
 def _device_keys(named: str | None) -> list[str]:
@@ -77,7 +88,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=path_that(check_writable), metavar="FILE", help="write the metrics there too")
     options, command_line = parse(parser, arguments)
     command_line += _device_keys(options.device)
-    found = evaluate(options.checkpoint, part=options.part, model=options.model, command_line=command_line)
+    file = checkpoint.best_file(options.checkpoint)
+    found, dataset = _evaluate(file, options.part, options.model, None, command_line)
+    print(f"run {file.parent if file.name == checkpoint.BEST else file}, data set {dataset}, {options.part}")
     print(found.table())
     print(f"protocol: {found.protocol}")
     if options.json:

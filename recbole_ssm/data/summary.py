@@ -100,7 +100,10 @@ def find(dataset: str, data_path: Path) -> Path:
         path = TOY / f"{dataset}.inter"
     if not path.is_file():
         near = did_you_mean(dataset, (found.parent.name for found in data_path.glob("*/*.inter")))
-        raise UserError(f"no file {path}{near}; set --data_path to the folder above {dataset}/, or name the file")
+        raise UserError(
+            f"no file {path}{near}; set --data_path to the folder above {dataset}/, or name the file; recbole-ssm "
+            "convert makes it of a table"
+        )
     return path
 
 
@@ -190,7 +193,7 @@ def text(found: dict[str, Any]) -> str:
     core = f", {found['k_core']}-core" if found["k_core"] > 1 else ""
     lines = [
         f"{found['dataset']}{core}: {found['users']:,} users, {found['items']:,} items, {found['interactions']:,} "
-        f"interactions, sparsity {found['sparsity']:.4%}",
+        f"interactions, sparsity {found['sparsity']:.4%} (pairs of a user and an item without an event)",
         f"history length   min {length['min']:,}, median {length['median']:g}, mean {length['mean']:.2f}, 99 % up to "
         f"{length['p99']:g}, max {length['max']:,}",
     ]
@@ -207,12 +210,22 @@ def text(found: dict[str, Any]) -> str:
         f"time             {when}",
         f"order            {order['back_in_time']:,} lines go back in time for their user; "
         f"{order['sorted_by_item']:.1%} of the histories of 3 and more are in the order of their item ids "
-        f"({order['sorted_by_chance']:.1%} would be by chance)",
+        f"({order['sorted_by_chance']:.1%} would be by chance; most of them, if the file were sorted by item)",
     ]
     if by_time := found["split"].get(temporal.NAME):
         lines.append(f"split by time    {temporal.sentence(by_time)}")
     lines += [f"warning: {warning}" for warning in found["warnings"]]
+    lines.append(f"verdict          {_verdict(found)}")
     return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """Whether a model can be trained on it, and what to look at first."""
+    if not found["repeats"]["targets"]:
+        return "not fit to train: no event is left to test on; leave-one-out takes users of 3 events and more"
+    # What leave-one-out leaks concerns how the test is read, not the data.
+    doubts = [warning for warning in found["warnings"] if not warning.startswith("leave-one-out")]
+    return "it can be trained on; look at the warnings above first" if doubts else "fit to train"
 
 
 def plot(path: Path, found: dict[str, Any]) -> None:

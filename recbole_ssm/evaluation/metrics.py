@@ -35,12 +35,14 @@ class Result(dict[str, float]):
         return {**self, **{f"masked {name}": value for name, value in self.masked.items()}}
 
     def table(self, title: str = "") -> str:
-        """All as aligned columns under a title, a line for each metric."""
+        """All as aligned columns under a title, a line for each metric, and what masked means."""
         width = max(len(name) for name in [title, *self])
         lines = [f"{title:{width}}  unmasked" + "  history masked" * bool(self.masked)]
         for name, value in self.items():
             masked = f"  {self.masked[name]:14.4f}" if name in self.masked else ""
             lines.append(f"{name:{width}}  {value:8.4f}{masked}")
+        if self.masked:
+            lines.append("(history masked: items that the user had before are left out of the list)")
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -34,6 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     """
 
     def add_folder(parser: ArgumentParser, name: str) -> None:
+        if name in ("compare", "tune"):
+            # They are commands of their own too, by which they are known.
+            parser.prog = f"recbole-ssm {name}"
         folder = Path("saved", "study", name)
         what = f"where runs and tables are kept; default {folder}"
         parser.add_argument("--folder", type=Path, default=folder, help=what)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         runs, entries, seeds = plan_arms(options, keys)
     else:
         runs, todo, seeds = plan(options, keys)
-        entries = [Entry(one, label_of(one, options.ties), seeds=len(seeds)) for one in todo]
+        entries = [Entry(one, label_of(one, options.ties), seeds=seeds_of(one, seeds)) for one in todo]
     todo = [entry.run for entry in entries]
     check_rows(runs, todo, options.tune > 0)
     fetch(runs, todo)
@@ -67,10 +68,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         return report.write(options.folder, "compare", entries, seeds, tuning, of_alike_ties)
 
     carry_out(runs, entries, seeds, write)
-    return (
-        f"{write()}\nwritten to {options.folder}/: compare.md, compare.csv, compare-tests.csv, compare.tex, "
-        "compare.json, compare.png"
-    )
+    files = "compare.md, compare.csv, compare-tests.csv, compare.tex, compare.json"
+    return report.closing(write(), options.folder, files, "compare.png")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, models: str, datasets: str, seeds: int) -> None:
@@ -79,7 +78,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, models: str, datasets:
     bundled = ", which comes along" if datasets == "ml-100k" else ""
     what = f"comma-separated; default {datasets}{bundled}"
     parser.add_argument("--datasets", type=each_once, default=datasets, help=what)
-    what = f"runs of each; seeds from --seed={FIRST_SEED} on; default {seeds}"
+    what = f"runs of each, but one of a model that learns nothing; seeds from --seed={FIRST_SEED} on; default {seeds}"
     parser.add_argument("--seeds", type=at_least(1), default=seeds, help=what)
 
 
@@ -126,6 +125,11 @@ def plan_arms(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Run
         except UserError as error:
             raise UserError(f"--arms: {entry.label}: {error}") from error
     return runs, entries, list(range(first, first + max(entry.seeds for entry in entries)))
+
+
+def seeds_of(run: Run, seeds: Sequence[int]) -> int:
+    """How many of the seeds a run needs: one where its model draws no random numbers, as every seed gives the same."""
+    return 1 if issubclass(get_model(run.model), Pop) else len(seeds)
 
 
 def label_of(run: Run, ties: Sequence[str] | None) -> str:
@@ -210,6 +214,14 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
 
     ``write`` is called after each run.
     """
+    todo = [
+        (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
+        for number, seed in enumerate(seeds)
+        for entry in entries
+        if number < entry.seeds
+    ]
+    fewer = "; --seeds=1 takes fewer, for a first look" if len(seeds) > 1 else ""
+    print(f"{len(todo)} runs: {len(entries)} rows, {max(e.seeds for e in entries)} seeds{fewer}", file=sys.stderr)
     for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
         entry.speed = speed
         try:
@@ -217,12 +229,6 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
         except UserError:
             # Its runs say why.
             continue
-    todo = [
-        (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
-        for number, seed in enumerate(seeds)
-        for entry in entries
-        if number < entry.seeds
-    ]
     for outcome, (entry, _) in zip(runs.all(one for _, one in todo), todo):
         entry.outcomes.append(outcome)
         write()

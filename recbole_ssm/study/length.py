@@ -24,6 +24,7 @@ from recbole_ssm.study.compare import (
     label_of,
     of_alike_ties,
     plan,
+    seeds_of,
 )
 from recbole_ssm.study.plots import panels
 from recbole_ssm.study.report import Entry, Row
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         Entry(
             Run(one.model, one.dataset, {**one.options, KEY: length}),
             f"{label_of(one, options.ties)}, {length}",
-            seeds=len(seeds),
+            seeds=seeds_of(one, seeds),
         )
         for one in todo
         for length in sorted(options.lengths)
@@ -63,8 +64,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         return report.write(options.folder, "length", entries, seeds, UNTUNED, _one_thing_apart, _draw, height=9)
 
     carry_out(runs, entries, seeds, write)
-    files = "length.md, length.csv, length-tests.csv, length.tex, length.json, length.png"
-    return f"{write()}\nwritten to {options.folder}/: {files}"
+    files = "length.md, length.csv, length-tests.csv, length.tex, length.json"
+    return report.closing(write(), options.folder, files, "length.png")
 
 
 def _one_thing_apart(one: Entry, other: Entry) -> bool:

@@ -22,7 +22,7 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
 from recbole_ssm.study.compare import add_common_arguments
-from recbole_ssm.study.report import average, failures, grid, machines, mean, spread
+from recbole_ssm.study.report import average, closing, failures, grid, machines, mean, spread
 from recbole_ssm.study.runs import Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
@@ -145,7 +145,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         return write_tables(options.folder, cells, seeds, options.values)
 
     study(runs, cells, seeds, options.values, write)
-    return f"{write()}\nwritten to {options.folder}/: optimizers.md, optimizers.csv, tuning.csv, history.csv and plots"
+    files = "optimizers.md, optimizers.csv, tuning.csv, history.csv"
+    return closing(write(), options.folder, files, "plots")
 
 
 def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, list[Cell], list[int]]:

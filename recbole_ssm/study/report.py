@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -430,6 +431,12 @@ def write(
     with contextlib.suppress(UserError), figure(folder / f"{name}.png", (5 * datasets, height)) as drawn:
         (draw or quality_against_latency)(drawn, table)
     return text
+
+
+def closing(text: str, folder: Path, files: str, plot: str) -> str:
+    """A study's text, and below it what was written; a plot is only where Matplotlib is."""
+    plots = f", {plot}" if find_spec("matplotlib") else "; a plot needs Matplotlib: pip install 'recbole-ssm[plot]'"
+    return f"{text}\nwritten to {folder}/: {files}{plots}"
 
 
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -150,7 +150,10 @@ def read(path: Path) -> Checkpoint:
             version of this package.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint {path}: there is no such file")
+        hint = ""
+        if path.name == BEST and path.parent.is_dir():
+            hint = "; name the folder of a run of recbole-ssm train (compare and other studies keep no models)"
+        raise UserError(f"checkpoint {path}: there is no such file{hint}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

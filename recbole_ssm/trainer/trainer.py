@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm import compat, distributed
-from recbole_ssm.console import progress_bar
+from recbole_ssm.console import progress_bar, run_on_command_line, trained_in_words
 from recbole_ssm.errors import UserError
 from recbole_ssm.memory import peak_memory, return_memory_of_growth
 from recbole_ssm.trainer import checkpoint, known_items
@@ -176,7 +176,7 @@ class Trainer(EvaluatingTrainer):
             self._add_train_loss_to_tensorboard(epoch, losses)
             seconds, events = time.perf_counter() - begin, self.position.seen - first_seen
             mean = self.train_loss_dict[epoch] / max(self.position.number, 1)
-            told.append(f"loss {mean:.4f}, {seconds:.1f} s, {events / seconds:,.0f} events/s")
+            told.append(trained_in_words(mean, seconds, events))
         improved, score = not valid_data, None
         if valid_data and (epoch + 1) % self.eval_step == 0:
             # A checkpoint that a signal causes from here on repeats the evaluation.
@@ -350,7 +350,7 @@ class Trainer(EvaluatingTrainer):
         if not self._saved:
             return "nothing was saved"
         self._save_step()
-        return f"go on with --resume={self.folder}"
+        return f"go on with recbole-ssm train --resume={run_on_command_line(self.config, self.folder)}"
 
     def _write(self, path: Path) -> None:
         self._settle()

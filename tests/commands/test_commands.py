@@ -153,8 +153,9 @@ def test_other_metrics_and_splits(run, capsys):
     options = ["--metrics=Recall, MAP", "--topk=2,3", "--valid_metric=Recall@2", "--json=out.json"]
     assert main(["evaluate", str(folder), "--device=cpu", *options]) == 0
     written = json.loads(Path("out.json").read_text())
+    out = capsys.readouterr().out
+    assert f"run {folder}, data set shop, test\n" in out and "recall@2" in out
     assert list(written["metrics"]) == list(written["masked"]) == ["recall@2", "recall@3", "map@2", "map@3"]
-    assert "recall@2" in capsys.readouterr().out
     sampled = evaluate(folder, config_dict={"eval_args": {"mode": "uni5"}, "use_gpu": False})
     assert sampled["hit@1"] >= evaluate(folder, config_dict={"use_gpu": False})["hit@1"] and sampled["hit@5"] <= 1
     by_time = evaluate(folder, config_dict={"eval_args": {"split": {"GTS": [0.7, 0.1, 0.2]}}})
@@ -197,6 +198,7 @@ def test_vectors_by_raw_id(run):
         (["recommend"], "the following arguments are required: checkpoint"),
         (["recommend", "{run}", "more"], "one checkpoint is taken"),
         (["recommend", "no/such"], "there is no such file"),
+        (["recommend", "."], "there is no such file; name the folder of a run of recbole-ssm train (compare and"),
         (["recommend", "{run}", "--users=absent.txt"], "there is no file 'absent.txt' and no user 'absent.txt'"),
         (["recommend", "{run}", "--users=u3,feww"], "no file 'u3,feww' and no user 'feww'; did you mean 'few'?"),
         (["recommend", "{run}", "--history=i1,i99"], "item 'i99' is not in the catalogue"),

@@ -72,7 +72,9 @@ def test_leave_one_out_leaks_and_a_split_by_time_does_not(tmp_path, capsys):
     found = look(tmp_path, HEADER + early + late)
     # training events: 2 * 2 early, 2 * 4 late; both early targets lie before the late ones, the late targets after all
     assert found["split"]["LS"] == {"targets": 4, "after_targets": 0.5, "median_future": 4 / 12}
-    assert "50.0% of the 4 test events are older than some that train the model" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "50.0% of the 4 test events are older than some that train the model" in out
+    assert out.splitlines()[-1].split(maxsplit=1) == ["verdict", "fit to train"]
     found = look(tmp_path, HEADER + early + late, "--split={'GTS': [3, 1, 1]}")
     split = found["split"]["GTS"]
     assert split["events"] == [12, 4, 4] and split["validation_after"] == 978400001

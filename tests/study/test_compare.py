@@ -15,7 +15,7 @@ from recbole_ssm import study
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.metrics import protocol
-from recbole_ssm.study import compare
+from recbole_ssm.study import compare, report
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Outcome, Run, Runs
 from tests.conftest import REPOSITORY
@@ -79,6 +79,23 @@ def test_both_orders_of_ties_are_arms_of_one_table(tmp_path, capsys, trained):
     assert [one.options["ties"] for one in trained] == ["file", "random"] * 2
     assert main([*command[:-1], "--ties=random"]) == 0
     assert "| toy | GRU4Rec | 1 | random |" in capsys.readouterr().out
+
+
+def test_it_says_first_how_many_runs_there_are(tmp_path, capsys, trained, monkeypatch):
+    """What draws no random numbers runs once."""
+    command = ["compare", "--models=GRU4Rec,Pop", *TOY, "--seeds=3", f"--folder={tmp_path}"]
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "4 runs: 2 rows, 3 seeds; --seeds=1 takes fewer, for a first look"
+    assert "| toy | GRU4Rec | 3 |" in out and "| toy | Pop | 1 |" in out and "| GRU4Rec - Pop | 60 |" in out
+    assert out.rstrip().endswith("compare.json; a plot needs Matplotlib: pip install 'recbole-ssm[plot]'")
+
+
+def test_help_calls_it_by_its_own_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "usage: recbole-ssm compare " in capsys.readouterr().out
 
 
 def test_rows_that_a_file_names(tmp_path, capsys, trained):

@@ -262,7 +262,7 @@ def test_a_signal_at_the_very_end_is_an_interruption_too(toy):
             if trainer.global_step == 10:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="go on with --resume=saved") as caught:
+    with pytest.raises(Interrupted, match="go on with recbole-ssm train --resume=saved") as caught:
         run_recbole_ssm("2Mamba4Rec", "toy", config_dict=options_of(toy), hooks=[Late()])
     assert caught.value.status == 143
     folder = next(pathlib.Path("saved").iterdir())
@@ -390,7 +390,7 @@ def test_a_process_that_is_told_to_stop(tmp_path, toy, number):
     error = process.communicate(timeout=60)[1]
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], error[-500:]
     if number != signal.SIGKILL:
-        assert f"interrupted; go on with --resume=saved/{folder.name}" in error
+        assert f"interrupted; go on with recbole-ssm train --resume=saved/{folder.name}" in error
     assert main([f"--resume={folder}", "--show_progress=False", f"--data_path={REPOSITORY / 'dataset'}"]) == 0
     found = last_of(folder)
     result = run_recbole_ssm(
