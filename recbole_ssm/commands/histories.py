@@ -149,7 +149,7 @@ def events_of(path: Path) -> Histories:
         if " --" not in str(error):
             raise
         raise UserError(
-            f"{error} (all of that is said to recbole-ssm convert: convert the file, then give dataset/NAME/NAME.inter)"
+            f"{error} (these are options of recbole-ssm convert: convert the file, then give dataset/NAME/NAME.inter)"
         ) from error
     if not any(set(raw.fields.values()) <= set(columns) for columns in KNOWN.values()):
         getLogger().warning(f"{path}: {', '.join(f'{part} is {column}' for part, column in raw.fields.items())}")

@@ -51,6 +51,8 @@ class Moments(Values):
         super().__init__()
         self._form = form
         self._kind = ""
+        # Whether all cells so far are whole numbers of eight digits, as 20230127 is.
+        self._eight_digits = True
         self.digits = 0
 
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
@@ -61,6 +63,8 @@ class Moments(Values):
             try:
                 self._parsed = _numbers(cells)
                 self._kind = "numbers"
+                if self._eight_digits:
+                    self._eight_digits = bool(pc.all(pc.match_substring_regex(cells, "^[0-9]{8}$")).as_py())
                 return {}
             except pa.ArrowInvalid:
                 # A date, a number in another form than Arrow's, or neither.
@@ -113,9 +117,19 @@ class Moments(Values):
         """[rows] int64: the whole column, in units of ``10 ** -digits``.
 
         Raises:
-            ValueError: the times do not fit into 64 bits with their fractions.
+            ValueError: the times do not fit into 64 bits with their fractions, or may be seconds and may be dates.
         """
         whole, nanoseconds = super().finish().T
+        if (
+            len(whole)
+            and self._kind == "numbers"
+            and self._eight_digits
+            and all(date_of(str(day)) for day in np.unique(whole))
+        ):
+            raise ValueError(
+                f"holds numbers such as {whole[0]}, which may be dates: give --time_format=%Y%m%d, or write seconds "
+                f"as {whole[0]}.0"
+            )
         while self.digits < DIGITS and np.any(nanoseconds % 10 ** (DIGITS - self.digits)):
             self.digits += 1
         unit = 10**self.digits

@@ -349,6 +349,9 @@ TIMES = [
     (["1700000000000000001", "1700000000000000000"], ["1700000000000000000", "1700000000000000001"]),
     (["+3", "1e3", " 2 ", "-0.50"], ["-0.5", "2", "3", "1000"]),
     (["0.1", "0.10000000001"], ["0.1", "0.1"]),
+    # What may be dates is asked for; these are none.
+    (["20230127.0", "20230128"], ["20230127", "20230128"]),
+    (["20230127", "20230199"], ["20230127", "20230199"]),
 ]
 
 
@@ -367,6 +370,10 @@ MIXED = [
     (["1.5", "9000000000000000000"], "timestamp holds fractions beside numbers too large for them"),
     (["1" * 300], "line 2: timestamp is '1111"),
     (["9e1800010"], "line 2: timestamp is '9e1800010', which is no finite number"),
+    (
+        ["20230127", "20230128"],
+        "timestamp holds numbers such as 20230127, which may be dates: give --time_format=%Y%m%d",
+    ),
     (["2020-13-01"], "line 2: timestamp is '2020-13-01', which is no finite number and no date"),
 ]
 
