@@ -16,6 +16,7 @@ compat.install()
 
 from recbole.utils import init_seed  # noqa: E402
 
+from recbole_ssm.arguments import parse_options  # noqa: E402
 from recbole_ssm.config import Config  # noqa: E402
 from recbole_ssm.console import RESULT, begin_log, closing, opening  # noqa: E402
 from recbole_ssm.data import create_dataset  # noqa: E402
@@ -24,6 +25,7 @@ from recbole_ssm.data.outline import item_tokens  # noqa: E402
 from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
+from recbole_ssm.keys import KEYS  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model.registry import build_model  # noqa: E402
 from recbole_ssm.ops import set_backend  # noqa: E402
@@ -153,6 +155,14 @@ def load_data_and_model(
         UserError: something given is wrong, or the checkpoint is of another model.
     """
     saved = checkpoint.find_best(Path(model_file))
+    command_line = list(command_line)
+    given = {**(config_dict or {}), **parse_options(command_line)}
+    if "valid_metric" not in given and not given.keys().isdisjoint({"metrics", "topk"}):
+        # Nothing is chosen by the run's own here, and it may be none of the metrics that are asked for.
+        run = configure_again(saved, model)
+        asked = [KEYS[key].take(key, given.get(key, run[key])) for key in ("metrics", "topk")]
+        metric, cutoff = (value[0] if isinstance(value, list) else value for value in asked)
+        command_line.append(f"--valid_metric={metric}@{cutoff}")
     config = configure_again(saved, model, config_dict=config_dict, command_line=command_line)
     begin_log(config)
     init_seed(config["seed"], config["reproducibility"])

@@ -150,7 +150,7 @@ def test_a_run_is_tested_again_as_it_was(run):
 
 def test_other_metrics_and_splits(run, capsys):
     _, folder = run
-    options = ["--metrics=Recall, MAP", "--topk=2,3", "--valid_metric=Recall@2", "--json=out.json"]
+    options = ["--metrics=Recall, MAP", "--topk=2,3", "--json=out.json"]
     assert main(["evaluate", str(folder), "--device=cpu", *options]) == 0
     written = json.loads(Path("out.json").read_text())
     out = capsys.readouterr().out
