@@ -220,8 +220,9 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
         for entry in entries
         if number < entry.seeds
     ]
-    fewer = "; --seeds=1 takes fewer, for a first look" if len(seeds) > 1 else ""
-    print(f"{len(todo)} runs: {len(entries)} rows, {max(e.seeds for e in entries)} seeds{fewer}", file=sys.stderr)
+    most = max(entry.seeds for entry in entries)
+    on_seeds = f" on {most} seeds; --seeds=1 takes fewer, for a first look" if most > 1 else ""
+    print(f"{len(todo)} runs: {len(entries)} rows of the table{on_seeds}", file=sys.stderr)
     for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
         entry.speed = speed
         try:

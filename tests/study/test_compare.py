@@ -87,7 +87,7 @@ def test_it_says_first_how_many_runs_there_are(tmp_path, capsys, trained, monkey
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert err.splitlines()[0] == "4 runs: 2 rows, 3 seeds; --seeds=1 takes fewer, for a first look"
+    assert err.splitlines()[0] == "4 runs: 2 rows of the table on 3 seeds; --seeds=1 takes fewer, for a first look"
     assert "| toy | GRU4Rec | 3 |" in out and "| toy | Pop | 1 |" in out and "| GRU4Rec - Pop | 60 |" in out
     assert out.rstrip().endswith("compare.json; a plot needs Matplotlib: pip install 'recbole-ssm[plot]'")
 
