@@ -13,6 +13,7 @@ from recbole_ssm import __version__, console, errors, run_recbole_ssm
 from recbole_ssm.bench import BENCHES
 from recbole_ssm.cli import main
 from recbole_ssm.console import progress_bar
+from recbole_ssm.ops import backend
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study import STUDIES
 from tests.conftest import REPOSITORY
@@ -37,7 +38,9 @@ def main_alone(monkeypatch):
     console.set_quiet(False)
 
 
-def test_a_run_fits_a_screen_and_its_files_keep_the_rest(main_alone, capsys):
+def test_a_run_fits_a_screen_and_its_files_keep_the_rest(main_alone, capsys, monkeypatch):
+    # Backends are logged once in a process, and another test may have come before.
+    monkeypatch.setattr(backend, "_logged", set())
     assert main_alone(["train", *TOY, "--model=Hydra4Rec", "--epochs=6"]) == 0
     out, err = capsys.readouterr()
     lines = err.splitlines()
