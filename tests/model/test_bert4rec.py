@@ -55,7 +55,7 @@ def test_full_histories_score_as_in_recbole(model):
 def test_recommend_and_evaluation_agree(model):
     tokens = [f"i{k}" for k in range(model.n_items)]
     config = {"ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length"}
-    config |= {"MAX_ITEM_LIST_LENGTH": LENGTH, "device": "cpu", "model": "BERT4Rec"}
+    config |= {"MAX_ITEM_LIST_LENGTH": LENGTH, "device": "cpu", "model": "BERT4Rec", "TIME_FIELD": "timestamp"}
     recommender = Recommender(model, config, tokens)
     expected = scores(model, [[4, 9]])
     expected[:, 0] = -torch.inf

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm.arguments import PROPERTIES, read_yaml
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
@@ -29,7 +30,7 @@ def trained(toy):
 
 def test_a_run_leaves_its_best_and_its_newest(trained, tmp_path):
     files = sorted(p for p in (tmp_path / "saved").rglob("*") if p.is_file())
-    assert [f.name for f in files] == ["best.safetensors", "step-000000005.safetensors"]
+    assert [f.name for f in files] == ["best.safetensors", "config.yaml", "step-000000005.safetensors"]
     assert files[0] == tmp_path / trained["checkpoint"]
     saved = checkpoint.read(files[0])
     assert saved.info["model"] == "Mamba4Rec"
@@ -230,9 +231,11 @@ def test_a_file_says_of_itself_nothing_that_fetches_or_makes_folders(trained, tm
     checkpoint.write(path, *saved)
     run_recbole_ssm(resume=path)
     assert not (tmp_path / "theirs").exists() and not (tmp_path / "wandb").exists()
-    options["data_path"] = str(tmp_path / "elsewhere")
+    # The toy data set would be found in the package; one of another name lacks its settings.
+    options |= read_yaml(PROPERTIES / "dataset/toy.yaml") | {"data_path": str(tmp_path / "elsewhere")}
+    saved.info["config"]["dataset"] = "shop"
     checkpoint.write(path, *saved)
-    with pytest.raises(UserError, match="data_path: there are no data in .*elsewhere.toy; give the data_path"):
+    with pytest.raises(UserError, match="data_path: there are no data in .*elsewhere.shop; give the data_path"):
         run_recbole_ssm(resume=path)
     assert not (tmp_path / "elsewhere").exists()
 
