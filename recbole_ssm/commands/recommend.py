@@ -162,8 +162,9 @@ SCHEMA = pa.schema(
 
 
 def _lines(rows: pd.DataFrame) -> str:
-    """The answer to one history as aligned columns."""
-    shown = [column for column in ("rank", "item_id", "title", "score") if column in rows]
+    """Answers as aligned columns; the user's only where there are several."""
+    several = ["user_id"] if rows["user_id"].nunique() > 1 else []
+    shown = [*several, *(column for column in ("rank", "item_id", "title", "score") if column in rows)]
     text: str = rows[shown].to_string(index=False, float_format="{:.4f}".format)
     return text
 
@@ -176,7 +177,8 @@ def main(arguments: Sequence[str]) -> None:
         "--users",
         default="all",
         help="all users of the run's data set with all their events (default), ids with commas between them, or a "
-        "file: of a user's id in each line, or of events (.inter, .parquet, .csv, .jsonl)",
+        "file: of a user's id in each line, or of events (.inter, .parquet, .csv, .jsonl); ids that are typed are "
+        "answered on the screen, unless --out is given",
     )
     parser.add_argument(
         "--history",
@@ -187,12 +189,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--k", type=at_least(1), default=10, help="items for each user")
     parser.add_argument("--out", type=Path, help="a .parquet or .csv file (default: recommendations.csv)")
     parser.add_argument("--exclude_seen", action="store_true", help="leave out the items of the user's history")
-    parser.add_argument("--title_field", help="the column of titles in the .item file (default: title or name)")
+    parser.add_argument(
+        "--title_field", help="the column of titles in the .item file (default: title, name, or the only text)"
+    )
     parser.add_argument("--allow", type=Path, metavar="FILE", help="an item's id in each line: only these")
     parser.add_argument("--deny", type=Path, metavar="FILE", help="an item's id in each line: none of these")
     add_now(parser)
     parser.add_argument(
-        "--refuse_unknown", action="store_true", help="stop at an event of an unknown item (default: leave it out)"
+        "--refuse_unknown",
+        action="store_true",
+        help="stop at an event of an unknown item (default: leave it out; in --history it is always an error)",
     )
     options, command_line = parse(parser, arguments, flags=("--exclude_seen", "--refuse_unknown"))
     how: dict[str, Any] = dict(
@@ -214,9 +220,10 @@ def main(arguments: Sequence[str]) -> None:
         if not options.history:
             raise UserError("--history: names no item; write their ids with commas between them, oldest first")
         users = Histories.typed(options.history)
-        if options.out is None:
-            print(_lines(recommend_users(options.checkpoint, users, options.k, **how)))
-            return
+    typed = options.history is not None or (users != "all" and not Path(users).is_file())
+    if typed and options.out is None:
+        print(_lines(recommend_users(options.checkpoint, users, options.k, **how)))
+        return
     options.out = options.out or Path("recommendations.csv")
     told: list[str] = []
     rows = write_recommendations(options.out, options.checkpoint, users, options.k, **how, told=told)

@@ -118,9 +118,12 @@ def titles_in(out: Path, name: str) -> str:
     header = read_header(out / name / f"{name}.item")
     text = [column for column, kind in header.items() if kind.startswith("token") and column != "item_id"]
     if found := title_column(text):
-        return f"titles: {found}"
+        # Beside a second column only a name decides.
+        why = "" if title_column([*text, ""]) else ", the only column of text"
+        return f"titles: {found}{why}"
     return (
-        f"no column of titles (of text: {listed(text) or 'none'}); to train or recommend with them, {name_titles(text)}"
+        f"no column of titles (of text: {listed(text) or 'none'}); to recommend with them, or for a language model, "
+        f"{name_titles(text)}"
     )
 
 

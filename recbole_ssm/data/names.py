@@ -29,12 +29,12 @@ def only_column(part: str, columns: Iterable[str]) -> str | None:
 
 
 def title_column(columns: Collection[str]) -> str | None:
-    """The one of some columns of text that holds titles, by its name; None if no name says so."""
+    """The one of some columns of text that holds titles, by its name, or because it is the only one; None otherwise."""
     spelt = {name.lower().replace(" ", "_"): name for name in columns}
-    return next((spelt[name] for name in TITLES if name in spelt), None)
+    only = next(iter(columns)) if len(columns) == 1 else None
+    return next((spelt[name] for name in TITLES if name in spelt), only)
 
 
 def name_titles(columns: Collection[str]) -> str:
     """What a user does whose table of items has its titles under another name, for a message."""
-    text = list(columns)
-    return f"add --title_field={text[0] if len(text) == 1 else 'COLUMN'}" if text else "add a column title"
+    return "add --title_field=COLUMN" if columns else "add a column title"

@@ -100,6 +100,15 @@ def test_users_by_their_ids(run, tmp_path):
         assert list(recommend_users(folder, users, 1, device="cpu").user_id) == known
 
 
+def test_users_that_are_typed_are_answered_on_the_screen(run, tmp_path, capsys):
+    _, folder = run
+    assert main(["recommend", str(folder), "--users=u3,few", "--k=2"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["user_id", "rank", "item_id", "title", "score"]
+    assert [line.split()[:2] for line in lines] == [["u3", "1"], ["u3", "2"], ["few", "1"], ["few", "2"]]
+    assert not Path("recommendations.csv").exists()
+
+
 def test_a_history_that_is_typed(run, tmp_path, capsys):
     _, folder = run
     recommender = load_recommender(folder, device="cpu")

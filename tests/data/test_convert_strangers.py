@@ -46,13 +46,10 @@ def test_a_table_of_a_company_and_what_is_said_of_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            "Bezeichnung",
-            "no column of titles (of text: Bezeichnung); to train or recommend with them, add --title_field=Bez",
-        ),
+        ("Bezeichnung", "titles: Bezeichnung, the only column of text\n"),
         (
             "Bezeichnung;Farbe",
-            "no column of titles (of text: Bezeichnung, Farbe); to train or recommend with them, add --ti",
+            "no column of titles (of text: Bezeichnung, Farbe); to recommend with them, or for a language model, ",
         ),
     ],
 )

@@ -59,9 +59,9 @@ def test_movie_titles_are_found_without_a_word():
         (None, {}, "made.item: there is no such file, and GPT4Rec reads titles from it; write one with the columns"),
         ("item_id:token\tyear:float\ni1\t3\n", {}, "no column of titles (its columns of text are none); add a column"),
         (
-            "item_id:token\theadline:token_seq\ni1\tx\n",
+            "item_id:token\theadline:token_seq\tshade:token\ni1\tx\tred\n",
             {},
-            "no column of titles (its columns of text are headline); add --title_field=headline",
+            "no column of titles (its columns of text are headline, shade); add --title_field=COLUMN",
         ),
         (
             "item_id:token\theadline:token_seq\ni1\tx\n",
