@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from recbole_ssm.arguments import join_values
-from recbole_ssm.errors import ArgumentParser, UserError
+from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 from recbole_ssm.keys import KEYS
 
 
@@ -46,11 +46,15 @@ def parse(
     Raises:
         UserError: an option is wrong, or there is no checkpoint.
     """
+    own = list(parser._option_string_actions)
+    for name in (argument.partition("=")[0] for argument in arguments):
+        if name not in own and f"--{name[2:].replace('-', '_')}" in own:
+            raise UserError(f"{parser.prog}: there is no option {name}{did_you_mean(name, own)}")
     options, others = parser.parse_known_args(join_values(list(arguments), {"--help", "-h", *flags}))
     if strange := [other for other in others if not other.startswith("--")]:
         raise UserError(f"{parser.prog}: one checkpoint is taken, got {options.checkpoint} and {strange[0]}")
     for name in (other.partition("=")[0] for other in others):
-        longer = [option for option in parser._option_string_actions if option.startswith(f"{name}_")]
-        if longer and name.removeprefix("--") not in KEYS:
-            raise UserError(f"{parser.prog}: there is no option {name}; did you mean '{longer[0]}'?")
+        hint = did_you_mean(name, own)
+        if hint and name.removeprefix("--") not in KEYS:
+            raise UserError(f"{parser.prog}: there is no option {name}{hint}")
     return options, others

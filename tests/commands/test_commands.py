@@ -212,6 +212,8 @@ def test_vectors_by_raw_id(run):
         (["recommend", "{run}", "--users=u3,feww"], "no file 'u3,feww' and no user 'feww'; did you mean 'few'?"),
         (["recommend", "{run}", "--history=i1,i99"], "item 'i99' is not in the catalogue"),
         (["recommend", "{run}", "--history=i1", "--users=u1"], "--history: is in place of --users; leave one out"),
+        (["recommend", "{run}", "--titel_field=x"], "there is no option --titel_field; did you mean '--title_field'?"),
+        (["recommend", "{run}", "--exclude-seen"], "there is no option --exclude-seen; did you mean '--exclude_seen'?"),
         (["recommend", "{run}", "--history=,"], "--history: names no item"),
         (["recommend", "{run}", "--out=recs.xls"], "must end in .parquet or .csv"),
         (["recommend", "{run}", "--out=absent/recs.csv"], "there is no folder"),
