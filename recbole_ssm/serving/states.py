@@ -80,5 +80,5 @@ class States:
     @torch.inference_mode()
     def scores(self, rows: np.ndarray) -> Tensor:
         """The scores of all items ``[n, V]`` after rows ``[n, width]``."""
-        table = self._model.item_embedding.weight
-        return torch.from_numpy(rows[:, : self.hidden_size]).to(table) @ table.T
+        items = self._model.item_vectors()
+        return self._model.query_vectors(torch.from_numpy(rows[:, : self.hidden_size]).to(items)) @ items.T

@@ -38,6 +38,7 @@ def models():
         "2Mamba4Rec": untrained("2Mamba4Rec", 2, num_layers=2),
         "other": untrained("2Mamba4Rec", 3, num_layers=1),
         "SASRec": untrained("SASRec", 4, train_neg_sample_args=None),
+        "cosine": untrained("2Mamba4Rec", 5, score="cosine", temperature=0.1),
     }
 
 
@@ -69,7 +70,7 @@ def visit(engine, *visits):
     return found
 
 
-@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec", "SASRec"])
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec", "SASRec", "cosine"])
 def test_recommendations_are_those_of_the_whole_history(models, name):
     engine = Engine(models[name], MemoryStore())
     recommender = models[name].recommender
