@@ -13,9 +13,10 @@ from recbole_ssm.arguments import at_least, positive
 from recbole_ssm.commands.items import categories_of, titles_of
 from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.errors import ArgumentParser, UserError, require
+from recbole_ssm.files import digest
 from recbole_ssm.serving import recommender_of
 from recbole_ssm.serving.record import STATE_TYPES
-from recbole_ssm.serving.served import Served, digest_of
+from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
@@ -53,7 +54,7 @@ def load_served(
         if command_line or category_field:
             raise
         getLogger().warning(f"no titles and no categories: {error}")
-    return Served(recommender, digest_of(file), titles, categories)
+    return Served(recommender, digest(file), titles, categories)
 
 
 def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,12 +81,3 @@ class Served:
         tokens = self.catalogue.items[1:]
         fits = (token for token in tokens if wanted in f"{token} {self.titles.get(token, '')}".casefold())
         return list(islice(fits, k))
-
-
-def digest_of(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(file, "rb") as content:
-        found = hashlib.sha256()
-        while piece := content.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
