@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +21,10 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_json, write_text
 from recbole_ssm.keys import KEYS
 from recbole_ssm.study.plots import quality_against_latency
+from recbole_ssm.study.published import published
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
-PUBLISHED = Path(__file__).parent / "published.csv"
 Row = dict[str, Any]
 Compared = Callable[["Entry", "Entry"], bool]
 """Whether two entries are tested against each other."""
@@ -255,15 +254,6 @@ def pairs_markdown(found: Mapping[str, Sequence[Pair]]) -> str:
                 who = f"{pair.first} - {pair.second}"
                 rows.append([dataset, pair.metric, who, f"{pair.users:,}", difference, interval, *ps])
     return grid(titles, rows)
-
-
-def published(datasets: Collection[str], models: Collection[str]) -> list[dict[str, str]]:
-    """What others published of these models on these data sets, with ``source`` and ``protocol``.
-
-    ``history`` is ``masked``, ``unmasked`` or ``unknown``: whether items of the history were left out of the ranking.
-    """
-    with open(PUBLISHED, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["dataset"] in datasets and row["model"] in models]
 
 
 def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
