@@ -22,14 +22,14 @@ import yaml
 
 from recbole_ssm import __version__, compat
 from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, module_of, parse_options, read_yaml
-from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, Anything, Key, nearest, plain, renamed, row, rows, shown
+from recbole_ssm.errors import UserError, did_you_mean, shown
+from recbole_ssm.keys import ALIASES, KEYS, Key, nearest, plain, renamed, row, rows
+from recbole_ssm.kinds import Anything
 
 compat.install()
 
 import recbole.config  # noqa: E402
-from recbole.evaluator import metric_types  # noqa: E402
-from recbole.utils import EvaluatorType, InputType  # noqa: E402
+from recbole.utils import InputType  # noqa: E402
 from recbole.utils.argument_list import (  # noqa: E402
     dataset_arguments,
     evaluation_arguments,
@@ -38,7 +38,7 @@ from recbole.utils.argument_list import (  # noqa: E402
 )
 
 from recbole_ssm import distributed  # noqa: E402
-from recbole_ssm.data import temporal  # noqa: E402
+from recbole_ssm.conflicts import check_together  # noqa: E402
 from recbole_ssm.data.gaps import reads_times  # noqa: E402
 
 SETTINGS = "config.yaml"
@@ -252,7 +252,8 @@ class Config(recbole.config.Config):
         if not reads_times(merged.get("time")) and "time" in merged:
             # The text means the same, and what is kept with a model is compared.
             merged["time"] = None
-        self._check_together(merged)
+        check_together(merged)
+        self._rules.check_options(merged, self._find_model)
         # RecBole changes some of them from here on.
         self._settings = copy.deepcopy(merged)
         return copy.deepcopy(merged)
@@ -326,62 +327,6 @@ class Config(recbole.config.Config):
             raise UserError(f"{key}: there is no such key{near}")
         found = found or UNDECLARED
         return found.take(key, value, self.internal_config_dict.get(key))
-
-    def _check_together(self, merged: dict[str, Any]) -> None:
-        """Refuse what is right by itself and cannot go together."""
-        loss, negatives = merged.get("loss_type"), merged["train_neg_sample_args"]
-        if loss in ("sampled_softmax", "gBCE") and negatives is not None:
-            raise UserError(f"train_neg_sample_args: {loss} draws its own samples; set num_negatives instead")
-        if loss == "BPR" and negatives is None:
-            raise UserError("train_neg_sample_args: BPR needs negative samples, got None; leave the key out")
-        if negatives and negatives.get("dynamic") and not negatives.get("candidate_num"):
-            raise UserError("train_neg_sample_args: dynamic needs a candidate_num of at least 1, such as 10")
-        self._check_times(merged)
-        if temporal.NAME in merged["eval_args"]["split"]:
-            temporal.check_parts(merged["eval_args"]["split"][temporal.NAME])
-        if merged["train_last"] and merged["train_newest"]:
-            raise UserError("train_newest: train_last leaves targets too, with their whole histories; leave one empty")
-        if merged["ties"] == "random" and (merged["legacy_time_order"] or merged["benchmark_filename"] is not None):
-            legacy = merged["legacy_time_order"]
-            why = "legacy_time_order rounds times" if legacy else "benchmark_filename's rows are made"
-            raise UserError(f"ties: random needs times that are not touched, and {why}; take ties: file")
-        self._check_metrics(merged)
-        self._rules.check_options(merged, self._find_model)
-
-    @staticmethod
-    def _check_times(merged: dict[str, Any]) -> None:
-        for key in ("query_enters", "query_calendar"):
-            if merged.get(key) and merged.get("time") != "query":
-                raise UserError(f"{key}: is of time: query, and time is {merged.get('time') or 'none'}; leave it out")
-        if not reads_times(merged.get("time")):
-            return
-        if merged["legacy_time_order"]:
-            raise UserError(f"legacy_time_order: rounds times, which time: {merged['time']} reads; leave it out")
-        if merged["transform"] not in (None, "mask_itemseq"):
-            raise UserError(
-                f"transform: {merged['transform']} moves the items of histories and not their times, which time: "
-                f"{merged['time']} reads; leave it out"
-            )
-
-    @staticmethod
-    def _check_metrics(merged: dict[str, Any]) -> None:
-        metrics = [merged["metrics"]] if isinstance(merged["metrics"], str) else merged["metrics"]
-        cutoffs = [merged["topk"]] if isinstance(merged["topk"], int) else merged["topk"]
-        of_ranks = [name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING]
-        for metric in metrics:
-            if str(metric).lower() not in metric_types:
-                near = did_you_mean(str(metric), of_ranks)
-                raise UserError(f"metrics: '{metric}' is not one of {', '.join(of_ranks)}{near}")
-        name, _, cutoff = str(merged["valid_metric"]).partition("@")
-        ranking_metrics = {*of_ranks} - {"gauc"}
-        if name.lower() not in {str(metric).lower() for metric in metrics}:
-            raise UserError(
-                f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; name one of them"
-            )
-        if name.lower() in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):
-            raise UserError(
-                f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there"
-            )
 
 
 def _preset(name: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import shown
 
 if TYPE_CHECKING:
     from tqdm.auto import tqdm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -17,6 +18,11 @@ NO_RECBOLE = (
 )
 LONGEST = 900
 """Characters of a message; what it quotes may be of any length."""
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 12, 12
+_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
 
 
 class UserError(ValueError):
@@ -56,6 +62,15 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, behind the name of its class where it is not made for users."""
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its repr, shortened."""
+    try:
+        return _short.repr(value)
+    except ValueError:
+        # Python writes out no whole number of more than some thousand digits.
+        return "a number of thousands of digits"
 
 
 def excerpt(text: str) -> str:

@@ -14,385 +14,47 @@ from __future__ import annotations
 import ast
 import math
 import re
-import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, shown
+from recbole_ssm.kinds import (
+    AT_LEAST_1,
+    COLUMN,
+    COLUMNS,
+    FLAG,
+    LAYERS,
+    NAME,
+    NAME_PATTERN,
+    NONE,
+    NOT_NEGATIVE,
+    OPTIONS,
+    PART,
+    POSITIVE,
+    Choice,
+    Either,
+    Fields,
+    Filter,
+    Flag,
+    Kind,
+    KindError,
+    Many,
+    Number,
+    Only,
+    Range,
+    Split,
+    Table,
+    Text,
+    whole_number,
+)
 
-LARGEST = 2**31 - 1
-"""The largest whole number for a key that names no bound of its own."""
 DEEPEST = 20
 """How deeply mappings and lists may be nested in a value."""
 MOST_VALUES = 200_000
 """How many numbers, texts, lists and mappings a value may hold in all."""
-
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 6, 12, 12
-_short.maxstring, _short.maxother, _short.maxlong = 120, 120, 40
-
-
-class KindError(ValueError):
-    """A value is not accepted; the text goes on from ``key: ``.
-
-    Within a mapping the entry's name is put before it, unless ``named`` says that the text has one.
-    """
-
-    def __init__(self, text: str, named: bool = False) -> None:
-        super().__init__(text)
-        self.named = named
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: its repr, shortened."""
-    try:
-        return _short.repr(value)
-    except ValueError:
-        # Python writes out no whole number of more than some thousand digits.
-        return "a number of thousands of digits"
-
-
-# --- what a value may be ---
-
-
-class Kind:
-    """What a value may be; ``str`` of it describes that after "must be"."""
-
-    def take(self, value: Any) -> Any:
-        """The value as the configuration keeps it; lists come out of tuples.
-
-        Raises:
-            KindError: it is not accepted.
-        """
-        raise NotImplementedError
-
-    def refuse(self, value: Any) -> KindError:
-        """The error of a value of another type."""
-        return KindError(f"must be {self}, got {shown(value)}")
-
-
-class Flag(Kind):
-    """True or False."""
-
-    def __str__(self) -> str:
-        return "True or False"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if not isinstance(value, bool):
-            raise self.refuse(value)
-        return value
-
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|-?inf"
-_INTERVAL = re.compile(rf"\s*([\[(])\s*({_NUMBER})\s*,\s*({_NUMBER})\s*([\])])\s*", re.IGNORECASE)
-
-
-class Range(NamedTuple):
-    """An interval of numbers."""
-
-    low: float
-    high: float
-    has_low: bool
-    """Whether ``low`` belongs to it."""
-    has_high: bool
-
-    @classmethod
-    def read(cls, text: str) -> Range | None:
-        """``"[0, 1)"`` as a range; None where the text is no interval."""
-        found = _INTERVAL.fullmatch(text)
-        if found is None or float(found[2]) > float(found[3]):
-            return None
-        return cls(float(found[2]), float(found[3]), found[1] == "[", found[4] == "]")
-
-    def __contains__(self, number: object) -> bool:
-        assert isinstance(number, (int, float))
-        above = number > self.low or (self.has_low and number == self.low)
-        return above and (number < self.high or (self.has_high and number == self.high))
-
-    def __str__(self) -> str:
-        low, high = ("-inf" if end == -math.inf else f"{end:.12g}" for end in (self.low, self.high))
-        return f"{'[' if self.has_low else '('}{low}, {high}{']' if self.has_high else ')'}"
-
-
-@dataclass(frozen=True)
-class Number(Kind):
-    """A finite number within a range; a whole one if ``whole``."""
-
-    within: str = "(-inf, inf)"
-    whole: bool = False
-    most: float = math.inf
-    """What is larger is taken for a mistake, such as a number in the place of another."""
-
-    @cached_property
-    def range(self) -> Range:
-        """The range of ``within``."""
-        found = Range.read(self.within)
-        assert found is not None, self.within
-        return found
-
-    @property
-    def bound(self) -> str:
-        """The range in words, after "must"."""
-        low, high, closed, _ = self.range
-        if high < math.inf:
-            return f"lie in {self.range}"
-        if low == -math.inf:
-            return "be finite"
-        return "be 0 or more" if closed and low == 0 else f"be {'at least' if closed else 'above'} {low:.12g}"
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        return kind if self.range.low == -math.inf else f"{kind} in {self.range}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
-            raise KindError(f"must be {'a whole number' if self.whole else 'a number'}, got {shown(value)}")
-        if value not in self.range:
-            finite = " and finite" if value == math.inf and "finite" not in self.bound else ""
-            raise KindError(f"must {self.bound}{finite}, got {shown(value)}")
-        if value > min(self.most, LARGEST) and isinstance(value, int) and self.range.high == math.inf:
-            raise KindError(f"must be at most {min(self.most, LARGEST)}, got {shown(value)}")
-        return value
-
-
-@dataclass(frozen=True)
-class Text(Kind):
-    """Text that is not empty and fits a pattern."""
-
-    says: str = "text"
-    pattern: str = r"(?s).+"
-
-    def __str__(self) -> str:
-        return self.says
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if not isinstance(value, str) or not re.fullmatch(self.pattern, value) or "\0" in value:
-            raise self.refuse(value)
-        return value
-
-
-class Choice(Kind):
-    """One of some values."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(map(str, self.values))}" if len(self.values) > 1 else repr(self.values[0])
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        # True == 1, and neither may stand for the other.
-        if not any(type(value) is type(known) and value == known for known in self.values):
-            hint = did_you_mean(value, map(str, self.values)) if isinstance(value, str) else ""
-            raise KindError(f"{shown(value)} is not {self}{hint}")
-        return value
-
-
-@dataclass(frozen=True)
-class Only(Kind):
-    """One value alone; ``says`` gives the reason."""
-
-    value: Any
-    says: str
-
-    def __str__(self) -> str:
-        return self.says
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if type(value) is not type(self.value) or value != self.value:
-            raise self.refuse(value)
-        return value
-
-
-class Either(Kind):
-    """What any of several kinds accepts."""
-
-    def __init__(self, *kinds: Kind) -> None:
-        self.kinds = kinds
-
-    def __str__(self) -> str:
-        return " or ".join(dict.fromkeys(map(str, self.kinds)))
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        for kind in self.kinds:
-            try:
-                return kind.take(value)
-            except KindError:
-                continue
-        raise self.refuse(value)
-
-
-@dataclass(frozen=True)
-class Many(Kind):
-    """A list of values of one kind, or a text of them with commas between; with ``or_one``, a single value may stand
-    without its list.
-    """
-
-    of: Kind
-    or_one: bool = False
-    length: int | None = None
-    """How many there are; None: at least ``least``."""
-    least: int = 0
-
-    def __str__(self) -> str:
-        if self.or_one:
-            return f"{self.of} or a list of such"
-        count = f" of {self.length}" if self.length else ""
-        return f"a list{count} in which each entry is {self.of}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if isinstance(value, str) and "," in value and isinstance(self.of, Text):
-            value = [part.strip() for part in value.split(",")]
-        if not isinstance(value, (list, tuple)):
-            try:
-                if self.or_one:
-                    return self.of.take(value)
-            except KindError:
-                pass
-            raise self.refuse(value)
-        if len(value) != self.length if self.length else len(value) < self.least:
-            raise self.refuse(value)
-        return [self.of.take(entry) for entry in value]
-
-
-@dataclass(frozen=True)
-class Table(Kind):
-    """A mapping from text, such as the names of columns, to values of one kind."""
-
-    of: Kind
-    example: str
-    length: int | None = None
-    needs: str = ""
-    """The entry that must be there."""
-
-    def __str__(self) -> str:
-        return f"a mapping such as {self.example}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        names = isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
-        if not names or (self.length is not None and len(value) != self.length):
-            raise self.refuse(value)
-        if self.needs and self.needs not in value:
-            raise KindError(f"needs the entry '{self.needs}', got {shown(value)}", named=True)
-        return {name: _inside(name, self.of, entry) for name, entry in value.items()}
-
-
-@dataclass(frozen=True)
-class Fields(Kind):
-    """A mapping whose entries have names of their own; any other is kept as it is if it is ``open`` to them."""
-
-    known: Mapping[str, Kind]
-    example: str = ""
-    needs: tuple[str, ...] = ()
-    """Entries that must be there."""
-    open: bool = False
-
-    def __str__(self) -> str:
-        return f"a mapping such as {self.example or '{' + repr(next(iter(self.known))) + ': ...}'}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if not isinstance(value, Mapping):
-            raise self.refuse(value)
-        for name in value:
-            if not isinstance(name, str) or (name not in self.known and not self.open):
-                hint = did_you_mean(str(name), self.known) if isinstance(name, str) else ""
-                raise KindError(f"there is no such entry {shown(name)}{hint or '; known are ' + ', '.join(self.known)}")
-        for name in self.needs:
-            if name not in value:
-                raise KindError(f"needs the entry '{name}', got {shown(value)}", named=True)
-        return {name: _inside(name, self.known[name], v) if name in self.known else v for name, v in value.items()}
-
-
-def _inside(name: str, kind: Kind, value: Any) -> Any:
-    try:
-        return kind.take(value)
-    except KindError as error:
-        raise KindError(str(error) if error.named else f"{name} {error}", named=True) from None
-
-
-@dataclass(frozen=True)
-class Filter(Kind):
-    """Intervals as RecBole filters by them, ``"[5,inf)"`` or several with semicolons between them."""
-
-    or_tokens: bool = False
-    """Whether a list of tokens is accepted too."""
-
-    def __str__(self) -> str:
-        return f"an interval such as '[5,inf)'{' or a list of tokens' if self.or_tokens else ''}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`; the command line's ``(5,10)`` is a tuple, and becomes text again."""
-        if self.or_tokens and isinstance(value, list):
-            return [Text("a token").take(entry) for entry in value]
-        text = str(value) if isinstance(value, (tuple, list)) else value
-        if not isinstance(text, str):
-            raise self.refuse(value)
-        for part in text.split(";"):
-            if Range.read(part) is None:
-                read = "intervals read [3,inf) or (0,1];[3,4)"
-                tokens = ", and a list is of tokens" if self.or_tokens else ""
-                raise KindError(f"{shown(part)} is no interval, in {shown(value)}; {read}{tokens}")
-        return text if isinstance(value, tuple) else value
-
-
-class Split(Kind):
-    """``eval_args.split``: the name of one way to split, and what it needs."""
-
-    leave_one_out = ("valid_and_test", "valid_only", "test_only")
-    known = ("RS", "LS", "TS", "GTS")
-
-    def __str__(self) -> str:
-        return "one entry such as {'LS': 'valid_and_test'}"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if not isinstance(value, Mapping) or len(value) != 1:
-            raise self.refuse(value)
-        (name, how) = next(iter(value.items()))
-        if name not in self.known:
-            raise KindError(f"there is no split {shown(name)}; known are {', '.join(self.known)}", named=True)
-        if name == "LS":
-            if how not in self.leave_one_out:
-                raise KindError(f"LS must be one of {', '.join(self.leave_one_out)}, got {shown(how)}", named=True)
-            return {name: how}
-        if name == "GTS":
-            # recbole_ssm.data.temporal says what that may be.
-            return {name: how}
-        try:
-            shares: list[float] = Many(Number("[0, inf)"), length=3).take(how)
-        except KindError:
-            shares = [0.0]
-        if not shares[0] > 0:
-            text = f"{name} takes three shares, the first above 0, got {shown(how)}"
-            raise KindError(f"{text}; try split: {{'{name}': [0.8, 0.1, 0.1]}}", named=True)
-        return {name: shares}
-
-
-class Anything(Kind):
-    """Any value that JSON can hold."""
-
-    def __str__(self) -> str:
-        return "any value"
-
-    def take(self, value: Any) -> Any:
-        """See :meth:`Kind.take`."""
-        if not isinstance(value, (bool, int, float, str, list, tuple, Mapping, type(None))):
-            raise KindError(f"must be a number, text, True, False, a list or a mapping, got {shown(value)}")
-        return value
-
 
 # --- the rows ---
 
@@ -488,18 +150,7 @@ class Key:
         return "" if default is None else f"; the default is {default!r}"
 
 
-def _whole(within: str = "[1, inf)", most: float = math.inf) -> Number:
-    return Number(within, whole=True, most=most)
-
-
-_NAME = r"[^\0\n]{1,200}"
-FLAG, NAME, COLUMN = Flag(), Text("a name", _NAME), Text("the name of a column", _NAME)
-AT_LEAST_1, _LAYERS = _whole(), _whole(most=1000)
-NOT_NEGATIVE, POSITIVE, PART = Number("[0, inf)"), Number("(0, inf)"), Number("[0, 1)")
-COLUMNS = Many(COLUMN)
-OPTIONS = Fields({}, "{'name': value}", open=True)
-NONE = Choice(None)
-_DECIMALS = _whole("[0, 20]")
+_DECIMALS = whole_number("[0, 20]")
 
 _SCHEDULER = Text("'cosine', 'one_cycle' or the name of a class of torch.optim.lr_scheduler")
 # PyTorch's schedulers find a wrong value of these only in the midst of a run, or never.
@@ -510,7 +161,7 @@ _SCHEDULER_ARGS = Fields(
         ),
         **dict.fromkeys(("step_size_up", "total_iters"), AT_LEAST_1),
         **dict.fromkeys(("gamma", "factor", "power", "start_factor", "end_factor", "threshold"), Number()),
-        **dict.fromkeys(("patience", "cooldown"), _whole("[0, inf)")),
+        **dict.fromkeys(("patience", "cooldown"), whole_number("[0, inf)")),
         "milestones": Many(AT_LEAST_1),
     },
     "{'max_lr': 0.01, 'total_steps': 1000}",
@@ -532,7 +183,7 @@ _NEGATIVES = Fields(
         "sample_num": Either(AT_LEAST_1, Choice("none")),
         "alpha": Either(Number(), Choice("none")),
         "dynamic": FLAG,
-        "candidate_num": _whole("[0, inf)"),
+        "candidate_num": whole_number("[0, inf)"),
     }
 )
 _MODE = Text(
@@ -550,8 +201,8 @@ _EVALUATION = Fields(
 _LEVEL = Text("one of debug, info, warning, error, critical", "(?i:debug|info|warning|error|critical)")
 _GPUS = Either(
     Text("numbers of GPUs such as '0' or '0,1'", r"\s*|\d+(?:\s*,\s*\d+)*"),
-    _whole("[0, inf)"),
-    Many(_whole("[0, inf)")),
+    whole_number("[0, inf)"),
+    Many(whole_number("[0, inf)")),
 )
 _TRANSFORM = Choice("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq")
 _LEARNER = Choice("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam", "usgm", "usfgm")
@@ -562,7 +213,7 @@ _BUCKETS = Table(
     "{'price': {'method': 'ED', 'bucket': 10}}",
 )
 _BASE = Text("a folder, a .gguf file, a name on the Hugging Face hub or 'random'")
-_METRICS = Many(Text("the name of a metric", _NAME), or_one=True, least=1)
+_METRICS = Many(Text("the name of a metric", NAME_PATTERN), or_one=True, least=1)
 _CHECKPOINT = Text("a file such as best.safetensors, or the folder of a run")
 _PICKLE = "loading one runs the code in it"
 _LAUNCHED = "torchrun starts several processes and numbers them"
@@ -574,13 +225,13 @@ KEYS: dict[str, Key] = {
     "checkpoint_dir": Key(Text("a folder"), "machine", "Where runs keep their checkpoints.", effect="none"),
     "gpu_id": Key(_GPUS, "machine", "The GPUs that may be used, by their numbers.", effect="none"),
     "use_gpu": Key(FLAG, "machine", "Use a GPU where there is one.", effect="none"),
-    "worker": Key(_whole("[0, 512]"), "machine", effect="none", about=
+    "worker": Key(whole_number("[0, 512]"), "machine", effect="none", about=
         "How many processes prepare batches beside the main one."),
     "device": Key(NAME, "machine", effect="none", refused="it follows from use_gpu and gpu_id"),
-    "local_rank": Key(_whole("[0, inf)"), "machine", effect="none", refused=_LAUNCHED),
+    "local_rank": Key(whole_number("[0, inf)"), "machine", effect="none", refused=_LAUNCHED),
     "nproc": Key(AT_LEAST_1, "machine", refused=_LAUNCHED),
     "world_size": Key(AT_LEAST_1, "machine", refused=_LAUNCHED),
-    "offset": Key(_whole("[0, inf)"), "machine", refused=_LAUNCHED),
+    "offset": Key(whole_number("[0, inf)"), "machine", refused=_LAUNCHED),
     "ip": Key(NAME, "machine", refused=_LAUNCHED),
     "port": Key(NAME, "machine", refused=_LAUNCHED),
     "single_spec": Key(FLAG, "run", refused="it follows from how the run was started"),
@@ -590,7 +241,7 @@ KEYS: dict[str, Key] = {
     "preset": Key(Text("a name such as ml-1m/2Mamba4Rec"), "run", effect="none", empty=True, about=
         "Settings that are shipped in properties/preset: above the other defaults, below config files and options. A "
         "preset names its model and its data set, unless others are given."),
-    "seed": Key(_whole("[0, 4294967295]"), "run", "Where all random numbers start."),
+    "seed": Key(whole_number("[0, 4294967295]"), "run", "Where all random numbers start."),
     "reproducibility": Key(FLAG, "run", "Let cuDNN choose only algorithms that give the same result each time."),
     "state": Key(_LEVEL, "run", effect="none", empty=True, about=
         "From which level on messages are shown; at INFO and below the log file keeps more."),
@@ -615,14 +266,14 @@ KEYS: dict[str, Key] = {
     "dataloaders_save_path": Key(NAME, "run", refused=f'saved data loaders are a pickle, and {_PICKLE}'),
 
     # how weights are learned
-    "epochs": Key(_whole("[0, inf)"), "training", effect="free", named=True, about=
+    "epochs": Key(whole_number("[0, inf)"), "training", effect="free", named=True, about=
         "The number of training epochs; 0 evaluates a model as it is."),
-    "stopping_step": Key(_whole("[0, inf)"), "training", effect="free", named=True, about=
+    "stopping_step": Key(whole_number("[0, inf)"), "training", effect="free", named=True, about=
         "Stop after more than so many validations without a better one."),
     "eval_step": Key(AT_LEAST_1, "training", "Validate after every so many epochs."),
     "train_batch_size": Key(AT_LEAST_1, "training", tune=(256, 512, 1024, 2048, 4096), named=True, about=
         "Targets in a batch."),
-    "gradient_accumulation_steps": Key(_whole(most=100_000), "training", about=
+    "gradient_accumulation_steps": Key(whole_number(most=100_000), "training", about=
         "Parts into which a batch is cut, one after the other through the model: less memory, and the same step "
         "where the loss is a mean over targets."),
     "shuffle": Key(FLAG, "training", "Shuffle the training rows before each epoch."),
@@ -688,8 +339,8 @@ KEYS: dict[str, Key] = {
     # what is measured, and on which rows
     "metrics": Key(_METRICS, "evaluation", "Evaluation metrics."),
     "topk": Key(Many(AT_LEAST_1, or_one=True, least=1), "evaluation", "Cut-offs of the ranking metrics."),
-    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", _NAME), "evaluation", named=True, about=
-        "The metric that chooses the best epoch."),
+    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", NAME_PATTERN), "evaluation", named=True,
+        about="The metric that chooses the best epoch."),
     "valid_metric_bigger": Key(FLAG, "evaluation", "Whether more of it is better; RecBole knows it from the metric."),
     "tail_ratio": Key(Number("[0, 1]"), "evaluation", "The share of least popular items that TailPercentage counts."),
     "eval_rows": Key(AT_LEAST_1, "evaluation", empty=True, about=
@@ -710,7 +361,7 @@ KEYS: dict[str, Key] = {
     "ties": Key(Choice("file", "random"), "data", named=True, about=
         "How events of one user at one time are ordered: as in the 'file', which is RecBole's way, or at 'random'; a "
         "result that differs stands on the order of the file."),
-    "ties_seed": Key(_whole("[0, 4294967295]"), "data", about=
+    "ties_seed": Key(whole_number("[0, 4294967295]"), "data", about=
         "Draws the order of 'ties: random'. It is no part of 'seed', so that runs of several seeds share their data."),
     "on_bad_lines": Key(Choice("error", "skip"), "data", about=
         "A line of a data file that cannot be used stops the run, or is skipped, counted and kept in "
@@ -770,8 +421,8 @@ KEYS: dict[str, Key] = {
     "hidden_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256), named=True),
     "embedding_size": Key(AT_LEAST_1, "model", tune=(32, 64, 128, 256)),
     "inner_size": Key(AT_LEAST_1, "model", tune=(128, 256, 512)),
-    "num_layers": Key(_LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
-    "n_layers": Key(_LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
+    "num_layers": Key(LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
+    "n_layers": Key(LAYERS, "model", tune=(1, 2, 3, 4, 6, 8), named=True),
     "residual": Key(Choice("auto", True, False), "model", named=True),
     "n_heads": Key(AT_LEAST_1, "model", tune=(1, 2, 4)),
     "dropout_prob": Key(PART, "model", tune=Span(0.0, 0.6), named=True),
@@ -804,7 +455,7 @@ KEYS: dict[str, Key] = {
     "base_model": Key(_BASE, "model", effect="free"),
     "base_model_dtype": Key(Choice("auto", "float32", "bfloat16"), "model"),
     "base_model_download": Key(FLAG, "model", effect="none"),
-    "lora_r": Key(_whole("[0, inf)"), "model", tune=(4, 8, 16), empty=True),
+    "lora_r": Key(whole_number("[0, inf)"), "model", tune=(4, 8, 16), empty=True),
     "lora_modules": Key(Either(Choice("all-linear"), Many(Text("the name of a layer"), least=1)), "model", empty=True),
     "title_field": Key(COLUMN, "model", empty=True),
     "random_base_args": Key(Fields({}, "{'hidden_size': 128}", open=True), "model", empty=True),

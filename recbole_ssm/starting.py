@@ -9,8 +9,7 @@ from typing import Any
 
 from recbole_ssm.config import Config
 from recbole_ssm.data.outline import item_tokens
-from recbole_ssm.errors import UserError
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, shown
 from recbole_ssm.model import get_model
 from recbole_ssm.model.registry import build_model, class_of, known_model
 from recbole_ssm.trainer import checkpoint, known_items

@@ -13,7 +13,8 @@ from recbole_ssm.cli import main
 from recbole_ssm.config import RECBOLE_PROPERTIES
 from recbole_ssm.data.loader import TRANSFORMS
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import ALIASES, FREE_KEYS, KEYS, MACHINE_KEYS, Choice, Number, Range, Span
+from recbole_ssm.keys import ALIASES, FREE_KEYS, KEYS, MACHINE_KEYS, Span
+from recbole_ssm.kinds import Choice, Number, Range
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.model import model_names

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import Choice, Either, Fields, Filter, Flag, Many, Number, Only, Split, Table
+from recbole_ssm.kinds import Choice, Either, Fields, Filter, Flag, Many, Number, Only, Split, Table
 from recbole_ssm.model import MODELS
 from recbole_ssm.quick_start import configure, run_recbole_ssm
 

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.atomic import Values
-from recbole_ssm.errors import UserError, excerpt
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, excerpt, shown
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Digits of a fraction that are kept.

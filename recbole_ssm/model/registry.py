@@ -15,8 +15,7 @@ import recbole.model.sequential_recommender as recbole_models
 import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 
-from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, did_you_mean, shown
 
 MODELS: dict[str, Any] = {}
 """Our own models; :mod:`recbole_ssm.model` lists them."""

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recbole_ssm.data.times import LATEST, second_of
-from recbole_ssm.errors import UserError
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, shown
 from recbole_ssm.serving.catalogue import Catalogue, Ids
 
 

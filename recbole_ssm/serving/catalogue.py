@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from recbole_ssm.errors import UserError
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, shown
 
 Ids = list[int]
 

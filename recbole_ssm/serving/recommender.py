@@ -12,8 +12,8 @@ from torch import Tensor
 
 from recbole_ssm import compat
 from recbole_ssm.data.outline import DatasetOutline
-from recbole_ssm.errors import UserError
-from recbole_ssm.keys import KEYS, shown
+from recbole_ssm.errors import UserError, shown
+from recbole_ssm.keys import KEYS
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
 from recbole_ssm.trainer.known_items import counts_of, items_of, texts_in

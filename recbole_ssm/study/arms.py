@@ -17,7 +17,8 @@ from typing import Any
 
 from recbole_ssm.arguments import read_yaml
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import AT_LEAST_1, NAME, Choice, Fields, KindError, Many, plain
+from recbole_ssm.keys import plain
+from recbole_ssm.kinds import AT_LEAST_1, NAME, Choice, Fields, KindError, Many
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Run

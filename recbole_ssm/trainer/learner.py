@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer, lr_scheduler
 
-from recbole_ssm.errors import UserError, did_you_mean, first_line
-from recbole_ssm.keys import shown
+from recbole_ssm.errors import UserError, did_you_mean, first_line, shown
 from recbole_ssm.optim import LEARNERS, IterateAverage, parameter_groups
 from recbole_ssm.optim.gradient_noise import is_out_of_memory
 from recbole_ssm.optim.schedule import SHAPES, Schedule

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_ssm.errors import UserError
-from recbole_ssm.keys import FREE_KEYS, shown
+from recbole_ssm.errors import UserError, shown
+from recbole_ssm.keys import FREE_KEYS
 from recbole_ssm.trainer.checkpoint import Checkpoint, flatten_optimizer, plain, settings_of, unflatten_optimizer
 
 RandomStates = Mapping[str, Tensor]
