@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "recbole_ssm"
 # and it imports nothing but the ground.
 FLOORS = (
     "cli", "study", "doctor", "bench", "commands", "quick_start", "starting", "serving", "model", "llm", "trainer",
-    "evaluation", "config", "data", "layers", "optim", "ops", "compat",
+    "evaluation", "config", "conflicts", "data", "layers", "optim", "ops", "compat",
 )  # fmt: skip
 WITHOUT_RECBOLE = ("layers", "optim", "ops")
 
