@@ -75,7 +75,7 @@ class Guard:
             except ConnectionError:
                 return
         if refusal is None:
-            await self._app(scope, _replayed(body, receive), watched)
+            await self._app(scope, replayed(body, receive), watched)
         else:
             await _refuse(*refusal, watched)
         route = getattr(scope.get("route"), "path", "none")
@@ -83,10 +83,11 @@ class Guard:
 
     def _refusal(self, scope: Scope, raw: bytes) -> tuple[int, str] | None:
         """Status and reason why a call is not even read."""
-        try:
-            unquote_to_bytes(raw).decode()
-        except UnicodeDecodeError:
-            return 400, "the path is no UTF-8"
+        if b"%" in raw or not raw.isascii():
+            try:
+                unquote_to_bytes(raw).decode()
+            except UnicodeDecodeError:
+                return 400, "the path is no UTF-8"
         headers = dict(scope["headers"])
         if self._token is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", b"")
@@ -136,7 +137,7 @@ async def _within(seconds: float, waiting: Coroutine[Any, Any, bytes]) -> bytes:
         return await waiting
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def replayed(body: bytes, receive: Receive) -> Receive:
     """A body that was read already, as it is received."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 

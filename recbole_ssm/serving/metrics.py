@@ -39,24 +39,33 @@ class Metrics:
             ["outcome"], **about,
         )  # fmt: skip
         self.registry.register(_Size(store))
+        # Looking a child up by its labels costs more than counting does.
+        self._labelled: dict[Any, Any] = {}
 
     def observe_call(self, route: str, status: int, seconds: float) -> None:
         """A call was answered."""
-        self._calls.labels(route, status).observe(seconds)
+        self._of(self._calls, route, status).observe(seconds)
 
     def observe_part(self, part: str, seconds: float) -> None:
         """A part of the work was done."""
-        self._parts.labels(part).observe(seconds)
+        self._of(self._parts, part).observe(seconds)
 
     def count_events(self, found: Visited) -> None:
         """A visit brought events."""
         for outcome in ("taken", "repeated", "skipped"):
             if number := getattr(found, outcome):
-                self._events.labels(outcome).inc(number)
+                self._of(self._events, outcome).inc(number)
 
     def count_state(self, outcome: str) -> None:
         """A state was needed."""
-        self._states.labels(outcome).inc()
+        self._of(self._states, outcome).inc()
+
+    def _of(self, metric: Any, *labels: Any) -> Any:
+        """The part of a metric that has these labels."""
+        key = (metric, *labels)
+        if key not in self._labelled:
+            self._labelled[key] = metric.labels(*labels)
+        return self._labelled[key]
 
 
 class _Size:

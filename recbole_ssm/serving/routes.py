@@ -3,14 +3,15 @@
 # FastAPI evaluates these annotations, so they are not postponed.
 
 import asyncio
-import json
 import time
 from collections.abc import Iterable
+from logging import getLogger
 from typing import Annotated, Any
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BeforeValidator
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from recbole_ssm.errors import UserError
@@ -20,6 +21,10 @@ from recbole_ssm.serving.engine import Engine, Event, Visit, Visited
 from recbole_ssm.serving.record import LONGEST_ID
 from recbole_ssm.serving.served import Rules, Served
 from recbole_ssm.serving.service import Server
+from recbole_ssm.serving.store import StoreError
+from recbole_ssm.serving.worker import BusyError
+
+UNPROCESSABLE, BUSY, FULL, FAILED = 422, 503, 507, 500
 
 router = APIRouter(prefix="/v1")
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -37,9 +42,6 @@ Now = Annotated[schema.Seconds | None, Query(description=schema.NOW)]
 Names = Annotated[list[str] | None, Query(max_length=schema.MOST_NAMES)]
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def server_of(request: Request) -> Server:
     """The server that a call came to."""
     server: Server = request.app.state.server
@@ -48,9 +50,20 @@ def server_of(request: Request) -> Server:
 
 def answer(content: Any, status: int = 200) -> Response:
     """An answer in JSON."""
-    return Response(
-        json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, media_type="application/json"
-    )
+    return Response(to_json(content), status, media_type="application/json")
+
+
+def failed(error: Exception, call: str) -> Response:
+    """One line in JSON; what is not made for a caller is logged beside the call and not told."""
+    if isinstance(error, UserError):
+        return answer({"error": str(error)}, UNPROCESSABLE)
+    if isinstance(error, BusyError):
+        return answer({"error": str(error)}, BUSY)
+    if isinstance(error, StoreError):
+        getLogger().error(str(error))
+        return answer({"error": error.strerror or str(error)}, FULL if error.full else FAILED)
+    getLogger().error(call, exc_info=error)
+    return answer({"error": "a defect of the server; its log says more"}, FAILED)
 
 
 def scored(served: Served, pairs: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -74,20 +87,24 @@ async def take_events(
     now: Now = None,
 ) -> Response:
     """Take one event (`{"user": ..., "item": ...}`) or many (`{"events": [...]}`), and recommend after them."""
-    server = server_of(request)
+    return answer(await take(server_of(request), body, recommend or 0, exclude_seen, now))
+
+
+async def take(
+    server: Server, body: schema.EventBody | schema.EventsBody, k: int, exclude_seen: bool, now: float | None = None
+) -> dict[str, Any]:
+    """What became of the events of a body, with k recommendations to each of their users."""
     events = [body] if isinstance(body, schema.EventBody) else body.events
     server.refuse(event.item for event in events)
     by_user: dict[str, list[Event]] = {}
     for event in events:
         by_user.setdefault(event.user, []).append(Event(event.item, event.time, event.id))
     found = await server.visit(
-        [Visit(user, mine, k=recommend or 0, exclude_seen=exclude_seen, now=now) for user, mine in by_user.items()]
+        [Visit(user, mine, k=k, exclude_seen=exclude_seen, now=now) for user, mine in by_user.items()]
     )
     served = server.engine.served
     taken = [_taken(served, user, one) for user, one in zip(by_user, found)]
-    if isinstance(body, schema.EventBody):
-        return answer(taken[0])
-    return answer({"model": found[0].model, "users": taken})
+    return taken[0] if isinstance(body, schema.EventBody) else {"model": found[0].model, "users": taken}
 
 
 def _taken(served: Served, user: str, found: Visited) -> dict[str, Any]:
@@ -114,12 +131,18 @@ async def recommend_to_user(
     now: Now = None,
 ) -> Response:
     """Recommend to a user after all events; an unknown user gets what is popular."""
-    server = server_of(request)
     rules = Rules(allow, deny, category) if allow or deny or category else None
+    return answer(await recommend_after_events(server_of(request), user, k, exclude_seen, rules, now))
+
+
+async def recommend_after_events(
+    server: Server, user: str, k: int, exclude_seen: bool, rules: Rules | None = None, now: float | None = None
+) -> dict[str, Any]:
+    """What is recommended to a user."""
     (found,) = await server.visit([Visit(user, k=k, exclude_seen=exclude_seen, rules=rules, now=now)])
     assert found.recommended is not None
     about = {"model": found.model, "user": user, "events": found.events}
-    return answer({**about, **recommended(server.engine.served, found.recommended)})
+    return {**about, **recommended(server.engine.served, found.recommended)}
 
 
 @router.delete("/users/{user}", response_model=schema.Forgotten, responses=ERRORS)

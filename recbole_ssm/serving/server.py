@@ -3,7 +3,6 @@
 import socket
 import sys
 from importlib.resources import files
-from logging import getLogger
 from typing import Any
 
 import uvicorn
@@ -16,13 +15,13 @@ from recbole_ssm import __version__
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import schema
 from recbole_ssm.serving.guard import Guard
-from recbole_ssm.serving.routes import answer, router
+from recbole_ssm.serving.hot import Hot
+from recbole_ssm.serving.routes import BUSY, UNPROCESSABLE, answer, failed, router
 from recbole_ssm.serving.service import Server
 from recbole_ssm.serving.store import StoreError
 from recbole_ssm.serving.worker import BusyError
 
 PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-UNPROCESSABLE, BUSY, FULL, FAILED = 422, 503, 507, 500
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -38,15 +37,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         # A method that is not allowed comes with those that are.
         found.headers.update(error.headers or {})
         return found
-    if isinstance(error, UserError):
-        return answer({"error": str(error)}, UNPROCESSABLE)
-    if isinstance(error, BusyError):
-        return answer({"error": str(error)}, BUSY)
-    if isinstance(error, StoreError):
-        getLogger().error(str(error))
-        return answer({"error": error.strerror or str(error)}, FULL if error.full else FAILED)
-    getLogger().error(f"{request.method} {request.url.path}", exc_info=error)
-    return answer({"error": "a defect of the server; its log says more"}, FAILED)
+    return failed(error, f"{request.method} {request.url.path}")
 
 
 def create_app(server: Server) -> FastAPI:
@@ -109,7 +100,7 @@ def run(server: Server, listening: socket.socket) -> None:
     limits = server.limits
     app: Any = create_app(server)
     guarded = Guard(
-        app,
+        Hot(app, server),
         token=server.token,
         most_bytes=limits.body_bytes,
         body_within=limits.body_seconds,

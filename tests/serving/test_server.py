@@ -196,6 +196,32 @@ def test_histories_scores_and_similar_items(client, runs):
     assert [one["item"] for one in found["items"]] == ["i1", "i10", "i11"] or len(found["items"]) == 3
 
 
+@pytest.mark.parametrize("user", ["hot", "hot/b", "hot é %2F", "🦉 hot"])
+def test_the_short_way_of_plain_calls_gives_the_same_answers(client, user):
+    """``now`` takes a call the whole way, and means nothing to this model."""
+    place = f"/v1/users/{quote(user, safe='')}/recommendations"
+    for number, options in enumerate(["", "recommend=4", "recommend=20&exclude_seen=true", "exclude_seen=false"]):
+        body = {"user": user, "item": "i1", "id": f"{number}"}
+        status, short = client.post(f"/v1/events?{options}", body)
+        assert status == 200 and short.pop("taken") == 1 and short.pop("repeated") == 0
+        status, whole = client.post(f"/v1/events?{options}&now=1", body)
+        assert status == 200 and whole.pop("taken") == 0 and whole.pop("repeated") == 1
+        assert whole == short
+        options = options.replace("recommend", "k")
+        assert client.get(f"{place}?{options}") == client.get(f"{place}?{options}&now=1")
+    for wrong in ("recommend=0", "recommend=1001", "recommend=x", "exclude_seen=perhaps", "recommend=01e"):
+        assert client.post(f"/v1/events?{wrong}", {"user": user, "item": "i1"})[0] == 422
+    assert client.get(place)[1]["events"] == 4
+
+
+def test_a_defect_is_told_to_the_log_and_not_to_the_caller(runs, monkeypatch):
+    monkeypatch.setattr("recbole_ssm.serving.engine.Engine.visit", lambda *_: 1 / 0)
+    with started(lambda: made(runs)) as (_, port):
+        for options in ("", "?now=1"):
+            status, found = Client(port).post(f"/v1/events{options}", {"user": "u", "item": "i1"})
+            assert (status, found) == (500, {"error": "a defect of the server; its log says more"})
+
+
 def test_health_metrics_and_the_page(client):
     assert client.get("/health/live") == (200, {"status": "live"})
     assert client.get("/health/ready") == (200, {"status": "ready"})
