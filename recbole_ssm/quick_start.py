@@ -22,7 +22,6 @@ from recbole_ssm.console import RESULT, begin_log, closing, opening  # noqa: E40
 from recbole_ssm.data import create_dataset  # noqa: E402
 from recbole_ssm.data.loader import TrainLoader, create_loaders  # noqa: E402
 from recbole_ssm.data.outline import item_tokens  # noqa: E402
-from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
 from recbole_ssm.keys import KEYS  # noqa: E402
@@ -96,12 +95,15 @@ def run_recbole_ssm(
         RecBole's result: ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
         ``test_result``; ``best_valid_result_masked`` and ``test_result_masked``, the same metrics
         in lists without the items of the user's history; ``test_by_group``, both for frequent and
-        rare items and for short and long histories (:func:`recbole_ssm.evaluation.metrics.by_group`);
-        ``protocol``, the split, ties and seed that these figures are of; and ``checkpoint``, the
-        path of the best checkpoint (None if not saved), and ``model``, its name. For LlamaRec also
-        ``reranking``, the metrics of the test in the retriever's, the language model's and the
-        fused order, overall and among the users whose target was retrieved; and ``ranks``, order ->
-        the rank of each tested row's target.
+        rare items, for short and long histories, and by the time since the event before
+        (:func:`recbole_ssm.evaluation.metrics.by_group`); ``test_result_shuffled_times`` and
+        ``test_result_shuffled_times_masked``, the test of a model of ``time: query`` with its query
+        times shuffled among the users (None for others); ``protocol``, the split, ties and seed that
+        these figures are of; and ``checkpoint``, the path of the best checkpoint (None if not saved),
+        and ``model``, its name. For LlamaRec also ``reranking``, the metrics of the test in the
+        retriever's, the language model's and the fused order, overall and among the users whose
+        target was retrieved. ``ranks``, order -> the rank of each tested row's target, is there for
+        LlamaRec and for a model of ``time: query``.
 
     Raises:
         UserError: something given is wrong; the message is one line that says what and how to
@@ -221,15 +223,15 @@ def _run(
         best_valid_score, best_valid_result = trainer.fit(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
         )
-        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=config["show_progress"])
-    for name, found in (("best valid", best_valid_result), ("test result", test_result)):
+        test_result = trainer.test(test_data, load_best_model=saved, show_progress=config["show_progress"])
+    shuffled = test_result.shuffled_times if test_result else None
+    told = {"best valid": best_valid_result, "test result": test_result}
+    if shuffled:
+        told["test result, query times shuffled among users"] = shuffled
+    for name, found in told.items():
         logger.debug(f"{name}:\n{found}" if found else f"{name}: there is none")
     protocol = metrics.protocol(config)
     logger.info(f"protocol: {protocol}")
-    groups = {}
-    if test_result and trainer.ranking is not None:
-        groups = metrics.by_group(trainer.ranking, config, training_events(train_data._dataset))
-        logger.debug(metrics.text_of(groups))
     if not saved and best_valid_result:
         logger.info("saved=False: the best validation is of its epoch, the test of the last weights")
     result = {
@@ -240,10 +242,15 @@ def _run(
         "best_valid_result_masked": best_valid_result.masked if best_valid_result else None,
         "test_result": test_result,
         "test_result_masked": test_result.masked if test_result else None,
-        "test_by_group": groups,
+        "test_by_group": test_result.by_group if test_result else {},
+        "test_result_shuffled_times": shuffled,
+        "test_result_shuffled_times_masked": shuffled.masked if shuffled else None,
         "protocol": protocol,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
+    if shuffled and shuffled.ranking is not None:
+        orders = ("shuffled times", "shuffled times masked")
+        result["ranks"] = dict(zip(orders, shuffled.ranking.ranks.T))
     for hook in trainer.hooks:
         result |= hook.result()
     return result

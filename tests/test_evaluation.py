@@ -18,7 +18,17 @@ from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.data.sampling import Candidates
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation import ranks
-from recbole_ssm.evaluation.metrics import OF_ITEMS, by_group, text_of
+from recbole_ssm.evaluation.metrics import (
+    AFTER_AN_HOUR,
+    LATER_DAY,
+    OF_ITEMS,
+    PAUSES,
+    SAME_DAY,
+    SAME_MOMENT,
+    WITHIN_AN_HOUR,
+    by_group,
+    text_of,
+)
 from recbole_ssm.evaluation.ranks import Ranking
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
@@ -114,11 +124,10 @@ def test_a_model_that_scores_in_its_own_way_is_ranked_by_that(write_dataset):
             return -super().full_sort_predict(interaction)
 
     trainer, _, _, test = untrained("GRU4Rec", repeated(write_dataset))
-    trainer.evaluate(test, load_best_model=False)
-    ranks = trainer.ranking.ranks[:, 0]
+    ranks = trainer.evaluate(test, load_best_model=False).ranking.ranks[:, 0]
     trainer.model.__class__ = Upside
-    trainer.evaluate(test, load_best_model=False)
-    assert (trainer.ranking.ranks[:, 0] == 31 - ranks).all()
+    result = trainer.evaluate(test, load_best_model=False)
+    assert (result.ranking.ranks[:, 0] == 31 - ranks).all()
 
 
 @pytest.mark.parametrize("model", ["GRU4Rec", "STAMP", "DIN"])
@@ -260,6 +269,34 @@ def test_groups_of_targets_make_up_the_whole(toy):
         for name, value in (("hit@3", ranking.ranks[:, 0] <= 3), ("masked gauc", (11 - ranking.ranks[:, 1]) / 10)):
             assert sum(group["targets"] * group[name] for group in groups) / n == pytest.approx(value.mean())
     assert "head items" in text_of(by_group(ranking, config, events))
+
+
+@pytest.mark.parametrize(
+    ("pauses", "expected"),
+    [
+        ([0, 1, 3600, 3601, 10**6, 0], {SAME_MOMENT: 2, WITHIN_AN_HOUR: 2, AFTER_AN_HOUR: 2}),
+        ([0, 86_401, 90_000, 86_400, 0, 0], {SAME_MOMENT: 3, AFTER_AN_HOUR: 3}),
+        ([0, 86_400, 3 * 86_400, 0, 0, 0], {SAME_DAY: 4, LATER_DAY: 2}),
+        ([0] * 6, {SAME_DAY: 6}),
+    ],
+)
+def test_targets_stand_apart_by_the_time_since_the_event_before(pauses, expected):
+    """Times that are all whole days know of no hours; groups without targets are left out."""
+    ranks = np.stack([np.arange(1.0, 7), np.ones(6)], 1)
+    columns = (
+        np.arange(6),
+        np.ones(6, dtype=int),
+        np.arange(6),
+        ranks,
+        np.full((6, 2), 6),
+        np.empty((6, 2, 0), dtype=int),
+    )
+    config = {"metrics": ["Hit"], "topk": [2], "metric_decimal_place": 4}
+    found = by_group(Ranking(*columns), config, np.array([0, 1]), np.array(pauses))
+    assert {name: found[name]["targets"] for name in found if name in PAUSES} == expected
+    zero = next(iter(expected))
+    assert found[zero]["hit@2"] == pytest.approx(np.mean(ranks[np.array(pauses) == 0, 0] <= 2), abs=1e-4)
+    assert not set(PAUSES) & by_group(Ranking(*columns), config, np.array([0, 1])).keys()
 
 
 def test_a_run_tells_both_protocols_and_its_groups(toy, caplog):

@@ -37,7 +37,9 @@ def evaluate(
 
     Returns:
         ``{metric: value}``, as RecBole names them; its attribute ``masked`` has the same with the items
-        of the history left out, and ``protocol`` says split, ties and seed.
+        of the history left out, and ``protocol`` says split, ties and seed. Of the test, ``by_group``
+        has groups of targets, and ``shuffled_times`` the metrics of a model of ``time: query`` with its
+        query times shuffled among the users.
 
     Raises:
         UserError: something given is wrong, or the split leaves no rows.
@@ -58,9 +60,8 @@ def _evaluate(
     config, recommender, _, _, valid, test = load_data_and_model(model_file, model, config_dict, command_line)
     trainer = Trainer(config, recommender)
     with contextlib.closing(trainer.tensorboard):
-        found = trainer.evaluate(
-            test if part == "test" else valid, load_best_model=False, show_progress=config["show_progress"]
-        )
+        rows, way = (test, trainer.test) if part == "test" else (valid, trainer.evaluate)
+        found = way(rows, load_best_model=False, show_progress=config["show_progress"])
     if found is None:
         raise UserError(f"part: the split leaves no rows of {part}; change eval_args")
     result: Result = found
@@ -95,4 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"protocol: {found.protocol}")
     if options.json:
         about = {"checkpoint": str(options.checkpoint), "part": options.part, "protocol": found.protocol}
-        write_json(options.json, {**about, "metrics": found, "masked": found.masked})
+        figures = {"metrics": found, "masked": found.masked, "by_group": found.by_group}
+        if shuffled := found.shuffled_times:
+            figures |= {"shuffled_times": shuffled, "shuffled_times_masked": shuffled.masked}
+        write_json(options.json, {**about, **figures})

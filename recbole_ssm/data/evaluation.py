@@ -5,6 +5,7 @@ What belongs to a row depends on the row and the seed alone, never on the batch 
 
 from __future__ import annotations
 
+import copy
 from logging import getLogger
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from recbole.utils import EvaluatorType
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from recbole_ssm import distributed
+from recbole_ssm.data.gaps import pauses
 from recbole_ssm.data.outline import item_counts
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import Candidates, LocalGenerator, seeded
@@ -73,6 +76,8 @@ class EvalLoader(DataLoader[Any]):
         self._fields = dataset.iid_field, config["LIST_SUFFIX"], config["ITEM_LIST_LENGTH_FIELD"]
         self._rows: Any = dataset.inter_feat
         self.labelled = config["eval_type"] == EvaluatorType.VALUE
+        # What is added to the moments of asking ``[rows]``, in seconds.
+        self._later: Tensor | None = None
         self._candidates = None
         if (sample := config[f"{phase}_neg_sample_args"]["sample_num"]) != "none":
             weights = np.ones(self.item_num)
@@ -99,6 +104,9 @@ class EvalLoader(DataLoader[Any]):
         rows = np.array(index)
         with seeded(*self._seed, index[0]):
             interaction: Interaction = self._transform(self._dataset, self._dataset[rows])
+        if self._later is not None:
+            time = self._dataset.time_field
+            interaction.update(Interaction({time: interaction[time] + self._later[rows]}))
         target = interaction[self._fields[0]]
         events, items = self._histories(rows, interaction)
         candidates = labels = None
@@ -115,6 +123,30 @@ class EvalLoader(DataLoader[Any]):
         return EvalBatch(
             interaction, target, torch.from_numpy(events), seen, candidates, labels if self.labelled else None
         )
+
+    def pauses(self) -> np.ndarray | None:
+        """How long before each target the newest event of its history was, in seconds, for the rows of all processes
+        ``[all]``; None where the data have no clock times.
+        """
+        own = pauses(self.config, self._dataset)
+        return None if own is None else distributed.gather_rows(torch.from_numpy(own)).numpy()
+
+    def with_shuffled_times(self) -> EvalLoader:
+        """The same rows, each asked as long after its newest event as another row is, by a permutation of the seed.
+
+        A model that gains by the time of asking must lose that gain here.
+
+        Raises:
+            ValueError: the data have no clock times.
+        """
+        waits = self.pauses()
+        if waits is None:
+            raise ValueError("the data have no clock times")
+        moved = np.random.default_rng(self._seed).permutation(waits) - waits
+        found = copy.copy(self)
+        found.collate_fn = found.gather
+        found._later = torch.from_numpy(moved[distributed.rank() :: distributed.world_size()])
+        return found
 
     def _histories(self, rows: np.ndarray, interaction: Any) -> tuple[np.ndarray, np.ndarray]:
         """The length of each history ``[B]``, and the items of all, row by row ``[E]``."""

@@ -45,9 +45,7 @@ def require_clock_times(config: Any, dataset: Any) -> None:
                 f"time: {config['time']} reads the column {column}, which is not loaded; name it in load_col, or take "
                 "time: none"
             )
-    events = dataset.inter_feat
-    times = events.events[field] if isinstance(events, Prefixes) else events[field]
-    first, last = int(times.min()), int(times.max())
+    first, last = _span(dataset)
     if not temporal.unit_of(np.array([first, last]))[0]:
         raise UserError(
             f"time: {config['time']} needs clock times, and {field} goes from {first} to {last}; give seconds since "
@@ -73,8 +71,35 @@ def time_scale(dataset: Any) -> TimeScale:
     return TimeScale(start % resolution, resolution, max(longest, 0))
 
 
+def pauses(config: Any, dataset: Any) -> np.ndarray | None:
+    """How long before each row's target the newest event of its history was, in seconds ``[rows]``, int64.
+
+    Args:
+        config: names the columns.
+        dataset: a split.
+
+    Returns:
+        None where the data have no clock times, or ``legacy_time_order`` rounds them.
+    """
+    field = dataset.time_field
+    there = {field, f"{field}{config['LIST_SUFFIX']}"} <= set(dataset.inter_feat)
+    if not there or not len(dataset.inter_feat) or config["legacy_time_order"]:
+        return None
+    if not temporal.unit_of(np.array(_span(dataset)))[0]:
+        return None
+    before, after = _neighbours(dataset)
+    return after - before
+
+
+def _span(dataset: Any) -> tuple[int, int]:
+    """The first and the last time of a data set."""
+    events, field = dataset.inter_feat, dataset.time_field
+    times = events.events[field] if isinstance(events, Prefixes) else events[field]
+    return int(times.min()), int(times.max())
+
+
 def _neighbours(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The times of training targets and of the events before them ``[n]``, in seconds."""
+    """The times of the events before the targets of rows, and of the targets ``[n]``, in seconds."""
     rows, field = dataset.inter_feat, dataset.time_field
     if isinstance(rows, Prefixes):
         times = rows.events[field].numpy()

@@ -14,6 +14,15 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import PROTOCOLS, Ranking
 
 Floats = NDArray[np.float64]
+HOUR, DAY = 3600, 86_400
+# Groups of targets by the time since the event before; the second kind where all such times are whole days.
+SAME_MOMENT, WITHIN_AN_HOUR, AFTER_AN_HOUR = (
+    "at the moment of the event before",
+    "within an hour of the event before",
+    "more than an hour after the event before",
+)
+SAME_DAY, LATER_DAY = "on the day of the event before", "on a later day than the event before"
+PAUSES = (SAME_MOMENT, WITHIN_AN_HOUR, AFTER_AN_HOUR, SAME_DAY, LATER_DAY)
 OF_RANKS = ("hit", "recall", "precision", "mrr", "map", "ndcg", "gauc")
 OF_ITEMS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage")
 
@@ -22,13 +31,18 @@ class Result(dict[str, float]):
     """RecBole's metrics of an evaluation, in lists that hold the items of the histories too, as Python's numbers.
 
     ``masked`` are the same without those items; it is empty where scores are compared with labels. ``protocol`` is what
-    :func:`protocol` says, where it was asked for.
+    :func:`protocol` says, where it was asked for, and ``ranking`` the rows, where targets were ranked. Of a test,
+    ``by_group`` is what :func:`by_group` says, and ``shuffled_times`` the result of a model of ``time: query`` with its
+    query times shuffled among the users.
     """
 
     def __init__(self, unmasked: Mapping[str, float], masked: Mapping[str, float] | None = None) -> None:
         super().__init__({name: float(value) for name, value in unmasked.items()})
         self.masked = {name: float(value) for name, value in (masked or {}).items()}
         self.protocol: dict[str, Any] = {}
+        self.ranking: Ranking | None = None
+        self.by_group: dict[str, dict[str, float]] = {}
+        self.shuffled_times: Result | None = None
 
     def both(self) -> dict[str, float]:
         """All in one: ``hit@10`` and ``masked hit@10``."""
@@ -36,11 +50,16 @@ class Result(dict[str, float]):
 
     def table(self, title: str = "") -> str:
         """All as aligned columns under a title, a line for each metric, and what masked means."""
-        width = max(len(name) for name in [title, *self])
-        lines = [f"{title:{width}}  unmasked" + "  history masked" * bool(self.masked)]
-        for name, value in self.items():
-            masked = f"  {self.masked[name]:14.4f}" if name in self.masked else ""
-            lines.append(f"{name:{width}}  {value:8.4f}{masked}")
+        parts = {title: self}
+        if self.shuffled_times is not None:
+            parts["query times shuffled"] = self.shuffled_times
+        width = max(len(name) for name in [*parts, *self])
+        lines = []
+        for heading, part in parts.items():
+            lines.append(f"{heading:{width}}  unmasked" + "  history masked" * bool(self.masked))
+            for name, value in part.items():
+                masked = f"  {part.masked[name]:14.4f}" if name in part.masked else ""
+                lines.append(f"{name:{width}}  {value:8.4f}{masked}")
         if self.masked:
             lines.append("(history masked: items that the user had before are left out of the list)")
         return "\n".join(lines)
@@ -97,7 +116,9 @@ def result(ranking: Ranking, config: Any, training: Any) -> Result:
     Raises:
         UserError: a metric needs the training set and there is none.
     """
-    return Result(*(_metrics(ranking, protocol, config, training) for protocol in range(len(PROTOCOLS))))
+    found = Result(*(_metrics(ranking, protocol, config, training) for protocol in range(len(PROTOCOLS))))
+    found.ranking = ranking
+    return found
 
 
 def protocol(config: Any) -> dict[str, Any]:
@@ -111,13 +132,17 @@ def protocol(config: Any) -> dict[str, Any]:
     return {**found, "seed": config["seed"]}
 
 
-def by_group(ranking: Ranking, config: Any, events: NDArray[np.int64]) -> dict[str, dict[str, float]]:
-    """The metrics of ranks among targets of frequent and of rare items, and after short and long histories.
+def by_group(
+    ranking: Ranking, config: Any, events: NDArray[np.int64], pauses: NDArray[np.int64] | None = None
+) -> dict[str, dict[str, float]]:
+    """The metrics of ranks among targets of frequent and of rare items, after short and long histories, and by the
+    time since the event before.
 
     Args:
         ranking: the rows.
         config: as of :func:`result`.
         events: how often each item occurs in training ``[V]``. The head is the fifth of the items that occur most.
+        pauses: the seconds from the event before to the target ``[n]``; None where there are no clock times.
 
     Returns:
         For each group that has any, ``targets``, how many, and its metrics, as :meth:`Result.both` names them.
@@ -132,6 +157,7 @@ def by_group(ranking: Ranking, config: Any, events: NDArray[np.int64]) -> dict[s
         rows = (lengths > low) & (lengths <= high)
         if rows.any():
             groups[f"histories of {lengths[rows].min()} to {high} events"] = rows
+    groups |= {} if pauses is None else _by_pause(pauses)
     names = [name for name in config["metrics"] if name.lower() in OF_RANKS]
     found = {}
     for group, rows in groups.items():
@@ -142,12 +168,23 @@ def by_group(ranking: Ranking, config: Any, events: NDArray[np.int64]) -> dict[s
     return found
 
 
+def _by_pause(pauses: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+    if np.gcd.reduce(pauses) % DAY == 0:
+        return {SAME_DAY: pauses == 0, LATER_DAY: pauses > 0}
+    return {
+        SAME_MOMENT: pauses == 0,
+        WITHIN_AN_HOUR: (pauses > 0) & (pauses <= HOUR),
+        AFTER_AN_HOUR: pauses > HOUR,
+    }
+
+
 def text_of(groups: Mapping[str, Mapping[str, float]]) -> str:
     """What :func:`by_group` returns as a table."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    lines = [f"{'':28}" + "".join(f"{name:>16}" for name in names)]
+    width = max(map(len, groups), default=0)
+    lines = [" " * width + "".join(f"{name:>16}" for name in names)]
     for group, values in groups.items():
-        lines.append(f"{group:28}" + "".join(f"{values[name]:16,}" for name in names))
+        lines.append(f"{group:{width}}" + "".join(f"{values[name]:16,}" for name in names))
     return "\n".join(lines)
 
 

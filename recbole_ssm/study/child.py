@@ -157,6 +157,8 @@ def _train(folder: Path, lines: TextIO) -> None:
         valid_masked=plain(result["best_valid_result_masked"] or {}),
         test_masked=plain(result["test_result_masked"] or {}),
         test_by_group=plain(result["test_by_group"]),
+        test_shuffled_times=plain(dict(result["test_result_shuffled_times"] or {})),
+        test_shuffled_times_masked=plain(result["test_result_shuffled_times_masked"] or {}),
         history=history.entries,
         seconds=history.entries[-1]["seconds"] if history.entries else 0.0,
         epochs=len(history.entries),

@@ -17,7 +17,7 @@ from typing import Any
 from recbole_ssm.arguments import at_least, each_once, some_of
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
-from recbole_ssm.study import report
+from recbole_ssm.study import asking, report
 from recbole_ssm.study.arms import read_arms
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
@@ -65,7 +65,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         )
 
     def write() -> str:
-        return report.write(options.folder, "compare", entries, seeds, tuning, of_alike_ties)
+        compared, more = report.of_same_targets, asking.tables
+        return report.write(options.folder, "compare", entries, seeds, tuning, compared, more=more)
 
     carry_out(runs, entries, seeds, write)
     files = "compare.md, compare.csv, compare-tests.csv, compare.tex, compare.json"
@@ -135,11 +136,6 @@ def seeds_of(run: Run, seeds: Sequence[int]) -> int:
 def label_of(run: Run, ties: Sequence[str] | None) -> str:
     """What a row is called: its model, and its ties where there are arms of several."""
     return f"{run.model}, ties {run.options['ties']}" if ties and len(ties) > 1 else run.model
-
-
-def of_alike_ties(one: Entry, other: Entry) -> bool:
-    """Whether two entries were tested on the same targets, as far as ties decide what the targets are."""
-    return one.run.options.get("ties", "file") == other.run.options.get("ties", "file")
 
 
 def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:

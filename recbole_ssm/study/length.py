@@ -22,7 +22,6 @@ from recbole_ssm.study.compare import (
     check_rows,
     fetch,
     label_of,
-    of_alike_ties,
     plan,
     seeds_of,
 )
@@ -71,7 +70,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
 def _one_thing_apart(one: Entry, other: Entry) -> bool:
     """Whether two entries of the same ties differ in their model or in their length, but not in both."""
     alike = one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
-    return alike and of_alike_ties(one, other)
+    return alike and report.of_same_targets(one, other)
 
 
 def _draw(drawn: Any, table: Sequence[Row]) -> None:

@@ -23,8 +23,8 @@ from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
 from recbole_ssm.llm.verbalizer import VERBALIZERS
+from recbole_ssm.study.cells import grid
 from recbole_ssm.study.compare import FIRST_SEED, seeds_from
-from recbole_ssm.study.report import grid
 from recbole_ssm.study.runs import Outcome, Run, runs_in
 
 BASES = "random:32x1,random:64x2,random:128x4"

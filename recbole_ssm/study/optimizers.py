@@ -21,8 +21,9 @@ from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
+from recbole_ssm.study.cells import average, grid, mean, spread
 from recbole_ssm.study.compare import add_common_arguments
-from recbole_ssm.study.report import average, closing, failures, grid, machines, mean, spread
+from recbole_ssm.study.report import closing, failures, machines
 from recbole_ssm.study.runs import Outcome, Run, Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")

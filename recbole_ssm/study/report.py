@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_u
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_json, write_text
 from recbole_ssm.keys import KEYS
+from recbole_ssm.study.cells import average, grid, mean, spread
 from recbole_ssm.study.plots import quality_against_latency
 from recbole_ssm.study.published import published
 from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
@@ -52,24 +52,13 @@ class Entry:
         return [outcome for outcome in self.outcomes if outcome.error is None]
 
 
-def average(values: Iterable[float]) -> float | None:
-    """The mean of some values; None where there are none."""
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
-def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
-    """The mean as ``key``, and the sample standard deviation as ``key_sd``; None where there are too few values."""
-    return {key: average(values), f"{key}_sd": statistics.stdev(values) if len(values) > 1 else None}
-
-
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
     """The table's figures, a row an entry; None where there is none.
 
     ``split`` and ``ties`` say how the runs were tested (where some run says it; those of 0.1.0 do not).
     ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._masked`` the same without the items of the history
     (where some run has them; those of 0.1.0 have not), ``..._sd`` their sample standard deviations (None for one seed),
-    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set and ties (None for the best itself),
+    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set, ties and split (None for the best),
     ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
     """
     found = []
@@ -79,8 +68,7 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
         done, speed = entry.done, entry.speed or {}
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
         if stated:
-            row["ties"] = entry.settings.get("ties", entry.run.options.get("ties"))
-            row["split"] = (entry.settings.get("eval_args") or {}).get("split")
+            row |= _of_settings(entry)
         for name in METRICS:
             values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
@@ -99,14 +87,29 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
         found.append(row)
     for dataset, pairs in tests.items():
         here = [row for row in found if row["dataset"] == dataset and row["ndcg"] is not None]
-        for ties in {row.get("ties") for row in here}:
-            alike = {row["model"]: row for row in here if row.get("ties") == ties}
+        for targets in set(map(_targets, here)):
+            alike = {row["model"]: row for row in here if _targets(row) == targets}
             best = max(alike, key=lambda model: alike[model]["ndcg"])
             for pair in pairs:
                 other = pair.second if pair.first == best else pair.first
                 if pair.metric == "NDCG@10" and best in (pair.first, pair.second) and other in alike:
                     alike[other]["p_best"] = pair.holm_p
     return found
+
+
+def _targets(row: Row) -> tuple[str, ...]:
+    """What decides which targets a row was tested on: rows are compared where they agree in this."""
+    return tuple(str(row.get(key)) for key in ("dataset", "ties", "split"))
+
+
+def of_same_targets(one: Entry, other: Entry) -> bool:
+    """Whether two entries were tested on the same targets, as far as ties and split decide what these are."""
+    return _of_settings(one) == _of_settings(other)
+
+
+def _of_settings(entry: Entry) -> Row:
+    settings = {**entry.run.options, **entry.settings}
+    return {"ties": settings.get("ties"), "split": (settings.get("eval_args") or {}).get("split")}
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
@@ -130,23 +133,6 @@ def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True
     return found
 
 
-def mean(key: str, latex: bool = False) -> Callable[[Mapping[str, Any]], str]:
-    """A function of a row: the text of what :func:`spread` put there."""
-
-    def text(row: Mapping[str, Any]) -> str:
-        if row[key] is None:
-            return ""
-        deviation = row[f"{key}_sd"]
-        plus = "" if deviation is None else f" $\\pm$ {_part(deviation)}" if latex else f" ± {_part(deviation)}"
-        return f"{_part(row[key])}{plus}"
-
-    return text
-
-
-def _part(value: float) -> str:
-    return f"{value:.4f}".removeprefix("0")
-
-
 def _seeds(row: Row) -> str:
     missing = row["seeds"] < row["of_seeds"]
     return f"{row['seeds']} of {row['of_seeds']}" if missing else f"{row['seeds']}"
@@ -166,12 +152,14 @@ def _p(value: float | None) -> str:
 
 def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Row], str]]:
     """The titles of the printed table in their order, and the text of each by a row."""
+    splits = {str(row.get("split")) for row in table}
     masked = {"Hit@10 masked": mean("hit_masked", latex), "NDCG@10 masked": mean("ndcg_masked", latex)}
     return {
         "data set": lambda row: row["dataset"],
         "model": lambda row: row["model"],
         "seeds": _seeds,
         **({"ties": lambda row: row["ties"] or ""} if any("ties" in row for row in table) else {}),
+        **({"split": lambda row: _split(row["split"])} if len(splits) > 1 else {}),
         "Hit@10": lambda row: "not run" if _not_run(row) else mean("hit", latex)(row),
         "NDCG@10": mean("ndcg", latex),
         "MRR@10": mean("mrr", latex),
@@ -188,17 +176,19 @@ def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Ro
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table in Markdown; the best mean of each data set and ties is bold, and below stands why runs failed."""
-    best: dict[tuple[str, str | None, str], Any] = {}
+    """The table in Markdown; the best mean of each data set, ties and split is bold, and below stands why runs
+    failed.
+    """
+    best: dict[tuple[str, ...], Any] = {}
     for row, key in itertools.product(table, ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")):
-        group = row["dataset"], row.get("ties"), key
+        group = *_targets(row), key
         best[group] = max(best.get(group, 0), row.get(key) or 0)
     rows = []
     for row in table:
         cells = []
         for title, text_of in columns(table).items():
             text, key = text_of(row), title.lower().replace("@10", "").replace(" ", "_")
-            if text and key in row and row[key] == best.get((row["dataset"], row.get("ties"), key)):
+            if text and key in row and row[key] == best.get((*_targets(row), key)):
                 text = f"**{text}**"
             cells.append(text)
         rows.append(cells)
@@ -265,12 +255,13 @@ def published_markdown(found: Sequence[Mapping[str, str]]) -> str:
     return grid(titles, ([row[k].removeprefix("0") if k in keys[2:5] else row[k] for k in keys] for row in found))
 
 
+LEAVE_ONE_OUT = "leave one out by time, so trained on later events of other users (how many: log.txt of a run)"
 MEANING = """\
 - Ranking is against all items; items of the history are not masked, as in RecBole, but in the columns named masked:
   there all that the user did before is left out, and the target stays. Items of equal score share the mean of their
   ranks. The weights of the best validation are tested.
-- ties: the order of a user's events of one time, as in the file or at random. They are two protocols, so pairs are
-  tested and the best is bold within each; what differs between them stands on the order of the file.
+- ties: the order of a user's events of one time, as in the file or at random. They are two protocols, as splits are, so
+  pairs are tested and the best is bold within each; what differs between ties stands on the order of the file.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
   seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
@@ -297,21 +288,21 @@ def protocol(entries: Sequence[Entry], seeds: Sequence[int], tuning: str) -> str
     return "\n".join(lines) + f"\n{MEANING}"
 
 
+def _split(split: Any) -> str:
+    return "leave one out" if split == {"LS": "valid_and_test"} else "" if split is None else str(split)
+
+
 def _counts(entries: Sequence[Entry]) -> str:
     done = [outcome for entry in entries for outcome in entry.done]
-    if not done:
+    if not done or len({str(_of_settings(entry)["split"]) for entry in entries}) > 1:
         return ""
     return f" ({len(np.unique(done[0].ranks()[0])):,} users tested, {done[0].items:,} items)"
 
 
 def _common(entries: Sequence[Entry]) -> str:
-    """The split, and what all entries share."""
-    split = entries[0].settings["eval_args"]["split"]
-    kind = (
-        "leave one out by time, so trained on later events of other users (how many: log.txt of a run)"
-        if split == {"LS": "valid_and_test"}
-        else f"split {split}"
-    )
+    """The split, or several, and what all entries share."""
+    splits = {_split(_of_settings(entry)["split"]): None for entry in entries}
+    kind = " or ".join(LEAVE_ONE_OUT if split == "leave one out" else f"split {split}" for split in splits)
     alike = [key for key in _shown(entries) if not _differs(key, entries)]
     return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
 
@@ -344,7 +335,10 @@ def _shown(entries: Sequence[Entry]) -> list[str]:
 
 def of_runs(entry: Entry) -> Iterator[Row]:
     """An entry's runs in JSON's terms."""
-    kept = ("valid", "valid_masked", "test", "test_masked", "protocol", "epochs", "seconds", "parameters", "made")
+    kept = (
+        *("valid", "valid_masked", "test", "test_masked", "test_shuffled_times", "test_shuffled_times_masked"),
+        *("test_by_group", "protocol", "epochs", "seconds", "parameters", "made"),
+    )
     for outcome in entry.done:
         run = {
             "row": entry.label,
@@ -376,6 +370,7 @@ def write(
     compared: Compared = lambda one, other: True,
     draw: Callable[[Any, Sequence[Row]], None] | None = None,
     height: float = 4,
+    more: Callable[[Sequence[Entry]], str] = lambda entries: "",
 ) -> str:
     """Write ``name.md``, ``.csv``, ``-tests.csv``, ``.tex``, ``.json`` and, with Matplotlib, ``.png``.
 
@@ -390,6 +385,7 @@ def write(
         compared: which pairs are tested.
         draw: draws the table's rows into a Matplotlib figure; None is quality against latency.
         height: of the figure, in inches.
+        more: further tables of the entries, which stand below the paired tests.
 
     Returns:
         The Markdown: the results, the protocol, the tests, and what others published.
@@ -406,6 +402,7 @@ def write(
             "## Paired tests\n",
             f"Those of the other metrics are in {name}-tests.csv.\n",
             pairs_markdown(found),
+            more(entries),
             "## Published by others\n",
             published_markdown(others),
         ]
@@ -427,8 +424,3 @@ def closing(text: str, folder: Path, files: str, plot: str) -> str:
     """A study's text, and below it what was written; a plot is only where Matplotlib is."""
     plots = f", {plot}" if find_spec("matplotlib") else "; a plot needs Matplotlib: pip install 'recbole-ssm[plot]'"
     return f"{text}\nwritten to {folder}/: {files}{plots}"
-
-
-def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))

@@ -105,6 +105,10 @@ class Outcome:
     """As ``test``, likewise."""
     test_by_group: dict[str, dict[str, float]] = field(default_factory=dict)
     """What :func:`recbole_ssm.evaluation.metrics.by_group` says of the test."""
+    test_shuffled_times: dict[str, float] = field(default_factory=dict)
+    """As ``test``, of a model of ``time: query`` with its query times shuffled among users; empty elsewhere."""
+    test_shuffled_times_masked: dict[str, float] = field(default_factory=dict)
+    """As ``test_masked``, likewise."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Each epoch's ``epoch`` (1 is the first), ``loss`` (mean of its steps), ``valid`` (score, None where it was not
     validated), ``batch_size`` and ``step_size`` at its end, and the sums since the start: ``seconds`` of training
@@ -131,7 +135,8 @@ class Outcome:
         """The users' tokens of all rows of the test, and the ranks of their targets among all items; 1 is the best.
 
         Leave-one-out has one row a user. Ties have the mean of their ranks (see recbole_ssm.evaluation.ranks). The
-        ``order`` ``masked`` gives the ranks in lists without the items of the history. LlamaRec has the orders
+        ``order`` ``masked`` gives the ranks in lists without the items of the history; where the query times were
+        shuffled too, ``shuffled times`` and ``shuffled times masked`` those of that test. LlamaRec has the orders
         ``retriever``, ``language model`` and ``fused`` besides: ranks among its candidates, infinite where the target
         is none of them.
 

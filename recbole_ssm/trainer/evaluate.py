@@ -28,6 +28,7 @@ import recbole.trainer  # noqa: E402
 from recbole.evaluator.collector import DataStruct  # noqa: E402
 
 from recbole_ssm.data.evaluation import EvalLoader  # noqa: E402
+from recbole_ssm.data.splits import training_events  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
 from recbole_ssm.evaluation.metrics import OF_ITEMS, Result  # noqa: E402
 from recbole_ssm.evaluation.ranks import Ranking, Scorer  # noqa: E402
@@ -45,8 +46,6 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         # RecBole takes at most the number of epochs, which may be 0.
         self.eval_step: int = max(min(config["eval_step"], config["epochs"]), 1)
         self.tensorboard: Any
-        # The rows of the newest evaluation with ranks.
-        self.ranking: Ranking | None = None
         self._signals = Signals()
         if config["cuda_graphs"]:
             score_by_graphs(model)
@@ -128,10 +127,35 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         self._notify("on_evaluation_end", result)
         return result
 
+    def test(self, rows: EvalLoader, load_best_model: bool = True, show_progress: bool = False) -> Result | None:
+        """:meth:`evaluate`, and what says whether the figures can be believed: the metrics of groups of targets, and
+        those of a model of ``time: query`` with its query times shuffled among the users.
+
+        Args:
+            rows: of the test, as :func:`recbole_ssm.data.loader.create_loaders` gives them.
+            load_best_model: as of :meth:`evaluate`.
+            show_progress: likewise.
+        """
+        result: Result | None = self.evaluate(rows, load_best_model, show_progress=show_progress)
+        if result is None:
+            return None
+        if result.ranking is not None:
+            events = training_events(rows.training)
+            result.by_group = metrics.by_group(result.ranking, self.config, events, rows.pauses())
+            self.logger.debug(metrics.text_of(result.by_group))
+        if self.config["time"] == "query":
+            # Hooks would take it for the test.
+            hooks, self.hooks = self.hooks, []
+            try:
+                result.shuffled_times = self.evaluate(rows.with_shuffled_times(), False, show_progress=show_progress)
+            finally:
+                self.hooks = hooks
+        return result
+
     def _of_ranks(self, found: list[tuple[torch.Tensor, ...]], rows: EvalLoader) -> Result:
-        self.ranking = Ranking.of(found)
-        self._notify("on_ranking", self.ranking, rows._dataset)
-        return metrics.result(self.ranking, self.config, rows.training)
+        ranking = Ranking.of(found)
+        self._notify("on_ranking", ranking, rows._dataset)
+        return metrics.result(ranking, self.config, rows.training)
 
     def _of_labels(self, found: list[tuple[torch.Tensor, ...]]) -> Result:
         """RecBole's metrics of scores and labels."""

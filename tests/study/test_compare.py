@@ -103,6 +103,7 @@ def test_rows_that_a_file_names(tmp_path, capsys, trained):
         "Deep: {model: GRU4Rec, num_layers: 2, seeds: 2}\n"
         "Both: {model: Pop, ties: [file, random]}\n"
         "eSASRec: {preset: ml-1m/eSASRec, hidden_size: 8, inner_size: 8, num_negatives: 9}\n"
+        "Later: {model: GRU4Rec, eval_args: {split: {GTS: [0.8, 0.1, 0.1]}}, seeds: 1}\n"
     )
     command = ["compare", f"--arms={tmp_path / 'arms.yaml'}", *TOY, "--seeds=1", "--epochs=1", f"--folder={tmp_path}"]
     assert main(command) == 0
@@ -110,10 +111,13 @@ def test_rows_that_a_file_names(tmp_path, capsys, trained):
     assert "| toy | Deep | 2 | file |" in out and "| toy | Both, ties random | 1 | random |" in out
     assert "| toy | eSASRec | 1 | file |" in out and "Deep - Both, ties file" in out and "NDCG@10 masked" in out
     assert "  - Deep: " in out and "num_layers 2" in out
-    assert [one.options["seed"] for one in trained if one.model == "GRU4Rec"] == [2020, 2021] and len(trained) == 5
+    seeds = [one.options["seed"] for one in trained if one.model == "GRU4Rec"]
+    assert seeds == [2020, 2020, 2021] and len(trained) == 6
+    assert "| toy | Later | 1 | file | {'GTS': [0.8, 0.1, 0.1]} |" in out
+    assert "Later - " not in out and "- Later |" not in out
     assert {one.options["epochs"] for one in trained} == {1}
     runs = json.loads((tmp_path / "compare.json").read_text())
-    assert [one["row"] for one in runs] == ["Deep", "Deep", "Both, ties file", "Both, ties random", "eSASRec"]
+    assert [one["row"] for one in runs] == ["Deep", "Deep", "Both, ties file", "Both, ties random", "eSASRec", "Later"]
     assert all(one["test_masked"] and one["protocol"]["split"] and one["valid"] for one in runs)
 
 

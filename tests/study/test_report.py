@@ -11,6 +11,7 @@ from scipy import stats
 
 from recbole_ssm.evaluation.significance import holm
 from recbole_ssm.study import report
+from recbole_ssm.study.asking import tables
 from recbole_ssm.study.published import PUBLISHED, published
 from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run
@@ -166,6 +167,47 @@ def test_published_figures_say_whether_the_history_was_masked():
     assert {row["history"] for row in every} == {"masked", "unmasked", "unknown"}
     assert all(row["history"] == "unmasked" for row in every if row["protocol"].startswith("RecBole"))
     assert "| source | history |" in report.published_markdown(every)
+
+
+def test_rows_of_several_splits_stand_apart(two, entry):
+    """Each is compared with its like alone, as each was tested on targets of its own."""
+    split = {"GTS": [0.8, 0.1, 0.1]}
+    entries = [*two, entry("GRU4Rec", [1, 1, 1, 1], eval_args={"split": split}, ties="file")]
+    for one in two:
+        one.settings["ties"] = "file"
+    for outcome in (outcome for one in entries for outcome in one.done):
+        outcome.protocol["ties"] = "file"
+    found = report.tests(entries, report.of_same_targets)
+    assert {(pair.first, pair.second) for pair in found["ml-1m"]} == {("SASRec", "Mamba4Rec")}
+    table = report.rows(entries, found)
+    assert [row["p_best"] is None for row in table] == [False, True, True]
+    text = report.markdown(table)
+    assert "| ties | split | Hit@10 |" in text and text.count("**1.0000") == 4
+    assert f"| GRU4Rec | 1 | file | {split} |" in text and "| SASRec | 2 | file | leave one out |" in text
+    words = report.protocol(entries, [1], "none")
+    assert "- ml-1m: leave one out by time, so trained" in words and f" or split {split}; epochs 3" in words
+    assert "split" not in report.markdown(report.rows(two, {}))
+
+
+def test_a_gain_by_time_is_shown_beside_shuffled_times(two, tmp_path):
+    """Both protocols, and targets apart by the time before them; only where a row reads times."""
+    assert tables(two) == ""
+    timed = two[1]
+    timed.settings["time"] = "query"
+    group = {"targets": 3, "ndcg@10": 0.25, "masked ndcg@10": 0.5}
+    for outcome in timed.outcomes:
+        orders = {"rank of masked": [1, 1, 1, 1], "rank of shuffled times": [3, 3, 3, 3]}
+        orders["rank of shuffled times masked"] = [11, 11, 1, 1]
+        np.savez(outcome.folder / "ranks.npz", user=list("0123"), rank=np.ones(4), **orders)
+        outcome.test_masked["hit@10"] = outcome.test_shuffled_times["hit@10"] = 1.0
+        outcome.test_by_group.update({"at the moment of the event before": group, "head items": group})
+    text = report.write(tmp_path, "x", two, [1, 2], "none", more=tables)
+    row = "| ml-1m | Mamba4Rec | 1.0000 ± .0000 | .5000 ± .0000 | 1.0000 ± .0000 | .5000 ± .0000 |"
+    assert "## Query times shuffled among users\n" in text and row in text
+    assert "| ml-1m | Mamba4Rec | at the moment of the event before | 3 | .2500 ± .0000 | .5000 ± .0000 |" in text
+    assert "head items" not in text
+    (run, _) = [one for one in json.loads((tmp_path / "x.json").read_text()) if one["row"] == "Mamba4Rec"]
+    assert run["test_shuffled_times"] == {"hit@10": 1.0} and "head items" in run["test_by_group"]
 
 
 def test_rows_are_json(two):
