@@ -90,3 +90,34 @@ def test_batches_carry_times_and_the_moment_of_asking(write_dataset, length):
     assert set(zip(newest, batch.interaction["timestamp"].tolist())) == {tuple(row[-3:-1]) for row in times}
     for step in loaders(write_dataset, times, **options, time="none")[0]:
         assert all(batch.times is None and batch.now is None for _, batch in step.parts)
+
+
+@pytest.mark.parametrize("split", [{"GTS": [0.6, 0.2, 0.2]}, {"TS": [0.6, 0.2, 0.2]}])
+@pytest.mark.parametrize("mode", ["packed", "prefix"])
+def test_under_a_split_by_time_training_sees_no_time_beyond_the_cut(write_dataset, mode, split):
+    """Neither as an event nor as a moment of asking; what is evaluated is asked at the time of the target."""
+    generator = np.random.default_rng(1)
+    starts = START + generator.integers(0, 4 * 10**6, 12)
+    times = [(start + generator.integers(0, 10**6, 14).cumsum()).tolist() for start in starts]
+    options = {"MAX_ITEM_LIST_LENGTH": 5, "train_mode": mode, "eval_args": {"split": split}}
+    train, valid, test = loaders(write_dataset, times, **options)
+    follows = {(one, other) for row in times for one, other in itertools.pairwise(row)}
+    asked = [set(), set(), set()]
+    for part in (part for step in train for part in step.parts):
+        batch = part.batch
+        if mode == "packed":
+            newest, now = batch.times[batch.at], batch.now[batch.at]
+            assert set(zip(batch.times.tolist(), batch.now.tolist())) <= follows
+            assert batch.now.max() == now.max()
+        else:
+            newest, now = batch["timestamp_list"].amax(1), batch["timestamp"]
+        asked[0] |= set(zip(newest.tolist(), now.tolist()))
+    for found, rows in zip(asked[1:], (valid, test)):
+        for row in (batch.interaction for batch in rows):
+            found |= set(zip(row["timestamp_list"].amax(1).tolist(), row["timestamp"].tolist()))
+    assert set.union(*asked) == follows and sum(map(len, asked)) == len(follows)
+    moments = [[now for _, now in pairs] for pairs in asked]
+    assert max(moments[0] + moments[1]) < min(moments[2])
+    assert "TS" in split or max(moments[0]) < min(moments[1])
+    longest = max(now - newest for newest, now in asked[0])
+    assert time_scale(train._dataset).longest == longest
