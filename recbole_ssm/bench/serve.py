@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ compat.install()
 from recbole_ssm.bench.untrained import untrained_model  # noqa: E402
 from recbole_ssm.model import STATE_SPACE  # noqa: E402
 from recbole_ssm.serving import Recommender  # noqa: E402
-from recbole_ssm.serving.record import STATE_TYPES, Record, packed_state  # noqa: E402
+from recbole_ssm.serving.record import STATE_TYPES, Record, Values  # noqa: E402
 from recbole_ssm.serving.served import Served  # noqa: E402
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store  # noqa: E402
 
@@ -248,18 +249,19 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
 
 def _fill(store: Store, served: Served, options: argparse.Namespace) -> None:
     assert served.states is not None
-    kind = STATE_TYPES[options.state_type]
-    values = []
+    records = []
     for number in range(min(DIFFERENT, options.users)):
         ids = np.random.default_rng(number).integers(1, options.items + 1, options.events).tolist()
-        record = Record(changed=time.time(), digest=served.key, state_type=kind)
+        record = Record(changed=time.time())
         for moment, item in enumerate(ids):
             record.append(f"item {item}", float(moment))
-        record.state = packed_state(served.states.read(ids), kind)
-        values.append(record.encoded())
+        record.put_state(served.states.read(ids), served.key, STATE_TYPES[options.state_type])
+        records.append(record)
     for begin in range(0, options.users, 5000):
-        part = {f"user {n}": values[n % len(values)] for n in range(begin, min(begin + 5000, options.users))}
-        store.update([], lambda _, part=part: part)  # type: ignore[misc]
+        part: Values = {}
+        for user in range(begin, min(begin + 5000, options.users)):
+            part.update(replace(records[user % len(records)]).writings(f"user {user}", options.events))
+        store.update(lambda _, part=part: part)  # type: ignore[misc]
 
 
 def _size(folder: str) -> int:

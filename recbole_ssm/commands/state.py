@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice, repeat
 from logging import getLogger
 from pathlib import Path
@@ -20,7 +21,7 @@ from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import check_writable, whole
 from recbole_ssm.serving.engine import Engine, Event, Visit, Visited
-from recbole_ssm.serving.record import LONGEST_ID, DamagedError, decoded
+from recbole_ssm.serving.record import LONGEST_ID, DamagedError, whole_record
 from recbole_ssm.serving.store import Store
 
 USERS_AT_ONCE = 64
@@ -71,9 +72,8 @@ def export_events(store: Store, file: Path) -> int:
     events = damaged = 0
     with whole(file) as temporary, open(temporary, "w", encoding="utf-8") as output:
         for user in store.users():
-            value = store.get([user])[user]
             try:
-                record = decoded(value) if value else None
+                record = store.read(partial(whole_record, user))
             except DamagedError:
                 damaged += 1
                 continue

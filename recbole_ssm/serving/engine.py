@@ -17,16 +17,19 @@ from recbole_ssm.serving.catalogue import Ids, Recommendations
 from recbole_ssm.serving.recommender import MOST_SCORES
 from recbole_ssm.serving.record import (
     EVENT_IDS,
+    STATE_EVERY,
     STATE_TYPES,
     DamagedError,
+    Get,
     Record,
+    Values,
+    checksum,
     decoded,
-    digest_and_change,
-    packed_state,
+    state_key,
     unpacked_state,
 )
 from recbole_ssm.serving.served import Rules, Served
-from recbole_ssm.serving.store import Store, StoreError, Values
+from recbole_ssm.serving.store import Store, StoreError
 
 LOOKED_AT_AT_ONCE, REBUILT_AT_ONCE = 64, 8
 """Users whose records are looked at, and whose states are computed again, before callers have their turn."""
@@ -90,12 +93,20 @@ class _Guest:
     refused: Tensor | None = None
     """Items that the rules rule out."""
     candidates: Ids | None = None
-    new: Ids = field(default_factory=list)
-    """Items that the state has not read."""
     row: np.ndarray | None = None
-    """The state, as a row of :class:`States`."""
+    """The state, as a row of :class:`States`, or its vector only."""
     changed: bool = False
     error: Exception | None = None
+    is_damaged: bool = False
+
+    def damaged(self, error: DamagedError) -> None:
+        """Answer that the record is damaged, or forget what is there of it."""
+        self.is_damaged = True
+        if self.visit.forget:
+            self.changed = self.found.forgotten = True
+        else:
+            reason = f"the record of user {self.visit.user!r} is damaged ({error}); delete the user"
+            self.error = StoreError(f"state: {reason}")
 
 
 class Engine:
@@ -152,61 +163,72 @@ class Engine:
 
     def _visit_once(self, visits: Sequence[Visit]) -> Sequence[Visited | Exception]:
         """:meth:`visit` for visits of different users."""
-        served, users = self.served, [visit.user for visit in visits]
+        served = self.served
         guests: list[_Guest] = []
         # The values that the guests are made from, and what is to be written in their place.
-        made: tuple[Values, dict[str, bytes | None]] = {}, {}
+        made: tuple[Values, Values] | None = None
 
-        def change(values: Values) -> dict[str, bytes | None]:
+        def change(get: Get) -> Values:
             nonlocal made
-            if values == made[0]:
+            if made is not None and get(list(made[0])) == made[0]:
                 return made[1]
+            read: Values = {}
+
+            def getting(keys: Sequence[bytes]) -> Values:
+                found = get(keys)
+                read.update(found)
+                return found
+
             now = time.time()
-            guests[:] = [self._admit(served, visit, values[visit.user], now) for visit in visits]
+            heads = getting([visit.user.encode() for visit in visits])
+            guests[:] = [self._admit(served, visit, heads[visit.user.encode()], getting, now) for visit in visits]
             with self._timed("step"):
-                self._bring_up(served, guests)
-            changing = [guest for guest in guests if guest.changed and guest.error is None]
-            made = values, {guest.visit.user: self._encoded(served, guest, now) for guest in changing}
+                self._bring_up(served, guests, getting)
+            made = read, {}
+            for guest in guests:
+                if guest.changed and guest.error is None:
+                    made[1].update(self._writings(guest, now))
             return made[1]
 
         begin, self._stepping = time.perf_counter(), 0.0
         try:
             writes = any(visit.events or visit.forget for visit in visits)
-            if writes or change(self.store.get(users)):
-                self.store.update(users, change)
+            if writes or self.store.read(change):
+                self.store.update(change)
         except StoreError as error:
             return [error] * len(visits)
         self._observe("store", time.perf_counter() - begin - self._stepping)
         self._answer(served, [guest for guest in guests if guest.error is None])
         return [guest.error or guest.found for guest in guests]
 
-    def _admit(self, served: Served, visit: Visit, value: bytes | None, now: float) -> _Guest:
+    def _admit(self, served: Served, visit: Visit, value: bytes | None, get: Get, now: float) -> _Guest:
         """Read a user's record and take the events of a visit into it."""
         guest = _Guest(visit, Visited(served.digest))
-        if visit.forget:
-            guest.changed = guest.found.forgotten = value is not None
-            return guest
         try:
             guest.refused = served.refused(visit.rules)
             if visit.candidates is not None:
                 guest.candidates = served.catalogue.ids(visit.candidates, "items")
             if value is not None:
                 guest.record = decoded(value)
+            if visit.forget:
+                guest.changed = guest.found.forgotten = value is not None
+                guest.record.clear()
+                return guest
+            if self._forget_after is not None and guest.record.changed < now - self._forget_after:
+                guest.record.clear()
+                guest.changed = value is not None
+            for event in visit.events:
+                self._take(served, guest, event, get, now)
+            if visit.exclude_seen or served.states is None:
+                guest.record.load_older(visit.user, get)
         except DamagedError as error:
-            guest.error = StoreError(f"state: the record of user {visit.user!r} is damaged ({error}); delete the user")
-            return guest
+            guest.damaged(error)
         except UserError as error:
             guest.error = error
-            return guest
-        if self._forget_after is not None and guest.record.changed < now - self._forget_after:
-            guest.record, guest.changed = Record(), value is not None
-        for event in visit.events:
-            self._take(served, guest, event, now)
-        guest.record.keep(self._state_history)
         guest.found.events = guest.record.total
         return guest
 
-    def _take(self, served: Served, guest: _Guest, event: Event, now: float) -> None:
+    def _take(self, served: Served, guest: _Guest, event: Event, get: Get, now: float) -> None:
         record, found = guest.record, guest.found
         if event.id is not None and event.id in record.event_ids:
             found.repeated += 1
@@ -215,64 +237,86 @@ class Engine:
         found.skipped += skipped
         if not ids:
             return
-        if event.id is not None:
-            record.event_ids = [*record.event_ids[1 - EVENT_IDS :], event.id]
         newest = record.newest
         moment = max(now, newest) if event.time is None else event.time
         if moment < newest:
+            record.load_older(guest.visit.user, get)
             record.insert(event.item, moment)
         else:
             record.append(event.item, moment)
-            guest.new += ids
+        if event.id is not None:
+            record.event_ids = [*record.event_ids[1 - EVENT_IDS :], event.id]
         found.taken += 1
         guest.changed = True
 
-    def _bring_up(self, served: Served, guests: Sequence[_Guest]) -> None:
+    def _bring_up(self, served: Served, guests: Sequence[_Guest], get: Get) -> None:
         """Let the state of each guest have read every event."""
         states = served.states
         if states is None:
             return
+        guests = [guest for guest in guests if guest.error is None and guest.record.total]
+        carried = [guest for guest in guests if guest.record.digest == served.key and not guest.record.state]
+        stored = get([state_key(guest.visit.user) for guest in carried])
         stepping = []
         for guest in guests:
             record = guest.record
-            if guest.visit.forget or guest.error is not None or not record.items:
-                continue
-            if self._is_usable(served, record):
-                self._count("stored")
-                guest.row = unpacked_state(record.state, record.state_type)
-            elif len(guest.new) == record.total:
-                self._count("first")
+            guest.row = self._carried(served, record, stored.get(state_key(guest.visit.user)))
+            if guest.row is None and len(record.items) == record.total < STATE_EVERY:
+                self._count("first" if guest.found.taken == record.total else "stored")
                 guest.row = states.start()
+                record.digest, record.read, record.state = b"", 0, b""
+            elif guest.row is not None:
+                self._count("stored")
             else:
                 self._count("rebuilt")
-                if ids := self._ids(served, record):
-                    guest.row, guest.new, guest.changed = states.read(ids), [], True
+                self._rebuild(served, guest, get)
                 continue
-            if guest.new:
+            if record.total > record.read:
                 stepping.append(guest)
-        while stepping:
-            rows = states.step(_rows(stepping), [guest.new.pop(0) for guest in stepping])
-            for guest, row in zip(stepping, rows):
-                guest.row = row
-            stepping = [guest for guest in stepping if guest.new]
+        if not stepping:
+            return
+        ids = [self._ids(served, guest.record, guest.record.total - guest.record.read) for guest in stepping]
+        whole = [len(mine) >= min(STATE_EVERY, self._state_history) for mine in ids]
+        for guest, row, one in zip(stepping, states.step([_row(guest) for guest in stepping], ids, whole), whole):
+            guest.row = row
+            if one:
+                guest.record.put_state(row, served.key, self._state_type)
 
-    def _is_usable(self, served: Served, record: Record) -> bool:
-        """Whether a record's state is of this model; that of another is never used."""
+    def _carried(self, served: Served, record: Record, state: bytes | None) -> np.ndarray | None:
+        """The state that is stored, if it is whole, of this model, and has read all but events that are there."""
         size = 4 if record.state_type == STATE_TYPES["float32"] else 2
-        return record.digest == served.key and len(record.state) == size * served.states.width  # type: ignore[union-attr]
-
-    def _ids(self, served: Served, record: Record) -> Ids:
-        return served.catalogue.known(record.items.texts(), "history", skip_unknown=True)[0]
-
-    def _encoded(self, served: Served, guest: _Guest, now: float) -> bytes | None:
-        record = guest.record
-        if guest.visit.forget or not record.items:
+        state = record.state or state
+        if record.digest != served.key or not state or len(state) != size * served.states.width:  # type: ignore[union-attr]
             return None
-        record.changed = now
-        if guest.row is not None:
-            record.state_type = self._state_type
-            record.state, record.digest = packed_state(guest.row, self._state_type), served.key
-        return record.encoded()
+        if record.total - record.read > len(record.items) or checksum(state) != record.state_sum:
+            return None
+        return unpacked_state(state, record.state_type)
+
+    def _rebuild(self, served: Served, guest: _Guest, get: Get) -> None:
+        """Compute a state again from all events that are kept."""
+        assert served.states is not None
+        try:
+            guest.record.load_older(guest.visit.user, get)
+        except DamagedError as error:
+            guest.damaged(error)
+            return
+        if ids := self._ids(served, guest.record):
+            guest.row, guest.changed = served.states.read(ids), True
+            guest.record.put_state(guest.row, served.key, self._state_type)
+
+    def _ids(self, served: Served, record: Record, newest: int | None = None) -> Ids:
+        """The items of the events that are there, or of so many of the newest."""
+        items = record.items if newest is None else record.items.cut(len(record.items) - newest)[1]
+        return served.catalogue.known(items.texts(), "history", skip_unknown=True)[0]
+
+    def _writings(self, guest: _Guest, now: float) -> Values:
+        guest.record.changed = now
+        user = guest.visit.user
+        found = guest.record.writings(user, self._state_history)
+        if guest.is_damaged:
+            # A head that is damaged does not say which other parts there are.
+            found.update(dict.fromkeys(self.store.parts(user)))
+        return found
 
     # --- answers ---
 
@@ -298,7 +342,7 @@ class Engine:
             if served.states is None:
                 scores = self._scores(served, known)
             else:
-                scores = served.states.scores(_rows([guest for guest, _ in known]))
+                scores = served.states.scores([_row(guest) for guest, _ in known])
         for (guest, _), row in zip(known, scores):
             if guest.candidates is not None:
                 guest.found.scores = row[guest.candidates].tolist()
@@ -341,20 +385,25 @@ class Engine:
         """
         users = self.store.users()
         while piece := list(islice(users, LOOKED_AT_AT_ONCE)):
-            stale = [user for user, value in self.store.get(piece).items() if value and self._is_stale(value)]
+            keys = [user.encode() for user in piece]
+            heads = self.store.read(lambda get, keys=keys: get(keys))  # type: ignore[misc]
+            stale = [user for user, key in zip(piece, keys) if self._is_stale(heads[key])]
             for begin in range(0, len(stale), REBUILT_AT_ONCE):
                 self.visit([Visit(user) for user in stale[begin : begin + REBUILT_AT_ONCE]])
                 yield
             yield
 
-    def _is_stale(self, value: bytes) -> bool:
+    def _is_stale(self, value: bytes | None) -> bool:
         try:
-            digest, changed = digest_and_change(value)
-        except DamagedError:
+            record = decoded(value) if value else None
+        except (DamagedError, UserError):
             # Whoever asks for this user is told.
             return False
-        is_old = self._forget_after is not None and changed < time.time() - self._forget_after
-        return is_old or (self.served.states is not None and digest != self.served.key)
+        if record is None:
+            return False
+        is_old = self._forget_after is not None and record.changed < time.time() - self._forget_after
+        stateless = self.served.states is None or record.total < STATE_EVERY
+        return is_old or (not stateless and record.digest != self.served.key)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -366,6 +415,7 @@ class Engine:
         self._observe(part, seconds)
 
 
-def _rows(guests: Sequence[_Guest]) -> np.ndarray:
-    """The states of guests who have one ``[n, width]``."""
-    return np.stack([np.asarray(guest.row) for guest in guests])
+def _row(guest: _Guest) -> np.ndarray:
+    """The state of a guest who has one."""
+    assert guest.row is not None
+    return guest.row

@@ -1,13 +1,16 @@
-"""What is kept of a user, as bytes: the events, and the model's state after them.
+"""What is kept of a user, as bytes: the events, and now and then the model's state after them.
 
-A value is a header, the events in columns, the newest event ids, and the state. The header and the events have one
-checksum and the state another, because a state that is damaged can be computed again from the events.
+A user has a few values. The head holds the newest events, the newest event ids, and what is to be known of the others;
+it is small, and written with every event. Older events are sealed in chunks, which are written once. The state is
+written every :data:`STATE_EVERY` events, since what it has not read yet is in the head. Every value has a checksum.
+That of the state is in the head: a state that is damaged, or not the one that the head means, is computed again.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,23 +19,52 @@ import torch
 
 from recbole_ssm.errors import UserError
 
-MAGIC = b"RSU1"
-"""The first bytes of a value; the digit is the version of the format."""
+Values = dict[bytes, bytes | None]
+"""The value of each key; None where there is none, or shall be none."""
+Get = Callable[[Sequence[bytes]], Values]
+"""Reads the values of some keys."""
+
+MAGIC, FORMER = b"RSU2", b"RSU1"
+"""The first bytes of a head; the digit is the version of the format. The former was one value with events and state."""
 LONGEST_ID = 500
 """Bytes that the id of a user, an item or an event may have in UTF-8; lmdb's keys have at most 511."""
 EVENT_IDS = 64
 """So many ids of events are kept, the newest."""
+CHUNK = 32
+"""Events of a chunk. A head holds twice as many at most."""
+STATE_EVERY = 8
+"""A state is written when the written one has not read so many events. A head that has sealed some holds more."""
 
 _MARK = struct.Struct("<4sI")
+# Checksum of the state, its model, its type, events that it has read, events ever taken, time of the last change, the
+# first chunk and that behind the last; then how long each part is: events, bytes of their items, event ids, bytes of
+# these.
+_HEADER = struct.Struct("<I16sBQQdIIIIHI")
 # Checksum of the state, its model, its type, events ever taken, time of the last change; then how long each part is:
 # events, bytes of their items, event ids, bytes of these, bytes of the state.
-_HEADER = struct.Struct("<I16sBQdIIHII")
+_FORMER_HEADER = struct.Struct("<I16sBQdIIHII")
+_CHUNK = struct.Struct("<II")
 _TYPES = {0: torch.float32, 1: torch.bfloat16}
 STATE_TYPES = {"float32": 0, "bf16": 1}
 
 
 class DamagedError(ValueError):
     """A value whose events are not what was written; nothing can be computed from it."""
+
+
+# No text in UTF-8 holds this byte, so no user's name does.
+PART = b"\xff"
+"""What is behind a user's name in the key of a state or a chunk begins with this."""
+
+
+def state_key(user: str) -> bytes:
+    """Where a user's state lies."""
+    return user.encode() + PART + b"s"
+
+
+def chunk_key(user: str, number: int) -> bytes:
+    """Where older events of a user lie."""
+    return user.encode() + PART + b"c" + struct.pack(">I", number)
 
 
 @dataclass(slots=True)
@@ -59,6 +91,12 @@ class Texts:
         self.lengths += struct.pack("<H", len(encoded))
         self.content += encoded
 
+    def cut(self, count: int) -> tuple[Texts, Texts]:
+        """The first so many texts, and those behind them."""
+        size = sum(struct.unpack_from(f"<{count}H", self.lengths))
+        before = Texts(self.lengths[: 2 * count], self.content[:size])
+        return before, Texts(self.lengths[2 * count :], self.content[size:])
+
     def texts(self) -> list[str]:
         """All of them, in their order."""
         found, begin = [], 0
@@ -73,14 +111,20 @@ class Record:
     """One user.
 
     Attributes:
-        items: the items of the newest events, oldest first.
+        items: the items of the newest events, oldest first: those of the head, and behind :meth:`load_older` all.
         times: their times in seconds, eight bytes an event; they never fall.
         total: how many events were taken ever; beyond those that are kept, the state has read them nevertheless.
         changed: when the record was written last, in seconds since 1970.
         event_ids: the newest ids of events, oldest first.
+        first: the number of the first chunk.
+        sealed: the number behind that of the last chunk.
+        older: how many of ``items`` are those of chunks.
+        gone: numbers of chunks that the next writing deletes.
         digest: the first 16 bytes of the digest of the model that the state is of; empty where there is no state.
-        state: :func:`packed_state` of the state.
+        read: how many of all events the state has read.
+        state_sum: its checksum.
         state_type: what its numbers are, one of the values of :data:`STATE_TYPES`.
+        state: :func:`packed_state` of a state that the next writing writes.
     """
 
     items: Texts = field(default_factory=Texts)
@@ -88,9 +132,15 @@ class Record:
     total: int = 0
     changed: float = 0.0
     event_ids: list[str] = field(default_factory=list)
+    first: int = 0
+    sealed: int = 0
+    older: int = 0
+    gone: Sequence[int] = ()
     digest: bytes = b""
-    state: bytes = b""
+    read: int = 0
+    state_sum: int = 0
     state_type: int = 0
+    state: bytes = b""
 
     @property
     def newest(self) -> float:
@@ -108,84 +158,184 @@ class Record:
         self.total += 1
 
     def insert(self, item: str, time: float) -> None:
-        """Take an event behind all that are as old as it or older; the state does not fit the events any more."""
+        """Take an event behind all that are as old as it or older, where older ones are loaded; the state does not fit
+        the events any more, and all chunks are written again.
+        """
         place = int(np.searchsorted(np.frombuffer(self.times, "<f8"), time, side="right"))
         texts = self.items.texts()
         texts.insert(place, item)
         self.items = Texts.of(texts)
         self.times = self.times[: 8 * place] + struct.pack("<d", time) + self.times[8 * place :]
         self.total += 1
-        self.digest = self.state = b""
+        self._give_up_chunks()
+
+    def clear(self) -> None:
+        """Forget all events."""
+        self.items, self.times, self.total, self.event_ids = Texts(), b"", 0, []
+        self._give_up_chunks()
+
+    def _give_up_chunks(self) -> None:
+        self.gone = [*self.gone, *range(self.first, self.sealed)]
+        self.first, self.older = self.sealed, 0
+        self.digest, self.read, self.state = b"", 0, b""
+
+    def load_older(self, user: str, get: Get) -> None:
+        """Put the events of the chunks before those of the head.
+
+        Raises:
+            DamagedError: a chunk is damaged or missing.
+        """
+        if self.older or self.first == self.sealed:
+            return
+        chunks = get([chunk_key(user, number) for number in range(self.first, self.sealed)])
+        parts = [_opened(chunk) for chunk in chunks.values()]
+        self.older = CHUNK * len(parts)
+        everything = [*(part for part, _ in parts), self.items]
+        self.items = Texts(b"".join(t.lengths for t in everything), b"".join(t.content for t in everything))
+        self.times = b"".join([*(times for _, times in parts), self.times])
 
     def keep(self, events: int) -> None:
         """Forget all but the newest events; the state stays, for it has read them."""
         if (surplus := len(self.items) - events) > 0:
-            gone = sum(struct.unpack_from(f"<{surplus}H", self.items.lengths))
-            self.items = Texts(self.items.lengths[2 * surplus :], self.items.content[gone:])
+            self.items = self.items.cut(surplus)[1]
             self.times = self.times[8 * surplus :]
+            self.older = max(0, self.older - surplus)
 
-    def encoded(self) -> bytes:
-        """The record as bytes, which :func:`decoded` reads."""
+    def put_state(self, row: np.ndarray, digest: bytes, state_type: int) -> None:
+        """Let the next writing write a state that has read every event."""
+        self.state, self.digest, self.state_type = packed_state(row, state_type), digest, state_type
+        self.state_sum, self.read = checksum(self.state), self.total
+
+    def writings(self, user: str, events: int) -> Values:
+        """What is to be written, by key, so that the newest so many events are kept, and no whole chunk more."""
+        self.keep(events)
+        found: Values = {chunk_key(user, number): None for number in self.gone}
+        if not self.total:
+            return {**found, user.encode(): None, state_key(user): None}
+        items, times = self.items.cut(self.older)[1], self.times[8 * self.older :]
+        while len(items) >= 2 * CHUNK:
+            part, items = items.cut(CHUNK)
+            body = part.lengths + part.content + times[: 8 * CHUNK]
+            found[chunk_key(user, self.sealed)] = _CHUNK.pack(zlib.crc32(body), len(part.content)) + body
+            self.sealed, times = self.sealed + 1, times[8 * CHUNK :]
+        while self.sealed > self.first and CHUNK * (self.sealed - self.first - 1) + len(items) >= events:
+            found[chunk_key(user, self.first)] = None
+            self.first += 1
+        if self.state:
+            found[state_key(user)] = self.state
+        elif not self.digest:
+            found[state_key(user)] = None
+        found[user.encode()] = self._head(items, times)
+        return found
+
+    def _head(self, items: Texts, times: bytes) -> bytes:
         ids = Texts.of(self.event_ids[-EVENT_IDS:])
         header = _HEADER.pack(
-            zlib.crc32(self.state),
+            self.state_sum,
             self.digest,
             self.state_type,
+            self.read,
             self.total,
             self.changed,
-            len(self.items),
-            len(self.items.content),
+            self.first,
+            self.sealed,
+            len(items),
+            len(items.content),
             len(ids),
             len(ids.content),
-            len(self.state),
         )
-        body = b"".join([header, self.times, self.items.lengths, self.items.content, ids.lengths, ids.content])
-        return b"".join([_MARK.pack(MAGIC, zlib.crc32(body)), body, self.state])
+        body = b"".join([header, times, items.lengths, items.content, ids.lengths, ids.content])
+        return _MARK.pack(MAGIC, zlib.crc32(body)) + body
+
+
+def _opened(chunk: bytes | None) -> tuple[Texts, bytes]:
+    """The items and times of a chunk."""
+    if chunk is None or len(chunk) < _CHUNK.size:
+        raise DamagedError("older events are missing")
+    total, size = _CHUNK.unpack_from(chunk)
+    body = chunk[_CHUNK.size :]
+    if len(body) != 10 * CHUNK + size or zlib.crc32(body) != total:
+        raise DamagedError("older events are not what was written")
+    return Texts(body[: 2 * CHUNK], body[2 * CHUNK : 2 * CHUNK + size]), body[2 * CHUNK + size :]
 
 
 def decoded(value: bytes) -> Record:
-    """The record that bytes stand for. A state that is damaged is left out, so that it is computed again.
+    """The record that a head stands for, with the events that it holds.
 
     Raises:
-        DamagedError: the events are damaged, or the bytes are no record.
+        DamagedError: the events are damaged, or the bytes are no head.
         UserError: another version of this package wrote them.
     """
-    if len(value) < _MARK.size + _HEADER.size:
-        raise DamagedError("it is cut short")
-    magic, checksum = _MARK.unpack_from(value)
+    magic, total = _MARK.unpack_from(value) if len(value) >= _MARK.size else (b"", 0)
+    if magic == FORMER:
+        return _former(value, total)
     if magic != MAGIC and magic[:3] == MAGIC[:3]:
         raise UserError(f"state: another version of recbole_ssm wrote this record (format {magic[3:]!r}); use that one")
-    state_sum, digest, kind, total, changed, events, text, ids, id_text, state = _HEADER.unpack_from(value, _MARK.size)
-    bounds = [_MARK.size + _HEADER.size]
-    for size in (8 * events, 2 * events, text, 2 * ids, id_text, state):
-        bounds.append(bounds[-1] + size)
-    body = memoryview(value)[_MARK.size : bounds[5]]
-    if magic != MAGIC or bounds[6] != len(value) or zlib.crc32(body) != checksum or kind not in _TYPES:
+    if len(value) < _MARK.size + _HEADER.size:
+        raise DamagedError("it is cut short")
+    about = _HEADER.unpack_from(value, _MARK.size)
+    state_sum, digest, kind, read, events_ever, changed, first, sealed, events, text, ids, id_text = about
+    parts = _split(value, _HEADER.size, (8 * events, 2 * events, text, 2 * ids, id_text))
+    if magic != MAGIC or parts is None or zlib.crc32(value[_MARK.size :]) != total or kind not in _TYPES:
         raise DamagedError("its content is not what was written")
-    parts = [value[begin:end] for begin, end in pairwise(bounds)]
-    whole = zlib.crc32(parts[5]) == state_sum
     return Record(
         items=Texts(parts[1], parts[2]),
         times=parts[0],
-        total=total,
+        total=events_ever,
         changed=changed,
         event_ids=Texts(parts[3], parts[4]).texts(),
-        digest=digest if whole and state else b"",
-        state=parts[5] if whole else b"",
+        first=first,
+        sealed=sealed,
+        digest=digest if any(digest) else b"",
+        read=read,
+        state_sum=state_sum,
         state_type=kind,
     )
 
 
-def digest_and_change(value: bytes) -> tuple[bytes, float]:
-    """The digest and the time of the last change in bytes of a record, which are not looked at any further.
+def _split(value: bytes, header: int, sizes: Sequence[int]) -> list[bytes] | None:
+    """The parts behind a header; None where they are not as long as the value."""
+    bounds = [_MARK.size + header]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    return [value[begin:end] for begin, end in pairwise(bounds)] if bounds[-1] == len(value) else None
+
+
+def whole_record(user: str, get: Get) -> Record | None:
+    """A user's record with all events that are kept; None where there is no such user.
 
     Raises:
-        DamagedError: there are too few of them.
+        DamagedError: it is damaged.
+        UserError: another version of this package wrote it.
     """
-    if len(value) < _MARK.size + _HEADER.size:
+    value = get([user.encode()])[user.encode()]
+    if value is None:
+        return None
+    found = decoded(value)
+    found.load_older(user, get)
+    return found
+
+
+def _former(value: bytes, total: int) -> Record:
+    """A record of the former format, which held everything; a state that is damaged is left out."""
+    if len(value) < _MARK.size + _FORMER_HEADER.size:
         raise DamagedError("it is cut short")
-    _, digest, _, _, changed, *_ = _HEADER.unpack_from(value, _MARK.size)
-    return digest, changed
+    about = _FORMER_HEADER.unpack_from(value, _MARK.size)
+    state_sum, digest, kind, events_ever, changed, events, text, ids, id_text, state = about
+    parts = _split(value, _FORMER_HEADER.size, (8 * events, 2 * events, text, 2 * ids, id_text, state))
+    body = memoryview(value)[_MARK.size : len(value) - state]
+    if parts is None or zlib.crc32(body) != total or kind not in _TYPES:
+        raise DamagedError("its content is not what was written")
+    found = Record(Texts(parts[1], parts[2]), parts[0], events_ever, changed, Texts(parts[3], parts[4]).texts())
+    if state and zlib.crc32(parts[5]) == state_sum:
+        found.digest, found.state_type, found.read, found.state = digest, kind, events_ever, parts[5]
+        found.state_sum = checksum(found.state)
+    return found
+
+
+def checksum(state: bytes) -> int:
+    """The checksum of a state."""
+    return zlib.crc32(state)
 
 
 def packed_state(row: np.ndarray, state_type: int) -> bytes:

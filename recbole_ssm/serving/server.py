@@ -68,7 +68,7 @@ def create_app(server: Server) -> FastAPI:
         try:
             if server.worker is None or not server.worker.alive:
                 raise BusyError("the server is about to start or to end")
-            await server.call(lambda engine: engine.store.get(["ready"]))
+            await server.call(lambda engine: engine.store.read(lambda get: get([b"ready"])))
         except (BusyError, StoreError) as error:
             return answer({"status": f"not ready: {error}"}, BUSY)
         return answer({"status": "ready"})

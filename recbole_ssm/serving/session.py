@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -221,7 +222,8 @@ class Session:
 
 
 class Stepper:
-    """Advances the states of B users in place, an event of each at a time; in C++, without new memory, where it can.
+    """Advances the states of B users in place, an event of each at a time, or of the first of them; in C++, without new
+    memory, where it can.
 
     Args:
         model: a causal state-space model in evaluation mode; its weights are read where they
@@ -261,32 +263,38 @@ class Stepper:
         self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
 
     def __call__(self, items: Sequence[int], moments: Sequence[Moments] = (), *, keep: bool = True) -> Tensor:
-        """Ids of one item a user -> vectors ``[B, hidden_size]``, which the next call writes over.
+        """Ids of one item a user -> vectors ``[n, hidden_size]``, which the next call writes over.
 
         Args:
-            items: the ids.
+            items: the ids, of the first n users.
             moments: of each event, where the model reads times.
             keep: whether the states advance; else the events are only tried.
 
         Raises:
             IndexError: there is no such item.
         """
+        users = len(items)
         if not self._native:
             with torch.inference_mode():
                 device = self.model.item_embedding.weight.device
                 clock = [clock_of(moments, device)] if moments else []
-                output, after = self.model.step(torch.tensor(items, device=device), self.state, *clock)
-            self.state = after if keep else self.state
+                before = [MixerState(*(part[:users] for part in one)) for one in self.state]
+                output, after = self.model.step(torch.tensor(items, device=device), before, *clock)
+                pairs = zip(itertools.chain(*before), itertools.chain(*after)) if keep else ()
+                for part, next_one in pairs:
+                    part.copy_(next_one)
             return output
+        for call in self._calls if keep else self._trials:
+            call.B = users
         if self._encoding is None:
-            self._rows[:] = items
+            self._rows[:users] = items
         else:
             for row, item, times in zip(self._inputs, items, moments):
                 row[:] = sum(
                     table[place] for table, place in zip(self._tables, (item, *self._encoding.rows_of(*times)))
                 )
         native.run_steps(self._calls if keep else self._trials, len(self._calls))
-        return self._output
+        return self._output[:users]
 
     @functools.cached_property
     def _trials(self) -> Any:

@@ -36,7 +36,9 @@ class States:
         self._places = list(pairwise(ends))
         self.width: int = ends[-1]
         """Numbers of a row."""
-        self._steppers: dict[int, Stepper] = {}
+        self._start: np.ndarray | None = None
+        self._stepper: Stepper | None = None
+        self._items: Tensor | None = None
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> np.ndarray:
@@ -47,38 +49,59 @@ class States:
 
     @torch.inference_mode()
     def start(self) -> np.ndarray:
-        """The row before the first event, whose vector stands for nothing ``[width]``."""
-        parts = [part.float().reshape(-1).cpu() for one in self._model.alloc_state(1) for part in one]
-        return torch.cat([torch.zeros(self.hidden_size), *parts]).numpy()
+        """The row before the first event, whose vector stands for nothing ``[width]``; it is not to be written into."""
+        if self._start is None:
+            parts = [part.float().reshape(-1).cpu() for one in self._model.alloc_state(1) for part in one]
+            self._start = torch.cat([torch.zeros(self.hidden_size), *parts]).numpy()
+        return self._start
+
+    def step(self, rows: Sequence[np.ndarray], ids: Sequence[Sequence[int]], whole: Sequence[bool]) -> list[np.ndarray]:
+        """The next events of each user, one or more.
+
+        Args:
+            rows: the state of each ``[width]``.
+            ids: the items of each, oldest first.
+            whole: whose next state is wanted; of the others the vector is enough.
+
+        Returns:
+            The next row of each ``[width]``, or its vector ``[hidden_size]``.
+        """
+        found = list(rows)
+        # At any time those who have events left are the first.
+        order = sorted(range(len(rows)), key=lambda user: -len(ids[user]))
+        for begin in range(0, len(order), LARGEST_STEP):
+            users = order[begin : begin + LARGEST_STEP]
+            after = self._step([rows[user] for user in users], [ids[user] for user in users], [whole[u] for u in users])
+            for user, row in zip(users, after):
+                found[user] = row
+        return found
 
     @torch.inference_mode()
-    def step(self, rows: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-        """One more event of each user: rows ``[n, width]`` and item ids ``[n]`` -> the next rows."""
-        after = np.empty_like(rows)
-        begin = 0
-        while begin < len(rows):
-            # Powers of two, so that a few steppers do for any number of users.
-            size = min(LARGEST_STEP, 1 << (len(rows) - begin).bit_length() - 1)
-            part = slice(begin, begin + size)
-            self._step(torch.from_numpy(rows[part]), ids[part], torch.from_numpy(after[part]))
-            begin += size
-        return after
-
-    def _step(self, before: Tensor, ids: Sequence[int], after: Tensor) -> None:
-        if len(ids) not in self._steppers:
-            self._steppers[len(ids)] = Stepper(self._model, self._model.alloc_state(len(ids)))
-        stepper = self._steppers[len(ids)]
-        parts = [part for one in stepper.state for part in one]
-        for part, shape, (begin, end) in zip(parts, self._shapes, self._places):
-            part.copy_(before[:, begin:end].reshape(-1, *shape))
-        after[:, : self.hidden_size] = stepper(ids)
-        # A stepper that runs the formula in PyTorch has new tensors by now.
-        parts = [part for one in stepper.state for part in one]
-        for part, (begin, end) in zip(parts, self._places):
-            after[:, begin:end] = part.reshape(len(ids), -1)
+    def _step(self, rows: list[np.ndarray], ids: list[Sequence[int]], whole: list[bool]) -> list[np.ndarray]:
+        """:meth:`step` for a few users, those with the most events first."""
+        if self._stepper is None:
+            self._stepper = Stepper(self._model, self._model.alloc_state(LARGEST_STEP))
+            parts = [part.view(LARGEST_STEP, -1) for one in self._stepper.state for part in one]
+            # NumPy copies small parts in a fraction of PyTorch's time.
+            plain = all(part.is_cpu and part.dtype == torch.float32 for part in parts)
+            self._parts: list[Any] = [part.numpy() for part in parts] if plain else parts
+        block = np.stack(rows)
+        for part, (begin, end) in zip(self._parts, self._places):
+            numbers = block[:, begin:end]
+            part[: len(block)] = numbers if isinstance(part, np.ndarray) else torch.from_numpy(numbers).to(part)
+        for number in range(len(ids[0])):
+            now = [mine[number] for mine in ids if len(mine) > number]
+            block[: len(now), : self.hidden_size] = self._stepper(now).float().cpu().numpy()
+        kept = [user for user, one in enumerate(whole) if one]
+        for part, (begin, end) in zip(self._parts, self._places):
+            numbers = part[kept]
+            block[kept, begin:end] = numbers if isinstance(part, np.ndarray) else numbers.float().cpu().numpy()
+        return [row if one else row[: self.hidden_size] for row, one in zip(block, whole)]
 
     @torch.inference_mode()
-    def scores(self, rows: np.ndarray) -> Tensor:
-        """The scores of all items ``[n, V]`` after rows ``[n, width]``."""
-        items = self._model.item_vectors()
-        return self._model.query_vectors(torch.from_numpy(rows[:, : self.hidden_size]).to(items)) @ items.T
+    def scores(self, rows: Sequence[np.ndarray]) -> Tensor:
+        """The scores of all items ``[n, V]`` after rows, of which the vectors are enough."""
+        if self._items is None:
+            self._items = self._model.item_vectors().T
+        vectors = torch.from_numpy(np.stack([row[: self.hidden_size] for row in rows]))
+        return self._model.query_vectors(vectors.to(self._items)) @ self._items

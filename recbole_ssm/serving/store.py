@@ -1,7 +1,8 @@
 """Where the records of users lie: in memory, in a folder (lmdb), or on a Redis server.
 
-All three are one small interface. Only :meth:`Store.update` writes: what it reads and what it writes are one
-transaction, so that several servers may share a store.
+All three are one small interface: values by key. The key of a user's head is the name in UTF-8; those of the other
+parts of a user have :data:`~recbole_ssm.serving.record.PART` and more behind it. Only :meth:`Store.update` writes: what
+it reads and what it writes are one transaction, so that several servers may share a store.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from recbole_ssm.errors import UserError, require
+from recbole_ssm.serving.record import PART, Get, Values
 
-Values = dict[str, bytes | None]
-"""The value of each user; None where there is none, or shall be none."""
-Change = Callable[[Values], Mapping[str, bytes | None]]
-"""From the values of some users to those that are to be written; it may be called again with newer values."""
+T = TypeVar("T")
+Change = Callable[[Get], Mapping[bytes, bytes | None]]
+"""Reads what it needs and says what is to be written; it may be called again, when newer values are there."""
 
 DURABILITIES = ("each", "batched")
 SYNC_WITHIN = 0.01
 """Seconds after an update at which what is batched begins to be synced."""
 UNWRITTEN = 1 << 16
 """Bytes by which lmdb's file may be shorter than its pages: the last may have been freed before they were written."""
+PARTS = PART + b"parts"
+"""The name of lmdb's tree of states and older events; no user has it, since it is no UTF-8."""
 AT_ONCE = 256
 """The names of so many users are read at once."""
 
@@ -41,21 +44,24 @@ class StoreError(OSError):
 
 
 class Store(Protocol):
-    """Values by user."""
+    """Values by key."""
 
-    def get(self, users: Sequence[str]) -> Values:
-        """The values of these users.
+    def read(self, work: Callable[[Get], T]) -> T:
+        """What a function makes of values that were there at one moment.
 
         Raises:
             StoreError: they cannot be read.
         """
 
-    def update(self, users: Sequence[str], change: Change) -> None:
-        """Read these users' values and write what ``change`` makes of them, all or nothing.
+    def update(self, change: Change) -> None:
+        """Let a change read values, and write what it says, all or nothing.
 
         Raises:
             StoreError: nothing was written.
         """
+
+    def parts(self, user: str) -> list[bytes]:
+        """The keys of all parts of a user but the head; for a user whose head does not say them."""
 
     def users(self) -> Iterator[str]:
         """Every user, in an order of the store's; who comes or goes meanwhile may be among them or not.
@@ -102,26 +108,34 @@ class MemoryStore:
     """Values in this process, which end with it."""
 
     def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
+        self._values: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
-    def get(self, users: Sequence[str]) -> Values:
-        """As of :class:`Store`."""
-        return {user: self._values.get(user) for user in users}
+    def _get(self, keys: Sequence[bytes]) -> Values:
+        return {key: self._values.get(key) for key in keys}
 
-    def update(self, users: Sequence[str], change: Change) -> None:
+    def read(self, work: Callable[[Get], T]) -> T:
         """As of :class:`Store`."""
         with self._lock:
-            for user, value in change(self.get(users)).items():
+            return work(self._get)
+
+    def update(self, change: Change) -> None:
+        """As of :class:`Store`."""
+        with self._lock:
+            for key, value in change(self._get).items():
                 if value is None:
-                    self._values.pop(user, None)
+                    self._values.pop(key, None)
                 else:
-                    self._values[user] = value
+                    self._values[key] = value
+
+    def parts(self, user: str) -> list[bytes]:
+        """As of :class:`Store`."""
+        return [key for key in list(self._values) if key.startswith(user.encode() + PART)]
 
     def users(self) -> Iterator[str]:
         """As of :class:`Store`."""
         with self._lock:
-            return iter(list(self._values))
+            return iter([key.decode() for key in self._values if PART not in key])
 
     def sync(self) -> None:
         """There is no disk."""
@@ -131,7 +145,7 @@ class MemoryStore:
         self._values.clear()
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self.users())
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +165,11 @@ class LmdbStore:
         self._place = f"state {folder}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._env = self._lmdb.open(str(folder), map_size=most_bytes, sync=durability == "each", max_readers=512)
+            self._env = self._lmdb.open(
+                str(folder), map_size=most_bytes, sync=durability == "each", max_readers=512, max_dbs=1
+            )
+            # States and older events lie in a tree of their own: the tree of heads stays small, and counts the users.
+            self._parts = self._env.open_db(PARTS)
         except (OSError, self._lmdb.Error) as error:
             raise UserError(f"{self._place}: cannot be opened ({error}); name another folder, or restore it") from error
         self._check_length(folder / "data.mdb")
@@ -169,29 +187,45 @@ class LmdbStore:
         if missing > 0:
             os.truncate(file, needed)
 
-    def get(self, users: Sequence[str]) -> Values:
+    def _tree(self, key: bytes) -> Any:
+        return self._parts if PART in key else None
+
+    def _getting(self, transaction: Any) -> Get:
+        return lambda keys: {key: transaction.get(key, db=self._tree(key)) for key in keys}
+
+    def read(self, work: Callable[[Get], T]) -> T:
         """As of :class:`Store`."""
         try:
             with self._env.begin() as transaction:
-                return {user: transaction.get(user.encode()) for user in users}
+                return work(self._getting(transaction))
         except self._lmdb.Error as error:
             raise self._failure(error) from error
 
-    def update(self, users: Sequence[str], change: Change) -> None:
+    def update(self, change: Change) -> None:
         """As of :class:`Store`."""
         try:
             with self._env.begin(write=True) as transaction:
                 if self._failed:
                     raise self._lmdb.Error(self._failed)
-                changed = change({user: transaction.get(user.encode()) for user in users})
-                for user, value in changed.items():
+                for key, value in change(self._getting(transaction)).items():
                     if value is None:
-                        transaction.delete(user.encode())
+                        transaction.delete(key, db=self._tree(key))
                     else:
-                        transaction.put(user.encode(), value)
+                        transaction.put(key, value, db=self._tree(key))
         except self._lmdb.Error as error:
             raise self._failure(error) from error
         self._dirty.set()
+
+    def parts(self, user: str) -> list[bytes]:
+        """As of :class:`Store`."""
+        begin = user.encode() + PART
+        try:
+            with self._env.begin() as transaction, transaction.cursor(self._parts) as cursor:
+                if not cursor.set_range(begin):
+                    return []
+                return list(itertools.takewhile(lambda key: key.startswith(begin), cursor.iternext(values=False)))
+        except self._lmdb.Error as error:
+            raise self._failure(error) from error
 
     def _sync_later(self) -> None:
         while self._open:
@@ -217,7 +251,8 @@ class LmdbStore:
             with self._env.begin() as transaction, transaction.cursor() as cursor:
                 if not (cursor.set_range(after) if after else cursor.first()):
                     return []
-                return [key for key in itertools.islice(cursor.iternext(values=False), AT_ONCE) if key != after]
+                keys = itertools.islice(cursor.iternext(values=False), AT_ONCE)
+                return [key for key in keys if key not in (after, PARTS)]
         except self._lmdb.Error as error:
             raise self._failure(error) from error
 
@@ -240,14 +275,17 @@ class LmdbStore:
         self._env.close()
 
     def __len__(self) -> int:
-        return self._env.stat()["entries"]
+        # The name of the other tree is no user.
+        return self._env.stat()["entries"] - 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages in use."""
-        about = self._env.stat()
-        pages = about["branch_pages"] + about["leaf_pages"] + about["overflow_pages"]
-        return pages * about["psize"]
+        with self._env.begin() as transaction:
+            trees = [transaction.stat(tree) for tree in (None, self._parts)]
+        return sum(
+            (about["branch_pages"] + about["leaf_pages"] + about["overflow_pages"]) * about["psize"] for about in trees
+        )
 
 
 class RedisStore:
@@ -256,7 +294,7 @@ class RedisStore:
     How durable a write is the Redis server decides, by its own ``appendfsync``.
     """
 
-    PREFIX = b"recbole_ssm:user:"
+    PREFIX, PARTS = b"recbole_ssm:user:", b"recbole_ssm:part:"
 
     def __init__(self, address: str) -> None:
         self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
@@ -266,40 +304,60 @@ class RedisStore:
         except (ValueError, self._redis.RedisError) as error:
             raise UserError(f"state {address.rpartition('@')[2]}: no Redis server answers ({error})") from error
 
-    def _key(self, user: str) -> bytes:
-        return self.PREFIX + user.encode()
+    def _name(self, key: bytes) -> bytes:
+        return (self.PARTS if PART in key else self.PREFIX) + key
 
-    def get(self, users: Sequence[str]) -> Values:
-        """As of :class:`Store`."""
-        try:
-            return dict(zip(users, self._client.mget([self._key(user) for user in users])))
-        except self._redis.RedisError as error:
-            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T], None]) -> T:
+        """Read and write; where another server wrote meanwhile what was read, once more."""
+        made: list[T] = []
 
-    def update(self, users: Sequence[str], change: Change) -> None:
-        """As of :class:`Store`; where another server wrote meanwhile, it is done once more."""
-        keys = [self._key(user) for user in users]
+        def once(pipe: Any) -> None:
+            def get(keys: Sequence[bytes]) -> Values:
+                if not keys:
+                    return {}
+                names = [self._name(key) for key in keys]
+                pipe.watch(*names)
+                return dict(zip(keys, pipe.mget(names)))
 
-        def write(pipe: Any) -> None:
-            values = dict(zip(users, pipe.mget(keys)))
-            changed = change(values)
+            made[:] = [work(get)]
             pipe.multi()
-            for user, value in changed.items():
-                if value is None:
-                    pipe.delete(self._key(user))
-                else:
-                    pipe.set(self._key(user), value)
+            write(pipe, made[0])
 
         try:
-            self._client.transaction(write, *keys)
+            self._client.transaction(once)
         except self._redis.RedisError as error:
             raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+        return made[0]
+
+    def read(self, work: Callable[[Get], T]) -> T:
+        """As of :class:`Store`."""
+        return self._transact(work, lambda pipe, made: None)
+
+    def update(self, change: Change) -> None:
+        """As of :class:`Store`."""
+
+        def write(pipe: Any, changed: Mapping[bytes, bytes | None]) -> None:
+            for key, value in changed.items():
+                if value is None:
+                    pipe.delete(self._name(key))
+                else:
+                    pipe.set(self._name(key), value)
+
+        self._transact(change, write)
+
+    def parts(self, user: str) -> list[bytes]:
+        """As of :class:`Store`."""
+        begin = self.PARTS + user.encode() + PART
+        names = self._scan(self.PARTS)
+        return [name[len(self.PARTS) :] for name in names if name.startswith(begin)]
 
     def users(self) -> Iterator[str]:
         """As of :class:`Store`."""
+        return (name[len(self.PREFIX) :].decode() for name in self._scan(self.PREFIX))
+
+    def _scan(self, prefix: bytes) -> Iterator[bytes]:
         try:
-            for key in self._client.scan_iter(match=self.PREFIX + b"*", count=AT_ONCE):
-                yield key[len(self.PREFIX) :].decode()
+            yield from self._client.scan_iter(match=prefix + b"*", count=AT_ONCE)
         except self._redis.RedisError as error:
             raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
 

@@ -3,8 +3,12 @@
 import shutil
 import subprocess
 import time
+from functools import partial
 
+import numpy as np
 import pytest
+
+from recbole_ssm.serving.record import checksum, state_key, unpacked_state, whole_record
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +26,27 @@ def redis_address(tmp_path_factory):
             time.sleep(0.01)
         yield f"unix://{place}"
         server.terminate()
+
+
+def record_of(store, user):
+    """All that is kept of a user but the state."""
+    return store.read(partial(whole_record, user))
+
+
+def row_of(store, user, served, tolerance=1e-5):
+    """The state of a user as a server that begins now has it: the stored one, and the events that it has not read."""
+    record = record_of(store, user)
+    ids = served.catalogue.ids(record.items.texts())
+    row = served.states.start()
+    unread = record.total - record.read
+    assert unread < 8
+    if record.digest:
+        state = store.read(lambda get: get([state_key(user)]))[state_key(user)]
+        assert record.digest == served.key and checksum(state) == record.state_sum
+        row = unpacked_state(state, record.state_type)
+        if record.total == len(ids):
+            expected = served.states.read(ids[: record.read])
+            np.testing.assert_allclose(row, expected, atol=tolerance, rtol=tolerance)
+    else:
+        assert record.read == 0
+    return served.states.step([row], [ids[-unread:]], [True])[0] if unread else row

@@ -1,6 +1,9 @@
 """The engine: whatever comes in whatever order, a state is what its events give, and an answer what recommend gives."""
 
 import random
+import struct
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from recbole_ssm.bench.untrained import untrained_model
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import Recommender
 from recbole_ssm.serving.engine import Engine, Event, Visit
-from recbole_ssm.serving.record import Record, decoded, unpacked_state
+from recbole_ssm.serving.record import STATE_EVERY, Record, chunk_key, packed_state, state_key
 from recbole_ssm.serving.served import Rules, Served
 from recbole_ssm.serving.store import MemoryStore, StoreError
+from tests.serving.conftest import record_of, row_of
 
 
 def untrained(name, seed, **options):
@@ -47,19 +51,12 @@ def assert_same(found, expected):
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-6, abs=1e-5)
 
 
-def record_of(engine, user):
-    return decoded(engine.store.get([user])[user])
-
-
 def assert_states_are_those_of_their_events(engine, tolerance=1e-5):
     served = engine.served
     for user in engine.store.users():
-        record = record_of(engine, user)
-        assert record.digest == served.key
-        expected = served.states.read(served.catalogue.ids(record.items.texts()))
-        np.testing.assert_allclose(
-            unpacked_state(record.state, record.state_type), expected, atol=tolerance, rtol=tolerance
-        )
+        expected = served.states.read(served.catalogue.ids(record_of(engine.store, user).items.texts()))
+        row = row_of(engine.store, user, served, tolerance)
+        np.testing.assert_allclose(row, expected, atol=tolerance, rtol=tolerance)
 
 
 def visit(engine, *visits):
@@ -112,7 +109,7 @@ def test_any_order_of_events_gives_the_state_of_the_events_in_order(models, seed
             visits.append(Visit(user, events, k=draw.choice([0, 3])))
         visit(engine, *visits)
     for user, mine in expected.items():
-        record = record_of(engine, user)
+        record = record_of(engine.store, user)
         assert record.items.texts() == [item for _, item in mine]
         assert record.total == len(mine)
     if state_type == "float32":
@@ -175,12 +172,84 @@ def test_only_the_newest_events_are_kept_but_the_state_has_read_all(models):
     items = [f"i{n % 20}" for n in range(12)]
     for item in items:
         visit(engine, Visit("u", [Event(item)]))
-    record = record_of(engine, "u")
+    record = record_of(engine.store, "u")
     assert record.items.texts() == items[-5:] and record.total == 12
     served = models["2Mamba4Rec"]
-    np.testing.assert_allclose(
-        unpacked_state(record.state, 0), served.states.read(served.catalogue.ids(items)), atol=1e-5
-    )
+    expected = served.states.read(served.catalogue.ids(items))
+    np.testing.assert_allclose(row_of(engine.store, "u", served), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["2Mamba4Rec", "SASRec"])
+@pytest.mark.parametrize("history", [3, 40, 100, 10_000])
+def test_long_histories_lie_in_chunks(models, name, history):
+    """One event after the other, many at once, a late one, and what is left out of the answers."""
+    engine, draw = Engine(models[name], MemoryStore(), state_history=history), random.Random(history)
+    recommender, items = models[name].recommender, []
+    while len(items) < 300:
+        new = [f"i{draw.randrange(20)}" for _ in range(draw.choice([1, 1, 1, 1, 50, 5]))]
+        (found,) = visit(engine, Visit("u", [Event(item) for item in new], k=20, exclude_seen=draw.random() < 0.2))
+        items += new
+        assert found.events == len(items)
+        record = record_of(engine.store, "u")
+        kept = record.items.texts()
+        assert kept == items[-len(kept) :] and min(history, len(items)) <= len(kept) < history + 32
+        assert len(record.event_ids) == 0
+    if name == "2Mamba4Rec":
+        expected = models[name].states.read(models[name].catalogue.ids(items))
+        np.testing.assert_allclose(row_of(engine.store, "u", models[name]), expected, atol=1e-5, rtol=1e-5)
+    seen = {item for item, _ in recommender.recommend(kept, 20)} - {
+        item for item, _ in recommender.recommend(kept, 20, exclude_seen=True)
+    }
+    (found,) = visit(engine, Visit("u", k=20, exclude_seen=True))
+    assert {item for item, _ in found.recommended} == {f"i{n}" for n in range(20)} - seen
+    # A late event stands before all that are kept, and the chunks are written again.
+    visit(engine, Visit("u", [Event("i7", 1.0)]))
+    late = record_of(engine.store, "u").items.texts()
+    assert late == (["i7", *kept][-history:])
+    assert not visit(engine, Visit("nobody", forget=True))[0].forgotten
+    assert visit(engine, Visit("u", forget=True))[0].forgotten
+    assert not engine.store._values
+
+
+def test_a_state_is_written_every_few_events_and_read_again(models):
+    store = MemoryStore()
+    written = []
+    for number in range(20):
+        # A server that has just begun, each time.
+        engine = Engine(models["2Mamba4Rec"], store)
+        before = store._values.get(state_key("u"))
+        (found,) = visit(engine, Visit("u", [Event(f"i{number}")], k=5))
+        expected = models["2Mamba4Rec"].recommender.recommend([f"i{n}" for n in range(number + 1)], 5)
+        assert_same(found.recommended, expected)
+        if store._values.get(state_key("u")) != before:
+            written.append(number + 1)
+    assert written == [STATE_EVERY, 2 * STATE_EVERY]
+
+
+def test_a_store_of_the_former_format_goes_on(models):
+    """The value that version 0.2.0 wrote, with its state; a late event, and a state that is damaged."""
+    served = models["2Mamba4Rec"]
+    items = [f"i{n}" for n in range(12)]
+    state = packed_state(served.states.read(served.catalogue.ids(items)), 0)
+    text = b"".join(item.encode() for item in items)
+    lengths = struct.pack("<12H", *map(len, items))
+    times = struct.pack("<12d", *range(12))
+    for damage, new, count in [(b"", Event("i3"), 13), (b"", Event("i3", 0.5), 13), (b"?", Event("i3"), 13)]:
+        header = struct.pack(
+            "<I16sBQdIIHII", zlib.crc32(state), served.key, 0, 12, time.time(), 12, len(text), 1, 1, len(state)
+        )
+        body = header + times + lengths + text + b"\1\0" + b"e"
+        value = struct.pack("<4sI", b"RSU1", zlib.crc32(body)) + body + state[: len(state) - len(damage)] + damage
+        outcomes = []
+        engine = Engine(served, MemoryStore(), count=outcomes.append)
+        engine.store._values[b"u"] = value
+        assert visit(engine, Visit("u", [Event("i1", id="e")]))[0].repeated == 1
+        (found,) = visit(engine, Visit("u", [new], k=5))
+        history = [*items, "i3"] if new.time is None else ["i0", "i3", *items[1:]]
+        assert_same(found.recommended, served.recommender.recommend(history, 5))
+        assert found.events == count and engine.store._values[b"u"].startswith(b"RSU2")
+        assert_states_are_those_of_their_events(engine)
+        assert ("rebuilt" in outcomes) == bool(damage or new.time)
 
 
 def test_rules(models):
@@ -222,27 +291,50 @@ def test_a_damaged_record_is_an_error_of_its_user_alone(models):
     engine = Engine(models["2Mamba4Rec"], MemoryStore())
     visit(engine, *(Visit(user, [Event("i1"), Event("i2")]) for user in ("a", "b", "c")))
     values = engine.store._values
-    values["a"] = values["a"][:70] + b"?" + values["a"][71:]
-    values["b"] = values["b"][:-1] + b"?"
+    values[b"a"] = values[b"a"][:70] + b"?" + values[b"a"][71:]
     wrong, *right = engine.visit([Visit(user, [Event("i3")], k=3) for user in ("a", "b", "c")])
     assert isinstance(wrong, StoreError) and "the record of user 'a' is damaged" in str(wrong)
-    # The state of b was damaged, and is computed again from the events.
     assert_same(right[0].recommended, right[1].recommended)
     assert visit(engine, Visit("a", forget=True), Visit("a", [Event("i1")]))[1].events == 1
+
+
+def test_a_damaged_state_or_chunk_is_computed_again_or_an_error_where_it_is_needed(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    values = engine.store._values
+    items = [f"i{n % 20}" for n in range(100)]
+    visit(engine, *(Visit(user, [Event(item) for item in items]) for user in ("a", "b", "c")))
+    values[state_key("a")] = values[state_key("a")][:-1] + b"?"
+    del values[state_key("b")]
+    found = visit(engine, *(Visit(user, [Event("i3")], k=3) for user in ("a", "b", "c")))
+    for one in found:
+        assert_same(one.recommended, found[2].recommended)
+    assert_states_are_those_of_their_events(engine)
+    for broken in (values[chunk_key("a", 1)][:-1] + b"?", b"", None):
+        values[chunk_key("a", 1)] = broken
+        if broken is None:
+            del values[chunk_key("a", 1)]
+        assert visit(engine, Visit("a", [Event("i3")], k=3))[0].recommended
+        for asked in (Visit("a", k=3, exclude_seen=True), Visit("a", [Event("i3", 1.0)])):
+            (wrong,) = engine.visit([asked])
+            assert isinstance(wrong, StoreError) and "the record of user 'a' is damaged (older events" in str(wrong)
+    # Nothing is left of one whose head does not say what there is.
+    values[b"a"] = b"RSU2"
+    assert visit(engine, Visit("a", forget=True))[0].forgotten
+    assert not [key for key in values if key.startswith(b"a")]
 
 
 def test_a_store_that_fails_takes_nothing(models, monkeypatch):
     engine = Engine(models["2Mamba4Rec"], MemoryStore())
     visit(engine, Visit("a", [Event("i1")]))
 
-    def fail(users, change):
-        change(engine.store.get(users))
+    def fail(change):
+        engine.store.read(change)
         raise StoreError("state: is full")
 
     monkeypatch.setattr(engine.store, "update", fail)
     found = engine.visit([Visit("a", [Event("i2")]), Visit("b", [Event("i2")])])
     assert all(isinstance(one, StoreError) for one in found)
-    assert record_of(engine, "a").total == 1
+    assert record_of(engine.store, "a").total == 1
 
 
 def test_a_change_that_is_made_twice_counts_once(models, monkeypatch):
@@ -250,16 +342,16 @@ def test_a_change_that_is_made_twice_counts_once(models, monkeypatch):
     engine = Engine(models["2Mamba4Rec"], MemoryStore())
     update = engine.store.update
 
-    def twice(users, change):
-        change({user: None for user in users})
+    def twice(change):
+        change(lambda keys: dict.fromkeys(keys))
         other = Record()
         other.append("i9", 1.0)
-        engine.store._values["a"] = other.encoded()
-        update(users, change)
+        engine.store._values.update(other.writings("a", 10))
+        update(change)
 
     monkeypatch.setattr(engine.store, "update", twice)
     visit(engine, Visit("a", [Event("i2", 2.0)]))
-    assert record_of(engine, "a").items.texts() == ["i9", "i2"]
+    assert record_of(engine.store, "a").items.texts() == ["i9", "i2"]
     assert_states_are_those_of_their_events(engine)
 
 

@@ -23,9 +23,9 @@ from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import command_parser, load_served, server_of
 from recbole_ssm.errors import UserError
-from recbole_ssm.serving.record import decoded, unpacked_state
 from recbole_ssm.serving.store import open_store
 from tests.conftest import REPOSITORY
+from tests.serving.conftest import record_of, row_of
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("lmdb", reason="the extra serve is not installed")
@@ -356,9 +356,10 @@ def test_a_slow_body_and_a_full_store_have_their_answers(runs, monkeypatch):
             connection.sendall(b"POST /v1/events HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
         client = Client(port)
-        statuses = [client.post("/v1/events", {"user": f"u{n}", "item": "i1"})[0] for n in range(60)]
+        bodies = [{"events": [{"user": f"u{n}", "item": "i1"}] * 9} for n in range(60)]
+        statuses = [client.post("/v1/events", body)[0] for body in bodies]
         assert set(statuses) == {200, 507} and statuses == sorted(statuses)
-        assert client.get("/v1/users/u0/recommendations")[1]["events"] == 1
+        assert client.get("/v1/users/u0/recommendations")[1]["events"] == 9
         _, refused = client.get("/v1/users/u59/recommendations")
         assert refused["events"] == 0
         assert client("DELETE", "/v1/users/u0")[0] in (200, 507)
@@ -423,13 +424,13 @@ def kill_under_load(runs, durability, moments):
                 one.result()
         store = open_store("state")
         for user, count in acknowledged.items():
-            record = decoded(store.get([user])[user])
+            record = record_of(store, user)
             # One more may have been written, whose answer did not come; sent again, it is known by its id.
             assert record.total in (count, count + 1)
             expected = [f"i{(len(user) + 7 * number) % 20}" for number in range(record.total)]
             assert record.items.texts() == expected
             row = served.states.read(served.catalogue.ids(expected))
-            np.testing.assert_allclose(unpacked_state(record.state, record.state_type), row, atol=1e-5, rtol=1e-5)
+            np.testing.assert_allclose(row_of(store, user, served), row, atol=1e-5, rtol=1e-5)
         store.close()
     assert sum(acknowledged.values()) > len(moments)
 
@@ -507,12 +508,12 @@ def test_two_replicas_share_a_redis(runs, redis_address):
             for one in [pool.submit(call, number, port) for number, port in enumerate((first, second))]:
                 one.result()
     store = open_store(redis_address)
-    record = decoded(store.get(["both"])["both"])
-    store.close()
+    record = record_of(store, "both")
     assert record.total == 40 and sorted(record.items.texts()) == sorted([f"i{event}" for event in range(20)] * 2)
     served = load_served(runs / "first", device="cpu")
     row = served.states.read(served.catalogue.ids(record.items.texts()))
-    np.testing.assert_allclose(unpacked_state(record.state, record.state_type), row, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(row_of(store, "both", served), row, atol=1e-5, rtol=1e-5)
+    store.close()
 
 
 DOCS = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")

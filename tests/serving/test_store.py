@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.serving.record import DamagedError, Record, decoded, packed_state, unpacked_state
+from recbole_ssm.serving.record import (
+    DamagedError,
+    Record,
+    chunk_key,
+    decoded,
+    packed_state,
+    state_key,
+    unpacked_state,
+    whole_record,
+)
 from recbole_ssm.serving.store import StoreError, open_store
 
 lmdb = pytest.importorskip("lmdb", reason="the extra serve is not installed")
@@ -31,41 +40,60 @@ def store(request, tmp_path):
 
 
 def put(store, **values):
-    store.update(list(values), lambda old: values)
+    store.update(lambda get: {key.encode(): value for key, value in values.items()})
+
+
+def values_of(store, *keys):
+    return store.read(lambda get: list(get([key.encode() for key in keys]).values()))
 
 
 def test_what_is_written_is_read(store):
     put(store, a=b"1", b=b"\0" * 20_000)
-    assert store.get(["a", "nobody", "b"]) == {"a": b"1", "nobody": None, "b": b"\0" * 20_000}
-    store.update(["a", "c"], lambda old: {"a": None, "c": (old["a"] or b"") + b"2"})
-    assert store.get(["a", "c"]) == {"a": None, "c": b"12"}
+    assert values_of(store, "a", "nobody", "b") == [b"1", None, b"\0" * 20_000]
+    store.update(lambda get: {b"a": None, b"c": get([b"a"])[b"a"] + b"2"})
+    assert values_of(store, "a", "c") == [None, b"12"]
     assert sorted(store.users()) == ["b", "c"] and len(store) == 2
     assert store.nbytes > 0
     store.sync()
 
 
+def test_the_parts_of_a_user_are_no_users(store):
+    names = ["a", "a\0", "aa", "z"]
+    parts = {key: b"x" for name in names for key in (state_key(name), chunk_key(name, 0), chunk_key(name, 255))}
+    store.update(lambda get: {**parts, **{name.encode(): b"y" for name in names}})
+    assert sorted(store.users()) == names and len(store) == 4
+    assert sorted(store.parts("a")) == sorted([state_key("a"), chunk_key("a", 0), chunk_key("a", 255)])
+    assert store.parts("nobody") == []
+    store.update(lambda get: {key: None for key in store.parts("a")})
+    assert store.parts("a") == [] and len(store.parts("aa")) == 3
+    assert store.read(lambda get: get([chunk_key("z", 255), state_key("a")])) == {
+        chunk_key("z", 255): b"x", state_key("a"): None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("user", ["a/b", "..", "\n", "%2F", "🦉", "a\0b", "é" * 250, " ", "*"])
 def test_a_user_may_be_named_anything(store, user):
-    store.update([user], lambda old: {user: b"x"})
+    store.update(lambda get: {user.encode(): b"x", state_key(user): b"s", chunk_key(user, 2**32 - 1): b"c"})
     assert list(store.users()) == [user]
-    assert store.get([user, "b"]) == {user: b"x", "b": None}
+    assert values_of(store, user, "b") == [b"x", None]
+    assert len(store.parts(user)) == 2
 
 
 def test_a_change_that_fails_changes_nothing(store):
     put(store, a=b"1")
 
-    def change(old):
+    def change(get):
         raise KeyError("no")
 
     with pytest.raises(KeyError):
-        store.update(["a"], change)
-    assert store.get(["a"]) == {"a": b"1"}
+        store.update(change)
+    assert values_of(store, "a") == [b"1"]
     put(store, a=b"2")
 
 
 def test_more_users_than_are_read_at_once(store):
     names = {f"user {number}": b"x" for number in range(700)}
-    store.update(list(names), lambda old: names)
+    put(store, **names)
     assert sorted(store.users()) == sorted(names)
 
 
@@ -74,18 +102,33 @@ def test_two_servers_share_a_redis(redis_address):
     stores = [open_store(redis_address), open_store(redis_address)]
     stores[0]._client.flushall()
 
-    def add(old):
-        return {"a": str(int(old["a"] or 0) + 1).encode()}
+    def add(get):
+        return {b"a": str(int(get([b"a"])[b"a"] or 0) + 1).encode()}
 
-    def add_with_another_between(old):
+    def add_with_another_between(get):
+        found = add(get)
         if not done:
             done.append(True)
-            stores[1].update(["a"], add)
-        return add(old)
+            stores[1].update(add)
+        return found
 
     done = []
-    stores[0].update(["a"], add_with_another_between)
-    assert stores[1].get(["a"]) == {"a": b"2"}
+    stores[0].update(add_with_another_between)
+    assert values_of(stores[1], "a") == [b"2"]
+
+
+def test_what_a_redis_gives_was_there_at_one_moment(redis_address):
+    stores = [open_store(redis_address), open_store(redis_address)]
+    stores[0]._client.flushall()
+    put(stores[0], a=b"1", b=b"1")
+
+    def read(get):
+        first = get([b"a"])[b"a"]
+        if first == b"1":
+            put(stores[1], a=b"2", b=b"2")
+        return first, get([b"b"])[b"b"]
+
+    assert stores[0].read(read) == (b"2", b"2")
 
 
 def test_no_redis_server_is_one_line():
@@ -99,7 +142,7 @@ def test_a_redis_server_that_goes_is_a_store_error(redis_address):
     found = open_store(redis_address)
     found._client.connection_pool.disconnect()
     found._client = redis.Redis.from_url("redis://127.0.0.1:1/0")
-    for work in (lambda: found.get(["a"]), lambda: put(found, a=b"1"), lambda: list(found.users())):
+    for work in (lambda: values_of(found, "a"), lambda: put(found, a=b"1"), lambda: list(found.users())):
         with pytest.raises(StoreError, match="the Redis server failed"):
             work()
 
@@ -111,7 +154,7 @@ def test_a_folder_outlives_its_process(tmp_path):
     found = open_store(str(tmp_path / "state"))
     put(found, a=b"1")
     found.close()
-    assert open_store(str(tmp_path / "state")).get(["a"]) == {"a": b"1"}
+    assert values_of(open_store(str(tmp_path / "state")), "a") == [b"1"]
 
 
 def test_a_full_folder_takes_nothing_and_goes_on(tmp_path):
@@ -120,7 +163,7 @@ def test_a_full_folder_takes_nothing_and_goes_on(tmp_path):
     with pytest.raises(StoreError, match=r"is full; delete users or raise --state_bytes") as caught:
         put(found, b=b"2", c=bytes(1 << 18))
     assert caught.value.full
-    assert found.get(["a", "b", "c"]) == {"a": b"1", "b": None, "c": None}
+    assert values_of(found, "a", "b", "c") == [b"1", None, None]
     put(found, a=None, d=b"4")
     assert list(found.users()) == ["d"]
 
@@ -172,8 +215,9 @@ def test_after_a_sync_that_failed_nothing_is_acknowledged(tmp_path, monkeypatch)
 @pytest.mark.parametrize("damage", ["no lmdb", "short", "a page short"])
 def test_a_damaged_folder_is_one_line_or_read_as_damaged(tmp_path, damage):
     found = open_store(str(tmp_path / "state"))
-    value = Record(state=bytes(20_000)).encoded()
-    found.update(["a"], lambda old: {f"user {n}": value for n in range(40)})
+    record = Record(state=bytes(20_000), total=1, digest=b"d" * 16)
+    for n in range(40):
+        found.update(lambda get, n=n: record.writings(f"user {n}", 10))
     found.close()
     file = tmp_path / "state" / "data.mdb"
     if damage == "no lmdb":
@@ -185,7 +229,7 @@ def test_a_damaged_folder_is_one_line_or_read_as_damaged(tmp_path, damage):
         again = open_store(str(tmp_path / "state"))
         for user in [f"user {n}" for n in range(40)]:
             with contextlib.suppress(StoreError, DamagedError):
-                decoded(again.get([user])[user])
+                again.read(lambda get, user=user: get([state_key(user)]) and whole_record(user, get))
     else:
         with pytest.raises(UserError, match=r"state .*(cannot be opened|is .* bytes short)"):
             open_store(str(tmp_path / "state"))
@@ -197,41 +241,56 @@ IDS = st.sampled_from(["a", "é", "🦉" * 9, "\0", "x" * 500, "1", "2", "3"])
 
 
 @given(
-    st.lists(st.tuples(IDS, st.floats(-1e9, 1e9)), max_size=30), st.lists(IDS, max_size=80), st.binary(max_size=9),
-    st.integers(1, 40),
+    st.lists(st.tuples(IDS, st.floats(-1e9, 1e9)), max_size=30).flatmap(lambda some: st.sampled_from([some, some * 5])),
+    st.lists(IDS, max_size=80), st.binary(max_size=9), st.integers(1, 150), st.integers(0, 150),
 )  # fmt: skip
-def test_a_record_is_what_it_was(events, event_ids, state, kept):
+def test_a_record_is_what_it_was(events, event_ids, state, kept, written):
     record = Record()
-    expected = []
-    for item, moment in events:
+    expected, values = [], {}
+    for number, (item, moment) in enumerate(events):
         (record.append if moment >= record.newest else record.insert)(item, moment)
         place = sum(other <= moment for other, _ in expected)
         expected.insert(place, (moment, item))
-    record.keep(kept)
-    record.event_ids, record.digest, record.state, record.changed = event_ids, b"d" * 16, state, 7.5
-    found = decoded(record.encoded())
-    expected = expected[-kept:]
+        if number == written:
+            values = {key: value for key, value in record.writings("u", kept).items() if value is not None}
+            record = whole_record("u", lambda keys, values=values: {key: values.get(key) for key in keys})
+            expected = expected[-len(record.items) :]
+    record.event_ids, record.changed = event_ids, 7.5
+    record.digest, record.state, record.read, record.state_sum = b"d" * 16, state, 5, 9
+    for key, value in record.writings("u", kept).items():
+        values[key] = value
+    found = whole_record("u", lambda keys: {key: values.get(key) for key in keys})
+    if not events:
+        assert found is None
+        return
+    assert kept <= len(found.items) < kept + 32 or len(found.items) == len(expected)
+    expected = expected[-len(found.items) :]
     assert found.items.texts() == [item for _, item in expected]
     assert np.frombuffer(found.times).tolist() == [moment for moment, _ in expected]
     assert found.event_ids == event_ids[-64:]
-    assert (found.total, found.state, found.changed) == (len(events), state, 7.5)
+    assert (found.total, found.changed, found.digest, found.read, found.state_sum) == (
+        len(events),
+        7.5,
+        b"d" * 16,
+        5,
+        9,
+    )
+    assert not state or values[state_key("u")] == state
+    # Nothing lies there that is not spoken of.
+    chunks = {chunk_key("u", number) for number in range(found.first, found.sealed)}
+    assert {key for key, value in values.items() if value is not None} - {b"u", state_key("u")} == chunks
 
 
 def test_damage_is_known():
-    record = Record(digest=b"d" * 16, state=b"the state", event_ids=["e"])
+    record = Record(event_ids=["e"])
     for item in ("a", "b"):
         record.append(item, 1.0)
-    value = record.encoded()
+    value = record.writings("u", 10)[b"u"]
     for place in range(len(value)):
         damaged = bytearray(value)
         damaged[place] ^= 1
-        if place >= len(value) - len(record.state):
-            # The events are whole, so the state can be computed from them.
-            found = decoded(bytes(damaged))
-            assert found.items.texts() == ["a", "b"] and not found.state and not found.digest
-        else:
-            with pytest.raises((DamagedError, UserError)):
-                decoded(bytes(damaged))
+        with pytest.raises((DamagedError, UserError)):
+            decoded(bytes(damaged))
     for length in range(len(value)):
         with pytest.raises(DamagedError):
             decoded(value[:length])
@@ -239,7 +298,7 @@ def test_damage_is_known():
 
 def test_another_format_is_named():
     with pytest.raises(UserError, match="another version of recbole_ssm wrote this record"):
-        decoded(b"RSU2" + Record().encoded()[4:])
+        decoded(b"RSU9" + Record(total=1).writings("u", 10)[b"u"][4:])
 
 
 def test_states_in_two_bytes_a_number():
