@@ -47,10 +47,25 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) 
             call()
         _refuse_waits(call)
     torch.cuda.current_stream().wait_stream(stream)
+    outputs, replay = record(call, device)
+    return Recording(inputs, outputs, replay)
+
+
+def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Any, Callable[[], None]]:
+    """Record what a function launches, without running it: what it returned, and a function that replays it.
+
+    Args:
+        call: what to record; all that it needs was compiled by an earlier call.
+        device: the GPU.
+        pool: of ``torch.cuda.graph_pool_handle``: recordings of one pool share memory for what none of them returns.
+
+    Raises:
+        RuntimeError: as of :func:`capture`.
+    """
     graph = torch.cuda.CUDAGraph()
     before = torch.cuda.get_rng_state(device)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             outputs = call()
     except RuntimeError as error:
         # The generator still believes that it is recorded, and every later random number would be an error. One in
@@ -60,7 +75,7 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) 
         torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)
         # What PyTorch raises last says only that something failed before.
         raise error.__context__ or error from None
-    return Recording(inputs, outputs, graph.replay)
+    return outputs, graph.replay
 
 
 def _refuse_waits(call: Callable[[], Any]) -> None:

@@ -13,6 +13,7 @@ from recbole_ssm.data.loader import create_loaders, on_device
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer
+from recbole_ssm.trainer.graphs import WARM_UP, Replays
 from tests.model.test_models import HISTORIES, rows
 from tests.ops.test_ops import assert_close
 
@@ -134,6 +135,51 @@ def test_killed_and_resumed_is_never_killed(here, model):
     resumed.fit(again)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters()):
         assert_close(one.detach(), other.detach(), 1e-6)
+
+
+@pytest.fixture
+def packed(here, device):
+    """Options of runs whose steps are recorded, with dropout."""
+    if device.type != "cuda":
+        pytest.skip("records CUDA graphs: pytest --device=cuda")
+    return {**here, "train_mode": "packed", "train_batch_size": 90, "epochs": 6}
+
+
+def refuse(call):
+    raise RuntimeError("not recorded")
+
+
+RECORDED = ["Mamba4Rec", "2Mamba4Rec"]
+
+
+@pytest.mark.parametrize("model", RECORDED)
+@pytest.mark.parametrize("options", [{}, {"enable_amp": True, "amp_dtype": "bf16"}, {"lr_scheduler": "cosine"}])
+def test_replayed_steps_train_as_launched_ones(packed, model, options, caplog):
+    found = []
+    for record in (None, refuse):
+        config = configure(model, "toy", config_dict={**packed, **options})
+        train, _, _ = create_loaders(config, create_dataset(config))
+        torch.manual_seed(0)
+        trainer = Trainer(config, get_model(model)(config, train._dataset).to(config["device"]))
+        if record:
+            trainer._replays = Replays(trainer, record)
+        else:
+            replays = trainer._replays
+        trainer.fit(train, saved=False)
+        found.append(torch.tensor(list(trainer.train_loss_dict.values())))
+    assert replays._recordings and not replays._failed
+    assert_close(found[0], found[1], 1e-2 if "enable_amp" in options else 1e-4)
+
+
+@pytest.mark.parametrize("model", RECORDED)
+def test_every_replay_draws_other_masks(packed, model):
+    config = configure(model, "toy", config_dict={**packed, "learning_rate": 1e-30, "dropout_prob": 0.5})
+    train, _, _ = create_loaders(config, create_dataset(config))
+    trainer = Trainer(config, get_model(model)(config, train._dataset).to(config["device"]))
+    trainer.model.train()
+    step = next(iter(train))
+    losses = [float(trainer._run_step(step).sum()) for _ in range(WARM_UP + 8)]
+    assert trainer._replays._recordings and len(set(losses)) == len(losses)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -53,8 +53,7 @@ class Clock(NamedTuple):
         """The clock of histories end to end ``[total]``; ``now_L`` says when it was asked what follows each event."""
         before = torch.cat([times_L.new_full((1,), NEVER), times_L])[:-1]
         # The bound behind the last history, and behind every empty one at the end, is no event.
-        first = torch.zeros(len(times_L) + 1, dtype=torch.bool, device=times_L.device)
-        first[cu_seqlens] = True
+        first = torch.zeros(len(times_L) + 1, dtype=torch.bool, device=times_L.device).index_fill(0, cu_seqlens, True)
         return cls(before.masked_fill(first[:-1], NEVER), times_L, now_L)
 
     @classmethod

@@ -27,6 +27,9 @@ class GRU4Rec(PackedRecommender):
     positions at once.
     """
 
+    # PyTorch's recurrent layers take the numbers of histories at each position on the CPU.
+    fixed_shapes = False
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
 
@@ -58,7 +61,7 @@ class GRU4Rec(PackedRecommender):
     def encode(
         self, items_L: Tensor, cu_seqlens: Tensor, clock: Clock | None = None, *, last_only: bool = False
     ) -> Tensor:
-        """As :meth:`PackedRecommender.encode`; no history is empty. Vectors have
+        """As :meth:`PackedRecommender.encode`; with ``last_only``, no history is empty. Vectors have
         ``embedding_size`` numbers.
         """
         x = self.emb_dropout(self.embed(items_L, clock))  # [total, embedding_size]
@@ -68,7 +71,8 @@ class GRU4Rec(PackedRecommender):
         by_length = lengths.argsort(descending=True, stable=True)
         rank = by_length.argsort()
         order = (positions * len(lengths) + rank.repeat_interleave(lengths)).argsort()
-        histories = PackedSequence(x.index_select(0, order), positions.bincount().cpu(), by_length, rank)
-        outputs, last = self.gru_layers(histories)  # last: [num_layers, S, hidden_size]
-        vectors: Tensor = self.dense(last[-1] if last_only else outputs.data.index_select(0, order.argsort()))
+        histories = PackedSequence(x.index_select(0, order), positions.bincount().cpu())
+        # last: [num_layers, histories that are not empty, hidden_size], the longest first
+        outputs, last = self.gru_layers(histories)
+        vectors: Tensor = self.dense(last[-1, rank] if last_only else outputs.data.index_select(0, order.argsort()))
         return vectors

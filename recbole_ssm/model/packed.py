@@ -32,6 +32,9 @@ class PackedRecommender(Configurable, SequentialRecommender):
 
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
+    fixed_shapes: bool = True
+    """Whether the kernels of a training step follow from the shapes of its batch, so that a CUDA graph can hold them;
+    where they do not, values are read in the midst of it."""
     graphed: Callable[..., Tensor] | None = None
     """What scores in place of ``forward``: see :func:`recbole_ssm.graphs.score_by_graphs`."""
 

@@ -31,6 +31,9 @@ class SASRec(PackedRecommender):
     first, SwiGLU and gates it has the layers of eSASRec (Tikhonovich et al., RecSys 2025).
     """
 
+    # Attention goes over groups of histories of similar lengths.
+    fixed_shapes = False
+
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
 

@@ -47,7 +47,7 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         self.eval_step: int = max(min(config["eval_step"], config["epochs"]), 1)
         self.tensorboard: Any
         self._signals = Signals()
-        if config["cuda_graphs"]:
+        if config["cuda_graphs"] is True:
             score_by_graphs(model)
         self.hooks = [*hooks, *self._own_hooks()]
         names = [type(hook).__name__ for hook in self.hooks]

@@ -52,6 +52,8 @@ class Gradients:
         self.learner = learner
         self.loss: Any = _Loss(model)
         """Computes the loss of a batch, or the terms of the loss."""
+        self.kept = False
+        """Whether the tensors of the gradients stay from step to step, where a recorded step finds them again."""
         self._batch_size: int = config["train_batch_size"]
         if distributed.world_size() > 1 and not config["adaptive_batch"]:
             self.loss = DistributedDataParallel(self.loss, find_unused_parameters=True)
@@ -70,7 +72,7 @@ class Gradients:
         Raises:
             UserError: a part does not fit into memory; with several processes the error stays what it is.
         """
-        self.learner.optimizer.zero_grad()
+        self.learner.optimizer.zero_grad(set_to_none=not self.kept)
         terms: Any = 0
         for part in step.parts:
             last = part is step.parts[-1]
