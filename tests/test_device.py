@@ -149,7 +149,7 @@ def refuse(call):
     raise RuntimeError("not recorded")
 
 
-RECORDED = ["Mamba4Rec", "2Mamba4Rec"]
+RECORDED = ["Mamba4Rec", "2Mamba4Rec", "SASRec"]
 
 
 @pytest.mark.parametrize("model", RECORDED)
@@ -173,7 +173,7 @@ def test_replayed_steps_train_as_launched_ones(packed, model, options, caplog):
 
 @pytest.mark.parametrize("model", RECORDED)
 def test_every_replay_draws_other_masks(packed, model):
-    config = configure(model, "toy", config_dict={**packed, "learning_rate": 1e-30, "dropout_prob": 0.5})
+    config = configure(model, "toy", config_dict={**packed, "learning_rate": 1e-30})
     train, _, _ = create_loaders(config, create_dataset(config))
     trainer = Trainer(config, get_model(model)(config, train._dataset).to(config["device"]))
     trainer.model.train()

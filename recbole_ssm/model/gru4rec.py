@@ -27,9 +27,6 @@ class GRU4Rec(PackedRecommender):
     positions at once.
     """
 
-    # PyTorch's recurrent layers take the numbers of histories at each position on the CPU.
-    fixed_shapes = False
-
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
 
@@ -49,6 +46,11 @@ class GRU4Rec(PackedRecommender):
 
         # parameters initialization
         self.apply(self._init_weights)
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """PyTorch's recurrent layers take the numbers of histories at each position on the CPU."""
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):

@@ -32,9 +32,6 @@ class PackedRecommender(Configurable, SequentialRecommender):
 
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
-    fixed_shapes: bool = True
-    """Whether the kernels of a training step follow from the shapes of its batch, so that a CUDA graph can hold them;
-    where they do not, values are read in the midst of it."""
     graphed: Callable[..., Tensor] | None = None
     """What scores in place of ``forward``: see :func:`recbole_ssm.graphs.score_by_graphs`."""
 
@@ -45,6 +42,13 @@ class PackedRecommender(Configurable, SequentialRecommender):
         self.temperature: float = config["temperature"] or 1.0
         self.time_encoding: TimeEncoding | None = None
         self._time_fields = f"{config['TIME_FIELD']}{config['LIST_SUFFIX']}", config["TIME_FIELD"]
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether the kernels of a training step follow from the shapes of its batch, so that a CUDA graph can hold
+        them; where they do not, values are read in the midst of it.
+        """
+        return True
 
     @staticmethod
     def check_options(options: Mapping[str, Any], find_model: Callable[[str], type]) -> None:

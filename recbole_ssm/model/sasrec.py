@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from recbole.model.layers import TransformerEncoder
 from torch import Tensor, nn
 
 from recbole_ssm.layers import Clock, Dropout, FeedForward, Recipe, joined, outer_norms
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.model.packed import PackedRecommender, recipe_of
-from recbole_ssm.ops.packing import buckets, last_of, positions_of
+from recbole_ssm.ops import packed_attention
+from recbole_ssm.ops.attention import reads_no_length
+from recbole_ssm.ops.packing import last_of, positions_of
 
 
 class SASRec(PackedRecommender):
@@ -30,9 +30,6 @@ class SASRec(PackedRecommender):
     once, as in the paper and not in RecBole. Other recipes are open to it: with norms that come
     first, SwiGLU and gates it has the layers of eSASRec (Tikhonovich et al., RecSys 2025).
     """
-
-    # Attention goes over groups of histories of similar lengths.
-    fixed_shapes = False
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -88,6 +85,11 @@ class SASRec(PackedRecommender):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    @property
+    def fixed_shapes(self) -> bool:
+        """As :attr:`PackedRecommender.fixed_shapes`: where attention pads nothing."""
+        return reads_no_length(self._heads(self.item_embedding.weight))
+
     @staticmethod
     def window_and_context(max_length: int, window: int | None) -> tuple[int, int]:
         """Positions are learned up to ``max_length``, which window and context share; half each
@@ -102,40 +104,24 @@ class SASRec(PackedRecommender):
         """As :meth:`PackedRecommender.encode`; no history is longer than
         ``MAX_ITEM_LIST_LENGTH``.
         """
-        x = self.embed(items_L, clock) + self.position_embedding(positions_of(cu_seqlens))
+        positions = positions_of(cu_seqlens, len(items_L))
+        x = self.embed(items_L, clock) + self.position_embedding(positions)
         x = self.dropout(self.LayerNorm(x))  # [total, hidden_size]
         layers = self.trm_encoder.layer
+        dropout = self.attn_dropout_prob if self.training else 0.0
         for number, layer in enumerate(layers):
             at_last = last_only and number == len(layers) - 1
             attention = layer.multi_head_attention
             u = attention.LayerNorm(x) if self.recipe.pre_norm else x
             # The positions that are needed from here on: [S or total, hidden_size].
             x, asking = (last_of(x[None], cu_seqlens), last_of(u[None], cu_seqlens)) if at_last else (x, u)
-            context = self._attend(attention.query(asking), attention.key(u), attention.value(u), cu_seqlens, at_last)
-            y = attention.out_dropout(attention.dense(context))
+            q, k, v = (self._heads(t) for t in (attention.query(asking), attention.key(u), attention.value(u)))
+            context = packed_attention(q, k, v, cu_seqlens, self.max_seq_length, last_only=at_last, dropout=dropout)
+            y = attention.out_dropout(attention.dense(context.flatten(1)))
             y = joined(x, y, attention.LayerNorm, attention.gate, self.recipe.pre_norm)
             x = layer.feed_forward(y)
         return self.last_norm(x)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, at_last: bool) -> Tensor:
-        """Causal attention within each history, ``[total, hidden_size]`` each; with ``at_last``
-        one query a history.
-        """
-        dropout = self.attn_dropout_prob if self.training else 0.0
-        context = torch.zeros_like(query)
-        for bucket in buckets(cu_seqlens):
-            k, v = self._heads(key[bucket.index_bl]), self._heads(value[bucket.index_bl])  # [b, heads, l, head_dim]
-            if at_last:
-                q, mask = self._heads(query[bucket.rows_b, None]), bucket.mask_bl[:, None, None]
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-                context = context.index_put((bucket.rows_b,), y.flatten(1))
-            else:
-                # Padding stands behind all events, where causal attention does not look.
-                q = self._heads(query[bucket.index_bl])
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-                y = y.transpose(1, 2).flatten(2)[bucket.mask_bl]
-                context = context.index_put((bucket.index_bl[bucket.mask_bl],), y)
-        return context
-
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        """``[..., hidden_size]`` -> ``[..., n_heads, head_dim]``."""
+        return x.unflatten(-1, (self.n_heads, -1))

@@ -18,6 +18,7 @@ kernels, which read it and compute in float32.
 """
 
 from recbole_ssm.ops import backend, native, selftest, triton  # noqa: F401  the backends register their kernels
+from recbole_ssm.ops.attention import packed_attention
 from recbole_ssm.ops.backend import available_backends, set_backend, use_backend
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
@@ -34,6 +35,7 @@ __all__ = [
     "centered_conv1d",
     "dropout",
     "linear_cross_entropy",
+    "packed_attention",
     "quasiseparable",
     "rank_scores",
     "rank_targets",

@@ -42,10 +42,11 @@ def count_sequences(op: str, cu_seqlens: Tensor | None, batch: int, total: int, 
     return cu_seqlens.numel() - 1
 
 
-def positions_of(cu_seqlens: Tensor) -> Tensor:
-    """Position ``[total]`` of each packed token within its own sequence, from 0."""
-    lengths = cu_seqlens.diff()
-    return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - cu_seqlens[:-1].repeat_interleave(lengths)
+def positions_of(cu_seqlens: Tensor, total: int | None = None) -> Tensor:
+    """Position ``[total]`` of each packed token within its own sequence, from 0; without ``total``, it is read."""
+    total = int(cu_seqlens[-1]) if total is None else total
+    begins = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
+    return torch.arange(total, device=cu_seqlens.device) - begins
 
 
 def last_of(x_1L: Tensor, cu_seqlens: Tensor | None) -> Tensor:

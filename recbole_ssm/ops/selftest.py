@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recbole_ssm.ops.attention import packed_attention
 from recbole_ssm.ops.backend import INTERPRETED, available_backends, force, implementations, switch_off
 from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
 from recbole_ssm.ops.dropout import dropout
@@ -193,7 +194,16 @@ def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
         found = rank_targets(rows.detach().round(), items.detach().round(), target(rows)).ranks
         return found.to(rows.dtype) + 0 * (rows.sum() + items.sum())
 
+    def attention(*tensors: Tensor) -> Tensor:
+        """Causal and at the last positions, of packed sequences of which one is empty."""
+        q, k, v = (t.flatten(0, 1) for t in tensors)
+        bounds = torch.tensor([0, 1, 1, L // 2, B * L], device=q.device)
+        y = packed_attention(q, k, v, bounds, B * L)
+        ends = packed_attention(q[:4], k, v, bounds, B * L, last_only=True)
+        return torch.cat([y, ends])
+
     return {
+        "attention": Example(attention, [r(B, L, H, P) for _ in range(3)]),
         "selective_scan": Example(first(selective_scan, dt_softplus=True), scan),
         "selective_scan_last": Example(last(selective_scan_last, 4, 6, dt_softplus=True), scan),
         "ssd": Example(first(ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),

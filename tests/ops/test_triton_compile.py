@@ -93,6 +93,11 @@ def source_of(module, name, constants, packed, dtype):
     return ASTSource(kernel, signature, constexprs=constants)
 
 
+def by_name(function, values):
+    """Call a function of Triton's, whose parameters are not the same in all versions."""
+    return function(*[values[parameter] for parameter in inspect.signature(function).parameters])
+
+
 @each_type
 @packed_and_padded
 @each_kernel
@@ -105,14 +110,10 @@ def test_triton_reads_it(module, name, constants, warps, packed, dtype):
     backend, context = make_backend(target), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    options = backend.parse_options({"num_warps": warps, "num_stages": 1})
-    source = source_of(module, name, constants, packed, dtype)
-    given = {
-        "target": target, "options": options, "codegen_fns": backend.get_codegen_implementation(options),
-        "module_map": backend.get_module_map(), "context": context,
-    }  # fmt: skip
-    read = source.make_ir(*[given[parameter] for parameter in inspect.signature(source.make_ir).parameters])
-    assert name in str(read)
+    given = {"target": target, "context": context, "module_map": backend.get_module_map()}
+    given["options"] = backend.parse_options({"num_warps": warps, "num_stages": 1})
+    given["codegen_fns"] = by_name(backend.get_codegen_implementation, given)
+    assert name in str(by_name(source_of(module, name, constants, packed, dtype).make_ir, given))
 
 
 def stack_of(cubin, folder):
