@@ -28,7 +28,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm evaluate  a trained model with other metrics, splits or data: evaluate CHECKPOINT [--topk='[10,20]']
   recbole-ssm serve     recommendations over HTTP, from events as they come: serve CHECKPOINT [--state=DIR]
   recbole-ssm state     events into a server's store, or out of it: state CHECKPOINT --state=DIR --import=FILE
-  recbole-ssm export    vectors of items or users by raw id: export CHECKPOINT --what=items [--out=items.parquet]
+  recbole-ssm export    vectors of items or users by raw id: export CHECKPOINT --what=items [--out=items.parquet];
+                        or the model itself, to run elsewhere: export CHECKPOINT --what=model [--format=onnx]
   recbole-ssm convert   MovieLens, Amazon Reviews or any table into a checked data set: convert SOURCE --name=NAME
   recbole-ssm inspect   what a data set holds, and what is wrong with it: inspect DATASET [--data_path=DIR] [--k_core=5]
   recbole-ssm keys      every config key with what it accepts; keys KEY says all about one
@@ -169,7 +170,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write the vectors of items or users."""
+    """Write the vectors of items or users, or the model itself."""
     from recbole_ssm.commands.export import main as run_export
 
     run_export(arguments)

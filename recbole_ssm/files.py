@@ -49,6 +49,19 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def exchange(new: Path, target: Path, former: Path) -> None:
+    """Give a folder its name ``target``; one that has it already becomes ``former``, and comes back if that fails."""
+    there = target.exists()
+    if there:
+        os.replace(target, former)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if there:
+            os.replace(former, target)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all; the folder is made if it is not there.
 

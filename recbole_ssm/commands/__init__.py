@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recbole_ssm.commands.evaluate import evaluate
-from recbole_ssm.commands.export import export_vectors
+from recbole_ssm.commands.export import export_model, export_vectors
 from recbole_ssm.commands.recommend import recommend_users, write_recommendations
 
-__all__ = ["evaluate", "export_vectors", "recommend_users", "write_recommendations"]
+__all__ = ["evaluate", "export_model", "export_vectors", "recommend_users", "write_recommendations"]

@@ -1,7 +1,11 @@
-"""Write the vectors of items or users: Parquet with the columns id and vector, or .npy with the ids in a text file."""
+"""Write the vectors of items or users: Parquet with the columns id and vector, or .npy with the ids in a text file.
+
+With --what=model, the model itself, as files that run without this package; docs/serving.md shows their use.
+"""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,8 +20,9 @@ from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import whole
-from recbole_ssm.serving import recommender_of
+from recbole_ssm.files import digest, whole
+from recbole_ssm.model.registry import class_of
+from recbole_ssm.serving import portable, recommender_of
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
@@ -79,6 +84,41 @@ def export_vectors(
     return len(ids)
 
 
+def export_model(
+    out: str | Path,
+    model_file: str | Path,
+    form: str = "onnx",
+    *,
+    overwrite: bool = False,
+    model: str | type | None = None,
+) -> dict[str, Any]:
+    """Write a model as files that run without this package: :mod:`recbole_ssm.serving.portable`.
+
+    Args:
+        out: a folder, for the parts of the model, ``items.txt`` and ``model.json``.
+        model_file: a checkpoint, or the folder of a run.
+        form: ``onnx``, or ``torch`` for programs of torch.export.
+        overwrite: a folder of that name that this function wrote goes, once the new one is whole.
+        model: the class of the model, where it is one of your own.
+
+    Returns:
+        What ``model.json`` holds.
+
+    Raises:
+        UserError: something given is wrong, packages are missing, or the model cannot leave so.
+    """
+    out = Path(out)
+    if form not in portable.SUFFIXES:
+        raise UserError(f"format: must be onnx or torch, got {form}")
+    file = checkpoint.best_file(Path(model_file))
+    saved = checkpoint.read(file)
+    name = saved.info["model"]
+    portable.check_exportable(name, class_of(saved.info, file, model), form)
+    portable.check_out(out, overwrite)
+    recommender = recommender_of(file, saved, "cpu", model=model)
+    return portable.write_model(recommender, out, form, {"model": name, "checkpoint_sha256": digest(file)})
+
+
 def _write(out: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
     if out.suffix.lower() == ".parquet":
         column: Any = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
@@ -96,11 +136,21 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command and say what was written."""
     parser = ArgumentParser("recbole-ssm export", __doc__)
     add_arguments(parser)
-    parser.add_argument("--what", choices=("items", "users"), default="items", help="whose vectors")
+    whats = ("items", "users", "model")
+    parser.add_argument("--what", choices=whats, default="items", help="whose vectors, or the model itself")
     parser.add_argument("--users", default="all", help="which users: all (default) or a file, as recommend takes it")
-    parser.add_argument("--out", type=Path, help="a .parquet or .npy file (default: items.parquet or users.parquet)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a .parquet or .npy file, of a model a folder (default: items.parquet, users.parquet or exported)",
+    )
+    parser.add_argument("--format", choices=tuple(portable.SUFFIXES), default="onnx", help="of a model")
+    parser.add_argument("--overwrite", action="store_true", help="put the model in the place of one that is there")
     add_now(parser)
-    options, command_line = parse(parser, arguments)
+    options, command_line = parse(parser, arguments, flags=("--overwrite",))
+    if options.what == "model":
+        _main_of_model(options, command_line)
+        return
     out = options.out or Path(f"{options.what}.parquet")
     count = export_vectors(
         out,
@@ -113,3 +163,13 @@ def main(arguments: Sequence[str]) -> None:
         command_line=command_line,
     )
     print(f"wrote {out}: the vectors of {count:,} {options.what}")
+
+
+def _main_of_model(options: Namespace, command_line: Sequence[str]) -> None:
+    if command_line:
+        raise UserError(f"export: --what=model takes no config keys, got {command_line[0]}")
+    out = options.out or Path("exported")
+    found = export_model(out, options.checkpoint, options.format, overwrite=options.overwrite, model=options.model)
+    parts = ", ".join(part["file"] for part in found["parts"].values())
+    most = max(part["largest_difference"] for part in found["parts"].values())
+    print(f"wrote {out}: {parts} of {found['model']}, whose numbers differ from the model's by {most:.0e} at most")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from recbole_ssm.data.names import name_titles, title_column
 from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, check_names, kind_of, open_raw
 from recbole_ssm.data.times import Moments, check_form, decimals
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
-from recbole_ssm.files import digest, write_json
+from recbole_ssm.files import digest, exchange, write_json
 
 # Rows that are written at once.
 WRITTEN_AT_ONCE = 1 << 20
@@ -253,21 +252,8 @@ def convert(
             "by": f"recbole_ssm {__version__}",
         }
         write_json(scratch / f"{name}.card.json", card)
-        if target.exists():
-            _exchange(scratch, target, Path(temporary, "former"))
-        else:
-            os.replace(scratch, target)
+        exchange(scratch, target, Path(temporary, "former"))
     return card
-
-
-def _exchange(new: Path, target: Path, former: Path) -> None:
-    """Put a folder in the place of another, which is kept until then."""
-    os.replace(target, former)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        os.replace(former, target)
-        raise
 
 
 def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:

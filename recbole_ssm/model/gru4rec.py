@@ -78,3 +78,9 @@ class GRU4Rec(PackedRecommender):
         outputs, last = self.gru_layers(histories)
         vectors: Tensor = self.dense(last[-1, rank] if last_only else outputs.data.index_select(0, order.argsort()))
         return vectors
+
+    def encode_padded(self, item_seq: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`PackedRecommender.encode_padded`."""
+        outputs, _ = self.gru_layers(self.embed(item_seq, clock).transpose(0, 1))  # [L, B, hidden_size]
+        vectors: Tensor = self.dense(outputs.transpose(0, 1))
+        return vectors

@@ -95,6 +95,10 @@ class Hydra4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.fixed_shape_scores`."""
         return super().fixed_shape_scores(*self._asked(item_seq, item_seq_len), clock)
 
+    def forward_padded(self, item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`PackedRecommender.forward_padded`."""
+        return super().forward_padded(*self._asked(item_seq, item_seq_len), clock)
+
     def _asked(self, item_seq: Tensor, item_seq_len: Tensor) -> tuple[Tensor, Tensor]:
         """Histories ``[B, L]``, with a hidden item behind each if the model has learned to fill such."""
         if not self.masked:

@@ -17,6 +17,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.layers import Clock, Recipe, TimeEncoding
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
+from recbole_ssm.ops.plain import plain_operators
 
 
 class PackedRecommender(Configurable, SequentialRecommender):
@@ -142,6 +143,27 @@ class PackedRecommender(Configurable, SequentialRecommender):
         """
         output = self.encode(*pack(item_seq, item_seq_len, clock), last_only=True)
         return self.read_out(output, clock and clock.newest(item_seq_len))
+
+    def encode_padded(self, item_seq: Tensor, clock: Clock | None = None) -> Tensor:
+        """Outputs ``[B, L, hidden_size]`` for right-padded histories ``[B, L]``, where a model has such a form. It is
+        called by :meth:`forward_padded` alone, whose operators keep the padding out.
+        """
+        raise NotImplementedError
+
+    def forward_padded(self, item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`forward`, in plain operators whose shapes no length changes, which an ONNX graph is made of."""
+        real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
+        with plain_operators(real):
+            output = self.read_padded(self.encode_padded(item_seq, clock), real)
+        return self.read_out(output, clock and clock.newest(item_seq_len))
+
+    def read_padded(self, output: Tensor, real: Tensor) -> Tensor:
+        """The vectors ``[B, hidden_size]`` that are read of outputs ``[B, L, hidden_size]``: those of the last events.
+
+        ``real`` is False at the padding.
+        """
+        newest = (real.sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[2])
+        return output.gather(1, newest)[:, 0]
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean loss over the targets of a batch: RecBole's rows, or a

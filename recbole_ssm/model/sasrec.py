@@ -106,6 +106,14 @@ class SASRec(PackedRecommender):
         """
         positions = positions_of(cu_seqlens, len(items_L))
         x = self.embed(items_L, clock) + self.position_embedding(positions)
+        return self._layers(x, cu_seqlens, last_only)
+
+    def encode_padded(self, item_seq: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`PackedRecommender.encode_padded`."""
+        x = self.embed(item_seq, clock) + self.position_embedding.weight[: item_seq.shape[1]]
+        return self._layers(x, None, last_only=False)
+
+    def _layers(self, x: Tensor, cu_seqlens: Tensor | None, last_only: bool) -> Tensor:
         x = self.dropout(self.LayerNorm(x))  # [total, hidden_size]
         layers = self.trm_encoder.layer
         dropout = self.attn_dropout_prob if self.training else 0.0
@@ -117,7 +125,7 @@ class SASRec(PackedRecommender):
             x, asking = (last_of(x[None], cu_seqlens), last_of(u[None], cu_seqlens)) if at_last else (x, u)
             q, k, v = (self._heads(t) for t in (attention.query(asking), attention.key(u), attention.value(u)))
             context = packed_attention(q, k, v, cu_seqlens, self.max_seq_length, last_only=at_last, dropout=dropout)
-            y = attention.out_dropout(attention.dense(context.flatten(1)))
+            y = attention.out_dropout(attention.dense(context.flatten(-2)))
             y = joined(x, y, attention.LayerNorm, attention.gate, self.recipe.pre_norm)
             x = layer.feed_forward(y)
         return self.last_norm(x)

@@ -69,6 +69,20 @@ class SSMRecommender(PackedRecommender):
         means = sums / item_seq_len.clamp(min=1)[:, None]
         return self.read_out(means, clock and clock.newest(item_seq_len))
 
+    def encode_padded(self, item_seq: Tensor, clock: Clock | None = None) -> Tensor:
+        """As :meth:`PackedRecommender.encode_padded`."""
+        u = self.norm(self.dropout(self.embed(item_seq, clock)))
+        for block in self.blocks:
+            u, _ = block(u, return_state=False)
+        out: Tensor = self.last_norm(u)
+        return out
+
+    def read_padded(self, output: Tensor, real: Tensor) -> Tensor:
+        """As :meth:`PackedRecommender.read_padded`; the mean over events with ``readout: mean``."""
+        if self.readout == "last":
+            return super().read_padded(output, real)
+        return (output * real[..., None]).sum(1) / real.sum(1).clamp(min=1)[:, None]
+
     # --- events one by one ---
 
     @property

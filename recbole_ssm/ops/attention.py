@@ -22,7 +22,7 @@ def packed_attention(
     q_LHP: Tensor,
     k_LHP: Tensor,
     v_LHP: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
     longest: int,
     *,
     last_only: bool = False,
@@ -34,7 +34,8 @@ def packed_attention(
         q_LHP: queries ``[total, H, P]``; with ``last_only`` one for each sequence ``[S, H, P]``.
         k_LHP: keys ``[total, H, P]``.
         v_LHP: values ``[total, H, P]``.
-        cu_seqlens: bounds ``[S + 1]`` of the sequences.
+        cu_seqlens: bounds ``[S + 1]`` of the sequences; None for rows ``[B, L, H, P]``, which the operators of
+            :mod:`recbole_ssm.ops.plain` alone take.
         longest: no sequence is longer.
         last_only: every query stands at the end of its sequence; otherwise it stands at its own position.
         dropout: the probability with which each weight of the softmax is dropped.

@@ -140,17 +140,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def force(op: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let :func:`dispatch` return ``function`` for ``op`` in this thread, so that a self-test can call it."""
-    _forced.choice = op, function
+    """Let :func:`dispatch` return ``function`` for ``op`` in this thread: a self-test calls it, an export traces it."""
+    before = getattr(_forced, "functions", {})
+    _forced.functions = {**before, op: function}
     try:
         yield
     finally:
-        _forced.choice = None
+        _forced.functions = before
 
 
 def automatic() -> bool:
     """Whether neither a user nor a self-test has chosen a backend."""
-    return _selected == "auto" and getattr(_forced, "choice", None) is None
+    return _selected == "auto" and not getattr(_forced, "functions", None)
 
 
 def _order(x: torch.Tensor) -> tuple[list[str], str]:
@@ -178,10 +179,9 @@ def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
     The first choice of each kind stands in the log file of the run, with its reason.
     """
     tracing = torch.compiler.is_compiling()
-    if not tracing:
-        forced, function = getattr(_forced, "choice", None) or ("", None)
-        if forced == op and function is not None:
-            return function
+    # torch.compile cannot look into what belongs to a thread; torch.export calls this as it is.
+    if not torch.compiler.is_dynamo_compiling() and op in getattr(_forced, "functions", {}):
+        return _forced.functions[op]
     order, reason = _order(x)
     for backend in order:
         if not tracing and backend in COMPILED and (op, backend, x.device.type) not in _tested:

@@ -107,7 +107,7 @@ def _reference(
 ONE_MATRIX = 160  # up to this length
 
 
-def _one_matrix(x: Tensor, S_fwd: Tensor, S_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, *maps: Tensor) -> Tensor:
+def one_matrix(x: Tensor, S_fwd: Tensor, S_bwd: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, *maps: Tensor) -> Tensor:
     """Both strict triangles in one ``[b, H, L, L]`` matrix; row t reads C and the decay of its neighbour t -+ 1."""
     B_fwd, C_fwd, B_bwd, C_bwd = maps
     _, L, H, _ = x.shape
@@ -129,7 +129,7 @@ def _padded(
     if L <= ONE_MATRIX:
         S_fwd = log_decay(dt_fwd, A)
         S_bwd = log_decay(dt_bwd.flip(1), A).flip(-1)
-        return tiled(_one_matrix, H * L * L, x, S_fwd, S_bwd, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
+        return tiled(one_matrix, H * L * L, x, S_fwd, S_bwd, dt_fwd, dt_bwd, B_fwd, C_fwd, B_bwd, C_bwd)
     forward, _ = ssd_padded(x, B_fwd, C_fwd, dt_fwd, A, None, False)
     backward, _ = ssd_padded(x.flip(1), B_bwd.flip(1), C_bwd.flip(1), dt_bwd.flip(1), A, None, False)
     return _shift(forward) + _shift(backward).flip(1)

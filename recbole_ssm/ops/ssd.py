@@ -167,7 +167,7 @@ def heads(x_BGLL: Tensor, H: int) -> Tensor:
     return x_BGLL if G in (1, H) else x_BGLL.repeat_interleave(H // G, 1)
 
 
-def _matrix_form(x: Tensor, dt: Tensor, S: Tensor, B: Tensor, C: Tensor) -> Tensor:
+def matrix_form(x: Tensor, dt: Tensor, S: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """y = M x of one chunk ``[b, Q, H, P]`` that starts from a zero state."""
     H = x.shape[2]
     decay = decay_of((S[..., :, None] - S[..., None, :]).to(x.dtype))  # [b, H, Q, Q]
@@ -204,7 +204,7 @@ def ssd_padded(
     x, B, C, dt = (t.reshape(batch * chunks, Q, *t.shape[2:]) for t in (x, B, C, dt))
     S = log_decay(dt, A_H)  # [b c, H, Q]
     # 1. within each chunk, from a zero state
-    y = tiled(_matrix_form, H * Q * Q, x, dt, S, B, C)
+    y = tiled(matrix_form, H * Q * Q, x, dt, S, B, C)
     if chunks == 1 and state is None and not return_state:
         return y, None
     # 2. what each chunk adds to the state by its end

@@ -88,7 +88,7 @@ class Recommender:
         self._list_field = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"]
         self._time_field, self._list_suffix = config["TIME_FIELD"], config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
-        self._max_length = config["MAX_ITEM_LIST_LENGTH"]
+        self.max_length = config["MAX_ITEM_LIST_LENGTH"]
         self._device = config["device"]
         self._name = config["model"]
 
@@ -174,7 +174,7 @@ class Recommender:
                 yield answer
 
     def _rows_at_once(self) -> int:
-        return max(1, min(1024, MOST_SCORES // len(self.items), MOST_EVENTS // self._max_length))
+        return max(1, min(1024, MOST_SCORES // len(self.items), MOST_EVENTS // self.max_length))
 
     @torch.inference_mode()
     def score(
@@ -308,7 +308,7 @@ class Recommender:
 
     def _batch(self, asked: Sequence[Asked]) -> Any:
         """RecBole's rows of some histories, none of them empty; with times where all of them have some."""
-        lengths = torch.tensor([min(len(one.ids), self._max_length) for one in asked])
+        lengths = torch.tensor([min(len(one.ids), self.max_length) for one in asked])
         columns = {self._list_field: self._padded([one.ids for one in asked]), self._length_field: lengths}
         times = [one.times for one in asked if one.times]
         if len(times) == len(asked):
@@ -320,8 +320,8 @@ class Recommender:
         """The newest numbers of each row, padded to the full length, as RecBole's loaders do: some models count on
         it.
         """
-        recent = [row[-self._max_length :] for row in rows]
-        return torch.tensor([row + [0] * (self._max_length - len(row)) for row in recent])
+        recent = [row[-self.max_length :] for row in rows]
+        return torch.tensor([row + [0] * (self.max_length - len(row)) for row in recent])
 
 
 def load_recommender(

@@ -129,6 +129,16 @@ class PackedContract(ModelContract):
         torch.testing.assert_close(narrow, wide, rtol=0, atol=0)
 
     @pytest.mark.parametrize("time", TIMES)
+    def test_the_padded_form_is_exact(self, toy, time):
+        model, _ = build(self.name, toy, **TIMES[time])
+        asked = rows(HISTORIES)
+        padding = asked["item_id_list"] == 0
+        asked["item_id_list"][padding], asked["timestamp_list"][padding] = 7, 99  # garbage behind the histories
+        expected = model.double().forward(*model.histories_of(asked))
+        found = model.forward_padded(*model.histories_of(asked))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("time", TIMES)
     def test_last_only_is_exact(self, toy, time):
         model, _ = build(self.name, toy, **TIMES[time])
         model = model.double()

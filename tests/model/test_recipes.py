@@ -55,6 +55,8 @@ def test_a_recipe_changes_nothing_of_what_packing_promises(toy, name, stack):
     )
     last = model.encode(items, bounds, last_only=True)
     torch.testing.assert_close(last, model.encode(items, bounds)[bounds[1:] - 1], rtol=1e-9, atol=1e-9)
+    padded = model.forward_padded(*model.histories_of(rows(HISTORIES)))
+    torch.testing.assert_close(padded, last, rtol=1e-9, atol=1e-9)
     together = model.full_sort_predict(rows(HISTORIES))
     for history, expected in zip(HISTORIES, together):
         alone = model.full_sort_predict(rows([history], length=20)).view(-1)
