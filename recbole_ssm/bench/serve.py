@@ -3,8 +3,8 @@
 The server is a process of its own, with a store in a folder that holds many users already; the client is this process.
 Both eat of the same cores, so the server's processor time a call stands beside the rate. For rows with users ``any``
 each call takes one of all users at random, who has mostly not been there since the server began; with ``few`` it takes
-one of 1,000. The weights are random, since times do not depend on them. The store lies under ``--folder``, whose disk
-decides what an fsync costs.
+one of 1,000. The weights are random, since times do not depend on them; with ``--ann_above`` the vectors of items lie
+in groups, since the index needs that. The store lies under ``--folder``, whose disk decides what an fsync costs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from recbole_ssm import compat
 from recbole_ssm.arguments import add_counts, at_least, one_of, positive, sizes
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--durability", type=one_of(DURABILITIES), default="each", help="of the store")
     parser.add_argument("--state_type", type=one_of(tuple(STATE_TYPES)), default="float32", help="of the states")
     parser.add_argument("--exclude_seen", type=at_least(0), default=0, help="1 leaves the history out of the answers")
+    parser.add_argument("--ann_above", type=at_least(0), metavar="N", help="search more items than these by faiss")
     parser.add_argument("--folder", type=Path, help="where the store lies (default: the system's temporary folder)")
 
 
@@ -219,6 +221,8 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     torch.set_num_threads(options.server_threads)
     torch.manual_seed(0)
     model = untrained_model(options.model, options.items, torch.device("cpu"))
+    if options.ann_above is not None:
+        _group(model.item_embedding.weight)
     config = {
         "ITEM_ID_FIELD": "item_id",
         "LIST_SUFFIX": "_list",
@@ -229,7 +233,9 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
         "model": options.model,
     }
     recommender = Recommender(model, config, ["[PAD]", *(f"item {number}" for number in range(1, options.items + 1))])
-    served = Served(recommender, DIGEST)
+    served = Served(recommender, DIGEST, ann_above=options.ann_above)
+    if served.nearest:
+        print(f"index: {served.nearest.probes} probes, recall of the ten best {served.nearest.recall:.3f}", flush=True)
     place = str(Path(folder, "state"))
     # Filled in memory's order first; each update of a call is as durable as is asked for.
     store = open_store(place, durability="batched")
@@ -245,6 +251,13 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     ready.send(listening.getsockname()[1])
     ready.close()
     run(server, listening)
+
+
+def _group(vectors: Tensor) -> None:
+    """Let vectors lie in groups of a hundred, as those of trained models do; of random ones, none is near another."""
+    with torch.no_grad():
+        groups = vectors[torch.randint(0, len(vectors), (len(vectors) // 100 + 1,))]
+        vectors.mul_(0.3).add_(groups[torch.randint(0, len(groups), (len(vectors),))])
 
 
 def _fill(store: Store, served: Served, options: argparse.Namespace) -> None:

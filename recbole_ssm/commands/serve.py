@@ -34,6 +34,7 @@ def load_served(
     model: str | type | None = None,
     device: str | None = None,
     category_field: str | None = None,
+    ann_above: int | None = None,
     command_line: Sequence[str] = (),
 ) -> Served:
     """A checkpoint as it is served, with titles and categories where the data set of its run is at hand.
@@ -54,7 +55,12 @@ def load_served(
         if command_line or category_field:
             raise
         getLogger().warning(f"no titles and no categories: {error}")
-    return Served(recommender, digest(file), titles, categories)
+    served = Served(recommender, digest(file), titles, categories, ann_above)
+    if found := served.nearest:
+        getLogger().warning(
+            f"recommendations come from an index: {found.probes} probes find {found.recall:.1%} of the ten best items"
+        )
+    return served
 
 
 def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
@@ -73,7 +79,7 @@ def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
     def load(place: Path) -> Served:
         return load_served(
             place, model=options.model, device=options.device, category_field=options.category_field,
-            command_line=command_line,
+            ann_above=options.ann_above, command_line=command_line,
         )  # fmt: skip
 
     store, settings = state_options(options)
@@ -133,6 +139,12 @@ def command_parser() -> ArgumentParser:
         "--token_file", type=Path, metavar="FILE", help=f"callers must show this token (default: {TOKEN} if it is set)"
     )
     parser.add_argument("--category_field", help="the column of .item that holds categories")
+    parser.add_argument(
+        "--ann_above",
+        type=at_least(0),
+        metavar="N",
+        help="search more items than these by faiss",
+    )
     parser.add_argument("--refuse_unknown", action="store_true", help="refuse unknown items (default: count them)")
     parser.add_argument("--body_bytes", type=at_least(1024), default=1 << 20, help="most bytes of a call's body")
     return parser

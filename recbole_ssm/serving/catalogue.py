@@ -15,6 +15,10 @@ from torch import Tensor
 from recbole_ssm.errors import UserError, shown
 
 Ids = list[int]
+BLOCK = 64
+"""Columns whose maximum decides whether they are looked at one by one."""
+WORTH_IT = 1 << 16
+"""Fewer scores are sorted as they are."""
 
 
 class Recommendations(list[tuple[str, float]]):
@@ -131,7 +135,7 @@ class Catalogue:
                 scores[row, ids] = -torch.inf
         k = min(k, len(self.items) - 1)
         # With the score behind the k-th: where both are equal topk takes any, and the lowest ids are wanted.
-        values, indices = scores.topk(min(k + 1, scores.shape[1]))
+        values, indices = largest(scores, min(k + 1, scores.shape[1]))
         tied = values[:, k - 1] == values[:, -1]
         values, indices = values[:, :k], indices[:, :k]
         if k < scores.shape[1] and tied.any():
@@ -162,6 +166,25 @@ class Catalogue:
         found = self.best(self._counts[None].double(), k, [excluded], refused)[0]
         found.source = "popularity"
         return found
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores.topk(k)``, several times as fast for a few of many columns.
+
+    A row is cut into blocks. The k blocks of the largest maxima hold k scores that no score of another block exceeds,
+    so only they are looked at again.
+    """
+    rows, columns = scores.shape
+    blocks = columns // BLOCK
+    if not scores.is_cpu or 4 * k > blocks or scores.numel() < WORTH_IT:
+        return scores.topk(k)
+    whole = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
+    chosen = whole.amax(2).topk(k, sorted=False).indices
+    places = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    rest = torch.arange(blocks * BLOCK, columns).expand(rows, -1)
+    places = torch.cat([places, rest], 1)
+    values, best = scores.gather(1, places).topk(k)
+    return values, places.gather(1, best)
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -336,6 +336,9 @@ class Engine:
                 known.append((guest, ids))
             else:
                 self._answer_a_stranger(served, guest)
+        if served.nearest is not None:
+            self._search(served, [(guest, ids) for guest, ids in known if guest.candidates is None])
+            known = [(guest, ids) for guest, ids in known if guest.candidates is not None]
         if not known:
             return
         with self._timed("score"):
@@ -355,6 +358,22 @@ class Engine:
             for (guest, _), found in zip(known, best):
                 if guest.visit.k:
                     guest.found.recommended = Recommendations(found[: guest.visit.k])
+
+    def _search(self, served: Served, known: Sequence[tuple[_Guest, Ids]]) -> None:
+        """Recommend from an index, to those who want no scores."""
+        if not known:
+            return
+        assert served.nearest is not None and served.states is not None
+        with self._timed("top_k"):
+            found = served.nearest.best(
+                served.states.queries([_row(guest) for guest, _ in known]),
+                max(guest.visit.k for guest, _ in known),
+                [guest.refused for guest, _ in known],
+                [ids if guest.visit.exclude_seen else [] for guest, ids in known],
+            )
+        for (guest, _), one in zip(known, found):
+            named = [(served.catalogue.items[item], score) for item, score in one[: guest.visit.k]]
+            guest.found.recommended = Recommendations(named)
 
     def _scores(self, served: Served, known: Sequence[tuple[_Guest, Ids]]) -> Tensor:
         """The scores of a model that reads the events again."""

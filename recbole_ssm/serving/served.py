@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.serving.nearest import Nearest
 from recbole_ssm.serving.recommender import Recommender
 from recbole_ssm.serving.states import States
+
+EXAMPLES = 64
+"""Histories by which the recall of an index is measured."""
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class Served:
         digest: of the checkpoint file, in hexadecimal.
         titles: by item token, where the data has them.
         categories: the tokens of each category's items, where the data has them.
+        ann_above: catalogues of more items are searched by an index, where the model carries a state; None means none.
     """
 
     def __init__(
@@ -41,16 +46,26 @@ class Served:
         digest: str,
         titles: Mapping[str, str] | None = None,
         categories: Mapping[str, Sequence[str]] | None = None,
+        ann_above: int | None = None,
     ) -> None:
         self.recommender, self.digest, self.titles = recommender, digest, titles or {}
         self.key = bytes.fromhex(digest)[:16]
         self.catalogue = recommender.catalogue
         carries = getattr(recommender.model, "carries_state", False) and not recommender.reads_times
         self.states = States(recommender.model) if carries else None
+        self.nearest: Nearest | None = None
+        if self.states is not None and ann_above is not None and len(self.catalogue.items) - 1 > ann_above:
+            self.nearest = Nearest(recommender.model.item_vectors(), self._example_queries(self.states))
         self._categories = {
             name: torch.tensor(self.catalogue.known(tokens, name, True)[0], dtype=torch.int64)
             for name, tokens in (categories or {}).items()
         }
+
+    def _example_queries(self, states: States) -> Tensor:
+        """The vectors of some random histories ``[n, d]``."""
+        generator = torch.Generator().manual_seed(0)
+        histories = torch.randint(1, len(self.catalogue.items), (EXAMPLES, 20), generator=generator)
+        return torch.from_numpy(states.queries([states.read(history) for history in histories.tolist()]))
 
     def refused(self, rules: Rules | None) -> Tensor | None:
         """Which items the rules rule out ``[V]``; None where they rule out nothing.

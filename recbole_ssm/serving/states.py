@@ -98,10 +98,19 @@ class States:
             block[kept, begin:end] = numbers if isinstance(part, np.ndarray) else numbers.float().cpu().numpy()
         return [row if one else row[: self.hidden_size] for row, one in zip(block, whole)]
 
+    def queries(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """The vectors whose products with those of the items are scores ``[n, hidden_size]``."""
+        return self._queries(rows).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def _queries(self, rows: Sequence[np.ndarray]) -> Tensor:
+        vectors = torch.from_numpy(np.stack([row[: self.hidden_size] for row in rows]))
+        found: Tensor = self._model.query_vectors(vectors.to(self._model.item_embedding.weight))
+        return found
+
     @torch.inference_mode()
     def scores(self, rows: Sequence[np.ndarray]) -> Tensor:
         """The scores of all items ``[n, V]`` after rows, of which the vectors are enough."""
         if self._items is None:
             self._items = self._model.item_vectors().T
-        vectors = torch.from_numpy(np.stack([row[: self.hidden_size] for row in rows]))
-        return self._model.query_vectors(vectors.to(self._items)) @ self._items
+        return self._queries(rows) @ self._items

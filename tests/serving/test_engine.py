@@ -272,6 +272,31 @@ def test_rules(models):
     assert "categories: there is no 'green' among the 2" in str(wrong) and right.recommended
 
 
+@pytest.mark.parametrize("name", ["2Mamba4Rec", "cosine"])
+def test_recommendations_from_an_index(models, name):
+    """Of so few items it finds all, so the answers are those without it."""
+    pytest.importorskip("faiss", reason="the extra ann is not installed")
+    recommender = models[name].recommender
+    assert Served(recommender, models[name].digest, ann_above=20).nearest is None
+    engine = Engine(Served(recommender, models[name].digest, ann_above=19), MemoryStore())
+    assert engine.served.nearest.recall == 1
+    visits = [
+        Visit("a", [Event("i1"), Event("i2")], k=5),
+        Visit("b", [Event("i1"), Event("i2")], k=20, exclude_seen=True),
+        Visit("c", [Event("i1"), Event("i2")], k=5, rules=Rules(deny=["i3", "i4"], allow=["i3", "i5", "i6"])),
+        Visit("d", [Event("i1"), Event("i2")], k=5, candidates=["i3"]),
+        Visit("nobody", k=5),
+    ]
+    a, b, c, d, nobody = visit(engine, *visits)
+    history = ["i1", "i2"]
+    assert_same(a.recommended, recommender.recommend(history, 5))
+    assert_same(b.recommended, recommender.recommend(history, 20, exclude_seen=True))
+    assert_same(c.recommended, recommender.recommend(history, 5, allow=["i5", "i6"]))
+    assert_same(d.recommended, recommender.recommend(history, 5))
+    assert d.scores == pytest.approx(recommender.score(history, ["i3"]), abs=1e-5)
+    assert nobody.recommended.source == "popularity"
+
+
 def test_a_user_is_forgotten_when_told_and_when_silent(models, monkeypatch):
     engine = Engine(models["2Mamba4Rec"], MemoryStore(), forget_after=100.0)
     visit(engine, Visit("a", [Event("i1")]), Visit("b", [Event("i1")]))

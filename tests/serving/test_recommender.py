@@ -12,7 +12,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure
 from recbole_ssm.serving import Recommender
-from recbole_ssm.serving.catalogue import Catalogue
+from recbole_ssm.serving.catalogue import Catalogue, largest
 from recbole_ssm.trainer import checkpoint
 
 
@@ -139,6 +139,27 @@ def test_allow_deny_and_exclude(recommender):
     assert [token for token, _ in recommender.recommend(["i3"], 20, allow=["i1", "new"], deny=["gone"])] == ["i1"]
     with pytest.raises(UserError, match="allow: none of its items is in the catalogue"):
         recommender.recommend(["i3"], allow=["x"])
+
+
+@pytest.mark.parametrize("columns", [20_000, 20_032])
+def test_the_largest_scores_by_blocks_are_those_of_all(columns):
+    """Also where many scores are equal, or hardly any item is left."""
+    torch.manual_seed(0)
+    rows = torch.randn(8, columns)
+    rows[1] = (rows[1] * 2).round()
+    rows[2] = -torch.inf
+    rows[3, 7:] = -torch.inf
+    rows[4, -20:] += 10
+    for k in (1, 11, 70):
+        values, indices = largest(rows, k)
+        expected = rows.topk(k)
+        assert torch.equal(values, expected.values) and torch.equal(rows.gather(1, indices), values)
+        assert all(len(set(row)) == k for row in indices.tolist())
+        assert torch.equal(indices[[0, 4]], expected.indices[[0, 4]])
+    catalogue = Catalogue([str(n) for n in range(columns)])
+    for row, found in zip(rows, catalogue.best(rows.clone(), 10)):
+        order = sorted(range(1, columns), key=lambda item: (-row[item].item(), item))[:10]
+        assert [item for item, _ in found] == [str(item) for item in order if row[item] > -torch.inf]
 
 
 def test_of_equal_scores_the_lowest_ids_are_taken():
