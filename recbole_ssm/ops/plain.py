@@ -1,6 +1,6 @@
 """The operators over right-padded batches in plain tensor operations, for graphs that run without this package.
 
-There is no kernel of ours in them, no loop over events, and no shape that depends on the lengths: a tracer such as
+There is no kernel of ours in them, no operator that loops, and no shape that depends on the lengths: a tracer such as
 torch.export sees all of them, whatever the number of rows. They compute padding too, and keep it out of what is real.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from recbole_ssm.ops.backend import force
 from recbole_ssm.ops.numerics import step_size
 from recbole_ssm.ops.quasiseparable import one_matrix
 from recbole_ssm.ops.ssd import log_decay, matrix_form
+
+PIECE = 8
+"""Events that a scan takes one after the other."""
 
 
 @contextmanager
@@ -89,22 +93,35 @@ def _selective_scan(
     _: Any,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All prefixes of the recurrence in log2(L) rounds (Hillis and Steele, CACM 1986).
-
-    After a round, h holds what the newest 2, 4, 8 ... events add to the state, and decay the product of their decays.
+    """The recurrence within all pieces of the rows at once, then from piece to piece: PIECE + L / PIECE steps, of which
+    none holds the states of all events.
     """
     dt = step_size("selective_scan", dt, dt_bias, dt_softplus)
-    decay = (dt[..., None] * A).exp()  # [B, L, D, N]
-    h = (dt * x)[..., None] * B[:, :, None]
-    reach = 1
-    while reach < x.shape[1]:
-        # Zeros come before the first event.
-        h = h + decay * F.pad(h[:, :-reach], (0, 0, 0, 0, reach, 0))
-        decay = decay * F.pad(decay[:, :-reach], (0, 0, 0, 0, reach, 0))
-        reach *= 2
-    y = (h @ C[..., None])[..., 0]  # [B, L, D]
+    L, pieces = x.shape[1], -(-x.shape[1] // PIECE)
+    # Steps of size 0 behind the rows leave the state as it is. [B, pieces, PIECE, ...]
+    v, steps, B, C = (F.pad(t, (0, 0, 0, pieces * PIECE - L)).unflatten(1, (pieces, PIECE)) for t in (dt * x, dt, B, C))
+    # Within the pieces, from a state of zeros. [B, pieces, D, N]
+    h = v[:, :, 0, :, None] * B[:, :, 0, None]
+    within = [_read(h, C[:, :, 0])]
+    for q in range(1, PIECE):
+        h = h * (steps[:, :, q, :, None] * A).exp() + v[:, :, q, :, None] * B[:, :, q, None]
+        within.append(_read(h, C[:, :, q]))
+    # What comes before each piece, and what is left of it at each event.
+    since = steps.cumsum(2)
+    whole = (since[:, :, -1, :, None] * A).exp()
+    starts = [torch.zeros_like(h[:, 0])]
+    for piece in range(pieces):
+        starts.append(starts[-1] * whole[:, piece] + h[:, piece])
+    start = torch.stack(starts[:-1], 1)
+    before = [_read(start * (since[:, :, q, :, None] * A).exp(), C[:, :, q]) for q in range(PIECE)]
+    y = (torch.stack(within, 2) + torch.stack(before, 2)).flatten(1, 2)[:, :L]
     y = y if D is None else y + D * x
-    return (y if z is None else y * F.silu(z)), h[:, -1]
+    return (y if z is None else y * F.silu(z)), starts[-1]
+
+
+def _read(h: Tensor, C: Tensor) -> Tensor:
+    """h C: ``[..., D, N]`` and ``[..., N]`` -> ``[..., D]``."""
+    return (h @ C[..., None])[..., 0]
 
 
 def _ssd(
