@@ -42,6 +42,7 @@ MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last",
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 AS_SHIPPED = f"{RECBOLE}, as shipped"
 COMPARED = (*STATE_SPACE, "SASRec")
+REPLAYED = ("Mamba4Rec", "2Mamba4Rec", "SASRec")
 ITEMS = 12_101
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
@@ -90,6 +91,8 @@ def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[
     yield "check: CUDA graphs", _check_graphs
     yield "check: training", _check_training
     yield "step", partial(_steps, options.rounds)
+    for name in REPLAYED:
+        yield f"step: replayed, {name}", partial(_replayed, name, options.rounds)
     for shape, name in itertools.product(SHAPES[:2], MEASURED_OPS[:3]):
         yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
     yield "event", partial(_event, options.rounds)
@@ -277,6 +280,18 @@ def _steps(rounds: int) -> list[Row]:
     ]
 
 
+def _replayed(name: str, rounds: int) -> list[Row]:
+    """A step of our trainer on packed histories, replayed as a CUDA graph, beside one launched kernel by kernel."""
+    works = {}
+    for what, choice in (("launched", False), ("replayed", "auto")):
+        step, steps = _training_step(name, "ml-100k", 2048, "cuda", train_mode="packed", cuda_graphs=choice)
+        # In the first epoch sizes are met, in the second all that come again are recorded.
+        for _ in range(2 * steps):
+            step()
+        works[f"{name}, {what}"] = measure(step, rounds)
+    return _compared("step: packed, 2,048 targets of ml-100k", works, f"{name}, launched")
+
+
 def _op_rows(name: str, shape: tuple[int, int], rounds: int) -> list[Row]:
     """One op at one shape in float32 and bfloat16, forward and forward + backward, beside who else is installed."""
     rows = []
@@ -410,6 +425,8 @@ def _goals(rows: list[Row]) -> list[Row]:
     for name in ("Mamba4Rec", "2Mamba4Rec"):
         goals.append((f"{name}'s training step over RecBole SASRec's", find("step: train", name, "x_rival"), 1 / 3))
         goals.append((f"idle share of {name}'s training step", find("step: train", name, "idle"), 0.15))
+        idle = find("step: packed", f"{name}, replayed", "idle")
+        goals.append((f"idle share of {name}'s replayed training step", idle, 0.15))
     for batch, seconds in ((2_048, 2.0), (16_384, 0.5)):
         notes = find(f"epoch: ml-1m, 2Mamba4Rec, {batch}", "2Mamba4Rec", "note")
         found = [float(note.split()[0]) for note in notes if note[0].isdigit()]

@@ -170,8 +170,9 @@ class _Loss(torch.autograd.Function):
         output, items, *found = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Gradients.apply(gradient, output, items, *found)  # type: ignore[no-untyped-call]
-        elif torch.compiler.is_compiling() or type(gradient) is not Tensor or gradient != 1:
-            # the most common gradient, 1, needs no pass over all items
+        elif torch.compiler.is_compiling() or type(gradient) is not Tensor or not gradient.is_cpu or gradient != 1:
+            # The most common gradient, 1, needs no pass over all items. To look at one on a GPU is to wait for it, and
+            # no CUDA graph could hold that.
             found = _scaled(gradient, output, items, *found)
         return None, None, *found, *[None] * 6
 

@@ -38,6 +38,24 @@ def test_goals_are_met_missed_or_not_measured():
     assert found["every check passes"] == "met"
 
 
+def test_a_replayed_step_stands_beside_the_launched_one(monkeypatch):
+    """Both take two epochs before they are measured."""
+    taken = []
+
+    def training_step(name, dataset, batch, device, **keys):
+        return lambda: taken.append(keys["cuda_graphs"]), 3
+
+    times = iter([8.0, 2.0])
+    monkeypatch.setattr(gpu, "_training_step", training_step)
+    monkeypatch.setattr(gpu, "measure", lambda step, rounds: gpu.Work(next(times), 1.9, 1, 0, 5.0))
+    launched, replayed = gpu._replayed("Mamba4Rec", 3)
+    assert taken == [False] * 6 + ["auto"] * 6
+    assert replayed["what"] == "Mamba4Rec, replayed" and replayed["x_rival"] == 0.25 and launched["x_rival"] == ""
+    found = verdicts([launched, replayed])
+    assert found["idle share of Mamba4Rec's replayed training step"] == "met"
+    assert found["idle share of 2Mamba4Rec's replayed training step"] == "not measured"
+
+
 @pytest.mark.parametrize("note", ["FAILED: largest error 1.0e+00", "failed: RuntimeError: no kernel"])
 def test_a_failed_check_is_a_missed_goal(note):
     assert verdicts([made("check: numerics", "ssd", note=note)])["every check passes"] == "missed"

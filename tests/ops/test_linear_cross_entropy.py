@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recbole_ssm import ops
 from recbole_ssm.ops import native
-from recbole_ssm.ops.backend import available_backends
+from recbole_ssm.ops.backend import available_backends, implementations
 from tests.ops.test_native import MEMORY
 
 loss_backends = pytest.mark.parametrize("backend", available_backends("linear_cross_entropy"))
@@ -384,3 +384,12 @@ def test_memory_of_the_loss_may_lie_anyhow(form):
         assert torch.equal(ops.linear_cross_entropy(lay(output), lay(items), target, bias_V=bias), expected)
         ranks = ops.rank_targets(output, items, target.long())
         assert torch.equal(ops.rank_targets(lay(output), lay(items), target).higher, ranks.higher)
+
+
+def test_a_gpu_is_not_waited_for_in_the_backward():
+    """On the device ``meta`` nothing has a value that could be read."""
+    output, items = (torch.empty(5, 3, device="meta", requires_grad=True) for _ in range(2))
+    target = torch.empty(5, dtype=torch.int64, device="meta")
+    tiles = implementations("linear_cross_entropy", "torch")[0].function
+    tiles(output, items, target, None, None, None, 1.0, 0.0).backward()
+    assert output.grad.shape == items.grad.shape == (5, 3)
