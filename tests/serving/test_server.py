@@ -521,8 +521,9 @@ DOCS = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
 
 def test_the_calls_of_the_documents_work(runs):
     """The commands as they stand there, and the calls that the table names."""
-    lines = [line[2:] for block in re.findall(r"```console\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]
-    commands = [shlex.split(line) for line in lines]
+    blocks = "".join(re.findall(r"```console\n(.*?)```", DOCS, re.DOTALL))
+    # The other lines are what a command answers.
+    commands = [shlex.split(line[2:]) for line in blocks.splitlines() if line.startswith("$ ")]
     (serve,) = [words for words in commands if words[:2] == ["recbole-ssm", "serve"]]
     command_parser().parse_args(serve[2:])
     with started(lambda: made(runs, "--state=state")) as (_, port):
