@@ -65,7 +65,7 @@ def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> t
     graph = torch.cuda.CUDAGraph()
     before = torch.cuda.get_rng_state(device)
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = call()
     except RuntimeError as error:
         # The generator still believes that it is recorded, and every later random number would be an error. One in

@@ -256,9 +256,9 @@ KEYS: dict[str, Key] = {
         "Time training steps and evaluation batches; a table in the log, and latency.json beside the checkpoints."),
     "ssm_backend": Key(Choice("auto", "reference", "torch", "native", "cuda"), "run", about=
         "The kernels of the state-space models."),
-    "cuda_graphs": Key(Choice("auto", True, False), "run", effect="none", about=
-        "On a GPU, replay training steps as CUDA graphs where that is possible; 'auto' compares the first replays with "
-        "launched steps, and falls back where they differ; True evaluates by graphs too, where padding is computed."),
+    "cuda_graphs": Key(Choice("auto", True, False), "run", effect="free", about=
+        "On a GPU, replay training steps as CUDA graphs where that is possible; the first replays are compared with "
+        "launched steps, which go on where they differ. True evaluates by graphs too, where padding is computed."),
     "config_file": Key(NAME, "run", refused="options are read from config_files"),
     "MODEL_TYPE": Key(NAME, "run", refused="it follows from the model"),
     "save_dataset": Key(FLAG, "run", refused=f'it would be a pickle, and {_PICKLE}'),

@@ -272,16 +272,16 @@ def test_groups_of_targets_make_up_the_whole(toy):
 
 
 @pytest.mark.parametrize(
-    ("pauses", "expected"),
+    ("pauses", "whole_days", "expected"),
     [
-        ([0, 1, 3600, 3601, 10**6, 0], {SAME_MOMENT: 2, WITHIN_AN_HOUR: 2, AFTER_AN_HOUR: 2}),
-        ([0, 86_401, 90_000, 86_400, 0, 0], {SAME_MOMENT: 3, AFTER_AN_HOUR: 3}),
-        ([0, 86_400, 3 * 86_400, 0, 0, 0], {SAME_DAY: 4, LATER_DAY: 2}),
-        ([0] * 6, {SAME_DAY: 6}),
+        ([0, 1, 3600, 3601, 10**6, 0], False, {SAME_MOMENT: 2, WITHIN_AN_HOUR: 2, AFTER_AN_HOUR: 2}),
+        ([-9, 86_400, 86_400, 86_400, 0, 0], False, {SAME_MOMENT: 3, AFTER_AN_HOUR: 3}),
+        ([0, 86_400, 3 * 86_400, 0, 0, 0], True, {SAME_DAY: 4, LATER_DAY: 2}),
+        ([0] * 6, False, {SAME_MOMENT: 6}),
     ],
 )
-def test_targets_stand_apart_by_the_time_since_the_event_before(pauses, expected):
-    """Times that are all whole days know of no hours; groups without targets are left out."""
+def test_targets_stand_apart_by_the_time_since_the_event_before(pauses, whole_days, expected):
+    """Dates know of no hours; groups without targets are left out; an older target counts as of the same moment."""
     ranks = np.stack([np.arange(1.0, 7), np.ones(6)], 1)
     columns = (
         np.arange(6),
@@ -292,10 +292,10 @@ def test_targets_stand_apart_by_the_time_since_the_event_before(pauses, expected
         np.empty((6, 2, 0), dtype=int),
     )
     config = {"metrics": ["Hit"], "topk": [2], "metric_decimal_place": 4}
-    found = by_group(Ranking(*columns), config, np.array([0, 1]), np.array(pauses))
+    found = by_group(Ranking(*columns), config, np.array([0, 1]), np.array(pauses), whole_days)
     assert {name: found[name]["targets"] for name in found if name in PAUSES} == expected
     zero = next(iter(expected))
-    assert found[zero]["hit@2"] == pytest.approx(np.mean(ranks[np.array(pauses) == 0, 0] <= 2), abs=1e-4)
+    assert found[zero]["hit@2"] == pytest.approx(np.mean(ranks[np.array(pauses) <= 0, 0] <= 2), abs=1e-4)
     assert not set(PAUSES) & by_group(Ranking(*columns), config, np.array([0, 1])).keys()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from recbole_ssm import distributed
-from recbole_ssm.data.gaps import pauses
+from recbole_ssm.data.gaps import of_whole_days, pauses
 from recbole_ssm.data.outline import item_counts
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.data.sampling import Candidates, LocalGenerator, seeded
@@ -130,6 +130,11 @@ class EvalLoader(DataLoader[Any]):
         """
         own = pauses(self.config, self._dataset)
         return None if own is None else distributed.gather_rows(torch.from_numpy(own)).numpy()
+
+    @property
+    def of_whole_days(self) -> bool:
+        """Whether the data hold dates and no hours."""
+        return of_whole_days(self._dataset)
 
     def with_shuffled_times(self) -> EvalLoader:
         """The same rows, each asked as long after its newest event as another row is, by a permutation of the seed.

@@ -11,6 +11,8 @@ from recbole_ssm.data.outline import DatasetOutline
 from recbole_ssm.data.prefixes import Prefixes
 from recbole_ssm.errors import UserError
 
+DAY = 86_400
+
 
 class TimeScale(NamedTuple):
     """How a training set counts time."""
@@ -71,6 +73,13 @@ def time_scale(dataset: Any) -> TimeScale:
     return TimeScale(start % resolution, resolution, max(longest, 0))
 
 
+def of_whole_days(dataset: Any) -> bool:
+    """Whether all times of a data set's events, or of its rows where it has no events, are whole days apart."""
+    rows = dataset.inter_feat
+    times = (rows.events if isinstance(rows, Prefixes) else rows)[dataset.time_field].numpy()
+    return bool(np.gcd.reduce((times - times.min()).astype(np.int64)) % DAY == 0)
+
+
 def pauses(config: Any, dataset: Any) -> np.ndarray | None:
     """How long before each row's target the newest event of its history was, in seconds ``[rows]``, int64.
 
@@ -106,5 +115,6 @@ def _neighbours(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return times[rows.target - 1], times[rows.target]
     config = dataset.config
     listed, length = rows[field + config["LIST_SUFFIX"]], rows[config["ITEM_LIST_LENGTH_FIELD"]]
-    newest = listed.gather(1, (length.long() - 1)[:, None])[:, 0]
+    # Some of RecBole's data sets hold lists as floats.
+    newest = listed.gather(1, (length.long() - 1)[:, None])[:, 0].long()
     return newest.numpy(), rows[field].numpy()

@@ -14,7 +14,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import PROTOCOLS, Ranking
 
 Floats = NDArray[np.float64]
-HOUR, DAY = 3600, 86_400
+HOUR = 3600
 # Groups of targets by the time since the event before; the second kind where all such times are whole days.
 SAME_MOMENT, WITHIN_AN_HOUR, AFTER_AN_HOUR = (
     "at the moment of the event before",
@@ -133,7 +133,11 @@ def protocol(config: Any) -> dict[str, Any]:
 
 
 def by_group(
-    ranking: Ranking, config: Any, events: NDArray[np.int64], pauses: NDArray[np.int64] | None = None
+    ranking: Ranking,
+    config: Any,
+    events: NDArray[np.int64],
+    pauses: NDArray[np.int64] | None = None,
+    whole_days: bool = False,
 ) -> dict[str, dict[str, float]]:
     """The metrics of ranks among targets of frequent and of rare items, after short and long histories, and by the
     time since the event before.
@@ -143,6 +147,7 @@ def by_group(
         config: as of :func:`result`.
         events: how often each item occurs in training ``[V]``. The head is the fifth of the items that occur most.
         pauses: the seconds from the event before to the target ``[n]``; None where there are no clock times.
+        whole_days: whether times are dates without hours.
 
     Returns:
         For each group that has any, ``targets``, how many, and its metrics, as :meth:`Result.both` names them.
@@ -157,7 +162,7 @@ def by_group(
         rows = (lengths > low) & (lengths <= high)
         if rows.any():
             groups[f"histories of {lengths[rows].min()} to {high} events"] = rows
-    groups |= {} if pauses is None else _by_pause(pauses)
+    groups |= {} if pauses is None else _by_pause(pauses, whole_days)
     names = [name for name in config["metrics"] if name.lower() in OF_RANKS]
     found = {}
     for group, rows in groups.items():
@@ -168,11 +173,12 @@ def by_group(
     return found
 
 
-def _by_pause(pauses: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
-    if np.gcd.reduce(pauses) % DAY == 0:
-        return {SAME_DAY: pauses == 0, LATER_DAY: pauses > 0}
+def _by_pause(pauses: NDArray[np.int64], whole_days: bool) -> dict[str, NDArray[np.bool_]]:
+    # A target that is older than the event before counts as of its moment, as models take it.
+    if whole_days:
+        return {SAME_DAY: pauses <= 0, LATER_DAY: pauses > 0}
     return {
-        SAME_MOMENT: pauses == 0,
+        SAME_MOMENT: pauses <= 0,
         WITHIN_AN_HOUR: (pauses > 0) & (pauses <= HOUR),
         AFTER_AN_HOUR: pauses > HOUR,
     }

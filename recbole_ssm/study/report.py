@@ -99,17 +99,18 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
 
 def _targets(row: Row) -> tuple[str, ...]:
     """What decides which targets a row was tested on: rows are compared where they agree in this."""
-    return tuple(str(row.get(key)) for key in ("dataset", "ties", "split"))
+    return tuple(str(row.get(key)) for key in ("dataset", "ties", "split", "eval_rows"))
 
 
 def of_same_targets(one: Entry, other: Entry) -> bool:
-    """Whether two entries were tested on the same targets, as far as ties and split decide what these are."""
+    """Whether two entries were tested on the same targets, as far as ties, split and ``eval_rows`` decide these."""
     return _of_settings(one) == _of_settings(other)
 
 
 def _of_settings(entry: Entry) -> Row:
     settings = {**entry.run.options, **entry.settings}
-    return {"ties": settings.get("ties"), "split": (settings.get("eval_args") or {}).get("split")}
+    split = (settings.get("eval_args") or {}).get("split")
+    return {"ties": settings.get("ties"), "split": split, "eval_rows": settings.get("eval_rows")}
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:

@@ -141,7 +141,9 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
             return None
         if result.ranking is not None:
             events = training_events(rows.training)
-            result.by_group = metrics.by_group(result.ranking, self.config, events, rows.pauses())
+            pauses = rows.pauses()
+            whole_days = pauses is not None and rows.of_whole_days
+            result.by_group = metrics.by_group(result.ranking, self.config, events, pauses, whole_days)
             self.logger.debug(metrics.text_of(result.by_group))
         if self.config["time"] == "query":
             # Hooks would take it for the test.

@@ -19,6 +19,7 @@ from torch import Tensor
 from recbole_ssm import distributed, graphs
 from recbole_ssm.data.loader import PackedBatch, Part
 from recbole_ssm.errors import first_line
+from recbole_ssm.optim.gradient_noise import is_out_of_memory
 from recbole_ssm.trainer.hooks import Hook
 
 WARM_UP = 3
@@ -26,15 +27,18 @@ WARM_UP = 3
 MOST = 16
 """Sizes that are recorded; steps of further sizes are launched."""
 COMPARED = 2
-"""Replays of each size that are compared with the launched step, where ``cuda_graphs`` is ``auto``."""
+"""Replays of each size that are compared with the launched step."""
 TOLERANCE = {False: 1e-3, True: 3e-2}
 """How far gradients may differ, by whether half precision takes part. A GPU adds up in any order; dropout of other
 masks would change them by a tenth and more."""
 MOVES = 30
-"""How many times as far the moves of the weights may differ."""
+"""The moves of the weights may differ by so many times as much, since Adam divides by small numbers."""
+
+MOVING_BETAS = ("one_cycle", "OneCycleLR", "CyclicLR")
+"""Schedules that change more of the optimiser than its learning rate."""
 
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Takes a function to the tensor that it returned, and to what replays it."""
+"""Records a function; returns the tensor that it returned, and a function that replays it."""
 
 
 def rounded(batch: PackedBatch, longest: int) -> PackedBatch:
@@ -91,9 +95,9 @@ class Replays:
     draw. So a run that goes on from a checkpoint draws the masks of dropout again, although it records anew.
 
     Args:
-        trainer: a :class:`recbole_ssm.trainer.Trainer`; its key ``cuda_graphs`` says whether steps are recorded:
-            ``auto`` compares the first replays of each size with the launched step, and goes on without recordings
-            where they differ.
+        trainer: a :class:`recbole_ssm.trainer.Trainer`; its key ``cuda_graphs`` says whether steps are recorded. The
+            first replays of each size are compared with the launched step, and where they differ, training goes on
+            without recordings.
         record: how a step is recorded; on a GPU by :func:`recbole_ssm.graphs.record`.
     """
 
@@ -126,7 +130,7 @@ class Replays:
         return self._possible
 
     def refusal(self) -> str | None:
-        """Why steps are not recorded, or None; empty where nobody asks for it."""
+        """Why steps are not recorded; None where they are, and empty where that needs no line in the log."""
         trainer, config = self.trainer, self.trainer.config
         groups = trainer.optimizer.param_groups
         if not config["cuda_graphs"] or trainer.device.type != "cuda":
@@ -141,8 +145,12 @@ class Replays:
             return "a step has several parts"
         if trainer.learner.scaler.is_enabled():
             return "enable_scaler: True decides on the CPU whether a step is taken"
+        if config["lr_scheduler"] in MOVING_BETAS:
+            return (
+                f"lr_scheduler: {config['lr_scheduler']} moves the betas at every step, which are recorded as they were"
+            )
         if not all(group.get("capturable") for group in groups):
-            return f"learner: {config['learner']} counts its steps on the CPU; adam and adamw do not"
+            return "only adam and adamw are recorded, where learner_args say nothing of fused, foreach and capturable"
         if config["average_power"] is not None:
             return "average_power follows every step"
         if any(type(hook).on_gradients is not Hook.on_gradients for hook in trainer.hooks):
@@ -150,7 +158,9 @@ class Replays:
         return None
 
     def rounded(self, batch: Any) -> Any:
-        """The batch in one of a few sizes, where steps are recorded; for the same masks, also where one is launched."""
+        """The batch in one of a few sizes, where steps are recorded. A launched step takes it too, so dropout draws
+        the same masks either way.
+        """
         return rounded(batch, self.trainer.model.max_seq_length) if self.possible else batch
 
     def take(self, parts: Sequence[Part]) -> Tensor | None:
@@ -164,8 +174,8 @@ class Replays:
             self._give_up("lr_scheduler changes more than the learning rate")
             return None
         recording.read(parts[0].batch)
-        if self.trainer.config["cuda_graphs"] == "auto" and recording.compared < COMPARED:
-            return self._compare(recording, parts[0])
+        if recording.compared < COMPARED:
+            return self._compared(recording, parts[0])
         with self.rates():
             recording.replay()
         return recording.terms.clone()
@@ -180,9 +190,12 @@ class Replays:
             return None
         recording = _Recording(part.batch)
         self._settings = self._settings or self._settings_now()
+        with self.rates():
+            # The rates of this step are written before the recording begins: it would write them in every replay.
+            pass
         try:
             recording.terms, recording.replay = self._record(lambda: self._launch(part._replace(batch=recording.batch)))
-        except RuntimeError as error:
+        except Exception as error:
             self._give_up(f"recording failed ({first_line(error)})")
             return None
         self._recordings[key] = recording
@@ -237,16 +250,29 @@ class Replays:
 
     # --- the comparison ---
 
-    def _compare(self, recording: _Recording, part: Part) -> Tensor:
-        """Take a step both ways, from one state; training goes on from the launched one."""
-        before, random = [t.clone() for t in self._state()], self._random_state()
+    def _compared(self, recording: _Recording, part: Part) -> Tensor | None:
+        """Take a step both ways, from one state; training goes on from the launched one.
+
+        Returns:
+            The terms of the loss; None where there is no room for both, and the step is still to be taken.
+        """
+        before, random = [], self._random_state()
+        try:
+            before = [tensor.clone() for tensor in self._state()]
+            return self._compare(recording, part, before, random)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._put_back(before, random)
+        self._give_up("there is no room to compare a replayed step with the launched one")
+        return None
+
+    def _compare(self, recording: _Recording, part: Part, before: list[Tensor], random: Tensor) -> Tensor:
         with self.rates():
             recording.replay()
         replayed = recording.terms.clone(), self._gradients(), self._weights()
         drawn = self._random_state()
-        for tensor, value in zip(self._state(), before):
-            tensor.copy_(value)
-        self._set_random_state(random)
+        self._put_back(before, random)
         weights = self._weights()
         terms = self._launch(part)
         recording.compared += 1
@@ -255,13 +281,20 @@ class Replays:
         same = {
             "the loss": _near([replayed[0]], [terms], tolerance),
             "the gradients": _near(replayed[1], self._gradients(), tolerance),
-            # Of one tensor, they may be nothing but rounding, which Adam makes as long as any.
+            # All as one, because Adam scales the gradients of every tensor to one length: where they are nothing but
+            # rounding, it moves the tensor as far as where they are not.
             "the weights": _near(moves[:1], moves[1:], MOVES * tolerance),
             "the random numbers": torch.equal(drawn, self._random_state()),
         }
         if wrong := [what for what, is_same in same.items() if not is_same]:
             self._give_up(f"a replayed step differs from the launched one in {' and '.join(wrong)}")
         return terms
+
+    def _put_back(self, before: list[Tensor], random: Tensor) -> None:
+        """Undo a step; an empty list undoes none."""
+        for tensor, value in zip(self._state(), before):
+            tensor.copy_(value)
+        self._set_random_state(random)
 
     def _state(self) -> list[Tensor]:
         """All tensors that a step changes, except gradients, which it makes."""

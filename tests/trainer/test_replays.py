@@ -100,6 +100,8 @@ class Standin:
         groups = trainer.optimizer.param_groups
         place = torch.full((1,), torch.nan, dtype=torch.float64)
         self.recorded += 1
+        # A graph would write a rate that is not there yet in every replay.
+        assert trainer._replays._written == [group["lr"] for group in groups]
 
         def replay():
             assert all(torch.is_tensor(group["lr"]) for group in groups)
@@ -193,6 +195,19 @@ def test_a_schedule_of_more_than_the_rate_ends_replays(toy, caplog):
     assert "lr_scheduler changes more than the learning rate" in caplog.text
 
 
+def test_without_room_to_compare_steps_are_launched(toy, caplog):
+    def full(number, trainer, place):
+        other_step(number, trainer, place)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    launched = fitted(toy, Never())
+    said(caplog)
+    found = fitted(toy, Standin(full))
+    assert torch.equal(found[0], launched[0]) and found[1] == launched[1]
+    (line,) = said(caplog)
+    assert line.endswith("there is no room to compare a replayed step with the launched one")
+
+
 class KilledError(Exception):
     pass
 
@@ -262,7 +277,8 @@ def on_a_gpu(trainer):
         ("2Mamba4Rec", [Looks()], {}, "a hook looks at the gradients"),
         ("2Mamba4Rec", [], {"train_mode": "prefix"}, "train_mode: prefix gives batches of another size"),
         ("2Mamba4Rec", [], {"gradient_accumulation_steps": 2}, "a step has several parts"),
-        ("2Mamba4Rec", [], {"learner": "sgd"}, "learner: sgd counts its steps on the CPU"),
+        ("2Mamba4Rec", [], {"learner": "sgd"}, "only adam and adamw are recorded"),
+        ("2Mamba4Rec", [], {"lr_scheduler": "one_cycle"}, "lr_scheduler: one_cycle moves the betas at every step"),
         ("2Mamba4Rec", [], {"average_power": 1.0}, "average_power follows every step"),
         ("GRU4Rec", [], {}, "GRU4Rec takes the lengths of histories on the CPU"),
         ("STAMP", [], {}, "STAMP takes the lengths of histories on the CPU, or is RecBole's own"),

@@ -135,6 +135,14 @@ def test_data_without_clock_times_have_no_groups_by_time(toy, write_dataset, opt
     assert loader(files).pauses() is None
 
 
+def test_lists_that_a_data_set_of_recbole_holds_as_floats(options):
+    plain = {key: value for key, value in options["config_dict"].items() if key in ("data_path", "load_col", "topk")}
+    plain["valid_metric"] = "Hit@1"
+    config = configure("DIEN", config_dict=plain, dataset=options["dataset"])
+    rows = create_loaders(config, create_dataset(config))[2]
+    assert rows.pauses().dtype == np.int64 and not rows.of_whole_days
+
+
 def test_a_run_of_a_study_keeps_it(options, tmp_path):
     run = Run("GRU4Rec", "made", {"time": "query"})
     where = {"checkpoint_dir": str(tmp_path / "checkpoints")}
