@@ -43,7 +43,7 @@ class Event:
     time: float | None = None
     """Seconds; None means now, after all that the user did before."""
     id: str | None = None
-    """An event whose id is among the user's newest is taken once."""
+    """An event is taken once, as long as its id is among the user's newest."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,9 @@ class _Guest:
     """Items that the rules rule out."""
     candidates: Ids | None = None
     row: np.ndarray | None = None
-    """The state, as a row of :class:`States`, or its vector only."""
+    """The state, as a row of :class:`States`, or its vector only; None where no event of a known item is known."""
+    had_state: bool = False
+    """Whether a state was written, of whatever model, before this visit."""
     changed: bool = False
     error: Exception | None = None
     is_damaged: bool = False
@@ -119,7 +121,8 @@ class Engine:
         state_type: ``float32``, or ``bf16``, which takes half and is accurate to three digits.
         forget_after: seconds without an event or a new state after which a user is forgotten; None means never.
         observe: told of each part of the work (``store``, ``step``, ``score``, ``top_k``) and its seconds.
-        count: told what became of each state that was needed: ``stored``, ``rebuilt``, ``first``.
+        count: told of each state that was needed: ``stored``; ``rebuilt``, where it was lost or is of another model; or
+            ``first``, where none was written yet.
     """
 
     def __init__(
@@ -217,9 +220,11 @@ class Engine:
             if self._forget_after is not None and guest.record.changed < now - self._forget_after:
                 guest.record.clear()
                 guest.changed = value is not None
+            guest.had_state = bool(guest.record.digest)
             for event in visit.events:
                 self._take(served, guest, event, get, now)
-            if visit.exclude_seen or served.states is None:
+            asks = visit.k or visit.candidates is not None
+            if asks and (visit.exclude_seen or served.states is None):
                 guest.record.load_older(visit.user, get)
         except DamagedError as error:
             guest.damaged(error)
@@ -245,7 +250,9 @@ class Engine:
         else:
             record.append(event.item, moment)
         if event.id is not None:
-            record.event_ids = [*record.event_ids[1 - EVENT_IDS :], event.id]
+            # A call that is sent again finds all of its ids, however many they are.
+            kept = max(EVENT_IDS, len(guest.visit.events))
+            record.event_ids = [*record.event_ids[1 - kept :], event.id]
         found.taken += 1
         guest.changed = True
 
@@ -261,23 +268,22 @@ class Engine:
         for guest in guests:
             record = guest.record
             guest.row = self._carried(served, record, stored.get(state_key(guest.visit.user)))
+            lacking = "rebuilt" if guest.had_state else "first"
+            self._count(lacking if guest.row is None else "stored")
             if guest.row is None and len(record.items) == record.total < STATE_EVERY:
-                self._count("first" if guest.found.taken == record.total else "stored")
-                guest.row = states.start()
                 record.digest, record.read, record.state = b"", 0, b""
-            elif guest.row is not None:
-                self._count("stored")
-            else:
-                self._count("rebuilt")
+            elif guest.row is None:
                 self._rebuild(served, guest, get)
                 continue
-            if record.total > record.read:
-                stepping.append(guest)
+            # Of whom no event is known, there is no state.
+            if ids := self._ids(served, record, record.total - record.read):
+                guest.row = states.start() if guest.row is None else guest.row
+                stepping.append((guest, ids))
         if not stepping:
             return
-        ids = [self._ids(served, guest.record, guest.record.total - guest.record.read) for guest in stepping]
-        whole = [len(mine) >= min(STATE_EVERY, self._state_history) for mine in ids]
-        for guest, row, one in zip(stepping, states.step([_row(guest) for guest in stepping], ids, whole), whole):
+        rows, all_ids = [_row(guest) for guest, _ in stepping], [ids for _, ids in stepping]
+        whole = [len(ids) >= min(STATE_EVERY, self._state_history) for ids in all_ids]
+        for (guest, _), row, one in zip(stepping, states.step(rows, all_ids, whole), whole):
             guest.row = row
             if one:
                 guest.record.put_state(row, served.key, self._state_type)

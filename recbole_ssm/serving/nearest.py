@@ -19,9 +19,9 @@ from recbole_ssm.errors import require
 
 INSTALL = "serve: {:,} items are searched with faiss; pip install 'recbole-ssm[ann]', or raise --ann_above"
 VECTORS_OF_A_LIST = 40
-"""At least; k-means reads as many, drawn at random, for each centre."""
+"""There is at most one list for so many vectors, and k-means reads so many, drawn at random, for each centre."""
 FEW = 50_000
-"""Of so few items that rules leave, each is scored."""
+"""Where rules leave so few items or fewer, each of them is scored, without the index."""
 WANTED_RECALL = 0.95
 MEASURED_AT = 10
 """Recall is the share of so many best items that are found."""
@@ -36,8 +36,9 @@ class Nearest:
         queries: vectors as they will be asked for, by which recall is measured ``[n, d]``.
 
     Attributes:
-        probes: into so many lists a query looks: the fewest with a recall of 95 %, but an eighth of all at most.
-        recall: the share of the ten best items of these queries that are found.
+        probes: how many lists a query looks into: the smallest power of two whose recall is 95 % or more, but at most
+            an eighth of all lists.
+        recall: the share of the ten best items of these queries that those lists hold.
     """
 
     def __init__(self, vectors: Tensor, queries: Tensor) -> None:
@@ -60,7 +61,7 @@ class Nearest:
         best = (scores.topk(min(MEASURED_AT, scores.shape[1])).indices + 1).tolist()
         for probes in (2**power for power in range(20)):
             self.probes = max(1, min(probes, lists // 8))
-            found = self.best(queries.numpy(), len(best[0]))
+            found = self._search(queries.numpy(), len(best[0]), None)
             shares = [len({item for item, _ in one} & set(mine)) / len(mine) for one, mine in zip(found, best)]
             self.recall = sum(shares) / len(shares)
             if self.recall >= WANTED_RECALL or probes >= lists // 8:
@@ -73,7 +74,8 @@ class Nearest:
         refused: Sequence[Tensor | None] = (),
         excluded: Sequence[Sequence[int]] = (),
     ) -> list[Found]:
-        """The k best items of each query that are found, with their scores, best first.
+        """The k best items of each query that are found, with their scores, best first; of equal scores, the item with
+        the lower id first. Where the search finds fewer than k, every item that is left is scored.
 
         Args:
             queries: ``[n, d]``.
@@ -86,7 +88,8 @@ class Nearest:
         plain = [number for number, (mask, ids) in enumerate(filters) if mask is None and not ids]
         if plain:
             for number, one in zip(plain, self._search(queries[plain], k, None)):
-                found[number] = one
+                enough = len(one) == min(k, self._index.ntotal)
+                found[number] = one if enough else self._best_allowed(queries[number], k, None, ())
         for number, (mask, ids) in enumerate(filters):
             if mask is not None or ids:
                 found[number] = self._best_allowed(queries[number], k, mask, ids)
@@ -102,15 +105,19 @@ class Nearest:
             (found,) = self._search(query[None], k, selector)
             if len(found) == min(k, left):
                 return found
-        places = allowed.nonzero()[0]
-        scores = torch.from_numpy(self._vectors[places] @ query)
-        values, best = scores.topk(min(k, left))
-        return list(zip(places[best.numpy()].tolist(), values.tolist()))
+        if not left:
+            return []
+        items, scores = allowed.nonzero()[0], torch.from_numpy(self._vectors[allowed] @ query)
+        # All that are equal to the k-th, of which those with the lowest ids are taken.
+        best = (scores >= scores.topk(min(k, left)).values[-1]).nonzero().flatten()
+        order = best[scores[best].sort(descending=True, stable=True).indices[:k]]
+        return list(zip(items[order.numpy()].tolist(), scores[order].tolist()))
 
     def _search(self, queries: np.ndarray, k: int, selector: Any) -> list[Found]:
         options = self._faiss.SearchParametersIVF(nprobe=self.probes, sel=selector)
         scores, items = self._index.search(np.ascontiguousarray(queries), min(k, self._index.ntotal), params=options)
-        return [
-            [(item, score) for item, score in zip(row, mine) if item >= 0]
-            for row, mine in zip(items.tolist(), scores.tolist())
-        ]
+        found = []
+        for row, mine in zip(items.tolist(), scores.tolist()):
+            pairs = [(item, score) for item, score in zip(row, mine) if item >= 0]
+            found.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+        return found

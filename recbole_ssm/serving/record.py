@@ -29,11 +29,12 @@ MAGIC, FORMER = b"RSU2", b"RSU1"
 LONGEST_ID = 500
 """Bytes that the id of a user, an item or an event may have in UTF-8; lmdb's keys have at most 511."""
 EVENT_IDS = 64
-"""So many ids of events are kept, the newest."""
+"""The newest so many ids of events are kept, and more where one call brings more."""
 CHUNK = 32
 """Events of a chunk. A head holds twice as many at most."""
 STATE_EVERY = 8
-"""A state is written when the written one has not read so many events. A head that has sealed some holds more."""
+"""A state is written as soon as the one in the store lacks so many events. They are all in the head: once a user has
+chunks, the head never holds fewer than :data:`CHUNK` events."""
 
 _MARK = struct.Struct("<4sI")
 # Checksum of the state, its model, its type, events that it has read, events ever taken, time of the last change, the
@@ -229,7 +230,7 @@ class Record:
         return found
 
     def _head(self, items: Texts, times: bytes) -> bytes:
-        ids = Texts.of(self.event_ids[-EVENT_IDS:])
+        ids = Texts.of(self.event_ids)
         header = _HEADER.pack(
             self.state_sum,
             self.digest,
@@ -327,8 +328,9 @@ def _former(value: bytes, total: int) -> Record:
     if parts is None or zlib.crc32(body) != total or kind not in _TYPES:
         raise DamagedError("its content is not what was written")
     found = Record(Texts(parts[1], parts[2]), parts[0], events_ever, changed, Texts(parts[3], parts[4]).texts())
+    found.digest = digest if any(digest) else b""
     if state and zlib.crc32(parts[5]) == state_sum:
-        found.digest, found.state_type, found.read, found.state = digest, kind, events_ever, parts[5]
+        found.state_type, found.read, found.state = kind, events_ever, parts[5]
         found.state_sum = checksum(found.state)
     return found
 

@@ -19,10 +19,10 @@ from recbole_ssm.serving.store import MemoryStore, StoreError
 from tests.serving.conftest import record_of, row_of
 
 
-def untrained(name, seed, **options):
-    """A model of 20 items as it is served; its vectors are as large as those of a trained one."""
+def untrained(name, seed, letter="i", **options):
+    """A model of 20 items, ``i0`` to ``i19``, as it is served; its vectors are as large as those of a trained one."""
     torch.manual_seed(seed)
-    cpu, items = torch.device("cpu"), ["[PAD]", *(f"i{number}" for number in range(20))]
+    cpu, items = torch.device("cpu"), ["[PAD]", *(f"{letter}{number}" for number in range(20))]
     model = untrained_model(name, 20, cpu, MAX_ITEM_LIST_LENGTH=20, **options)
     with torch.no_grad():
         model.item_embedding.weight.mul_(10)
@@ -130,6 +130,16 @@ def test_an_event_with_a_known_id_counts_once(models):
     assert visit(engine, Visit("u", [event]))[0].taken == 1
 
 
+def test_a_call_of_many_events_that_is_sent_again_counts_once(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    events = [Event(f"i{n % 20}", id=f"{n}") for n in range(100)]
+    for taken in (100, 0, 0):
+        (found,) = visit(engine, Visit("u", events))
+        assert (found.taken, found.repeated, found.events) == (taken, 100 - taken, 100)
+    visit(engine, Visit("u", [Event("i1", id="a")]))
+    assert len(record_of(engine.store, "u").event_ids) == 64
+
+
 def test_visits_of_one_user_are_done_one_after_the_other(models):
     engine = Engine(models["2Mamba4Rec"], MemoryStore())
     recommender = models["2Mamba4Rec"].recommender
@@ -149,6 +159,20 @@ def test_an_unknown_user_gets_what_is_popular(models):
         (error,) = engine.visit([Visit("nobody", candidates=["i1"])])
         assert isinstance(error, UserError) and "has no event of a known item" in str(error)
         assert len(engine.store) == 0
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_whose_events_the_model_does_not_know_gets_what_is_popular(models, count):
+    """After another model took them, which has other items."""
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    visit(engine, Visit("u", [Event(f"i{n}") for n in range(count)]))
+    engine.served = untrained("2Mamba4Rec", 6, letter="j")
+    found, wrong = engine.visit([Visit("u", k=3), Visit("u", candidates=["j1"])])
+    assert found.recommended.source == "popularity" and len(found.recommended) == 3
+    assert isinstance(wrong, UserError) and "has no event of a known item" in str(wrong)
+    found, stranger = visit(engine, Visit("u", [Event("j1")], k=5), Visit("nobody", k=3))
+    assert_same(found.recommended, engine.served.recommender.recommend(["j1"], 5))
+    assert found.recommended.source == "model" and stranger.recommended.source == "popularity"
 
 
 def test_another_model_builds_its_own_states(models):
@@ -346,6 +370,38 @@ def test_a_damaged_state_or_chunk_is_computed_again_or_an_error_where_it_is_need
     values[b"a"] = b"RSU2"
     assert visit(engine, Visit("a", forget=True))[0].forgotten
     assert not [key for key in values if key.startswith(b"a")]
+
+
+@pytest.mark.parametrize("name", ["2Mamba4Rec", "SASRec"])
+def test_older_events_are_read_only_for_an_answer(models, name):
+    engine = Engine(models[name], MemoryStore())
+    visit(engine, Visit("u", [Event(f"i{n % 20}") for n in range(100)]))
+    del engine.store._values[chunk_key("u", 0)]
+    (found,) = visit(engine, Visit("u", [Event("i3")], exclude_seen=True))
+    assert found.events == 101
+    (wrong,) = engine.visit([Visit("u", k=3, exclude_seen=True)])
+    assert isinstance(wrong, StoreError) and "older events are missing" in str(wrong)
+
+
+def test_what_became_of_each_state_is_counted(models):
+    """``first`` as long as none was written, ``rebuilt`` where one was lost, given up or is of another model."""
+    counted = []
+    engine = Engine(models["2Mamba4Rec"], MemoryStore(), count=counted.append)
+
+    def counts(*events):
+        counted.clear()
+        visit(engine, Visit("u", events, k=3))
+        return counted
+
+    assert counts(Event("i1")) == ["first"] and counts(Event("i1"), Event("i2")) == ["first"]
+    assert counts(*[Event("i3")] * 9) == ["first"] and counts(Event("i4")) == ["stored"]
+    assert counts(Event("i5", 1.0)) == ["rebuilt"] and counts() == ["stored"]
+    engine.served = models["other"]
+    assert counts() == ["rebuilt"] and counts() == ["stored"]
+    del engine.store._values[state_key("u")]
+    assert counts() == ["rebuilt"] and counts() == ["stored"]
+    visit(engine, Visit("u", forget=True))
+    assert counts(*[Event("i3")] * 9) == ["first"]
 
 
 def test_a_store_that_fails_takes_nothing(models, monkeypatch):

@@ -62,6 +62,31 @@ def test_what_is_left_out_is_not_found_and_there_are_enough_others(index, monkey
 
 
 @pytest.mark.parametrize("few", [0, 50_000])
+def test_there_are_k_where_the_lists_looked_into_hold_fewer(index, monkeypatch, few):
+    monkeypatch.setattr(module, "FEW", few)
+    nearest, vectors, queries = index
+    monkeypatch.setattr(nearest, "probes", 1)
+    assert max(len(one) for one in nearest._search(queries.numpy(), 5000, None)) < 5000
+    exact = queries @ vectors[1:].T
+    for one, row in zip(nearest.best(queries[:2].numpy(), 5000), exact):
+        # A product in another order of its sums may swap two of the last.
+        assert [score for _, score in one] == pytest.approx(row.topk(5000).values.tolist(), abs=1e-4)
+        assert [score for _, score in one] == pytest.approx([row[item - 1].item() for item, _ in one], abs=1e-4)
+    assert len(nearest.best(queries[:1].numpy(), ITEMS + 5)[0]) == ITEMS
+
+
+def test_of_equal_scores_the_lower_id_is_first():
+    """Of the search, and of scoring each item that is left, where the k-th and the next are equal too."""
+    vectors = torch.ones(101, 4)
+    vectors[::2] = 2.0
+    nearest = Nearest(vectors, torch.ones(1, 4))
+    refused = torch.zeros(101, dtype=torch.bool)
+    for mask, first in [(None, [*range(2, 101, 2), *range(1, 101, 2)]), (refused, [2, 4, 6, 8])]:
+        (found,) = nearest.best(np.ones((1, 4), dtype=np.float32), len(first), [mask])
+        assert [item for item, _ in found] == first
+
+
+@pytest.mark.parametrize("few", [0, 50_000])
 def test_hardly_any_item_is_left(index, monkeypatch, few):
     monkeypatch.setattr(module, "FEW", few)
     nearest, _, queries = index
