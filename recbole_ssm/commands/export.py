@@ -27,6 +27,12 @@ from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
 USERS_AT_ONCE = 1024
+NOT_TAKEN = {
+    "items": ("users", "now", "format", "overwrite"),
+    "users": ("format", "overwrite"),
+    "model": ("users", "now", "device"),
+}
+"""Options that do not belong to what is written."""
 
 
 def export_vectors(
@@ -136,18 +142,20 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command and say what was written."""
     parser = ArgumentParser("recbole-ssm export", __doc__)
     add_arguments(parser)
-    whats = ("items", "users", "model")
-    parser.add_argument("--what", choices=whats, default="items", help="whose vectors, or the model itself")
-    parser.add_argument("--users", default="all", help="which users: all (default) or a file, as recommend takes it")
+    parser.add_argument("--what", choices=tuple(NOT_TAKEN), default="items", help="whose vectors, or the model itself")
+    parser.add_argument("--users", help="which users: all (default) or a file, as recommend takes it")
     parser.add_argument(
         "--out",
         type=Path,
         help="a .parquet or .npy file, of a model a folder (default: items.parquet, users.parquet or exported)",
     )
-    parser.add_argument("--format", choices=tuple(portable.SUFFIXES), default="onnx", help="of a model")
+    parser.add_argument("--format", choices=tuple(portable.SUFFIXES), help="of a model (default: onnx)")
     parser.add_argument("--overwrite", action="store_true", help="put the model in the place of one that is there")
     add_now(parser)
     options, command_line = parse(parser, arguments, flags=("--overwrite",))
+    for name in NOT_TAKEN[options.what]:
+        if getattr(options, name):
+            raise UserError(f"--{name}: --what={options.what} does not take it; leave it out")
     if options.what == "model":
         _main_of_model(options, command_line)
         return
@@ -156,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
         out,
         options.checkpoint,
         options.what,
-        options.users,
+        options.users or "all",
         model=options.model,
         device=options.device,
         now=options.now,
@@ -169,7 +177,9 @@ def _main_of_model(options: Namespace, command_line: Sequence[str]) -> None:
     if command_line:
         raise UserError(f"export: --what=model takes no config keys, got {command_line[0]}")
     out = options.out or Path("exported")
-    found = export_model(out, options.checkpoint, options.format, overwrite=options.overwrite, model=options.model)
+    found = export_model(
+        out, options.checkpoint, options.format or "onnx", overwrite=options.overwrite, model=options.model
+    )
     parts = ", ".join(part["file"] for part in found["parts"].values())
     most = max(part["largest_difference"] for part in found["parts"].values())
     print(f"wrote {out}: {parts} of {found['model']}, whose numbers differ from the model's by {most:.0e} at most")

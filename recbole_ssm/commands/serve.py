@@ -60,6 +60,8 @@ def load_served(
         getLogger().warning(
             f"recommendations come from an index: {found.probes} probes find {found.recall:.1%} of the ten best items"
         )
+    elif ann_above is not None and served.states is None:
+        getLogger().warning("--ann_above: only models that carry a state use an index; this one scores every item")
     return served
 
 
@@ -143,7 +145,7 @@ def command_parser() -> ArgumentParser:
         "--ann_above",
         type=at_least(0),
         metavar="N",
-        help="search more items than these by faiss",
+        help="use a faiss index for catalogues of more than N items",
     )
     parser.add_argument("--refuse_unknown", action="store_true", help="refuse unknown items (default: count them)")
     parser.add_argument("--body_bytes", type=at_least(1024), default=1 << 20, help="most bytes of a call's body")

@@ -16,9 +16,9 @@ from recbole_ssm.errors import UserError, shown
 
 Ids = list[int]
 BLOCK = 64
-"""Columns whose maximum decides whether they are looked at one by one."""
+"""A row of scores is cut into blocks of so many; only blocks with a large maximum are searched further."""
 WORTH_IT = 1 << 16
-"""Fewer scores are sorted as they are."""
+"""Fewer scores than these are not cut into blocks."""
 
 
 class Recommendations(list[tuple[str, float]]):

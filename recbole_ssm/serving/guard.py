@@ -74,12 +74,15 @@ class Guard:
                 refusal = self._too_large()
             except ConnectionError:
                 return
-        if refusal is None:
-            await self._app(scope, replayed(body, receive), watched)
-        else:
-            await _refuse(*refusal, watched)
-        route = getattr(scope.get("route"), "path", "none")
-        self._observe(route, status, time.perf_counter() - begin)
+        try:
+            if refusal is None:
+                await self._app(scope, replayed(body, receive), watched)
+            else:
+                await _refuse(*refusal, watched)
+        finally:
+            # Behind a defect, FastAPI raises once more when it has answered.
+            route = getattr(scope.get("route"), "path", "none")
+            self._observe(route, status, time.perf_counter() - begin)
 
     def _refusal(self, scope: Scope, raw: bytes) -> tuple[int, str] | None:
         """Status and reason why a call is not even read."""

@@ -1,7 +1,8 @@
-"""The two calls that come most often, without the layers that the others pass through.
+"""The two calls that come most often, without FastAPI's layers, which the other calls pass through.
 
-Each serves plain calls only. Whatever is unusual or wrong goes on to :mod:`recbole_ssm.serving.routes`, whose answers
-to plain calls are the same, and which says what is wrong. So the OpenAPI of both is one.
+Only plain calls are answered here. A call with further options, or with a mistake, goes on to FastAPI, whose routes in
+:mod:`recbole_ssm.serving.routes` answer it, or say what is wrong. They give plain calls the same answers, so one
+OpenAPI document describes both ways.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Hot:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
-        work, path = None, scope.get("path", "")
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        work, path = None, scope["path"]
         if path == EVENTS and scope["method"] == "POST" and JSON in scope["headers"]:
             body = (await receive())["body"]
             receive = replayed(body, receive)

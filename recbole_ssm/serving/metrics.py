@@ -35,9 +35,11 @@ class Metrics:
             ["outcome"], **about,
         )  # fmt: skip
         self._states = Counter(
-            "recbole_ssm_states", "States that were stored (a hit), rebuilt from the events, or a user's first.",
-            ["outcome"], **about,
-        )  # fmt: skip
+            "recbole_ssm_states",
+            "States that were stored (a hit), rebuilt (lost, or of another model), or first (none was written yet).",
+            ["outcome"],
+            **about,
+        )
         self.registry.register(_Size(store))
         # Looking a child up by its labels costs more than counting does.
         self._labelled: dict[Any, Any] = {}

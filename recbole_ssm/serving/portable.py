@@ -1,6 +1,6 @@
 """A trained model as files that run without this package: ONNX graphs, or programs of torch.export.
 
-A model leaves in parts, each a file that takes any number of users at once:
+A model is written as two or three parts, each a file that takes any number of users at once:
 
 - ``encode``: histories of item ids, right-padded to a fixed length, and their lengths -> a vector for each;
 - ``step``: one more event of each user and the state that was carried -> a vector and the next state; only of models
@@ -14,6 +14,7 @@ n. docs/serving.md shows their use.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import tempfile
 import warnings
@@ -43,7 +44,7 @@ OPSET = 18
 DESCRIPTION = "model.json"
 ITEMS = "items.txt"
 TOLERANCE = 1e-4
-"""The largest difference between a file and the model, relative to the largest number; 1e-6 is usual."""
+"""The largest difference between a file and the model, relative to the largest number of an output; 1e-6 is usual."""
 
 Run = Callable[..., Sequence[Tensor]]
 """A part as a function of its inputs in their order."""
@@ -132,8 +133,17 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: there is no folder {out.absolute().parent}")
     if out.exists() and not overwrite:
         raise UserError(f"--out: {out} is there already, and stays as it is; say --overwrite or choose another --out")
-    if out.exists() and not Path(out, DESCRIPTION).is_file():
+    if out.exists() and not _is_exported(out):
         raise UserError(f"--overwrite: {out} is no exported model; remove it or choose another --out")
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether this module wrote a folder."""
+    try:
+        about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        return bool(about["versions"]["recbole_ssm"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def write_model(recommender: Recommender, out: Path, form: str, checkpoint: dict[str, str]) -> dict[str, Any]:
@@ -256,14 +266,17 @@ def _several(found: Any) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def _difference(name: str, part: Part, run: Run, recommender: Recommender) -> float:
-    """The largest difference between a part and the model, relative to the model's largest number."""
-    largest, scale = 0.0, 1e-6
+    """The largest difference between an output of a part and the model's, relative to the model's largest number
+    there.
+    """
+    largest, scales = [0.0] * len(part.outputs), [1e-6] * len(part.outputs)
     for inputs, expected in _examples(name, part, recommender):
-        for found, right in zip(run(*inputs), expected):
+        for number, (found, right) in enumerate(zip(run(*inputs), expected, strict=True)):
             # Both score the padding minus infinity.
             error = torch.where(found == right, 0.0, (found - right).abs().nan_to_num(torch.inf))
-            largest, scale = max(largest, float(error.max())), max(scale, float(right[right.isfinite()].abs().max()))
-    return largest / scale
+            largest[number] = max(largest[number], float(error.max()))
+            scales[number] = max(scales[number], float(right[right.isfinite()].abs().max()))
+    return max(most / scale for most, scale in zip(largest, scales))
 
 
 def _examples(name: str, part: Part, recommender: Recommender) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -356,8 +356,13 @@ class RedisStore:
         return (name[len(self.PREFIX) :].decode() for name in self._scan(self.PREFIX))
 
     def _scan(self, prefix: bytes) -> Iterator[bytes]:
+        given = set()
         try:
-            yield from self._client.scan_iter(match=prefix + b"*", count=AT_ONCE)
+            for name in self._client.scan_iter(match=prefix + b"*", count=AT_ONCE):
+                # SCAN may give a name several times.
+                if name not in given:
+                    given.add(name)
+                    yield name
         except self._redis.RedisError as error:
             raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
 

@@ -225,6 +225,12 @@ def test_vectors_by_raw_id(run):
         (["recommend", "{run}", "--data_pth=x"], "data_pth: there is no such key; did you mean 'data_path'?"),
         (["evaluate", "{run}", "--metrics=Hits,MRR"], "tailpercentage; did you mean 'hit'?"),
         (["export", "{run}", "--what=people"], "invalid choice: 'people'"),
+        (["export", "{run}", "--what=model", "--users=u1"], "--users: --what=model does not take it; leave it out"),
+        (["export", "{run}", "--what=model", "--now=5"], "--now: --what=model does not take it"),
+        (["export", "{run}", "--what=model", "--device=cpu"], "--device: --what=model does not take it"),
+        (["export", "{run}", "--format=torch"], "--format: --what=items does not take it"),
+        (["export", "{run}", "--users=u1"], "--users: --what=items does not take it"),
+        (["export", "{run}", "--what=users", "--overwrite"], "--overwrite: --what=users does not take it"),
         (["export", "{run}", "--out=v.csv"], "must end in .parquet or .npy"),
     ],
 )

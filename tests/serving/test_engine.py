@@ -115,7 +115,7 @@ def test_any_order_of_events_gives_the_state_of_the_events_in_order(models, seed
     if state_type == "float32":
         assert_states_are_those_of_their_events(engine)
     else:
-        # Each step adds an error of its own, in the third digit.
+        # Each state that is written adds an error of its own, in the third digit.
         assert_states_are_those_of_their_events(engine, 0.1)
 
 

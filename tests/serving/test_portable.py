@@ -213,6 +213,18 @@ def test_a_class_whose_padded_form_is_another_is_not_written(trained, monkeypatc
     assert not list(Path().glob("*exported*"))
 
 
+def test_each_output_is_compared_by_its_own_size(monkeypatch):
+    """A wrong small output beside a large one, and one that is missing."""
+    right = [torch.full((2, 3), 1e3), torch.full((2, 3), 1e-3)]
+    monkeypatch.setattr(portable, "_examples", lambda *_: iter([([], right)] * 2))
+    part = portable.Part(torch.nn.Identity(), {}, ("vectors", "next_ssm_0"))
+    assert portable._difference("step", part, lambda: right, None) == 0
+    found = portable._difference("step", part, lambda: [right[0], 1.5 * right[1]], None)
+    assert found == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="longer"):
+        portable._difference("step", part, lambda: right[:1], None)
+
+
 def test_a_folder_is_replaced_where_it_is_asked_for(trained, monkeypatch, capsys):
     monkeypatch.setattr(portable, "_write", lambda part, file: file.write_text("new"))
     monkeypatch.setattr(portable, "_load", lambda file: None)
@@ -224,6 +236,10 @@ def test_a_folder_is_replaced_where_it_is_asked_for(trained, monkeypatch, capsys
     assert main([*command, "--overwrite"]) == 0 and Path("exported", "step.pt2").read_text() == "new"
     Path("mine").mkdir()
     assert main([*command, "--overwrite", "--out=mine"]) == 2 and "mine is no exported model" in capsys.readouterr().err
+    for content in ('{"versions": {"torch": "2"}}', '{"versions": "1"}', "[]", "no JSON"):
+        Path("mine/model.json").write_text(content)
+        assert main([*command, "--overwrite", "--out=mine"]) == 2 and Path("mine/model.json").read_text() == content
+        assert "mine is no exported model" in capsys.readouterr().err
     assert main([*command, "--out=none/here"]) == 2 and "--out: there is no folder" in capsys.readouterr().err
     assert main([*command, "--topk=5"]) == 2 and "takes no config keys, got --topk=5" in capsys.readouterr().err
     # What was begun is gone.

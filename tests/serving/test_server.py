@@ -1,5 +1,6 @@
 """The server: its calls, what it refuses, and that no acknowledged event is lost or counted twice."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -32,6 +33,7 @@ pytest.importorskip("lmdb", reason="the extra serve is not installed")
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
 from recbole_ssm.serving import server as serving
+from recbole_ssm.serving.hot import Hot
 from recbole_ssm.serving.service import Limits
 
 TOKEN = "a-secret"
@@ -214,12 +216,51 @@ def test_the_short_way_of_plain_calls_gives_the_same_answers(client, user):
     assert client.get(place)[1]["events"] == 4
 
 
+def test_the_short_way_passes_the_application_by(runs, monkeypatch):
+    whole = serving.FastAPI.__call__
+
+    async def without_calls(app, scope, receive, send):
+        assert not scope.get("path", "").startswith("/v1"), "this call took the whole way"
+        await whole(app, scope, receive, send)
+
+    monkeypatch.setattr(serving.FastAPI, "__call__", without_calls)
+    with started(lambda: made(runs)) as (_, port):
+        client = Client(port)
+        for options, expected in (("", 200), ("?recommend=3&exclude_seen=true", 200), ("?now=1", 500)):
+            assert client.post(f"/v1/events{options}", {"user": "u", "item": "i1"})[0] == expected
+            options = options.replace("recommend", "k")
+            assert Client(port).get(f"/v1/users/u/recommendations{options}")[0] == expected
+            client = Client(port)
+
+
+def test_what_is_no_call_of_http_is_handed_on():
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append(scope["type"])
+
+    for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/v1/events", "headers": []}):
+        asyncio.run(Hot(app, None)(scope, None, None))
+    assert reached == ["lifespan", "websocket"]
+
+
+def test_a_model_without_states_has_no_index_and_the_log_says_so(runs, monkeypatch, caplog):
+    monkeypatch.setattr("recbole_ssm.model.ssm.SSMRecommender.carries_state", False)
+    load_served(runs / "first", device="cpu")
+    assert "--ann_above" not in caplog.text
+    load_served(runs / "first", device="cpu", ann_above=5)
+    (line,) = [record.message for record in caplog.records if "--ann_above" in record.message]
+    assert "only models that carry a state use an index" in line
+
+
 def test_a_defect_is_told_to_the_log_and_not_to_the_caller(runs, monkeypatch):
     monkeypatch.setattr("recbole_ssm.serving.engine.Engine.visit", lambda *_: 1 / 0)
     with started(lambda: made(runs)) as (_, port):
         for options in ("", "?now=1"):
             status, found = Client(port).post(f"/v1/events{options}", {"user": "u", "item": "i1"})
             assert (status, found) == (500, {"error": "a defect of the server; its log says more"})
+        _, text = Client(port).get("/metrics")
+        assert 'recbole_ssm_call_seconds_count{route="/v1/events",status="500"} 2.0' in text
 
 
 def test_health_metrics_and_the_page(client):

@@ -131,6 +131,13 @@ def test_what_a_redis_gives_was_there_at_one_moment(redis_address):
     assert stores[0].read(read) == (b"2", b"2")
 
 
+def test_a_name_that_a_redis_gives_twice_is_one_user(redis_address, monkeypatch):
+    found = open_store(redis_address)
+    names = [found.PREFIX + name for name in (b"a", b"b", b"a", b"b")]
+    monkeypatch.setattr(found._client, "scan_iter", lambda **_: iter(names))
+    assert list(found.users()) == ["a", "b"] and len(found) == 2
+
+
 def test_no_redis_server_is_one_line():
     pytest.importorskip("redis")
     with pytest.raises(UserError, match=r"state .*: no Redis server answers"):
