@@ -72,7 +72,8 @@ def test_rows_are_the_signatures_of_the_functions(op):
 
 
 def test_every_implementation_belongs_to_a_row():
-    assert {op for op, _ in backend._implementations} <= set(OPS)
+    # Attention is PyTorch's own, in other arrangements: no kernel of ours takes a row's tensors.
+    assert {op for op, _ in backend._implementations} - {"attention"} <= set(OPS)
     for op in FUNCTIONS:
         assert {"reference", "torch"} <= {name for of, name in backend._implementations if of == op.__name__}
 
