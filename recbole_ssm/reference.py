@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recbole_ssm.arguments import PROPERTIES, read_yaml
+from recbole_ssm.declared import rows
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, SCOPES, Key, row, rows
+from recbole_ssm.keys import ALIASES, KEYS, SCOPES, Key, row
 
 EFFECTS = {
     "result": "changes results; a resumed run must keep it",
