@@ -238,13 +238,10 @@ def _run(
         "model": config["model"],
         "best_valid_score": float(best_valid_score),
         "valid_score_bigger": config["valid_metric_bigger"],
-        "best_valid_result": best_valid_result,
-        "best_valid_result_masked": best_valid_result.masked if best_valid_result else None,
-        "test_result": test_result,
-        "test_result_masked": test_result.masked if test_result else None,
+        **_both_lists("best_valid_result", best_valid_result),
+        **_both_lists("test_result", test_result),
         "test_by_group": test_result.by_group if test_result else {},
-        "test_result_shuffled_times": shuffled,
-        "test_result_shuffled_times_masked": shuffled.masked if shuffled else None,
+        **_both_lists("test_result_shuffled_times", shuffled),
         "protocol": protocol,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
@@ -254,6 +251,11 @@ def _run(
     for hook in trainer.hooks:
         result |= hook.result()
     return result
+
+
+def _both_lists(name: str, found: metrics.Result | None) -> dict[str, Any]:
+    """The metrics of lists with the items of the history, and of those without."""
+    return {name: found, f"{name}_masked": found.masked if found else None}
 
 
 def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any, Any]:

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--durability", type=one_of(DURABILITIES), default="each", help="of the store")
     parser.add_argument("--state_type", type=one_of(tuple(STATE_TYPES)), default="float32", help="of the states")
     parser.add_argument("--exclude_seen", type=at_least(0), default=0, help="1 leaves the history out of the answers")
-    parser.add_argument("--ann_above", type=at_least(0), metavar="N", help="search more items than these by faiss")
+    parser.add_argument("--ann_above", type=at_least(0), metavar="N", help="use a faiss index for more items than N")
     parser.add_argument("--folder", type=Path, help="where the store lies (default: the system's temporary folder)")
 
 

@@ -74,9 +74,8 @@ def time_scale(dataset: Any) -> TimeScale:
 
 
 def of_whole_days(dataset: Any) -> bool:
-    """Whether all times of a data set's events, or of its rows where it has no events, are whole days apart."""
-    rows = dataset.inter_feat
-    times = (rows.events if isinstance(rows, Prefixes) else rows)[dataset.time_field].numpy()
+    """Whether all times of a data set are whole days apart."""
+    times = _times(dataset)
     return bool(np.gcd.reduce((times - times.min()).astype(np.int64)) % DAY == 0)
 
 
@@ -102,9 +101,15 @@ def pauses(config: Any, dataset: Any) -> np.ndarray | None:
 
 def _span(dataset: Any) -> tuple[int, int]:
     """The first and the last time of a data set."""
-    events, field = dataset.inter_feat, dataset.time_field
-    times = events.events[field] if isinstance(events, Prefixes) else events[field]
+    times = _times(dataset)
     return int(times.min()), int(times.max())
+
+
+def _times(dataset: Any) -> np.ndarray:
+    """The times of a data set's events, or of its rows where it has no events."""
+    rows = dataset.inter_feat
+    times: np.ndarray = (rows.events if isinstance(rows, Prefixes) else rows)[dataset.time_field].numpy()
+    return times
 
 
 def _neighbours(dataset: Any) -> tuple[np.ndarray, np.ndarray]:

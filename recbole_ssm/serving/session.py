@@ -284,8 +284,10 @@ class Stepper:
                 for part, next_one in pairs:
                     part.copy_(next_one)
             return output
-        for call in self._calls if keep else self._trials:
-            call.B = users
+        calls = self._calls if keep else self._trials
+        if users != calls[0].B:
+            for call in calls:
+                call.B = users
         if self._encoding is None:
             self._rows[:users] = items
         else:
@@ -293,7 +295,7 @@ class Stepper:
                 row[:] = sum(
                     table[place] for table, place in zip(self._tables, (item, *self._encoding.rows_of(*times)))
                 )
-        native.run_steps(self._calls if keep else self._trials, len(self._calls))
+        native.run_steps(calls, len(calls))
         return self._output[:users]
 
     @functools.cached_property

@@ -26,6 +26,8 @@ from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
 Row = dict[str, Any]
+TARGETS = ("ties", "split", "eval_rows")
+"""What decides which targets of a data set are tested."""
 Compared = Callable[["Entry", "Entry"], bool]
 """Whether two entries are tested against each other."""
 
@@ -99,7 +101,7 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
 
 def _targets(row: Row) -> tuple[str, ...]:
     """What decides which targets a row was tested on: rows are compared where they agree in this."""
-    return tuple(str(row.get(key)) for key in ("dataset", "ties", "split", "eval_rows"))
+    return tuple(str(row.get(key)) for key in TARGETS)
 
 
 def of_same_targets(one: Entry, other: Entry) -> bool:

@@ -175,7 +175,7 @@ class Replays:
             return None
         recording.read(parts[0].batch)
         if recording.compared < COMPARED:
-            return self._compared(recording, parts[0])
+            return self._both_ways(recording, parts[0])
         with self.rates():
             recording.replay()
         return recording.terms.clone()
@@ -190,9 +190,8 @@ class Replays:
             return None
         recording = _Recording(part.batch)
         self._settings = self._settings or self._settings_now()
-        with self.rates():
-            # The rates of this step are written before the recording begins: it would write them in every replay.
-            pass
+        # Before the recording begins, which would hold the writing and repeat it in every replay.
+        self._write_rates([group["lr"] for group in self.trainer.optimizer.param_groups])
         try:
             recording.terms, recording.replay = self._record(lambda: self._launch(part._replace(batch=recording.batch)))
         except Exception as error:
@@ -234,12 +233,7 @@ class Replays:
             return
         groups = self.trainer.optimizer.param_groups
         numbers = [group["lr"] for group in groups]
-        if not self._rates:
-            self._rates = [torch.zeros((), device=self.trainer.device) for _ in groups]
-        if numbers != self._written:
-            self._written = numbers
-            for rate, number in zip(self._rates, numbers):
-                rate.fill_(number)
+        self._write_rates(numbers)
         try:
             for group, rate in zip(groups, self._rates):
                 group["lr"] = rate
@@ -248,9 +242,18 @@ class Replays:
             for group, number in zip(groups, numbers):
                 group["lr"] = number
 
+    def _write_rates(self, numbers: list[float]) -> None:
+        """Write the learning rate of each group to where a recorded step reads it, unless it stands there."""
+        if not self._rates:
+            self._rates = [torch.zeros((), device=self.trainer.device) for _ in numbers]
+        if numbers != self._written:
+            self._written = numbers
+            for rate, number in zip(self._rates, numbers):
+                rate.fill_(number)
+
     # --- the comparison ---
 
-    def _compared(self, recording: _Recording, part: Part) -> Tensor | None:
+    def _both_ways(self, recording: _Recording, part: Part) -> Tensor | None:
         """Take a step both ways, from one state; training goes on from the launched one.
 
         Returns:
