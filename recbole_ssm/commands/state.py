@@ -20,9 +20,10 @@ from recbole_ssm.commands.serve import add_state_arguments, load_served, state_o
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import check_writable, whole
-from recbole_ssm.serving.engine import Engine, Event, Visit, Visited
+from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.record import LONGEST_ID, DamagedError, whole_record
 from recbole_ssm.serving.store import Store
+from recbole_ssm.serving.visits import Event, Visit, Visited
 
 USERS_AT_ONCE = 64
 

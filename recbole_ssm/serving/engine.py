@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -28,87 +27,16 @@ from recbole_ssm.serving.record import (
     state_key,
     unpacked_state,
 )
-from recbole_ssm.serving.served import Rules, Served
+from recbole_ssm.serving.served import Served
+from recbole_ssm.serving.session import moments_of
+from recbole_ssm.serving.states import Unread
 from recbole_ssm.serving.store import Store, StoreError
+from recbole_ssm.serving.visits import Event, Guest, Visit, Visited
 
 LOOKED_AT_AT_ONCE, REBUILT_AT_ONCE = 64, 8
 """Users whose records are looked at, and whose states are computed again, before callers have their turn."""
-
-
-@dataclass(slots=True)
-class Event:
-    """A user's event."""
-
-    item: str
-    time: float | None = None
-    """Seconds; None means now, after all that the user did before."""
-    id: str | None = None
-    """An event is taken once, as long as its id is among the user's newest."""
-
-
-@dataclass(slots=True)
-class Visit:
-    """What one call asks about one user: the events are taken first, then the questions are answered."""
-
-    user: str
-    events: Sequence[Event] = ()
-    k: int = 0
-    """So many recommendations; 0 asks for none."""
-    exclude_seen: bool = False
-    rules: Rules | None = None
-    candidates: Sequence[str] | None = None
-    """Items whose scores are wanted."""
-    now: float | None = None
-    """The moment of asking in seconds, for a model that reads it; None means now."""
-    forget: bool = False
-    """Delete all that is kept of the user."""
-
-
-@dataclass(slots=True)
-class Visited:
-    """What became of a visit."""
-
-    model: str
-    """The digest of the model that answered."""
-    taken: int = 0
-    repeated: int = 0
-    """Events whose id was known, and which were not taken again."""
-    skipped: int = 0
-    """Events of items that the model does not know."""
-    events: int = 0
-    """How many events the user has now, those that are not kept any more included."""
-    recommended: Recommendations | None = None
-    scores: list[float] | None = None
-    forgotten: bool = False
-    """Whether there was anything to forget."""
-
-
-@dataclass(slots=True)
-class _Guest:
-    """A user while a visit lasts."""
-
-    visit: Visit
-    found: Visited
-    record: Record = field(default_factory=Record)
-    refused: Tensor | None = None
-    """Items that the rules rule out."""
-    candidates: Ids | None = None
-    row: np.ndarray | None = None
-    """The state, as a row of :class:`States`, or its vector only; None where no event of a known item is known."""
-    had_state: bool = False
-    """Whether a state was written, of whatever model, before this visit."""
-    changed: bool = False
-    error: Exception | None = None
-    is_damaged: bool = False
-
-    def damaged(self, error: DamagedError) -> None:
-        """Answer that the record is damaged, or forget what is there of it."""
-        self.is_damaged = True
-        if self.visit.forget:
-            self.changed = self.found.forgotten = True
-        else:
-            reason = f"the record of user {self.visit.user!r} is damaged ({error}); delete the user"
-            self.error = StoreError(f"state: {reason}")
+FEWEST = 3
+"""The newest so many events of a user are kept in any case."""
 
 
 class Engine:
@@ -117,7 +45,7 @@ class Engine:
     Args:
         served: the model.
         store: the records.
-        state_history: so many events of a user are kept, the newest.
+        state_history: so many events of a user are kept, the newest; three at least.
         state_type: ``float32``, or ``bf16``, which takes half and is accurate to three digits.
         forget_after: seconds without an event or a new state after which a user is forgotten; None means never.
         observe: told of each part of the work (``store``, ``step``, ``score``, ``top_k``) and its seconds.
@@ -137,7 +65,10 @@ class Engine:
         count: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.served, self.store = served, store
-        self._state_history, self._state_type = state_history, STATE_TYPES[state_type]
+        self._state_type = STATE_TYPES[state_type]
+        # Events that a state has not read are kept, and the one before them, from which the first gap is counted.
+        self._state_history = max(state_history, FEWEST)
+        self._state_every = min(STATE_EVERY, self._state_history - 2)
         self._forget_after = forget_after
         self._observe, self._count = observe, count
         self._stepping = 0.0
@@ -167,7 +98,7 @@ class Engine:
     def _visit_once(self, visits: Sequence[Visit]) -> Sequence[Visited | Exception]:
         """:meth:`visit` for visits of different users."""
         served = self.served
-        guests: list[_Guest] = []
+        guests: list[Guest] = []
         # The values that the guests are made from, and what is to be written in their place.
         made: tuple[Values, Values] | None = None
 
@@ -186,7 +117,7 @@ class Engine:
             heads = getting([visit.user.encode() for visit in visits])
             guests[:] = [self._admit(served, visit, heads[visit.user.encode()], getting, now) for visit in visits]
             with self._timed("step"):
-                self._bring_up(served, guests, getting)
+                self._bring_up(served, guests, getting, now)
             made = read, {}
             for guest in guests:
                 if guest.changed and guest.error is None:
@@ -204,9 +135,9 @@ class Engine:
         self._answer(served, [guest for guest in guests if guest.error is None])
         return [guest.error or guest.found for guest in guests]
 
-    def _admit(self, served: Served, visit: Visit, value: bytes | None, get: Get, now: float) -> _Guest:
+    def _admit(self, served: Served, visit: Visit, value: bytes | None, get: Get, now: float) -> Guest:
         """Read a user's record and take the events of a visit into it."""
-        guest = _Guest(visit, Visited(served.digest))
+        guest = Guest(visit, Visited(served.digest))
         try:
             guest.refused = served.refused(visit.rules)
             if visit.candidates is not None:
@@ -233,7 +164,7 @@ class Engine:
         guest.found.events = guest.record.total
         return guest
 
-    def _take(self, served: Served, guest: _Guest, event: Event, get: Get, now: float) -> None:
+    def _take(self, served: Served, guest: Guest, event: Event, get: Get, now: float) -> None:
         record, found = guest.record, guest.found
         if event.id is not None and event.id in record.event_ids:
             found.repeated += 1
@@ -256,15 +187,15 @@ class Engine:
         found.taken += 1
         guest.changed = True
 
-    def _bring_up(self, served: Served, guests: Sequence[_Guest], get: Get) -> None:
-        """Let the state of each guest have read every event."""
+    def _bring_up(self, served: Served, guests: Sequence[Guest], get: Get, now: float) -> None:
+        """Let the state of each guest have read every event, and ask it at its moment."""
         states = served.states
         if states is None:
             return
         guests = [guest for guest in guests if guest.error is None and guest.record.total]
         carried = [guest for guest in guests if guest.record.digest == served.key and not guest.record.state]
         stored = get([state_key(guest.visit.user) for guest in carried])
-        stepping = []
+        stepping: list[tuple[Guest, Unread]] = []
         for guest in guests:
             record = guest.record
             guest.row = self._carried(served, record, stored.get(state_key(guest.visit.user)))
@@ -272,21 +203,21 @@ class Engine:
             self._count(lacking if guest.row is None else "stored")
             if guest.row is None and len(record.items) == record.total < STATE_EVERY:
                 record.digest, record.read, record.state = b"", 0, b""
-            elif guest.row is None:
-                self._rebuild(served, guest, get)
+            elif guest.row is None and not self._rebuild(served, guest, get, now):
                 continue
+            unread = self._unread(served, guest, record.total - record.read, now)
             # Of whom no event is known, there is no state.
-            if ids := self._ids(served, record, record.total - record.read):
+            if unread.ids:
                 guest.row = states.start() if guest.row is None else guest.row
-                stepping.append((guest, ids))
+                stepping.append((guest, unread))
         if not stepping:
             return
-        rows, all_ids = [_row(guest) for guest, _ in stepping], [ids for _, ids in stepping]
-        whole = [len(ids) >= min(STATE_EVERY, self._state_history) for ids in all_ids]
-        for (guest, _), row, one in zip(stepping, states.step(rows, all_ids, whole), whole):
+        whole = [len(unread.ids) - states.tried >= self._state_every for _, unread in stepping]
+        rows = states.step([_row(guest) for guest, _ in stepping], [unread for _, unread in stepping], whole)
+        for (guest, unread), row, one in zip(stepping, rows, whole):
             guest.row = row
             if one:
-                guest.record.put_state(row, served.key, self._state_type)
+                guest.record.put_state(row, served.key, self._state_type, unread.behind)
 
     def _carried(self, served: Served, record: Record, state: bytes | None) -> np.ndarray | None:
         """The state that is stored, if it is whole, of this model, and has read all but events that are there."""
@@ -298,24 +229,49 @@ class Engine:
             return None
         return unpacked_state(state, record.state_type)
 
-    def _rebuild(self, served: Served, guest: _Guest, get: Get) -> None:
-        """Compute a state again from all events that are kept."""
+    def _rebuild(self, served: Served, guest: Guest, get: Get, now: float) -> bool:
+        """Compute a state again from all events that are kept; whether they could be read."""
         assert served.states is not None
         try:
             guest.record.load_older(guest.visit.user, get)
         except DamagedError as error:
             guest.damaged(error)
-            return
-        if ids := self._ids(served, guest.record):
-            guest.row, guest.changed = served.states.read(ids), True
-            guest.record.put_state(guest.row, served.key, self._state_type)
+            return False
+        unread = self._unread(served, guest, len(guest.record.items), now)
+        if unread.ids:
+            guest.row, guest.changed = served.states.read(unread), True
+            guest.record.put_state(guest.row, served.key, self._state_type, unread.behind)
+        return True
+
+    def _unread(self, served: Served, guest: Guest, count: int, now: float) -> Unread:
+        """The newest so many events, those of known items; a model that reads times is asked at its moment."""
+        record = guest.record
+        if not served.recommender.reads_times:
+            return Unread(self._ids(served, record, count))
+        known = self._known(served, record)
+        if not known:
+            return Unread([])
+        asked = int(now if guest.visit.now is None else guest.visit.now)
+        moments = moments_of([time for _, _, time in known], asked)
+        guest.asked = moments[-1]
+        first = len(record.items) - count
+        unread = [(item, when) for (place, item, _), when in zip(known, moments) if place >= first]
+        # A state that waits for the end of the newest event's wait has read those before it.
+        behind = (len(record.items) - known[-1][0]) * served.states.tried if served.states else 0
+        return Unread([item for item, _ in unread], [when for _, when in unread], behind)
+
+    def _known(self, served: Served, record: Record) -> list[tuple[int, int, int]]:
+        """Place, item and time in seconds of each event that is there, of those of known items."""
+        items = served.catalogue.places(record.items.texts(), "history", True)
+        every = enumerate(zip(items, record.moments()))
+        return [(place, item, int(time)) for place, (item, time) in every if item is not None]
 
     def _ids(self, served: Served, record: Record, newest: int | None = None) -> Ids:
         """The items of the events that are there, or of so many of the newest."""
         items = record.items if newest is None else record.items.cut(len(record.items) - newest)[1]
         return served.catalogue.known(items.texts(), "history", skip_unknown=True)[0]
 
-    def _writings(self, guest: _Guest, now: float) -> Values:
+    def _writings(self, guest: Guest, now: float) -> Values:
         guest.record.changed = now
         user = guest.visit.user
         found = guest.record.writings(user, self._state_history)
@@ -326,7 +282,7 @@ class Engine:
 
     # --- answers ---
 
-    def _answer(self, served: Served, guests: Sequence[_Guest]) -> None:
+    def _answer(self, served: Served, guests: Sequence[Guest]) -> None:
         """Recommend to those who ask for it, and score what they want scored."""
         asking = [guest for guest in guests if guest.visit.k or guest.candidates is not None]
         at_once = max(1, MOST_SCORES // len(served.catalogue.items))
@@ -334,7 +290,7 @@ class Engine:
             with torch.inference_mode():
                 self._answer_some(served, asking[begin : begin + at_once])
 
-    def _answer_some(self, served: Served, guests: Sequence[_Guest]) -> None:
+    def _answer_some(self, served: Served, guests: Sequence[Guest]) -> None:
         known = []
         for guest in guests:
             ids = self._ids(served, guest.record) if guest.visit.exclude_seen or not served.states else []
@@ -351,7 +307,7 @@ class Engine:
             if served.states is None:
                 scores = self._scores(served, known)
             else:
-                scores = served.states.scores([_row(guest) for guest, _ in known])
+                scores = served.states.scores([_row(guest) for guest, _ in known], [guest.asked for guest, _ in known])
         for (guest, _), row in zip(known, scores):
             if guest.candidates is not None:
                 guest.found.scores = row[guest.candidates].tolist()
@@ -365,14 +321,14 @@ class Engine:
                 if guest.visit.k:
                     guest.found.recommended = Recommendations(found[: guest.visit.k])
 
-    def _search(self, served: Served, known: Sequence[tuple[_Guest, Ids]]) -> None:
+    def _search(self, served: Served, known: Sequence[tuple[Guest, Ids]]) -> None:
         """Recommend from an index, to those who want no scores."""
         if not known:
             return
         assert served.nearest is not None and served.states is not None
         with self._timed("top_k"):
             found = served.nearest.best(
-                served.states.queries([_row(guest) for guest, _ in known]),
+                served.states.queries([_row(guest) for guest, _ in known], [guest.asked for guest, _ in known]),
                 max(guest.visit.k for guest, _ in known),
                 [guest.refused for guest, _ in known],
                 [ids if guest.visit.exclude_seen else [] for guest, ids in known],
@@ -381,19 +337,16 @@ class Engine:
             named = [(served.catalogue.items[item], score) for item, score in one[: guest.visit.k]]
             guest.found.recommended = Recommendations(named)
 
-    def _scores(self, served: Served, known: Sequence[tuple[_Guest, Ids]]) -> Tensor:
+    def _scores(self, served: Served, known: Sequence[tuple[Guest, Ids]]) -> Tensor:
         """The scores of a model that reads the events again."""
         ids = [ids for _, ids in known]
         if not served.recommender.reads_times:
             return served.recommender.scores(ids)
-        times, moments = [], []
-        for guest, _ in known:
-            places = served.catalogue.places(guest.record.items.texts(), "history", True)
-            times.append([int(time) for place, time in zip(places, guest.record.moments()) if place is not None])
-            moments.append(int(time.time() if guest.visit.now is None else guest.visit.now))
+        times = [[time for _, _, time in self._known(served, guest.record)] for guest, _ in known]
+        moments = [int(time.time() if guest.visit.now is None else guest.visit.now) for guest, _ in known]
         return served.recommender.scores(ids, times, moments)
 
-    def _answer_a_stranger(self, served: Served, guest: _Guest) -> None:
+    def _answer_a_stranger(self, served: Served, guest: Guest) -> None:
         """Answer one of whom no event of a known item is known."""
         try:
             if guest.candidates is not None:
@@ -440,7 +393,7 @@ class Engine:
         self._observe(part, seconds)
 
 
-def _row(guest: _Guest) -> np.ndarray:
+def _row(guest: Guest) -> np.ndarray:
     """The state of a guest who has one."""
     assert guest.row is not None
     return guest.row

@@ -202,10 +202,10 @@ class Record:
             self.times = self.times[8 * surplus :]
             self.older = max(0, self.older - surplus)
 
-    def put_state(self, row: np.ndarray, digest: bytes, state_type: int) -> None:
-        """Let the next writing write a state that has read every event."""
+    def put_state(self, row: np.ndarray, digest: bytes, state_type: int, behind: int = 0) -> None:
+        """Let the next writing write a state that has read every event but so many of the newest."""
         self.state, self.digest, self.state_type = packed_state(row, state_type), digest, state_type
-        self.state_sum, self.read = checksum(self.state), self.total
+        self.state_sum, self.read = checksum(self.state), self.total - behind
 
     def writings(self, user: str, events: int) -> Values:
         """What is to be written, by key, so that the newest so many events are kept, and no whole chunk more."""

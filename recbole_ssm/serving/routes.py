@@ -17,11 +17,12 @@ from starlette.exceptions import HTTPException
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import schema
 from recbole_ssm.serving.catalogue import Recommendations
-from recbole_ssm.serving.engine import Engine, Event, Visit, Visited
+from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.record import LONGEST_ID
 from recbole_ssm.serving.served import Rules, Served
 from recbole_ssm.serving.service import Server
 from recbole_ssm.serving.store import StoreError
+from recbole_ssm.serving.visits import Event, Visit, Visited
 from recbole_ssm.serving.worker import BusyError
 
 UNPROCESSABLE, BUSY, FULL, FAILED = 422, 503, 507, 500

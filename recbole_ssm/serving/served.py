@@ -13,7 +13,8 @@ from torch import Tensor
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.nearest import Nearest
 from recbole_ssm.serving.recommender import Recommender
-from recbole_ssm.serving.states import States
+from recbole_ssm.serving.session import moments_of
+from recbole_ssm.serving.states import States, Unread
 
 EXAMPLES = 64
 """Histories by which the recall of an index is measured."""
@@ -51,8 +52,7 @@ class Served:
         self.recommender, self.digest, self.titles = recommender, digest, titles or {}
         self.key = bytes.fromhex(digest)[:16]
         self.catalogue = recommender.catalogue
-        carries = getattr(recommender.model, "carries_state", False) and not recommender.reads_times
-        self.states = States(recommender.model) if carries else None
+        self.states = States(recommender.model) if getattr(recommender.model, "carries_state", False) else None
         self.nearest: Nearest | None = None
         if self.states is not None and ann_above is not None and len(self.catalogue.items) - 1 > ann_above:
             self.nearest = Nearest(recommender.model.item_vectors(), self._example_queries(self.states))
@@ -62,10 +62,13 @@ class Served:
         }
 
     def _example_queries(self, states: States) -> Tensor:
-        """The vectors of some random histories ``[n, d]``."""
+        """The vectors after some random histories ``[n, d]``, whose events came one after the other without a pause."""
         generator = torch.Generator().manual_seed(0)
-        histories = torch.randint(1, len(self.catalogue.items), (EXAMPLES, 20), generator=generator)
-        return torch.from_numpy(states.queries([states.read(history) for history in histories.tolist()]))
+        histories = torch.randint(1, len(self.catalogue.items), (EXAMPLES, 20), generator=generator).tolist()
+        moments = moments_of([0] * 20, 0) if self.recommender.reads_times else []
+        events = [Unread(history, moments) for history in histories]
+        rows = states.step([states.start()] * EXAMPLES, events, [False] * EXAMPLES)
+        return torch.from_numpy(states.queries(rows, [moments[-1] if moments else None] * EXAMPLES))
 
     def refused(self, rules: Rules | None) -> Tensor | None:
         """Which items the rules rule out ``[V]``; None where they rule out nothing.

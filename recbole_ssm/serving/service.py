@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recbole_ssm.errors import first_line
-from recbole_ssm.serving.engine import Engine, Visit, Visited
+from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.metrics import Metrics
 from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import Store
+from recbole_ssm.serving.visits import Visit, Visited
 from recbole_ssm.serving.worker import Worker
 
 

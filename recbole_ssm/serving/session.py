@@ -26,6 +26,11 @@ Moments = tuple[int, int, int]
 """Of an event in seconds: when the event before it was, its own time, and when the next one was or it was asked."""
 
 
+def moments_of(times: Sequence[int], asked: int) -> list[Moments]:
+    """Those of each event of a history, whose times these are, where it is asked at a moment."""
+    return list(zip([NEVER, *times[:-1]], times, [*times[1:], asked]))
+
+
 def clock_of(moments: Sequence[Moments], device: torch.device) -> Clock:
     """The clock ``[n]`` of n events."""
     return Clock(*torch.tensor(moments, device=device).T)
@@ -67,7 +72,7 @@ class Session:
         moments: list[Moments] = []
         if history and self._reader.reads_times:
             assert times is not None
-            moments = list(zip([NEVER, *times[:-1]], times, [*times[1:], times[-1]]))
+            moments = moments_of(times, times[-1])
             self._newest = history[-1], *moments[-1][:2]
         self._output, state = None, model.alloc_state(1)
         read = history[:-1] if self._waits else history

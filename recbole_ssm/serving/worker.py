@@ -11,7 +11,8 @@ from logging import getLogger
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from recbole_ssm.serving.engine import Engine, Visit, Visited
+from recbole_ssm.serving.engine import Engine
+from recbole_ssm.serving.visits import Visit, Visited
 
 VISITS_AT_ONCE = 256
 """So many visits share a transaction at most."""

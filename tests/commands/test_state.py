@@ -70,7 +70,8 @@ def test_the_store_answers_as_recommend_does(checkpoint):
     Path("log.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,i{n},{n}\n" for n in range(5)))
     assert main(["state", str(checkpoint), "--device=cpu", "--state=s", "--import=log.csv"]) == 0
     from recbole_ssm.commands.serve import load_served
-    from recbole_ssm.serving.engine import Engine, Visit
+    from recbole_ssm.serving.engine import Engine
+    from recbole_ssm.serving.visits import Visit
 
     store = open_store("s")
     (found,) = Engine(load_served(checkpoint, device="cpu"), store).visit([Visit("u", k=3)])

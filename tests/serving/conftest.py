@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from recbole_ssm.serving.record import checksum, state_key, unpacked_state, whole_record
+from recbole_ssm.serving.states import Unread
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +46,8 @@ def row_of(store, user, served, tolerance=1e-5):
         assert record.digest == served.key and checksum(state) == record.state_sum
         row = unpacked_state(state, record.state_type)
         if record.total == len(ids):
-            expected = served.states.read(ids[: record.read])
+            expected = served.states.read(Unread(ids[: record.read]))
             np.testing.assert_allclose(row, expected, atol=tolerance, rtol=tolerance)
     else:
         assert record.read == 0
-    return served.states.step([row], [ids[-unread:]], [True])[0] if unread else row
+    return served.states.step([row], [Unread(ids[-unread:])], [True])[0] if unread else row

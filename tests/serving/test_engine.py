@@ -12,11 +12,18 @@ import torch
 from recbole_ssm.bench.untrained import untrained_model
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import Recommender
-from recbole_ssm.serving.engine import Engine, Event, Visit
+from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.record import STATE_EVERY, Record, chunk_key, packed_state, state_key
 from recbole_ssm.serving.served import Rules, Served
+from recbole_ssm.serving.states import Unread
 from recbole_ssm.serving.store import MemoryStore, StoreError
+from recbole_ssm.serving.visits import Event, Visit
 from tests.serving.conftest import record_of, row_of
+
+CONFIG = {
+    "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
+    "TIME_FIELD": "timestamp", "MAX_ITEM_LIST_LENGTH": 20, "device": torch.device("cpu"),
+}  # fmt: skip
 
 
 def untrained(name, seed, letter="i", **options):
@@ -26,12 +33,8 @@ def untrained(name, seed, letter="i", **options):
     model = untrained_model(name, 20, cpu, MAX_ITEM_LIST_LENGTH=20, **options)
     with torch.no_grad():
         model.item_embedding.weight.mul_(10)
-    config = {
-        "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
-        "TIME_FIELD": "timestamp", "MAX_ITEM_LIST_LENGTH": 20, "device": cpu, "model": name,
-    }  # fmt: skip
     counts = torch.arange(21)
-    return Served(Recommender(model, config, items, counts), f"{seed:064x}"[::-1])
+    return Served(Recommender(model, CONFIG | {"model": name}, items, counts), f"{seed:064x}"[::-1])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def assert_same(found, expected):
 def assert_states_are_those_of_their_events(engine, tolerance=1e-5):
     served = engine.served
     for user in engine.store.users():
-        expected = served.states.read(served.catalogue.ids(record_of(engine.store, user).items.texts()))
+        expected = served.states.read(Unread(served.catalogue.ids(record_of(engine.store, user).items.texts())))
         row = row_of(engine.store, user, served, tolerance)
         np.testing.assert_allclose(row, expected, atol=tolerance, rtol=tolerance)
 
@@ -199,7 +202,7 @@ def test_only_the_newest_events_are_kept_but_the_state_has_read_all(models):
     record = record_of(engine.store, "u")
     assert record.items.texts() == items[-5:] and record.total == 12
     served = models["2Mamba4Rec"]
-    expected = served.states.read(served.catalogue.ids(items))
+    expected = served.states.read(Unread(served.catalogue.ids(items)))
     np.testing.assert_allclose(row_of(engine.store, "u", served), expected, atol=1e-5)
 
 
@@ -219,7 +222,7 @@ def test_long_histories_lie_in_chunks(models, name, history):
         assert kept == items[-len(kept) :] and min(history, len(items)) <= len(kept) < history + 32
         assert len(record.event_ids) == 0
     if name == "2Mamba4Rec":
-        expected = models[name].states.read(models[name].catalogue.ids(items))
+        expected = models[name].states.read(Unread(models[name].catalogue.ids(items)))
         np.testing.assert_allclose(row_of(engine.store, "u", models[name]), expected, atol=1e-5, rtol=1e-5)
     seen = {item for item, _ in recommender.recommend(kept, 20)} - {
         item for item, _ in recommender.recommend(kept, 20, exclude_seen=True)
@@ -254,7 +257,7 @@ def test_a_store_of_the_former_format_goes_on(models):
     """The value that version 0.2.0 wrote, with its state; a late event, and a state that is damaged."""
     served = models["2Mamba4Rec"]
     items = [f"i{n}" for n in range(12)]
-    state = packed_state(served.states.read(served.catalogue.ids(items)), 0)
+    state = packed_state(served.states.read(Unread(served.catalogue.ids(items))), 0)
     text = b"".join(item.encode() for item in items)
     lengths = struct.pack("<12H", *map(len, items))
     times = struct.pack("<12d", *range(12))
@@ -436,8 +439,67 @@ def test_a_change_that_is_made_twice_counts_once(models, monkeypatch):
     assert_states_are_those_of_their_events(engine)
 
 
-def test_a_model_of_times_is_told_when_events_were_and_when_it_is_asked():
-    served = untrained("2Mamba4Rec", 5, time="query")
+WAYS = {
+    "gaps": {"time": "gaps"},
+    "query": {"time": "query"},
+    "calendar": {"time": "query", "query_calendar": True},
+    "output": {"time": "query", "query_enters": "output", "query_calendar": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("history", [1, 40, 10_000])
+def test_a_state_of_a_model_of_times_says_what_a_session_says(way, history):
+    """One event after the other, several at once, late ones, and moments of asking that leave nothing behind."""
+    served = untrained("2Mamba4Rec", 5, num_layers=2, **WAYS[way])
+    counted = []
+    engine = Engine(served, MemoryStore(), state_history=history, count=counted.append)
+    draw = random.Random(history)
+    happened: list = []
+    while len(happened) < 60:
+        newest = happened[-1][1] if happened else 1000
+        # An event that comes late: where all that is kept is newer, the state cannot be that of all events.
+        late = history > 60 and draw.random() < 0.3
+        begin = draw.randrange(1000, newest + 1) if late else newest
+        new = sorted(begin + draw.choice([0, 0, 30, 5000]) for _ in range(draw.choice([1, 1, 1, 1, 12])))
+        events = [(f"i{draw.randrange(20)}", moment) for moment in new]
+        happened = sorted([*happened, *events], key=lambda event: event[1])
+        visit(engine, Visit("u", [Event(item, float(moment)) for item, moment in events], k=draw.choice([0, 5])))
+        items, times = zip(*happened)
+        for now in (0, times[-1] + draw.choice([0, 40, 900_000])):
+            (found,) = visit(engine, Visit("u", k=5, now=float(now), candidates=["i3"]))
+            expected = served.recommender.session(items, times=times)
+            assert_same(found.recommended, expected.top(5, now=now))
+            assert found.scores[0] == pytest.approx(dict(expected.top(20, now=now))["i3"], abs=1e-5)
+    # Only what is late is computed again.
+    assert ("rebuilt" in counted) == (history > 60) and counted.count("stored") > len(counted) / 2
+    engine.served = untrained("2Mamba4Rec", 6, letter="j", **WAYS[way])
+    (found,) = visit(engine, Visit("u", k=5, now=5e5))
+    assert found.recommended.source == "popularity"
+
+
+@pytest.mark.parametrize("way", ["query", "output"])
+def test_items_that_a_model_of_times_does_not_know_are_passed_over(way):
+    """The newest event, and the one before, are of items that the former model alone knew."""
+    former, served = untrained("Mamba4Rec", 7, **WAYS[way]), untrained("Mamba4Rec", 8, **WAYS[way])
+    known = [item for item in served.catalogue.items if item not in ("i4", "i5")]
+    served = Served(Recommender(served.recommender.model, CONFIG | {"model": "Mamba4Rec"}, known), "8" * 64)
+    engine = Engine(former, MemoryStore())
+    happened = [(f"i{n % 6}", 1000 + 70 * n * n) for n in range(12)]
+    visit(engine, Visit("u", [Event(item, float(moment)) for item, moment in happened]))
+    engine.served = served
+    for event in [("i2", 99_000), ("i7", 99_500)]:
+        kept = [(item, moment) for item, moment in happened if item not in ("i4", "i5")]
+        items, times = zip(*kept)
+        for _ in range(2):
+            (found,) = visit(engine, Visit("u", k=5, now=1e5))
+            assert_same(found.recommended, served.recommender.session(items, times=times).top(5, now=100_000))
+        visit(engine, Visit("u", [Event(event[0], float(event[1]))]))
+        happened.append(event)
+
+
+def test_a_model_of_times_without_a_state_is_told_when_events_were_and_when_it_is_asked():
+    served = untrained("SASRec", 5, train_neg_sample_args=None, time="query")
     assert served.recommender.reads_times
     engine = Engine(served, MemoryStore())
     items, times = ["i1", "i2", "i3"], [100, 5000, 5100]

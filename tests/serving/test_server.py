@@ -24,6 +24,7 @@ from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import command_parser, load_served, server_of
 from recbole_ssm.errors import UserError
+from recbole_ssm.serving.states import Unread
 from recbole_ssm.serving.store import open_store
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import record_of, row_of
@@ -470,7 +471,7 @@ def kill_under_load(runs, durability, moments):
             assert record.total in (count, count + 1)
             expected = [f"i{(len(user) + 7 * number) % 20}" for number in range(record.total)]
             assert record.items.texts() == expected
-            row = served.states.read(served.catalogue.ids(expected))
+            row = served.states.read(Unread(served.catalogue.ids(expected)))
             np.testing.assert_allclose(row_of(store, user, served), row, atol=1e-5, rtol=1e-5)
         store.close()
     assert sum(acknowledged.values()) > len(moments)
@@ -552,7 +553,7 @@ def test_two_replicas_share_a_redis(runs, redis_address):
     record = record_of(store, "both")
     assert record.total == 40 and sorted(record.items.texts()) == sorted([f"i{event}" for event in range(20)] * 2)
     served = load_served(runs / "first", device="cpu")
-    row = served.states.read(served.catalogue.ids(record.items.texts()))
+    row = served.states.read(Unread(served.catalogue.ids(record.items.texts())))
     np.testing.assert_allclose(row_of(store, "both", served), row, atol=1e-5, rtol=1e-5)
     store.close()
 
