@@ -11,6 +11,7 @@ from recbole.utils import EvaluatorType
 from recbole_ssm.data import temporal
 from recbole_ssm.data.gaps import reads_times
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.keys import MASKED
 
 
 def check_together(merged: Mapping[str, Any]) -> None:
@@ -61,9 +62,12 @@ def _check_metrics(merged: Mapping[str, Any]) -> None:
         if str(metric).lower() not in metric_types:
             near = did_you_mean(str(metric), of_ranks)
             raise UserError(f"metrics: '{metric}' is not one of {', '.join(of_ranks)}{near}")
-    name, _, cutoff = str(merged["valid_metric"]).partition("@")
+    valid_metric = str(merged["valid_metric"]).lower()
+    name, _, cutoff = valid_metric.removeprefix(MASKED).partition("@")
     ranking_metrics = {*of_ranks} - {"gauc"}
-    if name.lower() not in {str(metric).lower() for metric in metrics}:
+    if valid_metric.startswith(MASKED) and name not in of_ranks:
+        raise UserError(f"valid_metric: '{merged['valid_metric']}': only {', '.join(of_ranks)} are measured masked too")
+    if name not in {str(metric).lower() for metric in metrics}:
         raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; name one of them")
-    if name.lower() in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):
+    if name in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):
         raise UserError(f"valid_metric: '{merged['valid_metric']}' needs its cut-off in topk: {cutoffs}; add it there")

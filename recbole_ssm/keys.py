@@ -337,8 +337,8 @@ KEYS: dict[str, Key] = {
     # what is measured, and on which rows
     "metrics": Key(_METRICS, "evaluation", "Evaluation metrics."),
     "topk": Key(Many(AT_LEAST_1, or_one=True, least=1), "evaluation", "Cut-offs of the ranking metrics."),
-    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10", NAME_PATTERN), "evaluation", named=True,
-        about="The metric that chooses the best epoch."),
+    "valid_metric": Key(Text("a metric with its cut-off, such as NDCG@10 or masked NDCG@10", NAME_PATTERN),
+        "evaluation", named=True, about="The metric that chooses the best epoch and, in a search, the best setting."),
     "valid_metric_bigger": Key(FLAG, "evaluation", "Whether more of it is better; RecBole knows it from the metric."),
     "tail_ratio": Key(Number("[0, 1]"), "evaluation", "The share of least popular items that TailPercentage counts."),
     "eval_rows": Key(AT_LEAST_1, "evaluation", empty=True, about=
@@ -467,6 +467,9 @@ KEYS: dict[str, Key] = {
     "retriever_checkpoint": Key(_CHECKPOINT, "model", effect="none", empty=True),
 }
 # fmt: on
+
+MASKED = "masked "
+"""Before the name of a metric: in lists without the items of the user's history."""
 
 ALIASES = {"learner_average": "average_power"}
 """The names that keys had in earlier versions; what is given by one of them still counts."""

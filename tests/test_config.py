@@ -123,6 +123,11 @@ def test_options_with_equals_signs_in_their_value():
             {"valid_metric": "Recall@10"},
             "valid_metric: 'Recall@10' is not among metrics: ['Hit', 'NDCG', 'MRR']; name one of them",
         ),
+        ({"valid_metric": "masked NDCG@7"}, "valid_metric: 'masked NDCG@7' needs its cut-off in topk: [10]; add it"),
+        (
+            {"metrics": ["AUC"], "valid_metric": "masked AUC"},
+            "valid_metric: 'masked AUC': only averagepopularity, gauc, giniindex, hit, itemcoverage, map, mrr, ndcg, ",
+        ),
         ({"lr": 3}, "lr: there is no such key; did you mean 'learning_rate'?"),
         ({"batch_size": 3}, "batch_size: there is no such key; did you mean 'train_batch_size'?"),
         ({"dim": 3}, "dim: there is no such key; did you mean 'hidden_size'?"),

@@ -65,6 +65,15 @@ def repeated(write_dataset, **more):
     return options
 
 
+@pytest.mark.parametrize("valid_metric", ["masked Hit@5", "Hit@5"])
+def test_the_list_that_chooses_the_best_epoch(write_dataset, valid_metric):
+    options = repeated(write_dataset, valid_metric=valid_metric, epochs=3, learning_rate=0.01, show_progress=False)
+    found = run_recbole_ssm("Mamba4Rec", options["dataset"], config_dict=options["config_dict"])
+    scores = {"Hit@5": found["best_valid_result"], "masked Hit@5": found["best_valid_result_masked"]}
+    assert found["best_valid_score"] == scores[valid_metric]["hit@5"]
+    assert scores["Hit@5"] != scores["masked Hit@5"]
+
+
 @pytest.mark.parametrize("model", ["Mamba4Rec", "STAMP"])
 def test_metrics_equal_recboles_and_their_definitions(toy, model):
     import recbole.trainer

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recbole_ssm.data.outline import item_counts
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import PROTOCOLS, Ranking
+from recbole_ssm.keys import MASKED
 
 Floats = NDArray[np.float64]
 HOUR = 3600
@@ -44,9 +45,15 @@ class Result(dict[str, float]):
         self.by_group: dict[str, dict[str, float]] = {}
         self.shuffled_times: Result | None = None
 
+    def __missing__(self, name: str) -> float:
+        """The figure of ``masked ndcg@10``, as :meth:`both` calls it."""
+        if not name.startswith(MASKED):
+            raise KeyError(name)
+        return self.masked[name.removeprefix(MASKED)]
+
     def both(self) -> dict[str, float]:
         """All in one: ``hit@10`` and ``masked hit@10``."""
-        return {**self, **{f"masked {name}": value for name, value in self.masked.items()}}
+        return {**self, **{MASKED + name: value for name, value in self.masked.items()}}
 
     def table(self, title: str = "") -> str:
         """All as aligned columns under a title, a line for each metric, and what masked means."""

@@ -289,5 +289,5 @@ def _validation(runs: Runs, outcome: Outcome) -> float:
     if not outcome.valid:
         raise UserError("--tune: the split leaves no rows for validation, by which settings are chosen")
     config = runs.config(outcome.run)
-    score = outcome.valid[config["valid_metric"].lower()]
+    score = outcome.validation(config["valid_metric"])
     return score if config["valid_metric_bigger"] else -score

@@ -29,6 +29,7 @@ from recbole_ssm.config import Config
 from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
+from recbole_ssm.evaluation.metrics import Result
 from recbole_ssm.files import digest, digest_of_json, write_json
 from recbole_ssm.keys import ALIASES, KEYS, renamed
 from recbole_ssm.quick_start import configure
@@ -130,6 +131,10 @@ class Outcome:
     """What :func:`recbole_ssm.evaluation.metrics.protocol` says: split, ties, seed; empty in runs of 0.1.0."""
     made: dict[str, Any] = field(default_factory=dict)
     """Date, versions, processor, threads."""
+
+    def validation(self, metric: str) -> float:
+        """The best validation's figure of a ``valid_metric``, such as ``NDCG@10`` or ``masked NDCG@10``."""
+        return Result(self.valid, self.valid_masked)[metric.lower()]
 
     def ranks(self, order: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The users' tokens of all rows of the test, and the ranks of their targets among all items; 1 is the best.

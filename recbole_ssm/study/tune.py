@@ -142,7 +142,7 @@ def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
         if not outcome.valid:
             raise UserError("the split leaves no rows for validation, by which trials are chosen")
         found = {"best_valid_result": outcome.valid, "test_result": outcome.test, "seconds": outcome.seconds}
-        return {"best_valid_score": outcome.valid[metric], **found}
+        return {"best_valid_score": outcome.validation(metric), **found}
 
     return objective
 
