@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -40,6 +41,7 @@ from recbole_ssm.model import STATE_SPACE  # noqa: E402
 from recbole_ssm.serving import Recommender  # noqa: E402
 from recbole_ssm.serving.record import STATE_TYPES, Record, Values  # noqa: E402
 from recbole_ssm.serving.served import Served  # noqa: E402
+from recbole_ssm.serving.states import Unread  # noqa: E402
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store  # noqa: E402
 
 FEW = 1000
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         events=(20, "that each user has at first"),
         k=(10, "recommendations a call"),
         server_threads=(1, "of PyTorch in the server"),
+        workers=(1, "processes that answer"),
     )
     parser.add_argument("--connections", type=sizes, default="1,8,64", help="calls under way at once")
     parser.add_argument("--seconds", type=positive, default=10.0, help="for each row")
@@ -105,15 +108,17 @@ def _row(options: argparse.Namespace, pid: int | None, port: int, users: str, co
     client = _Client(options, port, options.users if users == "any" else min(FEW, options.users))
     asyncio.run(client.load(connections, WARM_UP))
     process = psutil.Process(pid)
-    before, parts = sum(process.cpu_times()[:2]), asyncio.run(client.parts())
+    processes = [process, *process.children()]
+    before, parts = _processor_time(processes), asyncio.run(client.parts())
     seconds = asyncio.run(client.load(connections, options.seconds))
-    cpu, after = sum(process.cpu_times()[:2]) - before, asyncio.run(client.parts())
+    cpu, after = _processor_time(processes) - before, asyncio.run(client.parts())
     latencies = np.array(client.latencies)
     calls = len(latencies)
     return {
         "model": options.model,
         "items": options.items,
         "in_store": options.users,
+        "workers": options.workers,
         "durability": options.durability,
         "state_type": options.state_type,
         "users": users,
@@ -125,6 +130,11 @@ def _row(options: argparse.Namespace, pid: int | None, port: int, users: str, co
         "server_cpu_ms": 1000 * cpu / calls,
         **{f"{part}_ms": 1000 * (after[part] - parts[part]) / calls for part in PARTS},
     }
+
+
+def _processor_time(processes: list[psutil.Process]) -> float:
+    """Seconds that processes have worked."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 # --- the client ---
@@ -215,8 +225,13 @@ class _Connection(asyncio.Protocol):
 
 def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     """Fill a store and serve, in a process of its own; the port goes through ``ready``."""
-    from recbole_ssm.serving.server import listen, run
+    if options.workers > 1:
+        # Before prometheus_client is imported, which reads it then.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(Path(folder, "metrics"))
+        Path(folder, "metrics").mkdir()
+    from recbole_ssm.serving.server import listen_all, run
     from recbole_ssm.serving.service import Server
+    from recbole_ssm.serving.workers import Team, supervise
 
     torch.set_num_threads(options.server_threads)
     torch.manual_seed(0)
@@ -241,16 +256,25 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     store = open_store(place, durability="batched")
     _fill(store, served, options)
     store.close()
-    server = Server(
-        load=lambda _: served,
-        place=Path(options.model),
-        store=open_store(place, durability=options.durability),
-        options={"state_type": options.state_type},
-    )
-    listening = listen("127.0.0.1", 0)
-    ready.send(listening.getsockname()[1])
+    sockets, team = listen_all("127.0.0.1", 0, options.workers), Team(options.workers)
+
+    def work(number: int) -> None:
+        server = Server(
+            load=lambda _: served,
+            place=Path(options.model),
+            served=served,
+            store=open_store(place, durability=options.durability),
+            options={"state_type": options.state_type},
+            number=number,
+        )
+        run(server, sockets[number])
+
+    ready.send(sockets[0].getsockname()[1])
     ready.close()
-    run(server, listening)
+    if options.workers == 1:
+        work(0)
+    else:
+        supervise(work, team, options.workers)
 
 
 def _group(vectors: Tensor) -> None:
@@ -268,7 +292,7 @@ def _fill(store: Store, served: Served, options: argparse.Namespace) -> None:
         record = Record(changed=time.time())
         for moment, item in enumerate(ids):
             record.append(f"item {item}", float(moment))
-        record.put_state(served.states.read(ids), served.key, STATE_TYPES[options.state_type])
+        record.put_state(served.states.read(Unread(ids)), served.key, STATE_TYPES[options.state_type])
         records.append(record)
     for begin in range(0, options.users, 5000):
         part: Values = {}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from recbole_ssm.arguments import at_least, positive
 from recbole_ssm.commands.items import categories_of, titles_of
@@ -71,6 +75,11 @@ def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
     Raises:
         UserError: one of them is wrong.
     """
+    return _prepared(options, command_line)()
+
+
+def _prepared(options: Namespace, command_line: Sequence[str]) -> Callable[..., Server]:
+    """What makes the server of a model that is loaded already, and opens the store; workers do so behind the fork."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, INSTALL)
     from recbole_ssm.serving.service import Limits, Server
@@ -84,17 +93,26 @@ def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
             ann_above=options.ann_above, command_line=command_line,
         )  # fmt: skip
 
-    store, settings = state_options(options)
-    return Server(
-        load=load,
-        place=options.checkpoint,
-        store=store,
-        models=options.models,
-        token=_token(options.token_file),
-        refuse_unknown=options.refuse_unknown,
-        limits=Limits(body_bytes=options.body_bytes),
-        options=settings,
-    )
+    token, served = _token(options.token_file), load(options.checkpoint)
+
+    def make(**of_worker: Any) -> Server:
+        store, settings = state_options(options)
+        return Server(
+            load=load,
+            place=options.checkpoint,
+            served=served,
+            store=store,
+            models=options.models,
+            token=token,
+            refuse_unknown=options.refuse_unknown,
+            limits=Limits(body_bytes=options.body_bytes),
+            options=settings,
+            **of_worker,
+        )
+
+    if options.workers > 1 and served.recommender.device.type != "cpu":
+        raise UserError("--workers: several processes answer from a CPU; add --device=cpu, or leave --workers out")
+    return make
 
 
 def _token(file: Path | None) -> str | None:
@@ -136,6 +154,9 @@ def command_parser() -> ArgumentParser:
     add_state_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where to listen")
     parser.add_argument("--port", type=at_least(0), default=8000, help="where to listen; 0 takes a free one")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="so many processes answer, of one loaded model (default: 1)"
+    )
     parser.add_argument("--models", type=Path, metavar="DIR", help="POST /v1/model serves another one of this folder")
     parser.add_argument(
         "--token_file", type=Path, metavar="FILE", help=f"callers must show this token (default: {TOKEN} if it is set)"
@@ -155,10 +176,40 @@ def command_parser() -> ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Run the command until it is told to end."""
     options, command_line = parse(command_parser(), arguments, flags=("--refuse_unknown",))
+    if options.workers > 1:
+        _serve_by_workers(options, command_line)
+        return
     server = server_of(options, command_line)
     from recbole_ssm.serving.server import listen, run
 
     listening = listen(options.host, options.port)
-    host, port = listening.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {options.checkpoint}", flush=True)
+    _announce(listening, options)
     run(server, listening)
+
+
+def _serve_by_workers(options: Namespace, command_line: Sequence[str]) -> None:
+    """Load the model once, and let processes answer that are forked behind it."""
+    if not hasattr(os, "fork"):
+        raise UserError("--workers: this system cannot fork processes; start one server a port behind a balancer")
+    if options.state is None:
+        raise UserError("--workers: processes share no memory store; name a folder or a Redis server by --state")
+    # A pool of threads does not live on in a forked process.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        # Before prometheus_client is imported, which reads it then.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        make = _prepared(options, command_line)
+        # A store that cannot be opened is told here, once.
+        state_options(options)[0].close()
+        from recbole_ssm.serving.server import listen_all, run
+        from recbole_ssm.serving.workers import Team, supervise
+
+        sockets, team = listen_all(options.host, options.port, options.workers), Team(options.workers)
+        _announce(sockets[0], options)
+        supervise(lambda number: run(make(team=team, number=number), sockets[number]), team, options.workers)
+
+
+def _announce(listening: socket.socket, options: Namespace) -> None:
+    host, port = listening.getsockname()[:2]
+    by = f" by {options.workers} workers" if options.workers > 1 else ""
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port} serves {options.checkpoint}{by}", flush=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from recbole_ssm.serving.store import Store, StoreError
 from recbole_ssm.serving.visits import Visited
 
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Names the folder by which prometheus_client adds up what processes count; the package reads it once, on import."""
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
@@ -40,9 +44,19 @@ class Metrics:
             ["outcome"],
             **about,
         )
-        self.registry.register(_Size(store))
+        self._size = _Size(store)
+        self.registry.register(self._size)
         # Looking a child up by its labels costs more than counting does.
         self._labelled: dict[Any, Any] = {}
+
+    def page(self) -> bytes:
+        """What Prometheus reads; of several workers, what all of them have counted."""
+        if FOLDER not in os.environ:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        registry.register(self._size)
+        return generate_latest(registry)
 
     def observe_call(self, route: str, status: int, seconds: float) -> None:
         """A call was answered."""

@@ -89,7 +89,7 @@ class Recommender:
         self._time_field, self._list_suffix = config["TIME_FIELD"], config["LIST_SUFFIX"]
         self._length_field = config["ITEM_LIST_LENGTH_FIELD"]
         self.max_length = config["MAX_ITEM_LIST_LENGTH"]
-        self._device = config["device"]
+        self.device = config["device"]
         self._name = config["model"]
 
     def recommend(
@@ -314,7 +314,7 @@ class Recommender:
         if len(times) == len(asked):
             columns[self._time_field + self._list_suffix] = self._padded(times)
             columns[self._time_field] = torch.tensor([one.now for one in asked])
-        return Interaction(columns).to(self._device)
+        return Interaction(columns).to(self.device)
 
     def _padded(self, rows: Sequence[list[int]]) -> Tensor:
         """The newest numbers of each row, padded to the full length, as RecBole's loaders do: some models count on

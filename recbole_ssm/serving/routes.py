@@ -235,4 +235,4 @@ async def serve_model(request: Request, body: schema.ModelBody) -> Response:
     place = (folder / body.name).resolve() if "\0" not in body.name else folder
     if place.parent != folder or not place.exists():
         raise UserError(f"name: there is no {body.name!r} in the folder of models")
-    return answer({"model": await server.swap(place), "name": body.name})
+    return answer({"model": await server.choose(place), "name": body.name})

@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from recbole_ssm import __version__
@@ -75,7 +75,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/metrics", include_in_schema=False)
     async def show_metrics() -> Response:
-        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(server.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
@@ -91,6 +91,18 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port: cannot listen on {host}, port {port} ({error}); take another") from error
+
+
+def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
+    """Sockets that listen on one port, each for a process; the kernel spreads the connections among them.
+
+    Raises:
+        UserError: as of :func:`listen`.
+    """
+    # Sockets that share a port would share one that others listen on, too.
+    with listen(host, port) as only:
+        address, family = only.getsockname(), only.family
+    return [socket.create_server(address, family=family, backlog=2048, reuse_port=True) for _ in range(count)]
 
 
 def run(server: Server, listening: socket.socket) -> None:

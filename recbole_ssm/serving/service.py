@@ -17,7 +17,8 @@ from recbole_ssm.serving.metrics import Metrics
 from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import Store
 from recbole_ssm.serving.visits import Visit, Visited
-from recbole_ssm.serving.worker import Worker
+from recbole_ssm.serving.worker import BusyError, Worker
+from recbole_ssm.serving.workers import Team
 
 
 class Limits(NamedTuple):
@@ -40,27 +41,33 @@ class Server:
     Args:
         load: a checkpoint file or a run's folder -> the model as it is served.
         place: of the model that is served first.
+        served: that model.
         store: the users' records; it is closed when the server ends.
         models: the folder of models that may be served instead; None lets none.
         token: of every caller; None asks for none.
         refuse_unknown: refuse events of unknown items, in place of counting them.
         limits: what is taken at most.
         options: further ones of :class:`Engine`.
+        team: the workers of which this server is one; None where it answers by itself.
+        number: which of them; the first goes through all users where others have it only for those who come.
     """
 
     load: Callable[[Path], Served]
     place: Path
+    served: Served
     store: Store
     models: Path | None = None
     token: str | None = None
     refuse_unknown: bool = False
     limits: Limits = DEFAULT_LIMITS
     options: dict[str, Any] | None = None
+    team: Team | None = None
+    number: int = 0
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.store)
         observed: dict[str, Any] = {"observe": self.metrics.observe_part, "count": self.metrics.count_state}
-        self.engine = Engine(self.load(self.place), self.store, **observed, **(self.options or {}))
+        self.engine = Engine(self.served, self.store, **observed, **(self.options or {}))
         self.worker: Worker | None = None
         self._swapping = asyncio.Lock()
 
@@ -68,13 +75,22 @@ class Server:
     async def running(self, app: Any) -> AsyncIterator[None]:
         """From the first call to the last."""
         self.worker = Worker(
-            self.engine, most_waiting=self.limits.waiting_callers, longest_wait=self.limits.waiting_seconds
+            self.engine,
+            most_waiting=self.limits.waiting_callers,
+            longest_wait=self.limits.waiting_seconds,
+            tidies=self.number == 0,
         )
-        reloads: set[asyncio.Task[None]] = set()
+        loads: set[asyncio.Task[None]] = set()
+        loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP"):
             with suppress(RuntimeError, ValueError):
-                loop = asyncio.get_running_loop()
-                loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(loop.create_task(self._reload())))
+                loop.add_signal_handler(signal.SIGHUP, lambda: loads.add(loop.create_task(self._load_again())))
+        if self.team is not None:
+            loop.add_signal_handler(signal.SIGUSR1, lambda: loads.add(loop.create_task(self._load_again())))
+            self.team.note(self.number, self.engine.served.digest)
+            # One that was chosen while this worker began.
+            if self.team.chosen not in (None, self.place):
+                loads.add(loop.create_task(self._load_again()))
         try:
             yield
         finally:
@@ -94,25 +110,40 @@ class Server:
         assert self.worker is not None
         return await self.worker.call(lambda: function(self.engine))
 
-    async def swap(self, place: Path) -> str:
-        """Serve another model from the next call on; its digest.
+    async def choose(self, place: Path) -> str:
+        """Serve another model from the next call on, in all workers; its digest.
 
         Raises:
             UserError: it cannot be loaded; the former goes on.
+            BusyError: another worker does not serve it yet.
         """
+        digest = await self._swap(place)
+        if self.team is not None:
+            try:
+                await self.team.choose(place)
+            except TimeoutError:
+                raise BusyError("a worker does not serve this model yet; the log says more") from None
+        return digest
+
+    async def _swap(self, place: Path) -> str:
+        """:meth:`choose`, in this process."""
         async with self._swapping:
             served = await asyncio.to_thread(self.load, place)
             await self.call(lambda engine: setattr(engine, "served", served))
             self.place = place
+            if self.team is not None:
+                self.team.note(self.number, served.digest)
             assert self.worker is not None
             await self.worker.call(self.worker.tidy)
         return served.digest
 
-    async def _reload(self) -> None:
+    async def _load_again(self) -> None:
+        """Read the checkpoint again, or the one that another worker was told to serve."""
+        place = (self.team.chosen if self.team is not None else None) or self.place
         try:
-            getLogger().warning(f"serving {self.place}, digest {await self.swap(self.place)}")
+            getLogger().warning(f"serving {place}, digest {await self._swap(place)}")
         except Exception as error:
-            getLogger().error(f"SIGHUP: the former model goes on; {first_line(error)}")
+            getLogger().error(f"{place} cannot be served, and the former model goes on; {first_line(error)}")
 
     def refuse(self, items: Iterable[str]) -> None:
         """Refuse unknown items, where they are refused.

@@ -40,16 +40,21 @@ class Worker:
         engine: whose work it does.
         most_waiting: with so many callers waiting, a further one is refused.
         longest_wait: seconds after which a caller whose turn has not come is refused.
+        tidies: whether it goes through all users while nobody waits.
     """
 
-    def __init__(self, engine: Engine, *, most_waiting: int = 2048, longest_wait: float = 10.0) -> None:
+    def __init__(
+        self, engine: Engine, *, most_waiting: int = 2048, longest_wait: float = 10.0, tidies: bool = True
+    ) -> None:
         self.engine = engine
         self._most_waiting, self._longest_wait = most_waiting, longest_wait
         self._waiting = 0
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._tidying: Iterator[None] | None = engine.tidy()
+        self._tidies = tidies
+        self._tidying: Iterator[None] | None = None
         self._tidied = 0.0
+        self.tidy()
         self._thread = threading.Thread(target=self._work, name="engine")
         self._thread.start()
 
@@ -85,7 +90,8 @@ class Worker:
 
     def tidy(self) -> None:
         """Begin to go through all users; called between visits."""
-        self._tidying = self.engine.tidy()
+        if self._tidies:
+            self._tidying = self.engine.tidy()
 
     async def close(self) -> None:
         """Do what is waiting, and end."""

@@ -1,0 +1,128 @@
+"""Several processes behind one port: one model, one store, one end."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from recbole_ssm.cli import main
+from recbole_ssm.commands.serve import load_served
+from recbole_ssm.errors import UserError
+from recbole_ssm.serving.store import open_store
+from recbole_ssm.serving.workers import Team, supervise
+from tests.children import in_child
+from tests.serving.conftest import record_of
+from tests.serving.test_server import TOKEN, Client, runs  # noqa: F401
+
+pytest.importorskip("lmdb", reason="the package lmdb is not installed")
+
+
+@contextlib.contextmanager
+def command(*options):
+    """``recbole-ssm serve`` as a process of its own, and the port on which it answers."""
+    words = [sys.executable, "-m", "recbole_ssm", "serve", *options, "--port=0", "--device=cpu"]
+    environment = {**os.environ, "RECBOLE_SSM_TOKEN": TOKEN}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            yield process, int(re.search(r":(\d+) serves .* by 2 workers", line)[1])
+        finally:
+            process.kill()
+
+
+def wait_for(true, seconds=30):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_workers_are_one_server(runs):  # noqa: F811
+    """Calls under load through a kill, a new model and the end: none is lost, and each event is taken once."""
+    digests = [load_served(runs / name, device="cpu").digest for name in ("first", "second")]
+    acknowledged: dict = {}
+    stop = threading.Event()
+
+    def call(user, port):
+        number = 0
+        while not stop.is_set():
+            # A worker that is killed answers nothing more; the call is sent again, and its id is known.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                body = {"user": user, "item": f"i{number % 20}", "id": str(number)}
+                status, found = Client(port, TOKEN).post("/v1/events?recommend=2", body)
+                assert status == 200 and found["taken"] + found["repeated"] == 1, found
+                number += 1
+                acknowledged[user] = number
+        return number
+
+    with command(str(runs / "first"), "--workers=2", "--state=state", f"--models={runs}") as (process, port):
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            users = [f"u{number}" for number in range(3)]
+            waiting = [pool.submit(call, user, port) for user in users]
+            wait_for(lambda: len(acknowledged) == 3)
+            workers = psutil.Process(process.pid).children()
+            assert len(workers) == 2
+            workers[0].kill()
+            wait_for(lambda: len(psutil.Process(process.pid).children()) == 2 and not workers[0].is_running())
+            assert Client(port, TOKEN).post("/v1/model", {"name": "second"})[1]["model"] == digests[1]
+            # Connections reach any worker, and all of them serve it.
+            found = {Client(port, TOKEN).get("/v1/users/u0/recommendations")[1]["model"] for _ in range(12)}
+            assert found == {digests[1]}
+            stop.set()
+            counts = [one.result() for one in waiting]
+        text = Client(port, TOKEN).get("/metrics")[1]
+        taken = float(re.search(r'^recbole_ssm_events_total\{outcome="taken"\} (.*)$', text, re.M)[1])
+        # What a killed worker took may have been counted or not.
+        assert 0 <= sum(counts) - taken <= 2
+        assert "recbole_ssm_users 3.0" in text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not any(worker.is_running() for worker in workers)
+    store = open_store("state")
+    for user, count in zip(users, counts):
+        assert record_of(store, user).items.texts() == [f"i{number % 20}" for number in range(count)]
+    store.close()
+
+
+def test_workers_end_with_the_process_that_forked_them(runs):  # noqa: F811
+    with command(str(runs / "first"), "--workers=2", "--state=state") as (process, port):
+        wait_for(lambda: len(psutil.Process(process.pid).children()) == 2)
+        workers = psutil.Process(process.pid).children()
+        wait_for(lambda: all(Client(port).get("/health/ready")[0] == 200 for _ in range(4)))
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--workers=0"], "--workers: must be at least 1, got 0"),
+        (["--workers=2"], "--workers: processes share no memory store; name a folder or a Redis server by --state"),
+    ],
+)
+def test_mistakes_are_one_line(runs, options, line, capsys):  # noqa: F811
+    assert main(["serve", str(runs / "first"), "--device=cpu", *options]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_workers_that_end_as_soon_as_they_begin_end_the_server(capfd):
+    def work(number):
+        raise UserError("state: there is no room")
+
+    outcome = in_child(lambda: supervise(work, Team(2), 2))
+    assert (outcome.kind, outcome.value) == (
+        "refused",
+        "--workers: they end as soon as they begin; the lines above say why",
+    )
+    assert "state: there is no room" in capfd.readouterr().err
