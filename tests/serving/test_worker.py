@@ -1,0 +1,49 @@
+"""The thread that does an engine's work: in how large pieces."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+from recbole_ssm.serving.visits import Visit
+from recbole_ssm.serving.worker import Worker
+
+
+def pieces(callers, rounds=30):
+    """The sizes of the pieces of work for callers who come again soon after they are answered."""
+    sizes = []
+
+    def visit(visits):
+        sizes.append(len(visits))
+        time.sleep(0.008)
+        return [visit.user for visit in visits]
+
+    async def call(worker, number):
+        for _ in range(rounds):
+            # Not all at the same moment, as from sockets.
+            await asyncio.sleep(0.0004 * number)
+            assert await worker.visit([Visit(str(number))]) == [str(number)]
+
+    async def run():
+        worker = Worker(SimpleNamespace(visit=visit, tidy=lambda: iter(())), tidies=False)
+        await asyncio.gather(*(call(worker, number) for number in range(callers)))
+        await worker.close()
+
+    asyncio.run(run())
+    return sizes
+
+
+def test_callers_who_come_again_are_served_together():
+    sizes = pieces(6)
+    assert sum(sizes) == 6 * 30
+    assert sizes.count(6) > len(sizes) / 2
+
+
+def test_nobody_is_waited_for_who_was_not_there():
+    async def run():
+        worker = Worker(SimpleNamespace(tidy=lambda: iter(())), tidies=False)
+        await worker.close()
+        jobs, begin = [SimpleNamespace(visits=())], time.monotonic()
+        worker._gather(jobs, present=1, until=begin + 60)
+        assert len(jobs) == 1 and time.monotonic() < begin + 30
+
+    asyncio.run(run())
