@@ -49,6 +49,8 @@ DIFFERENT = 256
 """So many different histories the users share, so that a store is soon filled."""
 WARM_UP = 0.5
 """Seconds before a row that are not counted."""
+SETTLED_WITHIN, IDLE = 120.0, 0.05
+"""A server is waited for, at most so long, until it works less than so many seconds in half a second."""
 PARTS = ("store", "step", "score", "top_k")
 DIGEST = "1" * 64
 
@@ -94,6 +96,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         try:
             port = reading.recv()
             print(f"store: {options.users:,} users, {_size(folder) / 2**20:,.0f} MiB, durability {options.durability}")
+            _settle(psutil.Process(server.pid))
             for users, connections in itertools.product(("any", "few"), options.connections):
                 rows.append(_row(options, server.pid, port, users, connections))
         except EOFError as error:
@@ -130,6 +133,17 @@ def _row(options: argparse.Namespace, pid: int | None, port: int, users: str, co
         "server_cpu_ms": 1000 * cpu / calls,
         **{f"{part}_ms": 1000 * (after[part] - parts[part]) / calls for part in PARTS},
     }
+
+
+def _settle(process: psutil.Process) -> None:
+    """Wait until a server has gone through all users, as it does in the beginning."""
+    before, until = -1.0, time.monotonic() + SETTLED_WITHIN
+    while time.monotonic() < until:
+        now = _processor_time([process, *process.children()])
+        if now - before < IDLE:
+            return
+        before = now
+        time.sleep(0.5)
 
 
 def _processor_time(processes: list[psutil.Process]) -> float:

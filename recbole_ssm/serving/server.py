@@ -99,6 +99,8 @@ def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
     Raises:
         UserError: as of :func:`listen`.
     """
+    if count == 1:
+        return [listen(host, port)]
     # Sockets that share a port would share one that others listen on, too.
     with listen(host, port) as only:
         address, family = only.getsockname(), only.family

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from recbole_ssm.errors import UserError, first_line
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# A system without SIGHUP has no fork either, but this module can be imported there.
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
 SOON, TOO_OFTEN = 5.0, 3
 """A server ends where so many workers in a row end within so many seconds of their start."""
 AGREE_WITHIN = 60.0
