@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ SYNC_WITHIN = 0.01
 """Seconds after an update at which what is batched begins to be synced."""
 UNWRITTEN = 1 << 16
 """Bytes by which lmdb's file may be shorter than its pages: the last may have been freed before they were written."""
+LEAST_ROOM = 1 << 20
+"""A disk with fewer bytes free is full: a change may need as many."""
 PARTS = PART + b"parts"
 """The name of lmdb's tree of states and older events; no user has it, since it is no UTF-8."""
 AT_ONCE = 256
@@ -162,7 +165,7 @@ class LmdbStore:
 
     def __init__(self, folder: Path, durability: str, most_bytes: int) -> None:
         self._lmdb = require("lmdb", "state: a folder needs lmdb; pip install 'recbole-ssm[serve]'")
-        self._place = f"state {folder}"
+        self._folder, self._place = folder, f"state {folder}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._env = self._lmdb.open(
@@ -257,9 +260,13 @@ class LmdbStore:
             raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> StoreError:
-        full = isinstance(error, (self._lmdb.MapFullError, self._lmdb.DiskError))
-        what = "is full; delete users or raise --state_bytes" if full else f"failed ({error})"
-        return StoreError(errno.ENOSPC if full else errno.EIO, f"{self._place}: {what}")
+        number, what = errno.EIO, f"failed ({error})"
+        if isinstance(error, self._lmdb.MapFullError):
+            number, what = errno.ENOSPC, "is full; delete users or raise --state_bytes"
+        elif isinstance(error, self._lmdb.DiskError) or shutil.disk_usage(self._folder).free < LEAST_ROOM:
+            # A write that the end of the disk cuts short is an input/output error to lmdb.
+            number, what = errno.ENOSPC, f"the disk is full ({error}); make room there"
+        return StoreError(number, f"{self._place}: {what}")
 
     def sync(self) -> None:
         """As of :class:`Store`."""

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,19 +177,27 @@ def test_a_full_folder_takes_nothing_and_goes_on(tmp_path):
     assert list(found.users()) == ["d"]
 
 
-def test_a_full_disk_takes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "free", "full"),
+    [
+        (lmdb.DiskError("mdb_txn_commit: No space left on device"), 1 << 30, True),
+        # What lmdb says of a write that the end of a disk cut short.
+        (lmdb.Error("mdb_txn_commit: Input/output error"), 4096, True),
+        (lmdb.Error("mdb_txn_commit: Input/output error"), 1 << 30, False),
+    ],
+)
+def test_a_full_disk_takes_nothing(tmp_path, monkeypatch, error, free, full):
     found = open_store(str(tmp_path / "state"))
 
-    def full(*arguments, **options):
-        raise lmdb.DiskError("mdb_txn_commit: No space left on device")
+    class Failing:
+        def begin(self, **options):
+            raise error
 
-    class Full:
-        begin = full
-
-    monkeypatch.setattr(found, "_env", Full())
-    with pytest.raises(StoreError) as caught:
+    monkeypatch.setattr(found, "_env", Failing())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(StoreError, match="the disk is full .*; make room there" if full else "failed") as caught:
         put(found, a=b"1")
-    assert caught.value.full
+    assert caught.value.full == full
 
 
 def test_batched_updates_are_synced_soon(tmp_path, monkeypatch):
