@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,3 +65,25 @@ def floor_of_exponent(dtype: torch.dtype) -> float:
 def decay_of(exponent: Tensor) -> Tensor:
     """exp of the exponent of a decay, held between the floor and 0."""
     return exponent.clamp(floor_of_exponent(exponent.dtype), 0.0).exp()
+
+
+_MATMUL = torch.backends.cuda.matmul
+# From PyTorch 2.9 on; the former name is an error where a user has set the new one.
+_RENAMED = hasattr(_MATMUL, "fp32_precision")
+
+
+def tf32_allowed() -> bool:
+    """Whether products of float32 on a GPU may take its first ten bits, as ``allow_tf32`` of PyTorch says."""
+    return bool(_MATMUL.fp32_precision == "tf32" if _RENAMED else _MATMUL.allow_tf32)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let products of float32 take all its bits within a ``with`` block."""
+    name, exact = ("fp32_precision", "ieee") if _RENAMED else ("allow_tf32", False)
+    before = getattr(_MATMUL, name)
+    setattr(_MATMUL, name, exact)
+    try:
+        yield
+    finally:
+        setattr(_MATMUL, name, before)

@@ -43,12 +43,17 @@ STATE = {"K": 4, "BK": 4, "BD": 32}
 KERNELS = [
     ("scan", "scan_forward", {**SCAN, "CHUNK": 16}, 1),
     ("scan", "scan_backward", {**SCAN, "CHUNK": 16}, 1),
+    ("scan", "scan_added", {**SCAN, "BACKWARD": False}, 1),
+    ("scan", "scan_added", {**SCAN, "BACKWARD": True}, 1),
     ("scan", "scan_last_forward", SCAN, 1),
     ("scan", "scan_last_backward", SCAN, 1),
     ("ssd", "ssd_forward", {**SSD, "BN": 64, "BP": 64}, 8),
     ("ssd", "ssd_backward", {**SSD, "BN": 64, "BP": 64}, 8),
     ("ssd", "ssd_forward", {**SSD, "Q": 16, "BN": 128, "BP": 64}, 8),
     ("ssd", "ssd_backward", {**SSD, "Q": 16, "BN": 128, "BP": 64}, 8),
+    ("ssd", "ssd_added", {**SSD, "BACKWARD": False, "BN": 64, "BP": 64}, 8),
+    ("ssd", "ssd_added", {**SSD, "BACKWARD": True, "Q": 16, "BN": 128, "BP": 64}, 8),
+    ("common", "join", {"REVERSE": True, "BLOCK": 128}, 4),
     ("ssd", "ssd_last_forward", {"Q": 32, "BN": 64, "BP": 64}, 4),
     ("ssd", "ssd_last_backward", {"Q": 32, "BN": 64, "BP": 64}, 4),
     ("loss", "loss_forward", LOSS, 4),
@@ -62,10 +67,18 @@ KERNELS = [
     ("conv", "conv_state", STATE, 4),
     ("conv", "conv_state_gradient", STATE, 4),
 ]
-OPTIONAL = ("offsets", "of_row", "ids")
-TYPES = {"offsets": "*i64", "of_row": "*i32", "target": "*i64", "ids": "*i64", "hot": "fp32"}
+OPTIONAL = ("offsets", "of_row", "of_piece", "ids")
+TYPES = {
+    "offsets": "*i64",
+    "of_row": "*i32",
+    "of_piece": "*i64",
+    "first": "*i64",
+    "target": "*i64",
+    "ids": "*i64",
+    "hot": "fp32",
+}
 NUMBERS = {"rows", "L", "D", "N", "S", "H", "P", "per_group", "groups", "sx", "sdt", "sB", "sC", "sz", "sgy"}
-NUMBERS |= {"n", "V", "d", "tiles", "shares"}
+NUMBERS |= {"n", "V", "d", "tiles", "shares", "cells", "columns", "alike"}
 # What comes in the precision of the model, and so do their gradients; all else is float32.
 OF_THE_MODEL = {"x", "dt", "B", "C", "z", "y", "gy", "gx", "gdt", "gz", "weight", "bias", "output", "items"}
 OLDER = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")

@@ -13,6 +13,15 @@ def read(tensor, index, real):
 
 
 @triton.jit
+def read_if_given(tensor, index, real):
+    """As :func:`read`, and zeros where the tensor is None."""
+    found = tl.zeros(index.shape, tl.float32)
+    if tensor is not None:
+        found = read(tensor, index, real)
+    return found
+
+
+@triton.jit
 def rows_of(offsets, s, L, rows):
     """Begin and length of sequence s: a row of a padded batch, or what ``offsets`` bounds of a packed one.
 
@@ -40,3 +49,29 @@ def silu_slope(v):
     """The derivative of v sigmoid(v)."""
     g = tl.sigmoid(v)
     return g * (1.0 + v * (1.0 - g))
+
+
+@triton.jit
+def join(
+    states, steps, A, first, state, final, cells, columns, alike, REVERSE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Replace what each piece of a sequence adds to a state by the state at its start. Grid (S, cells / BLOCK).
+
+    The pieces of sequence s are those from first[s] to before first[s + 1]; REVERSE walks from
+    the last. A piece has ``cells`` numbers of its state and ``columns`` sums of steps. So many
+    neighbouring cells as ``alike`` says share a rate of A, and rate r goes with sum r % columns.
+    """
+    s = tl.program_id(0).to(tl.int64)
+    cell = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real, rate = cell < cells, cell // alike
+    A_B = read(A, rate, real) * LOG2E
+    h = read_if_given(state, s * cells + cell, real)
+    begin, end = tl.load(first + s), tl.load(first + s + 1)
+    for i in range(0, end - begin):
+        piece = end - 1 - i if REVERSE else begin + i
+        added = read(states, piece * cells + cell, real)
+        decay = tl.exp2(A_B * read(steps, piece * columns + rate % columns, real))
+        tl.store(states + piece * cells + cell, h, mask=real)
+        h = decay * h + added
+    if final is not None:
+        tl.store(final + s * cells + cell, h, mask=real)

@@ -10,9 +10,7 @@ Triton is imported when the first kernel runs.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +26,9 @@ from recbole_ssm.ops.library import (
     taps_before,
     whole,
 )
+from recbole_ssm.ops.numerics import tf32_allowed
+from recbole_ssm.ops.triton import pieces
+from recbole_ssm.ops.triton.launch import cdiv, empty_float32, launch, processors, width
 
 MOST_STATE = 256
 """N of a selective scan."""
@@ -40,33 +41,6 @@ MOST_SHARES = 16
 _PROGRAMS = 8
 """Programs of a backward that walks over the sequences, for each multiprocessor."""
 
-# on the CPU Triton's interpreter runs them
-_operators = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])
-
-
-def _launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any], warps: int = 4) -> None:
-    """Run a kernel, for example ``"scan.scan_forward"``, unless its grid is empty.
-
-    ``values`` has an entry for every parameter of the kernel, and may have others.
-    """
-    module, _, name = kernel.partition(".")
-    function = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
-    arguments = [values[parameter] for parameter in function.arg_names]
-    x = values["x"]
-    if grid[0] and grid[1]:
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            function[grid](*arguments, num_warps=warps, num_stages=1)
-
-
-def _width(size: int, least: int = 1) -> int:
-    """The next power of two, as blocks must have."""
-    return max(least, 1 << (size - 1).bit_length()) if size else least
-
-
-def _float(x: Tensor, *shape: int) -> Tensor:
-    """New memory in float32, on the device of x."""
-    return x.new_empty(shape, dtype=torch.float32)
-
 
 def _like(t: Tensor | None) -> Tensor | None:
     return None if t is None else contiguous_like(t)
@@ -74,7 +48,7 @@ def _like(t: Tensor | None) -> Tensor | None:
 
 def _shares(x: Tensor, given: Tensor | None, *shape: int) -> Tensor | None:
     """Room for the shares of a small gradient, one for each program, where the tensor is given."""
-    return None if given is None else _float(x, *shape)
+    return None if given is None else empty_float32(x, *shape)
 
 
 def _total(shares: Tensor | None) -> Any:
@@ -82,45 +56,56 @@ def _total(shares: Tensor | None) -> Any:
     return None if shares is None else shares.sum(0, dtype=torch.float64)
 
 
-def _tiles(size: int, block: int) -> int:
-    """How many blocks cover so many elements."""
-    return -(-size // block)
-
-
 # --- selective scan ---
 
 
 def _scan_blocks(values: Values) -> Values:
     """A lane holds one channel and at most 32 states: where N is larger, several lanes share a channel."""
-    BN = _width(values["N"])
-    BD = min(_width(values["D"], 8), 32 if BN <= 32 else 16)
+    BN = width(values["N"])
+    BD = min(width(values["D"], 8), 32 if BN <= 32 else 16)
     # the kernels keep A as they keep a state, [N, D]
     A_ND = values["A"].t().contiguous()
     return {"BN": BN, "BD": BD, "CHUNK": _SCAN_CHUNK, "SOFTPLUS": values["dt_softplus"], "A": A_ND}
 
 
+def _scan_in_pieces(values: Values) -> Values:
+    """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
+    blocks = cdiv(values["D"], values["BD"])
+    pieces.choose(values, blocks)
+
+    def run(own: Values) -> None:
+        launch("scan.scan_added", (own["S"], blocks), own, warps=1)
+
+    return pieces.in_pieces(values, values["N"] * values["D"], run)
+
+
 def _scan_forward(values: Values) -> None:
     values |= _scan_blocks(values)
-    kernel = "scan.scan_forward" if "final" in values else "scan.scan_last_forward"
-    _launch(kernel, (values["S"], _tiles(values["D"], values["BD"])), values, warps=1)
+    kernel = "scan.scan_last_forward"
+    if "final" in values:
+        kernel, values = "scan.scan_forward", _scan_in_pieces(values)
+    launch(kernel, (values["S"], cdiv(values["D"], values["BD"])), values, warps=1)
 
 
 def _scan_backward(values: Values) -> Values:
     values |= _scan_blocks(values)
+    gstate = values["gstate"] = _like(values.get("state"))
+    if "gfinal" in values:
+        values = _scan_in_pieces(values)
     x, S, D, N = (values[name] for name in ("x", "S", "D", "N"))
-    shares = _tiles(D, values["BD"])
+    shares = cdiv(D, values["BD"])
     programs = _programs(x, S, shares)
-    gA = _float(x, programs, N, D)
-    gB, gC = (_float(x, shares, *values[name].shape) for name in ("B", "C"))
+    gA = empty_float32(x, programs, N, D)
+    gB, gC = (empty_float32(x, shares, *values[name].shape) for name in ("B", "C"))
     values |= {f"g{name}": _like(values[name]) for name in ("x", "dt", "z")}
-    values |= {"gA": gA, "gB": gB, "gC": gC, "gstate": _like(values.get("state"))}
+    values |= {"gA": gA, "gB": gB, "gC": gC}
     values |= {f"g{name}": _shares(x, values[name], programs, D) for name in ("skip", "dt_bias")}
     if "gfinal" in values:
-        values["scratch"] = _float(x, programs, shares, _SCAN_CHUNK, values["BN"], values["BD"])
-        _launch("scan.scan_backward", (programs, shares), values, warps=1)
+        values["scratch"] = empty_float32(x, programs, shares, _SCAN_CHUNK, values["BN"], values["BD"])
+        launch("scan.scan_backward", (programs, shares), values, warps=1)
     else:
-        _launch("scan.scan_last_backward", (programs, shares), values, warps=1)
-    values |= {"gA": _total(gA).t().contiguous(), "gB": gB.sum(0), "gC": gC.sum(0)}
+        launch("scan.scan_last_backward", (programs, shares), values, warps=1)
+    values |= {"gA": _total(gA).t().contiguous(), "gB": gB.sum(0), "gC": gC.sum(0), "gstate": gstate}
     return values | {name: _total(values[name]) for name in ("gskip", "gdt_bias")}
 
 
@@ -128,8 +113,7 @@ def _programs(x: Tensor, S: int, others: int) -> int:
     """How many programs share S sequences, where ``others`` stand beside each."""
     if not x.is_cuda:
         return min(S, 2)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return min(S, max(1, _PROGRAMS * processors // others))
+    return min(S, max(1, _PROGRAMS * processors(x) // others))
 
 
 def _scan_kept(sizes: Mapping[str, int]) -> Sequence[int]:
@@ -142,12 +126,12 @@ def _scan_kept(sizes: Mapping[str, int]) -> Sequence[int]:
 
 def cells(P: int, N: int) -> int:
     """Numbers in a state of SSD, as the kernels round them up: tensor cores multiply no less than 16 by 16."""
-    return _width(N, 16) * _width(P, 16)
+    return width(N, 16) * width(P, 16)
 
 
 def _ssd_chunk(sizes: Mapping[str, int]) -> int:
     """Q fits the mean length, and the registers."""
-    mean = _tiles(sizes["rows"], max(sizes["S"], 1))
+    mean = cdiv(sizes["rows"], max(sizes["S"], 1))
     return 16 if mean <= 16 or cells(sizes["P"], sizes["N"]) > 64 * 64 else 32
 
 
@@ -157,12 +141,13 @@ def _ssd_kept(sizes: Mapping[str, int]) -> Sequence[int]:
 
 
 def _precision(*tensors: Tensor) -> str:
-    """How tensor cores take float32: all its digits in three parts, or those that half precision has."""
+    """How tensor cores take numbers: float32 in three parts with all its bits, or the ten first, which hold a half."""
     if torch.version.hip:
         return "ieee"
-    return "tf32x3" if any(t.dtype == torch.float32 for t in tensors) else "tf32"
+    return "tf32x3" if any(t.dtype == torch.float32 for t in tensors) and not tf32_allowed() else "tf32"
 
 
+_SSD_WARPS = 8
 _AHEAD = {"REVERSE": False, "SHIFT": False, "ADD": False}
 _DIRECTIONS = {
     "fwd": {**_AHEAD, "SHIFT": True},
@@ -173,31 +158,47 @@ _DIRECTIONS = {
 def _run_ssd(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -> None:
     last = "last" in kernel
     constants = {
-        "BN": _width(values["N"], 16),
-        "BP": _width(values["P"], 16),
-        "Q": 32 if last else _ssd_chunk(values),
+        "BN": width(values["N"], 16),
+        "BP": width(values["P"], 16),
+        "Q": 32 if last else values["Q"],
         "PRECISION": _precision(values["x"], values["B"], values["C"]),
         "per_group": values["H"] // values["G"],
         "groups": values["G"],
     }
-    _launch(kernel, (values["S"], values["H"]), values | constants | direction, warps=4 if last else 8)
+    warps = 4 if last else _SSD_WARPS
+    launch(kernel, (values["S"], values["H"]), {"of_piece": None} | values | constants | direction, warps)
+
+
+def _ssd_in_pieces(values: Values, direction: dict[str, bool]) -> Values:
+    """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
+    H, N, P = (values[name] for name in ("H", "N", "P"))
+    pieces.choose(values, H * _SSD_WARPS)
+    values["Q"] = _ssd_chunk(values)
+
+    def run(own: Values) -> None:
+        _run_ssd("ssd.ssd_added", own, direction)
+
+    return pieces.in_pieces(values, H * N * P, run, direction["REVERSE"])
 
 
 def _run_ssd_backward(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -> Values:
     """Write gx, or add to it, and return all gradients."""
+    gstate = values["gstate"] = _like(values.get("state"))
+    if "last" not in kernel:
+        values = _ssd_in_pieces(values, direction)
     x, S, H, N = (values[name] for name in ("x", "S", "H", "N"))
-    gA = _float(x, S, H)
+    gA = empty_float32(x, S, H)
     # each head's share
-    gB, gC = (_float(x, *values[name].shape[:-2], H, N) for name in ("B", "C"))
-    values |= {"gdt": _float(x, *values["dt"].shape), "gA": gA, "gB": gB, "gC": gC}
-    values |= {"gstate": _like(values.get("state")), "gskip": _shares(x, values["skip"], S, H)}
+    gB, gC = (empty_float32(x, *values[name].shape[:-2], H, N) for name in ("B", "C"))
+    values |= {"gdt": empty_float32(x, *values["dt"].shape), "gA": gA, "gB": gB, "gC": gC}
+    values |= {"gskip": _shares(x, values["skip"], S, H)}
     _run_ssd(kernel, values, direction)
     gB, gC = (g.unflatten(-2, (values["G"], -1)).sum(-2) for g in (gB, gC))
-    return values | {"gA": _total(gA), "gB": gB, "gC": gC, "gskip": _total(values["gskip"])}
+    return values | {"gA": _total(gA), "gB": gB, "gC": gC, "gskip": _total(values["gskip"]), "gstate": gstate}
 
 
-def _ssd_forward(values: Values) -> None:
-    _run_ssd("ssd.ssd_forward", values)
+def _ssd_forward(values: Values, direction: dict[str, bool] = _AHEAD) -> None:
+    _run_ssd("ssd.ssd_forward", _ssd_in_pieces(values, direction), direction)
 
 
 def _ssd_backward(values: Values) -> Values:
@@ -217,15 +218,17 @@ def _quasi_forward(values: Values) -> None:
     # a shifted direction leaves one row of each sequence out, which stays zero
     sums = y.zero_() if y.dtype == torch.float32 else y.new_zeros(y.shape, dtype=torch.float32)
     values |= {"y": sums, "final": None, "skip": None, "state": None}
+    pieces.choose(values, values["H"] * _SSD_WARPS)
     for name, direction in _DIRECTIONS.items():
-        _run_ssd("ssd.ssd_forward", one_direction(values, name), direction)
+        _ssd_forward(one_direction(values, name), direction)
     if sums is not y:
         y.copy_(sums)
 
 
 def _quasi_backward(values: Values) -> Values:
     x = values["x"]
-    values |= {"gx": _float(x, *x.shape), "gfinal": None, "skip": None, "state": None}
+    values |= {"gx": empty_float32(x, *x.shape), "gfinal": None, "skip": None, "state": None}
+    pieces.choose(values, values["H"] * _SSD_WARPS)
     gA = 0.0
     for name, direction in _DIRECTIONS.items():
         found = _run_ssd_backward("ssd.ssd_backward", one_direction(values, name), direction)
@@ -252,7 +255,7 @@ def loss_tiles(
     """The arguments and results of :func:`recbole_ssm.ops.linear_cross_entropy.torch_tiles`."""
     (n, d), V = output.shape, len(items)
     BR, BV = 64, 64
-    by_rows, by_items = _tiles(n, BR), _tiles(V, BV)
+    by_rows, by_items = cdiv(n, BR), cdiv(V, BV)
     shares_of_items = min(_programs(output, by_items, max(by_rows, 1)), MOST_SHARES)
     shares_of_rows = min(_programs(output, by_rows, max(by_items, 1)), MOST_SHARES)
     present = torch.full((), float(V), device=output.device) if bias is None else (bias > -torch.inf).sum()
@@ -260,24 +263,24 @@ def loss_tiles(
         "x": output, "output": whole(output), "items": whole(items), "target": whole(target), "weight": whole(weight),
         "bias": whole(bias), "ids": None if sampled is None else whole(sampled[0]), "n": n, "V": V, "d": d,
         "uniform": label_smoothing / present, "hot": 1 - label_smoothing, "SAMPLED": sampled is not None,
-        "BR": BR, "BV": BV, "BK": min(_width(d, 16), 64), "BD": _width(d, 16), "PRECISION": _precision(output, items),
-        "shares": shares_of_items, "tiles": _tiles(by_items, max(shares_of_items, 1)),
-        "losses": _float(output, n), "lse": _float(output, n), "g_own": _float(output, n),
-        **{name: _float(output, shares_of_items, n) for name in ("highest", "sums", "flat", "own")},
+        "BR": BR, "BV": BV, "BK": min(width(d, 16), 64), "BD": width(d, 16), "PRECISION": _precision(output, items),
+        "shares": shares_of_items, "tiles": cdiv(by_items, max(shares_of_items, 1)),
+        "losses": empty_float32(output, n), "lse": empty_float32(output, n), "g_own": empty_float32(output, n),
+        **{name: empty_float32(output, shares_of_items, n) for name in ("highest", "sums", "flat", "own")},
     }  # fmt: skip
-    _launch("loss.loss_forward", (by_rows, shares_of_items), values)
+    launch("loss.loss_forward", (by_rows, shares_of_items), values)
     if sampled is not None:
         values["own"] = sampled[1]
-    _launch("loss.loss_settle", (by_rows, 1), values)
+    launch("loss.loss_settle", (by_rows, 1), values)
     gradients: list[Tensor | None] = [None, None]
     if wanted[0]:
-        shares = _float(output, shares_of_items, n, d)
-        _launch("loss.loss_output", (by_rows, shares_of_items), values | {"gradient": shares})
+        shares = empty_float32(output, shares_of_items, n, d)
+        launch("loss.loss_output", (by_rows, shares_of_items), values | {"gradient": shares})
         gradients[0] = shares.sum(0)
     if wanted[1]:
-        shares = _float(output, shares_of_rows, V, d)
-        values["tiles"] = _tiles(by_rows, max(shares_of_rows, 1))
-        _launch("loss.loss_items", (by_items, shares_of_rows), values | {"gradient": shares})
+        shares = empty_float32(output, shares_of_rows, V, d)
+        values["tiles"] = cdiv(by_rows, max(shares_of_rows, 1))
+        launch("loss.loss_items", (by_items, shares_of_rows), values | {"gradient": shares})
         gradients[1] = shares.sum(0)
     return values["losses"].sum(), gradients[0], gradients[1], values["g_own"]
 
@@ -289,8 +292,8 @@ _CONV_BLOCK = 32  # positions, and channels, of a program
 
 def _conv_grids(values: Values) -> tuple[tuple[int, int], tuple[int, int]]:
     """The grid over rows, and that over sequences."""
-    tiles = _tiles(values["D"], _CONV_BLOCK)
-    return (_tiles(values["rows"], _CONV_BLOCK), tiles), (values["S"], tiles)
+    tiles = cdiv(values["D"], _CONV_BLOCK)
+    return (cdiv(values["rows"], _CONV_BLOCK), tiles), (values["S"], tiles)
 
 
 def _conv_constants(values: Values) -> Values:
@@ -303,7 +306,7 @@ def _conv_constants(values: Values) -> Values:
         "SILU": values["activation"] == "silu",
         "BT": _CONV_BLOCK,
         "BD": _CONV_BLOCK,
-        "BK": _width(values["K"]),
+        "BK": width(values["K"]),
         "of_row": of_row,
         "state": values.get("state"),
     }
@@ -312,25 +315,25 @@ def _conv_constants(values: Values) -> Values:
 def _conv_forward(values: Values) -> None:
     by_rows, by_sequences = _conv_grids(values)
     values |= _conv_constants(values)
-    _launch("conv.conv_forward", by_rows, values)
+    launch("conv.conv_forward", by_rows, values)
     if "final" in values:
-        _launch("conv.conv_state", by_sequences, values)
+        launch("conv.conv_state", by_sequences, values)
 
 
 def _conv_backward(values: Values) -> Values:
     by_rows, by_sequences = _conv_grids(values)
     values |= _conv_constants(values)
     x, D, K = (values[name] for name in ("x", "D", "K"))
-    gsum, gweight = _float(x, *x.shape), _float(x, by_rows[0], D, K)
+    gsum, gweight = empty_float32(x, *x.shape), empty_float32(x, by_rows[0], D, K)
     values |= {"gx": _like(x), "gsum": gsum, "gweight": gweight, "gstate": _like(values["state"])}
     values["gbias"] = _shares(x, values["bias"], by_rows[0], D)
-    _launch("conv.conv_gradient", by_rows, values)
+    launch("conv.conv_gradient", by_rows, values)
     # x_t meets output t + lead - k with tap k: a convolution with the taps turned round
     turned = {"x": gsum, "sx": D, "weight": values["weight"].flip(1), "LEAD": K - 1 - values["LEAD"], "SILU": False}
-    _launch("conv.conv_forward", by_rows, values | turned | {"bias": None, "state": None, "y": values["gx"]})
+    launch("conv.conv_forward", by_rows, values | turned | {"bias": None, "state": None, "y": values["gx"]})
     gfinal = values.get("gfinal")
     if values["gstate"] is not None or gfinal is not None:
-        _launch("conv.conv_state_gradient", by_sequences, values | {"gfinal": gfinal})
+        launch("conv.conv_state_gradient", by_sequences, values | {"gfinal": gfinal})
     return values | {"gweight": _total(gweight), "gbias": _total(values["gbias"])}
 
 
@@ -342,15 +345,29 @@ def _after(letters: str) -> Shape:
     return lambda sizes: [sizes[letter] for letter in letters]
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {
-    op: Operator(_operators, op, forward, backward, kept)
-    for op, forward, backward, kept in (
-        ("selective_scan", _scan_forward, _scan_backward, {"kept": _scan_kept}),
-        ("selective_scan_last", _scan_forward, _scan_backward, {"after": _after("BLD")}),
-        ("ssd", _ssd_forward, _ssd_backward, {"kept": _ssd_kept}),
-        ("ssd_last", _ssd_last_forward, _ssd_last_backward, {"after": _after("BLH")}),
-        ("quasiseparable", _quasi_forward, _quasi_backward, {"kept_fwd": _ssd_kept, "kept_bwd": _ssd_kept}),
-        ("causal_conv1d", _conv_forward, _conv_backward, {}),
-        ("centered_conv1d", _conv_forward, _conv_backward, {}),
-    )
+def _walking(run: Callable[[Values], Any]) -> Callable[[Values], Any]:
+    """``run`` without pieces."""
+    return lambda values: run(values | {"pieces": 0})
+
+
+# on the CPU Triton's interpreter runs them
+_namespace = Namespace("recbole_ssm_cuda", ["CPU", "CUDA"])
+_walks = Namespace("recbole_ssm_cuda_walk", ["CPU", "CUDA"])
+_KERNELS: dict[str, tuple[Callable[[Values], None], Callable[[Values], Values], dict[str, Shape]]] = {
+    "selective_scan": (_scan_forward, _scan_backward, {"kept": _scan_kept}),
+    "selective_scan_last": (_scan_forward, _scan_backward, {"after": _after("BLD")}),
+    "ssd": (_ssd_forward, _ssd_backward, {"kept": _ssd_kept}),
+    "ssd_last": (_ssd_last_forward, _ssd_last_backward, {"after": _after("BLH")}),
+    "quasiseparable": (_quasi_forward, _quasi_backward, {"kept_fwd": _ssd_kept, "kept_bwd": _ssd_kept}),
+    "causal_conv1d": (_conv_forward, _conv_backward, {}),
+    "centered_conv1d": (_conv_forward, _conv_backward, {}),
 }
+OPERATORS: dict[str, Callable[..., Any]] = {
+    op: Operator(_namespace, op, *functions) for op, functions in _KERNELS.items()
+}
+WALKS: dict[str, Callable[..., Any]] = {
+    op: Operator(_walks, op, _walking(forward), _walking(backward), kept)
+    for op, (forward, backward, kept) in _KERNELS.items()
+    if op in ("selective_scan", "ssd", "quasiseparable")
+}
+"""The operators that cut long sequences, without doing so."""

@@ -3,7 +3,8 @@
 A program carries the states of BD channels ``[BN, BD]`` through time in its registers: with one
 warp, a lane holds one channel and all its N states, so a step needs no exchange between lanes
 but for the sums over channels. Nothing but inputs, outputs, and one state every CHUNK steps
-touches memory.
+touches memory. What a step needs is read during the step before, as it lies in memory, and made
+float32 where it is used: so memory answers while a program computes.
 
 Letters as in :mod:`recbole_ssm.ops`. ``x, sx`` is a tensor and the stride of its rows; A is [N,
 D], as the states; BN and BD are N and a share of D, rounded up to powers of two.
@@ -12,20 +13,37 @@ D], as the states; BN and BD are N and a share of D, rounded up to powers of two
 import triton
 import triton.language as tl
 
-from recbole_ssm.ops.triton.common import LOG2E, read, rows_of, silu_slope, softplus
+from recbole_ssm.ops.triton.common import LOG2E, read, read_if_given, rows_of, silu_slope, softplus
 
 
 @triton.jit
-def _step_size(dt, dt_bias, d, real_D, SOFTPLUS: tl.constexpr):
-    """dt_t [BD] as the recurrence uses it, and the derivative of that by dt as given."""
-    dt_t = read(dt, d, real_D)
-    if dt_bias is not None:
-        dt_t += read(dt_bias, d, real_D)
+def _step_size(dt_t, SOFTPLUS: tl.constexpr):
+    """dt_t [BD] as the recurrence uses it, and the derivative of that by dt as given, its bias added."""
     slope = tl.full(dt_t.shape, 1.0, tl.float32)
     if SOFTPLUS:
         slope = tl.sigmoid(dt_t)
         dt_t = softplus(dt_t)
     return dt_t, slope
+
+
+@triton.jit
+def _inputs(row, begin, length, x, sx, dt, sdt, B, sB, C, sC, z, sz, d, n, real_D, real_N):
+    """x, dt, B, C and z at a row of a sequence, as they lie in memory; zeros at other rows.
+
+    Where C or z is None, B or x stands for it.
+    """
+    inside = (row >= begin) & (row < begin + length)
+    real_D, real_N = tl.where(inside, real_D, False), tl.where(inside, real_N, False)
+    x_t = tl.load(x + row * sx + d, mask=real_D, other=0.0)
+    dt_t = tl.load(dt + row * sdt + d, mask=real_D, other=0.0)
+    B_t = tl.load(B + row * sB + n, mask=real_N, other=0.0)
+    C_t = B_t
+    if C is not None:
+        C_t = tl.load(C + row * sC + n, mask=real_N, other=0.0)
+    z_t = x_t
+    if z is not None:
+        z_t = tl.load(z + row * sz + d, mask=real_D, other=0.0)
+    return x_t, dt_t, B_t, C_t, z_t
 
 
 @triton.jit
@@ -39,35 +57,79 @@ def scan_forward(
     x, sx, dt, sdt, A, B, sB, C, sC, skip, z, sz, dt_bias, state, offsets, y, final, kept,
     rows, L, D, N, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S, D / BD). Writes y [rows, D], final [S, N, D], and kept [rows // CHUNK, N, D] where it is given."""
+    """Grid (S, D / BD). Writes y [rows, D] and, where given, final [S, N, D] and kept [rows // CHUNK, N, D]."""
     s = tl.program_id(0).to(tl.int64)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
     real_D, real_N = d < D, n < N
     real = real_N[:, None] & real_D[None, :]
     cell = n[:, None] * D + d[None, :]  # within a state [N, D]
     A_ND = _decay_rates(A, cell, real)
-    h = tl.zeros((BN, BD), tl.float32)
-    if state is not None:
-        h = read(state, s * N * D + cell, real)
+    bias_D, D_D = read_if_given(dt_bias, d, real_D), read_if_given(skip, d, real_D)
+    h = read_if_given(state, s * N * D + cell, real)
     begin, length = rows_of(offsets, s, L, rows)
+    next_x, next_dt, next_B, next_C, next_z = _inputs(
+        begin, begin, length, x, sx, dt, sdt, B, sB, C, sC, z, sz, d, n, real_D, real_N
+    )
     for t in range(0, length):
         row = begin + t
         if kept is not None:
             if (t > 0) & (t % CHUNK == 0):  # such rows are CHUNK apart and more, so each has a place of its own
                 tl.store(kept + (row // CHUNK - 1) * N * D + cell, h, mask=real)
-        x_t = read(x, row * sx + d, real_D)
-        dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
-        B_t = read(B, row * sB + n, real_N)
-        C_t = read(C, row * sC + n, real_N)
+        x_t, B_t, C_t = next_x.to(tl.float32), next_B.to(tl.float32), next_C.to(tl.float32)
+        dt_t, _ = _step_size(next_dt.to(tl.float32) + bias_D, SOFTPLUS)
+        z_t = next_z.to(tl.float32)
+        next_x, next_dt, next_B, next_C, next_z = _inputs(
+            row + 1, begin, length, x, sx, dt, sdt, B, sB, C, sC, z, sz, d, n, real_D, real_N
+        )
         h = tl.exp2(dt_t[None, :] * A_ND) * h + (dt_t * x_t)[None, :] * B_t[:, None]
-        y_t = tl.sum(h * C_t[:, None], 0)
-        if skip is not None:
-            y_t += read(skip, d, real_D) * x_t
+        y_t = tl.sum(h * C_t[:, None], 0) + D_D * x_t
         if z is not None:
-            z_t = read(z, row * sz + d, real_D)
             y_t *= z_t * tl.sigmoid(z_t)
         tl.store(y + row * D + d, y_t, mask=real_D)
-    tl.store(final + s * N * D + cell, h, mask=real)
+    if final is not None:
+        tl.store(final + s * N * D + cell, h, mask=real)
+
+
+@triton.jit
+def scan_added(
+    x, sx, dt, sdt, A, B, sB, z, sz, dt_bias, offsets, added, steps,
+    rows, L, D, N, BACKWARD: tl.constexpr, SOFTPLUS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What a sequence adds to a state that passes it, added [S, N, D], and the sum of its dt_t, steps [S, D].
+
+    BACKWARD, with gy for x and C for B: what it adds to the gradient of the state. Grid (S, D / BD).
+    """
+    s = tl.program_id(0).to(tl.int64)
+    d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
+    real_D, real_N = d < D, n < N
+    real = real_N[:, None] & real_D[None, :]
+    cell = n[:, None] * D + d[None, :]
+    A_ND = _decay_rates(A, cell, real)
+    bias_D = read_if_given(dt_bias, d, real_D)
+    h = tl.zeros((BN, BD), tl.float32)
+    passed = tl.zeros((BD,), tl.float32)
+    begin, length = rows_of(offsets, s, L, rows)
+    row = begin + length - 1 if BACKWARD else begin
+    next_x, next_dt, next_B, _, next_z = _inputs(
+        row, begin, length, x, sx, dt, sdt, B, sB, None, 0, z, sz, d, n, real_D, real_N
+    )
+    for _t in range(0, length):
+        x_t, B_t, z_t = next_x.to(tl.float32), next_B.to(tl.float32), next_z.to(tl.float32)
+        dt_t, _ = _step_size(next_dt.to(tl.float32) + bias_D, SOFTPLUS)
+        row += -1 if BACKWARD else 1
+        next_x, next_dt, next_B, _, next_z = _inputs(
+            row, begin, length, x, sx, dt, sdt, B, sB, None, 0, z, sz, d, n, real_D, real_N
+        )
+        decay = tl.exp2(dt_t[None, :] * A_ND)
+        if BACKWARD:
+            if z is not None:
+                x_t *= z_t * tl.sigmoid(z_t)
+            h = decay * (h + x_t[None, :] * B_t[:, None])
+        else:
+            h = decay * h + (dt_t * x_t)[None, :] * B_t[:, None]
+        passed += dt_t
+    tl.store(added + s * N * D + cell, h, mask=real)
+    tl.store(steps + s * D + d, passed, mask=real_D)
 
 
 @triton.jit
@@ -96,14 +158,10 @@ def scan_backward(
     gA_ND = tl.zeros((BN, BD), tl.float32)
     gskip_D = tl.zeros((BD,), tl.float32)
     gbias_D = tl.zeros((BD,), tl.float32)
-    D_D = tl.zeros((BD,), tl.float32)
-    if skip is not None:
-        D_D = read(skip, d, real_D)
+    bias_D, D_D = read_if_given(dt_bias, d, real_D), read_if_given(skip, d, real_D)
     for sequence in range(program, S, tl.num_programs(0)):
         s = tl.full((), 1, tl.int64) * sequence
-        gh = tl.zeros((BN, BD), tl.float32)
-        if gfinal is not None:
-            gh = read(gfinal, s * N * D + cell, real)
+        gh = read_if_given(gfinal, s * N * D + cell, real)
         begin, length = rows_of(offsets, s, L, rows)
         chunks = tl.cdiv(length, CHUNK)
         for c in range(0, chunks):
@@ -112,30 +170,39 @@ def scan_backward(
             if first > 0:
                 h = read(kept, ((begin + first) // CHUNK - 1) * N * D + cell, real)
             else:
-                h = tl.zeros((BN, BD), tl.float32)
-                if state is not None:
-                    h = read(state, s * N * D + cell, real)
+                h = read_if_given(state, s * N * D + cell, real)
+            row = begin + first
+            next_x, next_dt, next_B, _, _ = _inputs(
+                row, begin, length, x, sx, dt, sdt, B, sB, None, 0, None, 0, d, n, real_D, real_N
+            )
             for i in range(0, steps):  # the state before each step of the chunk
                 tl.store(recomputed + i * BN * BD, h)
-                row = begin + first + i
-                x_t = read(x, row * sx + d, real_D)
-                dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
-                B_t = read(B, row * sB + n, real_N)
+                x_t, B_t = next_x.to(tl.float32), next_B.to(tl.float32)
+                dt_t, _ = _step_size(next_dt.to(tl.float32) + bias_D, SOFTPLUS)
+                next_x, next_dt, next_B, _, _ = _inputs(
+                    row + i + 1, begin, length, x, sx, dt, sdt, B, sB, None, 0, None, 0, d, n, real_D, real_N
+                )
                 h = tl.exp2(dt_t[None, :] * A_ND) * h + (dt_t * x_t)[None, :] * B_t[:, None]
             tl.debug_barrier()
+            row = begin + first + steps - 1
+            next_x, next_dt, next_B, next_C, next_z = _inputs(
+                row, begin, length, x, sx, dt, sdt, B, sB, C, sC, z, sz, d, n, real_D, real_N
+            )
+            next_gy = tl.load(gy + row * sgy + d, mask=real_D, other=0.0)
             for j in range(0, steps):
                 i = steps - 1 - j
                 row = begin + first + i
-                x_t = read(x, row * sx + d, real_D)
-                dt_t, slope = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
-                B_t = read(B, row * sB + n, real_N)
-                C_t = read(C, row * sC + n, real_N)
-                gy_t = read(gy, row * sgy + d, real_D)
+                x_t, B_t, C_t = next_x.to(tl.float32), next_B.to(tl.float32), next_C.to(tl.float32)
+                dt_t, slope = _step_size(next_dt.to(tl.float32) + bias_D, SOFTPLUS)
+                z_t, gy_t = next_z.to(tl.float32), next_gy.to(tl.float32)
+                next_x, next_dt, next_B, next_C, next_z = _inputs(
+                    row - 1, begin, length, x, sx, dt, sdt, B, sB, C, sC, z, sz, d, n, real_D, real_N
+                )
+                next_gy = tl.load(gy + (row - 1) * sgy + d, mask=tl.where(row > begin, real_D, False), other=0.0)
                 decay = tl.exp2(dt_t[None, :] * A_ND)
                 decayed = decay * tl.load(recomputed + i * BN * BD)
                 h = decayed + (dt_t * x_t)[None, :] * B_t[:, None]
                 if z is not None:
-                    z_t = read(z, row * sz + d, real_D)
                     y_t = tl.sum(h * C_t[:, None], 0) + D_D * x_t
                     tl.store(gz + row * D + d, gy_t * y_t * silu_slope(z_t), mask=real_D)
                     gy_t *= z_t * tl.sigmoid(z_t)
@@ -184,7 +251,8 @@ def scan_last_forward(
     for t in range(0, length):
         row = begin + length - 1 - t
         x_t = read(x, row * sx + d, real_D)
-        dt_t, _ = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
+        dt_t = read(dt + row * sdt, d, real_D) + read_if_given(dt_bias, d, real_D)
+        dt_t, _ = _step_size(dt_t, SOFTPLUS)
         CB_t = C_N * read(B, row * sB + n, real_N)
         if after is not None:
             tl.store(after + row * D + d, w, mask=real_D)
@@ -221,9 +289,7 @@ def scan_last_backward(
     gA_ND = tl.zeros((BN, BD), tl.float32)
     gskip_D = tl.zeros((BD,), tl.float32)
     gbias_D = tl.zeros((BD,), tl.float32)
-    D_D = tl.zeros((BD,), tl.float32)
-    if skip is not None:
-        D_D = read(skip, d, real_D)
+    D_D = read_if_given(skip, d, real_D)
     for sequence in range(program, S, tl.num_programs(0)):
         s = tl.full((), 1, tl.int64) * sequence
         C_N = read(C, s * N + n, real_N)
@@ -241,7 +307,8 @@ def scan_last_backward(
         for t in range(0, length):
             row = begin + t
             x_t = read(x, row * sx + d, real_D)
-            dt_t, slope = _step_size(dt + row * sdt, dt_bias, d, real_D, SOFTPLUS)
+            dt_t = read(dt + row * sdt, d, real_D) + read_if_given(dt_bias, d, real_D)
+            dt_t, slope = _step_size(dt_t, SOFTPLUS)
             B_t = read(B, row * sB + n, real_N)
             w = read(after, row * D + d, real_D)
             decay = tl.exp2(w[None, :] * A_ND)

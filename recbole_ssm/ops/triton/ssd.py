@@ -20,7 +20,7 @@ its digits) and sum in float32.
 import triton
 import triton.language as tl
 
-from recbole_ssm.ops.triton.common import read, rows_of
+from recbole_ssm.ops.triton.common import read, read_if_given, rows_of
 
 
 @triton.jit
@@ -29,6 +29,20 @@ def _chunk(begin, length, c, q, REVERSE: tl.constexpr, Q: tl.constexpr):
     if REVERSE:
         return begin + length - 1 - c * Q, -q
     return begin + c * Q, q
+
+
+@triton.jit
+def _writing(length, of_piece, s, REVERSE: tl.constexpr, SHIFT: tl.constexpr):
+    """How many positions of sequence s write a row. Where each writes one position further, the last one has none.
+
+    Where s is a piece of a sequence and another follows, its last position writes into that one.
+    """
+    writing = length - SHIFT
+    if SHIFT:
+        if of_piece is not None:
+            following = tl.load(of_piece + s - 1, mask=s > 0, other=-1) if REVERSE else tl.load(of_piece + s + 1)
+            writing = tl.where(following == tl.load(of_piece + s), length, writing)
+    return writing
 
 
 @triton.jit
@@ -47,7 +61,7 @@ def _last(v, q, Q: tl.constexpr):
 
 @triton.jit
 def ssd_forward(
-    x, sx, dt, sdt, A, B, sB, C, sC, skip, state, offsets, y, final, kept,
+    x, sx, dt, sdt, A, B, sB, C, sC, skip, state, offsets, of_piece, y, final, kept,
     rows, L, H, P, N, per_group, REVERSE: tl.constexpr, SHIFT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -60,10 +74,9 @@ def ssd_forward(
     cell, real_NP = n[:, None] * P + p[None, :], real_N[:, None] & real_P[None, :]
     A_h = tl.load(A + head).to(tl.float32)
     group = head // per_group
-    h = tl.zeros((BN, BP), tl.float32)
-    if state is not None:
-        h = read(state, (s * H + head) * N * P + cell, real_NP)
+    h = read_if_given(state, (s * H + head) * N * P + cell, real_NP)
     begin, length = rows_of(offsets, s, L, rows)
+    writing = _writing(length, of_piece, s, REVERSE, SHIFT)
     for c in range(0, tl.cdiv(length, Q)):
         if kept is not None:
             if c > 0:  # such rows are Q apart and more, so each has a place of its own
@@ -88,7 +101,7 @@ def ssd_forward(
             y_QP += tl.load(skip + head).to(tl.float32) * x_QP
         further = first - SHIFT if REVERSE else first + SHIFT
         out = y + (further * H + head) * P + (at[:, None] * H * P + p[None, :])
-        real_out = (k + SHIFT < length)[:, None] & real_P[None, :]
+        real_out = (k < writing)[:, None] & real_P[None, :]
         if ADD:
             y_QP += tl.load(out, mask=real_out, other=0.0)
         tl.store(out, y_QP, mask=real_out)
@@ -100,8 +113,53 @@ def ssd_forward(
 
 
 @triton.jit
+def ssd_added(
+    x, sx, dt, sdt, A, B, sB, offsets, of_piece, added, steps,
+    rows, L, H, P, N, per_group, BACKWARD: tl.constexpr, REVERSE: tl.constexpr, SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """What a sequence adds to a state that passes it, added [S, H, N, P], and the sum of its dt_t, steps [S, H].
+
+    BACKWARD, with gy for x and C for B: what it adds to the gradient of the state. Grid (S, H).
+    """
+    s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q, n, p = tl.arange(0, Q), tl.arange(0, BN), tl.arange(0, BP)
+    real_N, real_P = n < N, p < P
+    A_h = tl.load(A + head).to(tl.float32)
+    group = head // per_group
+    h = tl.zeros((BN, BP), tl.float32)
+    passed = tl.full((), 0.0, tl.float32)
+    begin, length = rows_of(offsets, s, L, rows)
+    writing = _writing(length, of_piece, s, REVERSE, SHIFT)
+    chunks = tl.cdiv(length, Q)
+    for i in range(0, chunks):
+        c = chunks - 1 - i if BACKWARD else i
+        k = c * Q + q
+        first, at = _chunk(begin, length, c, q, REVERSE, Q)
+        real = k < length
+        dt_Q = read(dt + first * sdt + head, at * sdt, real)
+        a_Q = dt_Q * A_h
+        if BACKWARD:
+            first_x = first - SHIFT if REVERSE else first + SHIFT
+            real_x = k < writing
+            weight = tl.exp(tl.cumsum(a_Q, 0))
+        else:
+            first_x = first
+            real_x = real
+            weight = tl.exp(tl.sum(tl.where(q[:, None] > q[None, :], a_Q[:, None], 0.0), 0)) * dt_Q
+        x_QP = read(x + first_x * sx + head * P, at[:, None] * sx + p[None, :], real_x[:, None] & real_P[None, :])
+        B_QN = read(B + first * sB + group * N, at[:, None] * sB + n[None, :], real[:, None] & real_N[None, :])
+        here = tl.dot(tl.trans(B_QN * weight[:, None]), x_QP, input_precision=PRECISION)
+        h = tl.exp(tl.sum(a_Q, 0)) * h + here
+        passed += tl.sum(dt_Q, 0)
+    cell, real_NP = n[:, None] * P + p[None, :], real_N[:, None] & real_P[None, :]
+    tl.store(added + (s * H + head) * N * P + cell, h, mask=real_NP)
+    tl.store(steps + s * H + head, passed)
+
+
+@triton.jit
 def ssd_backward(
-    gy, sgy, gfinal, x, sx, dt, sdt, A, B, sB, C, sC, skip, state, offsets, kept,
+    gy, sgy, gfinal, x, sx, dt, sdt, A, B, sB, C, sC, skip, state, offsets, of_piece, kept,
     gx, gdt, gA, gB, gC, gskip, gstate,
     rows, L, H, P, N, per_group, REVERSE: tl.constexpr, SHIFT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
@@ -117,25 +175,22 @@ def ssd_backward(
     cell, real_NP = n[:, None] * P + p[None, :], real_N[:, None] & real_P[None, :]
     A_h = tl.load(A + head).to(tl.float32)
     group = head // per_group
-    gh = tl.zeros((BN, BP), tl.float32)
-    if gfinal is not None:
-        gh = read(gfinal, (s * H + head) * N * P + cell, real_NP)
+    gh = read_if_given(gfinal, (s * H + head) * N * P + cell, real_NP)
     gA_h = tl.full((), 0.0, tl.float32)
     gskip_h = tl.full((), 0.0, tl.float32)
     begin, length = rows_of(offsets, s, L, rows)
+    writing = _writing(length, of_piece, s, REVERSE, SHIFT)
     chunks = tl.cdiv(length, Q)
     for back in range(0, chunks):
         c = chunks - 1 - back
         if c > 0:
             h = read(kept, (((begin + c * Q) // Q - 1) * H + head) * N * P + cell, real_NP)
         else:
-            h = tl.zeros((BN, BP), tl.float32)
-            if state is not None:
-                h = read(state, (s * H + head) * N * P + cell, real_NP)
+            h = read_if_given(state, (s * H + head) * N * P + cell, real_NP)
         k = c * Q + q
         first, at = _chunk(begin, length, c, q, REVERSE, Q)
         further = first - SHIFT if REVERSE else first + SHIFT
-        real, real_out = k < length, (k + SHIFT < length)[:, None] & real_P[None, :]
+        real, real_out = k < length, (k < writing)[:, None] & real_P[None, :]
         real_QP, real_QN = real[:, None] & real_P[None, :], real[:, None] & real_N[None, :]
         x_QP = read(x + first * sx + head * P, at[:, None] * sx + p[None, :], real_QP)
         gy_QP = read(gy + further * sgy + head * P, at[:, None] * sgy + p[None, :], real_out)
