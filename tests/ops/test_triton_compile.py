@@ -30,6 +30,7 @@ STACK = {
     "scan_backward": 2048,
     "ssd_forward": 2048,
     "ssd_backward": 8192,
+    "ssd_added": 16,
     "loss_forward": 512,
     "loss_output": 2048,
     "loss_items": 2048,
