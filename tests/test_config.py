@@ -126,8 +126,9 @@ def test_options_with_equals_signs_in_their_value():
         ({"valid_metric": "masked NDCG@7"}, "valid_metric: 'masked NDCG@7' needs its cut-off in topk: [10]; add it"),
         (
             {"metrics": ["AUC"], "valid_metric": "masked AUC"},
-            "valid_metric: 'masked AUC': only averagepopularity, gauc, giniindex, hit, itemcoverage, map, mrr, ndcg, ",
+            "valid_metric: 'masked AUC': only hit, recall, precision, mrr, map, ndcg, gauc choose by masked lists",
         ),
+        ({"metrics": ["GiniIndex"], "valid_metric": "masked GiniIndex@10"}, "choose by masked lists"),
         ({"lr": 3}, "lr: there is no such key; did you mean 'learning_rate'?"),
         ({"batch_size": 3}, "batch_size: there is no such key; did you mean 'train_batch_size'?"),
         ({"dim": 3}, "dim: there is no such key; did you mean 'hidden_size'?"),

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -270,9 +271,9 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     store = open_store(place, durability="batched")
     _fill(store, served, options)
     store.close()
-    sockets, team = listen_all("127.0.0.1", 0, options.workers), Team(options.workers)
+    sockets = listen_all("127.0.0.1", 0, options.workers)
 
-    def work(number: int) -> None:
+    def work(number: int, listening: socket.socket) -> None:
         server = Server(
             load=lambda _: served,
             place=Path(options.model),
@@ -281,14 +282,14 @@ def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
             options={"state_type": options.state_type},
             number=number,
         )
-        run(server, sockets[number])
+        run(server, listening)
 
     ready.send(sockets[0].getsockname()[1])
     ready.close()
     if options.workers == 1:
-        work(0)
+        work(0, sockets[0])
     else:
-        supervise(work, team, options.workers)
+        supervise(work, sockets, Team(options.workers))
 
 
 def _group(vectors: Tensor) -> None:

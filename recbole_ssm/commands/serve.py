@@ -19,6 +19,7 @@ from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.errors import ArgumentParser, UserError, require
 from recbole_ssm.files import digest
 from recbole_ssm.serving import recommender_of
+from recbole_ssm.serving.engine import FEWEST
 from recbole_ssm.serving.record import STATE_TYPES
 from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store
@@ -79,7 +80,7 @@ def server_of(options: Namespace, command_line: Sequence[str] = ()) -> Server:
 
 
 def _prepared(options: Namespace, command_line: Sequence[str]) -> Callable[..., Server]:
-    """What makes the server of a model that is loaded already, and opens the store; workers do so behind the fork."""
+    """Load the model; what is returned opens the store and makes the server, which each worker does after the fork."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, INSTALL)
     from recbole_ssm.serving.service import Limits, Server
@@ -110,8 +111,6 @@ def _prepared(options: Namespace, command_line: Sequence[str]) -> Callable[..., 
             **of_worker,
         )
 
-    if options.workers > 1 and served.recommender.device.type != "cpu":
-        raise UserError("--workers: several processes answer from a CPU; add --device=cpu, or leave --workers out")
     return make
 
 
@@ -132,7 +131,7 @@ def add_state_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--state", metavar="PLACE", help="a folder, or redis://HOST:PORT/N (default: in memory)")
     parser.add_argument("--durability", choices=DURABILITIES, default="each", help="of the folder: see docs/serving.md")
     parser.add_argument("--state_type", choices=sorted(STATE_TYPES), default="float32", help="bf16 takes half the room")
-    parser.add_argument("--state_history", type=at_least(1), default=10_000, help="events that are kept of a user")
+    parser.add_argument("--state_history", type=at_least(FEWEST), default=10_000, help="events that are kept of a user")
     parser.add_argument("--state_bytes", type=at_least(1 << 20), default=1 << 36, help="most bytes of the folder")
     parser.add_argument("--forget_days", type=positive, help="forget users who were silent for so long (default: none)")
 
@@ -193,6 +192,8 @@ def _serve_by_workers(options: Namespace, command_line: Sequence[str]) -> None:
         raise UserError("--workers: this system cannot fork processes; start one server a port behind a balancer")
     if options.state is None:
         raise UserError("--workers: processes share no memory store; name a folder or a Redis server by --state")
+    if torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).type != "cpu":
+        raise UserError("--workers: several processes answer from a CPU; add --device=cpu, or leave --workers out")
     # A pool of threads does not live on in a forked process.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -205,8 +206,14 @@ def _serve_by_workers(options: Namespace, command_line: Sequence[str]) -> None:
         from recbole_ssm.serving.workers import Team, supervise
 
         sockets, team = listen_all(options.host, options.port, options.workers), Team(options.workers)
+
+        def work(number: int, listening: socket.socket) -> None:
+            server = make(team=team, number=number)
+            server.begin_with_choice()
+            run(server, listening)
+
         _announce(sockets[0], options)
-        supervise(lambda number: run(make(team=team, number=number), sockets[number]), team, options.workers)
+        supervise(work, sockets, team)
 
 
 def _announce(listening: socket.socket, options: Namespace) -> None:

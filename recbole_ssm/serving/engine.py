@@ -203,9 +203,16 @@ class Engine:
             self._count(lacking if guest.row is None else "stored")
             if guest.row is None and len(record.items) == record.total < STATE_EVERY:
                 record.digest, record.read, record.state = b"", 0, b""
-            elif guest.row is None and not self._rebuild(served, guest, get, now):
+            elif guest.row is None:
+                unread = self._rebuild(served, guest, get, now)
+                if unread.ids and states.tried:
+                    stepping.append((guest, Unread(unread.ids[-1:], unread.moments[-1:], unread.behind)))
                 continue
-            unread = self._unread(served, guest, record.total - record.read, now)
+            try:
+                unread = self._unread(served, guest, record.total - record.read, get, now)
+            except DamagedError as error:
+                guest.damaged(error)
+                continue
             # Of whom no event is known, there is no state.
             if unread.ids:
                 guest.row = states.start() if guest.row is None else guest.row
@@ -229,26 +236,35 @@ class Engine:
             return None
         return unpacked_state(state, record.state_type)
 
-    def _rebuild(self, served: Served, guest: Guest, get: Get, now: float) -> bool:
-        """Compute a state again from all events that are kept; whether they could be read."""
+    def _rebuild(self, served: Served, guest: Guest, get: Get, now: float) -> Unread:
+        """Compute a state again from all events that are kept, and say which they are."""
         assert served.states is not None
         try:
             guest.record.load_older(guest.visit.user, get)
+            unread = self._unread(served, guest, len(guest.record.items), get, now)
         except DamagedError as error:
             guest.damaged(error)
-            return False
-        unread = self._unread(served, guest, len(guest.record.items), now)
+            return Unread([])
         if unread.ids:
             guest.row, guest.changed = served.states.read(unread), True
             guest.record.put_state(guest.row, served.key, self._state_type, unread.behind)
-        return True
+        return unread
 
-    def _unread(self, served: Served, guest: Guest, count: int, now: float) -> Unread:
-        """The newest so many events, those of known items; a model that reads times is asked at its moment."""
+    def _unread(self, served: Served, guest: Guest, count: int, get: Get, now: float) -> Unread:
+        """The newest so many events, those of known items; a model that reads times is asked at its moment.
+
+        Raises:
+            DamagedError: older events are needed and damaged.
+        """
+        assert served.states is not None
         record = guest.record
         if not served.recommender.reads_times:
             return Unread(self._ids(served, record, count))
         known = self._known(served, record)
+        if not known or known[0][0] >= len(record.items) - count:
+            # The gap before the first of them is counted from an older event.
+            record.load_older(guest.visit.user, get)
+            known = self._known(served, record)
         if not known:
             return Unread([])
         asked = int(now if guest.visit.now is None else guest.visit.now)
@@ -256,8 +272,8 @@ class Engine:
         guest.asked = moments[-1]
         first = len(record.items) - count
         unread = [(item, when) for (place, item, _), when in zip(known, moments) if place >= first]
-        # A state that waits for the end of the newest event's wait has read those before it.
-        behind = (len(record.items) - known[-1][0]) * served.states.tried if served.states else 0
+        # Where the newest known event is only tried, a state lacks it and the unknown ones after it.
+        behind = (len(record.items) - known[-1][0]) * served.states.tried
         return Unread([item for item, _ in unread], [when for _, when in unread], behind)
 
     def _known(self, served: Served, record: Record) -> list[tuple[int, int, int]]:

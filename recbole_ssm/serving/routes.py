@@ -224,7 +224,11 @@ async def find_items(
 @router.post(
     "/model",
     response_model=schema.ModelAnswer,
-    responses={**ERRORS, 403: {"model": schema.Error, "description": "This server has no token or no folder."}},
+    responses={
+        **ERRORS,
+        403: {"model": schema.Error, "description": "This server has no token or no folder."},
+        503: {"model": schema.Error, "description": "Not every worker serves this model; ask again."},
+    },
 )
 async def serve_model(request: Request, body: schema.ModelBody) -> Response:
     """Serve another model of the folder `--models` from the next call on; no call is lost."""

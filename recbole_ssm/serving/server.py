@@ -86,11 +86,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the address is taken, or none of this machine.
     """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port: cannot listen on {host}, port {port} ({error}); take another") from error
+    return listen_all(host, port, 1)[0]
 
 
 def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
@@ -99,12 +95,17 @@ def listen_all(host: str, port: int, count: int) -> list[socket.socket]:
     Raises:
         UserError: as of :func:`listen`.
     """
-    if count == 1:
-        return [listen(host, port)]
-    # Sockets that share a port would share one that others listen on, too.
-    with listen(host, port) as only:
-        address, family = only.getsockname(), only.family
-    return [socket.create_server(address, family=family, backlog=2048, reuse_port=True) for _ in range(count)]
+    about: dict[str, Any] = {"family": socket.AF_INET6 if ":" in host else socket.AF_INET, "backlog": 2048}
+    try:
+        only = socket.create_server((host, port), **about)
+        if count == 1:
+            return [only]
+        # Sockets that share a port would also share one on which another server listens; this one did not.
+        address = only.getsockname()
+        only.close()
+        return [socket.create_server(address, reuse_port=True, **about) for _ in range(count)]
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port: cannot listen on {host}, port {port} ({error}); take another") from error
 
 
 def run(server: Server, listening: socket.socket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -49,7 +50,7 @@ class Server:
         limits: what is taken at most.
         options: further ones of :class:`Engine`.
         team: the workers of which this server is one; None where it answers by itself.
-        number: which of them; the first goes through all users where others have it only for those who come.
+        number: which of them. Worker 0 goes through all users after a new model; the others leave that to it.
     """
 
     load: Callable[[Path], Served]
@@ -65,6 +66,7 @@ class Server:
     number: int = 0
 
     def __post_init__(self) -> None:
+        self.choice = 0
         self.metrics = Metrics(self.store)
         observed: dict[str, Any] = {"observe": self.metrics.observe_part, "count": self.metrics.count_state}
         self.engine = Engine(self.served, self.store, **observed, **(self.options or {}))
@@ -84,13 +86,12 @@ class Server:
         loop = asyncio.get_running_loop()
         if hasattr(signal, "SIGHUP"):
             with suppress(RuntimeError, ValueError):
-                loop.add_signal_handler(signal.SIGHUP, lambda: loads.add(loop.create_task(self._load_again())))
+                loop.add_signal_handler(signal.SIGHUP, lambda: loads.add(loop.create_task(self._reload())))
         if self.team is not None:
-            loop.add_signal_handler(signal.SIGUSR1, lambda: loads.add(loop.create_task(self._load_again())))
-            self.team.note(self.number, self.engine.served.digest)
-            # One that was chosen while this worker began.
-            if self.team.chosen not in (None, self.place):
-                loads.add(loop.create_task(self._load_again()))
+            loop.add_signal_handler(signal.SIGUSR1, lambda: loads.add(loop.create_task(self._follow())))
+            self.team.note(self.number, self.choice)
+            # A model may have been chosen while this worker began.
+            loads.add(loop.create_task(self._follow()))
         try:
             yield
         finally:
@@ -115,35 +116,71 @@ class Server:
 
         Raises:
             UserError: it cannot be loaded; the former goes on.
-            BusyError: another worker does not serve it yet.
+            BusyError: too many callers wait, and the former goes on; or another worker does not serve it.
         """
-        digest = await self._swap(place)
-        if self.team is not None:
-            try:
-                await self.team.choose(place)
-            except TimeoutError:
-                raise BusyError("a worker does not serve this model yet; the log says more") from None
+        async with self._swapping:
+            digest = await self._serve(place)
+            if self.team is None:
+                return digest
+            choice = self.choice = self.team.choose(place)
+            self.team.note(self.number, choice)
+        try:
+            await self.team.follow(choice)
+        except TimeoutError:
+            raise BusyError("a worker does not serve this model yet; the log says more") from None
+        if self.team.chosen[0] != choice:
+            raise BusyError("another model was chosen at the same moment, and is served")
         return digest
 
-    async def _swap(self, place: Path) -> str:
-        """:meth:`choose`, in this process."""
-        async with self._swapping:
-            served = await asyncio.to_thread(self.load, place)
-            await self.call(lambda engine: setattr(engine, "served", served))
-            self.place = place
-            if self.team is not None:
-                self.team.note(self.number, served.digest)
-            assert self.worker is not None
-            await self.worker.call(self.worker.tidy)
+    def begin_with_choice(self) -> None:
+        """Serve the model that was chosen before this worker was forked, if one was.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        assert self.team is not None
+        choice, place = self.team.chosen
+        if choice:
+            self.engine.served, self.place, self.choice = self.load(place), place, choice
+
+    async def _serve(self, place: Path) -> str:
+        """Load a model, and serve it in this process."""
+        served = await asyncio.to_thread(self.load, place)
+        worker = self.worker
+        assert worker is not None
+
+        def change(engine: Engine) -> None:
+            engine.served = served
+            worker.tidy()
+
+        await self.call(change)
+        self.place = place
         return served.digest
 
-    async def _load_again(self) -> None:
-        """Read the checkpoint again, or the one that another worker was told to serve."""
-        place = (self.team.chosen if self.team is not None else None) or self.place
+    async def _follow(self) -> None:
+        """Serve the model that another worker was told to."""
+        assert self.team is not None
+        async with self._swapping:
+            while (chosen := self.team.chosen)[0] != self.choice:
+                try:
+                    getLogger().warning(f"serving {chosen[1]}, digest {await self._serve(chosen[1])}")
+                except BusyError:
+                    await asyncio.sleep(0.1)
+                    continue
+                except Exception as error:
+                    # Two models side by side would compute each other's states again and again.
+                    getLogger().error(f"{chosen[1]} cannot be loaded, so this worker ends; {first_line(error)}")
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+                self.choice = chosen[0]
+                self.team.note(self.number, self.choice)
+
+    async def _reload(self) -> None:
+        """Read the checkpoint again."""
         try:
-            getLogger().warning(f"serving {place}, digest {await self._swap(place)}")
+            getLogger().warning(f"serving {self.place}, digest {await self.choose(self.place)}")
         except Exception as error:
-            getLogger().error(f"{place} cannot be served, and the former model goes on; {first_line(error)}")
+            getLogger().error(f"SIGHUP: the former model goes on; {first_line(error)}")
 
     def refuse(self, items: Iterable[str]) -> None:
         """Refuse unknown items, where they are refused.

@@ -27,14 +27,15 @@ class Unread(NamedTuple):
     moments: Sequence[Moments] = ()
     """Their times, where the model reads them; the last one's say when it is asked."""
     behind: int = 0
-    """How many of all the user's events a state has not read that has read these."""
+    """How many of the user's newest events a state still lacks after these were stepped: those that are tried."""
 
 
 class States:
     """Reads and steps the states of a model that carries one.
 
     Where the wait until the moment of asking enters at an event's input (``time: query``), a state has read all events
-    but the newest, as in :class:`~recbole_ssm.serving.session.Session`: that one is tried with its wait.
+    but the newest, as in :class:`~recbole_ssm.serving.session.Session`. That one is tried: it is stepped with its wait,
+    and the state is not kept.
 
     It is for one thread at a time, and its model must stay where it is.
 
@@ -52,7 +53,7 @@ class States:
         """Numbers of a row."""
         self._encoding = getattr(model, "time_encoding", None)
         self.tried = int(self._encoding is not None and self._encoding.asks_at_input)
-        """How many of the newest events of a user are tried in place of read: one or none."""
+        """How many of the newest events of a user are stepped without keeping the state: one or none."""
         self._start: np.ndarray | None = None
         self._stepper: Stepper | None = None
         self._items: Tensor | None = None

@@ -173,6 +173,8 @@ class LmdbStore:
             )
             # States and older events lie in a tree of their own: the tree of heads stays small, and counts the users.
             self._parts = self._env.open_db(PARTS)
+            # A process that was killed while it read would keep old pages from reuse.
+            self._env.reader_check()
         except (OSError, self._lmdb.Error) as error:
             raise UserError(f"{self._place}: cannot be opened ({error}); name another folder, or restore it") from error
         self._check_length(folder / "data.mdb")
@@ -209,14 +211,14 @@ class LmdbStore:
         try:
             with self._env.begin(write=True) as transaction:
                 if self._failed:
-                    raise self._lmdb.Error(self._failed)
+                    raise StoreError(errno.EIO, f"{self._place}: failed ({self._failed})")
                 for key, value in change(self._getting(transaction)).items():
                     if value is None:
                         transaction.delete(key, db=self._tree(key))
                     else:
                         transaction.put(key, value, db=self._tree(key))
         except self._lmdb.Error as error:
-            raise self._failure(error) from error
+            raise self._failure(error, writing=True) from error
         self._dirty.set()
 
     def parts(self, user: str) -> list[bytes]:
@@ -259,14 +261,20 @@ class LmdbStore:
         except self._lmdb.Error as error:
             raise self._failure(error) from error
 
-    def _failure(self, error: Exception) -> StoreError:
+    def _failure(self, error: Exception, writing: bool = False) -> StoreError:
         number, what = errno.EIO, f"failed ({error})"
         if isinstance(error, self._lmdb.MapFullError):
             number, what = errno.ENOSPC, "is full; delete users or raise --state_bytes"
-        elif isinstance(error, self._lmdb.DiskError) or shutil.disk_usage(self._folder).free < LEAST_ROOM:
-            # A write that the end of the disk cuts short is an input/output error to lmdb.
+        elif isinstance(error, self._lmdb.DiskError) or (writing and self._is_disk_full()):
             number, what = errno.ENOSPC, f"the disk is full ({error}); make room there"
         return StoreError(number, f"{self._place}: {what}")
+
+    def _is_disk_full(self) -> bool:
+        """Whether there is no room for a change: lmdb calls a write that is cut short an input/output error."""
+        try:
+            return shutil.disk_usage(self._folder).free < LEAST_ROOM
+        except OSError:
+            return False
 
     def sync(self) -> None:
         """As of :class:`Store`."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import multiprocessing
 import os
 import signal
+import socket
 import struct
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
@@ -23,106 +25,137 @@ from pathlib import Path
 from recbole_ssm.errors import UserError, first_line
 
 # A system without SIGHUP has no fork either, but this module can be imported there.
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, HANGUP)
 SOON, TOO_OFTEN = 5.0, 3
-"""A server ends where so many workers in a row end within so many seconds of their start."""
-AGREE_WITHIN = 60.0
+"""A server ends where so many workers in a row end within so many seconds of their start, and no other lives longer."""
+AGAIN_AFTER = 1.0
+"""Seconds after which another worker is started in place of one that ended soon."""
+FOLLOW_WITHIN = 60.0
 """Seconds in which every worker must have loaded a model that one of them was told to serve."""
 
 
 class Team:
     """What the workers of a server know of each other, in memory that they share: the model that was chosen last, and
-    which one each of them serves.
+    which choice each of them serves.
+
+    Choices are numbered from 1; before the first one, a worker serves choice 0, the model that it was forked with.
 
     Args:
         count: how many workers there are.
     """
 
-    _CHOSEN = struct.Struct("<H4094s")
-    _MEMBER = struct.Struct("<q32s")
+    _CHOSEN = struct.Struct("<QH4094s")
+    _MEMBER = struct.Struct("<qQ")
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._memory = mmap.mmap(-1, self._CHOSEN.size + count * self._MEMBER.size)
+        self._lock = multiprocessing.get_context("fork").Lock()
 
     @property
-    def chosen(self) -> Path | None:
-        """The place of the model that was chosen last; None as long as none was."""
-        length, name = self._CHOSEN.unpack_from(self._memory)
-        return Path(os.fsdecode(name[:length])) if length else None
+    def chosen(self) -> tuple[int, Path]:
+        """The number of the last choice, and the place of its model."""
+        with self._lock:
+            number, length, name = self._CHOSEN.unpack_from(self._memory)
+        return number, Path(os.fsdecode(name[:length]))
 
-    def note(self, number: int, digest: str) -> None:
-        """A worker that can be told of a choice says which model it serves."""
-        self._put(number, os.getpid(), bytes.fromhex(digest))
+    def choose(self, place: Path) -> int:
+        """Tell all other workers to serve a model that this one serves already; the number of the choice."""
+        name = os.fsencode(place)
+        with self._lock:
+            choice = self._CHOSEN.unpack_from(self._memory)[0] + 1
+            self._CHOSEN.pack_into(self._memory, 0, choice, len(name), name)
+        for pid, _ in self._members():
+            if pid not in (0, os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+        return choice
 
-    def remove(self, number: int) -> None:
-        """A worker has ended."""
-        self._put(number, 0, b"")
-
-    async def choose(self, place: Path) -> None:
-        """Let all other workers serve a model that this one serves already, and wait until they do.
+    async def follow(self, choice: int) -> None:
+        """Wait until all workers serve a choice, or a later one.
 
         Raises:
             TimeoutError: one of them does not.
         """
-        name = os.fsencode(place)
-        self._CHOSEN.pack_into(self._memory, 0, len(name), name)
-        for pid, _ in self._members():
-            if pid != os.getpid():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGUSR1)
-        until = time.monotonic() + AGREE_WITHIN
-        while len({digest for _, digest in self._members()}) > 1:
+        until = time.monotonic() + FOLLOW_WITHIN
+        while any(pid == 0 or served < choice for pid, served in self._members()):
             if time.monotonic() > until:
                 raise TimeoutError
             await asyncio.sleep(0.01)
 
-    def _put(self, number: int, pid: int, digest: bytes) -> None:
-        self._MEMBER.pack_into(self._memory, self._CHOSEN.size + number * self._MEMBER.size, pid, digest)
+    def note(self, number: int, choice: int) -> None:
+        """A worker that can be told of choices says which one it serves."""
+        self._MEMBER.pack_into(self._memory, self._place(number), os.getpid(), choice)
 
-    def _members(self) -> list[tuple[int, bytes]]:
-        """Process and digest of each worker that runs."""
-        places = range(self._CHOSEN.size, self._CHOSEN.size + self._count * self._MEMBER.size, self._MEMBER.size)
-        return [member for member in (self._MEMBER.unpack_from(self._memory, place) for place in places) if member[0]]
+    def remove(self, number: int) -> None:
+        """A worker has ended."""
+        self._MEMBER.pack_into(self._memory, self._place(number), 0, 0)
+
+    def _place(self, number: int) -> int:
+        return self._CHOSEN.size + number * self._MEMBER.size
+
+    def _members(self) -> list[tuple[int, int]]:
+        """The process of each worker, 0 where there is none, and the choice that it serves."""
+        return [self._MEMBER.unpack_from(self._memory, self._place(number)) for number in range(self._count)]
 
 
-def supervise(work: Callable[[int], None], team: Team, count: int) -> None:
-    """Keep forked processes at work until SIGTERM or SIGINT; another takes the place of one that ends before.
+def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[socket.socket], team: Team) -> None:
+    """Keep forked processes at work, one for each socket, until SIGTERM or SIGINT; another one takes the place of one
+    that ends before.
 
-    SIGTERM and SIGINT reach the workers as SIGTERM, and SIGHUP as it is.
+    SIGTERM and SIGINT reach the workers as SIGTERM. SIGHUP reaches one of them, which tells the others.
 
     Args:
-        work: what worker ``number`` does.
-        team: what the workers share; who ends is taken out of it.
-        count: of workers.
+        work: what a worker does, by its number and with its socket.
+        sockets: where they listen. When the workers are told to end, all of them are closed here.
+        team: what the workers share; one that has ended is taken out of it.
 
     Raises:
         UserError: workers end as soon as they begin.
     """
     workers: dict[int, tuple[int, float]] = {}
     stopping = False
-    # It ends when this process does, however that is.
+    # The reading end comes to its end when this process does, however it ends.
     alive, held = os.pipe()
 
     def pass_on(number: int, frame: object) -> None:
         nonlocal stopping
-        stopping = stopping or number != signal.SIGHUP
-        for pid in list(workers):
-            os.kill(pid, number if number == signal.SIGHUP else signal.SIGTERM)
+        is_end = number in (signal.SIGTERM, signal.SIGINT)
+        if is_end:
+            stopping = True
+            # Whoever connects from now on is refused, in place of waiting for workers that answer no more.
+            for one in sockets:
+                one.close()
+        for pid in list(workers)[: None if is_end else 1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if is_end else number)
 
     def begin(number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-        if not stopping:
-            pid = os.fork()
+        try:
+            while not stopping:
+                try:
+                    pid = os.fork()
+                    break
+                except OSError as error:
+                    getLogger().error(f"worker {number} cannot be started ({error}); it is tried again")
+                    time.sleep(AGAIN_AFTER)
+            else:
+                return
             if pid == 0:
                 os.close(held)
-                _work(work, number, alive)
+                for other in sockets:
+                    if other is not sockets[number]:
+                        other.close()
+                _work(lambda: work(number, sockets[number]), alive)
             workers[pid] = number, time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
     for one in PASSED_ON:
         signal.signal(one, pass_on)
-    for number in range(count):
+    for number in range(len(sockets)):
         begin(number)
     failures = 0
     while workers:
@@ -131,17 +164,20 @@ def supervise(work: Callable[[int], None], team: Team, count: int) -> None:
         team.remove(number)
         if stopping:
             continue
-        failures = failures + 1 if time.monotonic() - since < SOON else 0
-        if failures == TOO_OFTEN:
+        now = time.monotonic()
+        failures = failures + 1 if now - since < SOON else 0
+        if failures >= TOO_OFTEN and all(now - begun < SOON for _, begun in workers.values()):
             pass_on(signal.SIGTERM, None)
             continue
-        getLogger().error(f"worker {number} ended ({_reason(status)}); another takes its place")
+        getLogger().error(f"worker {number} ended ({_reason(status)}); another one takes its place")
+        if failures:
+            time.sleep(AGAIN_AFTER)
         begin(number)
-    if failures == TOO_OFTEN:
+    if failures >= TOO_OFTEN:
         raise UserError("--workers: they end as soon as they begin; the lines above say why")
 
 
-def _work(work: Callable[[int], None], number: int, alive: int) -> None:
+def _work(work: Callable[[], None], alive: int) -> None:
     """A worker from its first step to its last."""
     # Ctrl-C in a terminal reaches a whole group of processes; the workers are told by the one that forked them.
     os.setpgid(0, 0)
@@ -154,7 +190,7 @@ def _work(work: Callable[[int], None], number: int, alive: int) -> None:
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     status = 1
     try:
-        work(number)
+        work()
         status = 0
     except UserError as error:
         print(first_line(error), file=sys.stderr)

@@ -498,6 +498,39 @@ def test_items_that_a_model_of_times_does_not_know_are_passed_over(way):
         happened.append(event)
 
 
+@pytest.mark.parametrize("way", ["gaps", "query", "output"])
+def test_a_gap_is_counted_from_an_older_event_where_all_newer_ones_are_unknown(way):
+    """After another model came: 70 events of an item that it does not know, and then one that it knows."""
+    former, served = untrained("Mamba4Rec", 7, **WAYS[way]), untrained("Mamba4Rec", 8, **WAYS[way])
+    known = [item for item in served.catalogue.items if item != "i4"]
+    served = Served(Recommender(served.recommender.model, CONFIG | {"model": "Mamba4Rec"}, known), "8" * 64)
+    engine = Engine(former, MemoryStore())
+    happened = [(f"i{n % 3}", 1000 + 70 * n * n) for n in range(50)]
+    happened += [("i4", happened[-1][1] + 600 * n) for n in range(1, 71)]
+    visit(engine, *(Visit("u", [Event(item, float(moment))]) for item, moment in happened))
+    engine.served = served
+    later = happened[-1][1]
+    for event in [None, None, ("i2", later + 50), ("i7", later + 9000)]:
+        if event is not None:
+            happened.append(event)
+            visit(engine, Visit("u", [Event(event[0], float(event[1]))]))
+        items, times = zip(*((item, moment) for item, moment in happened if item != "i4"))
+        (found,) = visit(engine, Visit("u", k=5, now=later + 1e5))
+        assert_same(found.recommended, served.recommender.session(items, times=times).top(5, now=later + 100_000))
+
+
+def test_more_events_than_are_kept_and_none_of_them_known(models):
+    """Of a model without a state first, and then of one that knows none of the items."""
+    engine = Engine(models["SASRec"], MemoryStore(), state_history=40)
+    for number in range(12):
+        visit(engine, Visit("u", [Event(f"i{number}")] * 10), Visit("other", [Event("i1")]))
+    engine.served = untrained("Mamba4Rec", 6, letter="j")
+    for _ in range(2):
+        found = visit(engine, Visit("u", k=3), Visit("other", [Event("j1")], k=3))
+        assert [one.recommended.source for one in found] == ["popularity", "model"]
+    assert list(engine.tidy())
+
+
 def test_a_model_of_times_without_a_state_is_told_when_events_were_and_when_it_is_asked():
     served = untrained("SASRec", 5, train_neg_sample_args=None, time="query")
     assert served.recommender.reads_times

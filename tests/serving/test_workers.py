@@ -5,7 +5,9 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -93,6 +95,55 @@ def test_workers_are_one_server(runs):  # noqa: F811
     store.close()
 
 
+def test_a_worker_that_begins_later_serves_what_was_chosen(runs, tmp_path):  # noqa: F811
+    """A checkpoint that SIGHUP reads again, two choices at once, and one that is gone when a worker begins."""
+    models = tmp_path / "models"
+    for name in ("first", "second"):
+        shutil.copytree(runs / name, models / name)
+    digests = {name: load_served(runs / name, device="cpu").digest for name in ("first", "second")}
+
+    def served(port):
+        return {Client(port, TOKEN).get("/v1/users/u0/recommendations")[1]["model"] for _ in range(12)}
+
+    def replace_one(process):
+        worker = psutil.Process(process.pid).children()[0]
+        worker.kill()
+        wait_for(lambda: not worker.is_running() and len(psutil.Process(process.pid).children()) == 2)
+
+    with command(str(models / "first"), "--workers=2", "--state=state", f"--models={models}") as (process, port):
+        assert all(Client(port, TOKEN).get("/health/ready")[0] == 200 for _ in range(8))
+        shutil.copy(runs / "second" / "best.safetensors", models / "first" / "best.safetensors")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: served(port) == {digests["second"]})
+        replace_one(process)
+        assert served(port) == {digests["second"]}
+
+        shutil.copy(runs / "first" / "best.safetensors", models / "first" / "best.safetensors")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            posts = [
+                pool.submit(lambda name=name: Client(port, TOKEN).post("/v1/model", {"name": name}))
+                for name in ("first", "second")
+            ]
+            answers = [one.result() for one in posts]
+        assert {status for status, _ in answers} <= {200, 503}
+        # Whichever came last, all workers serve it.
+        assert len(served(port)) == 1
+
+        assert Client(port, TOKEN).post("/v1/model", {"name": "second"})[0] == 200
+        shutil.move(models / "second", models / "hidden")
+        replace_one(process)
+        # One worker is left, and another cannot begin; nobody serves the former model.
+        found = set()
+        for _ in range(8):
+            client = Client(port, TOKEN)
+            client._connection.timeout = 1
+            with contextlib.suppress(OSError):
+                found.add(client.get("/v1/users/u0/recommendations")[1]["model"])
+        assert found <= {digests["second"]}
+        shutil.move(models / "hidden", models / "second")
+        wait_for(lambda: served(port) == {digests["second"]})
+
+
 def test_workers_end_with_the_process_that_forked_them(runs):  # noqa: F811
     with command(str(runs / "first"), "--workers=2", "--state=state") as (process, port):
         wait_for(lambda: len(psutil.Process(process.pid).children()) == 2)
@@ -117,10 +168,12 @@ def test_mistakes_are_one_line(runs, options, line, capsys):  # noqa: F811
 
 
 def test_workers_that_end_as_soon_as_they_begin_end_the_server(capfd):
-    def work(number):
+    def work(number, listening):
         raise UserError("state: there is no room")
 
-    outcome = in_child(lambda: supervise(work, Team(2), 2))
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        outcome = in_child(lambda: supervise(work, sockets, Team(2)))
     assert (outcome.kind, outcome.value) == (
         "refused",
         "--workers: they end as soon as they begin; the lines above say why",
