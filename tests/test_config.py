@@ -128,7 +128,10 @@ def test_options_with_equals_signs_in_their_value():
             {"metrics": ["AUC"], "valid_metric": "masked AUC"},
             "valid_metric: 'masked AUC': only hit, recall, precision, mrr, map, ndcg, gauc choose by masked lists",
         ),
-        ({"metrics": ["GiniIndex"], "valid_metric": "masked GiniIndex@10"}, "choose by masked lists"),
+        (
+            {"metrics": ["GiniIndex"], "valid_metric": "masked GiniIndex@10"},
+            "valid_metric: 'masked GiniIndex@10': only hit, ",
+        ),
         ({"lr": 3}, "lr: there is no such key; did you mean 'learning_rate'?"),
         ({"batch_size": 3}, "batch_size: there is no such key; did you mean 'train_batch_size'?"),
         ({"dim": 3}, "dim: there is no such key; did you mean 'hidden_size'?"),

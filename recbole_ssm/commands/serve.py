@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _serve_by_workers(options: Namespace, command_line: Sequence[str]) -> None:
-    """Load the model once, and let processes answer that are forked behind it."""
+    """Load the model once, fork the workers, and keep them at work."""
     if not hasattr(os, "fork"):
         raise UserError("--workers: this system cannot fork processes; start one server a port behind a balancer")
     if options.state is None:
