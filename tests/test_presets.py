@@ -40,7 +40,7 @@ def test_priorities(tmp_path):
     ("options", "message"),
     [
         (["--preset=ml-1m/eSASRek"], "preset: there is no preset 'ml-1m/eSASRek'; did you mean 'ml-1m/eSASRec'?"),
-        (["--preset=zzz"], "preset: there is no preset 'zzz'; known are amazon-beauty/2Mamba4Rec, "),
+        (["--preset=zzz"], "preset: there is no preset 'zzz'; known are amazon-beauty/2Mamba4Rec"),
         (["--preset=5"], "preset: must be a name such as ml-1m/2Mamba4Rec, got 5"),
         (["--preset=../overall"], "preset: there is no preset '../overall'; known are "),
         (
