@@ -11,10 +11,7 @@ from recbole.utils import EvaluatorType
 from recbole_ssm.data import temporal
 from recbole_ssm.data.gaps import reads_times
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import MASKED
-
-OF_TARGETS = ("hit", "recall", "precision", "mrr", "map", "ndcg", "gauc")
-"""Metrics of where the target stands, of which more is better."""
+from recbole_ssm.keys import MASKED, OF_RANKS
 
 
 def check_together(merged: Mapping[str, Any]) -> None:
@@ -68,10 +65,8 @@ def _check_metrics(merged: Mapping[str, Any]) -> None:
     valid_metric = str(merged["valid_metric"]).lower()
     name, _, cutoff = valid_metric.removeprefix(MASKED).partition("@")
     ranking_metrics = {*of_ranks} - {"gauc"}
-    if valid_metric.startswith(MASKED) and name not in OF_TARGETS:
-        raise UserError(
-            f"valid_metric: '{merged['valid_metric']}': only {', '.join(OF_TARGETS)} choose by masked lists"
-        )
+    if valid_metric.startswith(MASKED) and name not in OF_RANKS:
+        raise UserError(f"valid_metric: '{merged['valid_metric']}': only {', '.join(OF_RANKS)} choose by masked lists")
     if name not in {str(metric).lower() for metric in metrics}:
         raise UserError(f"valid_metric: '{merged['valid_metric']}' is not among metrics: {metrics}; name one of them")
     if name in ranking_metrics and not (cutoff.isdigit() and int(cutoff) in cutoffs):

@@ -468,6 +468,8 @@ KEYS: dict[str, Key] = {
 }
 # fmt: on
 
+OF_RANKS = ("hit", "recall", "precision", "mrr", "map", "ndcg", "gauc")
+"""Metrics of where the target stands, of which more is better."""
 MASKED = "masked "
 """Before the name of a metric: in lists without the items of the user's history."""
 

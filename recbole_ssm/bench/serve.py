@@ -44,6 +44,7 @@ from recbole_ssm.serving.record import STATE_TYPES, Record, Values  # noqa: E402
 from recbole_ssm.serving.served import Served  # noqa: E402
 from recbole_ssm.serving.states import Unread  # noqa: E402
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store  # noqa: E402
+from recbole_ssm.serving.workers import COUNTS, Team, supervise  # noqa: E402
 
 FEW = 1000
 DIFFERENT = 256
@@ -241,12 +242,10 @@ class _Connection(asyncio.Protocol):
 def _serve(options: argparse.Namespace, folder: str, ready: Any) -> None:
     """Fill a store and serve, in a process of its own; the port goes through ``ready``."""
     if options.workers > 1:
-        # Before prometheus_client is imported, which reads it then.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(Path(folder, "metrics"))
+        os.environ[COUNTS] = str(Path(folder, "metrics"))
         Path(folder, "metrics").mkdir()
     from recbole_ssm.serving.server import listen_all, run
     from recbole_ssm.serving.service import Server
-    from recbole_ssm.serving.workers import Team, supervise
 
     torch.set_num_threads(options.server_threads)
     torch.manual_seed(0)

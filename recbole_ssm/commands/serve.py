@@ -23,6 +23,7 @@ from recbole_ssm.serving.engine import FEWEST
 from recbole_ssm.serving.record import STATE_TYPES
 from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store
+from recbole_ssm.serving.workers import COUNTS, Team, supervise
 from recbole_ssm.starting import configure_again
 from recbole_ssm.trainer import checkpoint
 
@@ -197,13 +198,11 @@ def _serve_by_workers(options: Namespace, command_line: Sequence[str]) -> None:
     # A pool of threads does not live on in a forked process.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        # Before prometheus_client is imported, which reads it then.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        os.environ[COUNTS] = folder
         make = _prepared(options, command_line)
         # A store that cannot be opened is told here, once.
         state_options(options)[0].close()
         from recbole_ssm.serving.server import listen_all, run
-        from recbole_ssm.serving.workers import Team, supervise
 
         sockets, team = listen_all(options.host, options.port, options.workers), Team(options.workers)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recbole_ssm.data.outline import item_counts
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.ranks import PROTOCOLS, Ranking
-from recbole_ssm.keys import MASKED
+from recbole_ssm.keys import MASKED, OF_RANKS
 
 Floats = NDArray[np.float64]
 HOUR = 3600
@@ -24,7 +24,6 @@ SAME_MOMENT, WITHIN_AN_HOUR, AFTER_AN_HOUR = (
 )
 SAME_DAY, LATER_DAY = "on the day of the event before", "on a later day than the event before"
 PAUSES = (SAME_MOMENT, WITHIN_AN_HOUR, AFTER_AN_HOUR, SAME_DAY, LATER_DAY)
-OF_RANKS = ("hit", "recall", "precision", "mrr", "map", "ndcg", "gauc")
 OF_ITEMS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage")
 
 

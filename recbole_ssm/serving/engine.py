@@ -267,8 +267,7 @@ class Engine:
             known = self._known(served, record)
         if not known:
             return Unread([])
-        asked = int(now if guest.visit.now is None else guest.visit.now)
-        moments = moments_of([time for _, _, time in known], asked)
+        moments = moments_of([time for _, _, time in known], guest.visit.moment(now))
         guest.asked = moments[-1]
         first = len(record.items) - count
         unread = [(item, when) for (place, item, _), when in zip(known, moments) if place >= first]
@@ -359,7 +358,7 @@ class Engine:
         if not served.recommender.reads_times:
             return served.recommender.scores(ids)
         times = [[time for _, _, time in self._known(served, guest.record)] for guest, _ in known]
-        moments = [int(time.time() if guest.visit.now is None else guest.visit.now) for guest, _ in known]
+        moments = [guest.visit.moment(time.time()) for guest, _ in known]
         return served.recommender.scores(ids, times, moments)
 
     def _answer_a_stranger(self, served: Served, guest: Guest) -> None:

@@ -12,9 +12,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from recbole_ssm.serving.store import Store, StoreError
 from recbole_ssm.serving.visits import Visited
+from recbole_ssm.serving.workers import COUNTS
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Names the folder by which prometheus_client adds up what processes count; the package reads it once, on import."""
 BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
@@ -51,7 +50,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """What Prometheus reads; of several workers, what all of them have counted."""
-        if FOLDER not in os.environ:
+        if COUNTS not in os.environ:
             return generate_latest(self.registry)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)

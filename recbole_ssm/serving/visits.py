@@ -43,6 +43,10 @@ class Visit:
     forget: bool = False
     """Delete all that is kept of the user."""
 
+    def moment(self, now: float) -> int:
+        """The moment of asking in whole seconds, where it is asked ``now`` unless it says otherwise."""
+        return int(now if self.now is None else self.now)
+
 
 @dataclass(slots=True)
 class Visited:

@@ -27,6 +27,9 @@ from recbole_ssm.errors import UserError, first_line
 # A system without SIGHUP has no fork either, but this module can be imported there.
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, HANGUP)
+COUNTS = "PROMETHEUS_MULTIPROC_DIR"
+"""Names, in the environment, the folder by which prometheus_client adds up what processes count. The package reads it
+when it is imported, so it is set before."""
 SOON, TOO_OFTEN = 5.0, 3
 """A server ends where so many workers in a row end within so many seconds of their start, and no other lives longer."""
 AGAIN_AFTER = 1.0
