@@ -30,8 +30,10 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, HANGUP)
 COUNTS = "PROMETHEUS_MULTIPROC_DIR"
 """Names, in the environment, the folder by which prometheus_client adds up what processes count. The package reads it
 when it is imported, so it is set before."""
-SOON, TOO_OFTEN = 5.0, 3
-"""A server ends where so many workers in a row end within so many seconds of their start, and no other lives longer."""
+TOO_OFTEN = 3
+"""A server ends where so many workers in a row end before they serve, and no other one serves."""
+SOON = 5.0
+"""A worker that lived for fewer seconds ended soon."""
 AGAIN_AFTER = 1.0
 """Seconds after which another worker is started in place of one that ended soon."""
 FOLLOW_WITHIN = 60.0
@@ -91,9 +93,16 @@ class Team:
         """A worker that can be told of choices says which one it serves."""
         self._MEMBER.pack_into(self._memory, self._place(number), os.getpid(), choice)
 
-    def remove(self, number: int) -> None:
-        """A worker has ended."""
+    def remove(self, number: int) -> bool:
+        """A worker has ended; whether it had served."""
+        pid, _ = self._members()[number]
         self._MEMBER.pack_into(self._memory, self._place(number), 0, 0)
+        return pid != 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether any worker serves."""
+        return any(pid for pid, _ in self._members())
 
     def _place(self, number: int) -> int:
         return self._CHOSEN.size + number * self._MEMBER.size
@@ -115,7 +124,7 @@ def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[sock
         team: what the workers share; one that has ended is taken out of it.
 
     Raises:
-        UserError: workers end as soon as they begin.
+        UserError: workers end as soon as they begin, and none serves.
     """
     workers: dict[int, tuple[int, float]] = {}
     stopping = False
@@ -164,16 +173,14 @@ def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[sock
     while workers:
         pid, status = os.waitpid(-1, 0)
         number, since = workers.pop(pid)
-        team.remove(number)
+        failures = 0 if team.remove(number) else failures + 1
         if stopping:
             continue
-        now = time.monotonic()
-        failures = failures + 1 if now - since < SOON else 0
-        if failures >= TOO_OFTEN and all(now - begun < SOON for _, begun in workers.values()):
+        if failures >= TOO_OFTEN and not team.serves:
             pass_on(signal.SIGTERM, None)
             continue
         getLogger().error(f"worker {number} ended ({_reason(status)}); another one takes its place")
-        if failures:
+        if failures or time.monotonic() - since < SOON:
             time.sleep(AGAIN_AFTER)
         begin(number)
     if failures >= TOO_OFTEN:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
+import mmap
 import os
 import re
 import shutil
@@ -19,8 +20,9 @@ import pytest
 from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import load_served
 from recbole_ssm.errors import UserError
+from recbole_ssm.serving import workers
 from recbole_ssm.serving.store import open_store
-from recbole_ssm.serving.workers import Team, supervise
+from recbole_ssm.serving.workers import Team
 from tests.children import in_child
 from tests.serving.conftest import record_of
 from tests.serving.test_server import TOKEN, Client, runs  # noqa: F401
@@ -173,9 +175,32 @@ def test_workers_that_end_as_soon_as_they_begin_end_the_server(capfd):
 
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        outcome = in_child(lambda: supervise(work, sockets, Team(2)))
+        outcome = in_child(lambda: workers.supervise(work, sockets, Team(2)))
     assert (outcome.kind, outcome.value) == (
         "refused",
         "--workers: they end as soon as they begin; the lines above say why",
     )
     assert "state: there is no room" in capfd.readouterr().err
+
+
+def test_a_server_goes_on_while_one_worker_serves(monkeypatch):
+    """However often another one fails to begin, and however young the one is that serves."""
+    monkeypatch.setattr(workers, "AGAIN_AFTER", 0.01)
+    team, begun = Team(2), mmap.mmap(-1, 1)
+
+    def work(number, listening):
+        if number == 0:
+            team.note(number, 0)
+            time.sleep(60)
+        if begun[0] == 0:
+            wait_for(lambda: team.serves)
+        if begun[0] == 2 * workers.TOO_OFTEN:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(60)
+        begun[0] += 1
+        raise UserError("state: there is no room")
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        outcome = in_child(lambda: workers.supervise(work, sockets, team))
+    assert (outcome.kind, begun[0]) == ("done", 2 * workers.TOO_OFTEN)
