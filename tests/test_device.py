@@ -153,7 +153,10 @@ RECORDED = ["Mamba4Rec", "2Mamba4Rec", "SASRec"]
 
 
 @pytest.mark.parametrize("model", RECORDED)
-@pytest.mark.parametrize("options", [{}, {"enable_amp": True, "amp_dtype": "bf16"}, {"lr_scheduler": "cosine"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"enable_amp": True, "amp_dtype": "bf16"}, {"lr_scheduler": "cosine"}, {"lr_scheduler": "one_cycle"}],
+)
 def test_replayed_steps_train_as_launched_ones(packed, model, options, caplog):
     found = []
     for record in (None, refuse):

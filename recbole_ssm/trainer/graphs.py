@@ -2,7 +2,8 @@
 
 A step is some 200 kernels of microseconds, and a GPU waits most of the time for Python, which launches one after the
 other. A CUDA graph holds them all. It demands fixed shapes: packed batches are rounded up to a few sizes, and forward,
-loss, backward and the optimiser's step are recorded once for each.
+loss, backward and the optimiser's step are recorded once for each. Where the optimiser's step cannot be recorded, it is
+launched after each replay of the rest, while the GPU still works.
 """
 
 from __future__ import annotations
@@ -117,6 +118,8 @@ class Replays:
         self._pool: Any = None
         self._possible: bool | None = None
         self._failed = False
+        self.step_is_launched = True
+        """Whether a recording ends with the gradients, and the optimiser's step is taken after it."""
 
     @property
     def possible(self) -> bool:
@@ -127,12 +130,15 @@ class Replays:
             if refusal:
                 logging.getLogger().info(f"cuda_graphs: steps are launched kernel by kernel, because {refusal}")
             self.trainer.gradients.kept = self._possible
+            reason = self.why_step_is_launched() if self._possible else None
+            self.step_is_launched = not self._possible or reason is not None
+            if reason:
+                logging.getLogger().info(f"cuda_graphs: all but the optimiser's step is recorded, because {reason}")
         return self._possible
 
     def refusal(self) -> str | None:
         """Why steps are not recorded; None where they are, and empty where that needs no line in the log."""
         trainer, config = self.trainer, self.trainer.config
-        groups = trainer.optimizer.param_groups
         if not config["cuda_graphs"] or trainer.device.type != "cuda":
             return ""
         if distributed.world_size() > 1:
@@ -145,11 +151,18 @@ class Replays:
             return "a step has several parts"
         if trainer.learner.scaler.is_enabled():
             return "enable_scaler: True decides on the CPU whether a step is taken"
+        if any(getattr(module, "sparse", False) for module in trainer.model.modules()):
+            return "sparse gradients have another size in every step"
+        return None
+
+    def why_step_is_launched(self) -> str | None:
+        """Why the optimiser's step is not recorded with the rest; None where it is."""
+        trainer, config = self.trainer, self.trainer.config
         if config["lr_scheduler"] in MOVING_BETAS:
             return (
                 f"lr_scheduler: {config['lr_scheduler']} moves the betas at every step, which are recorded as they were"
             )
-        if not all(group.get("capturable") for group in groups):
+        if not all(group.get("capturable") for group in trainer.optimizer.param_groups):
             return "only adam and adamw are recorded, where learner_args say nothing of fused, foreach and capturable"
         if config["average_power"] is not None:
             return "average_power follows every step"
@@ -164,13 +177,17 @@ class Replays:
         return rounded(batch, self.trainer.model.max_seq_length) if self.possible else batch
 
     def take(self, parts: Sequence[Part]) -> Tensor | None:
-        """Take a step by a replay; the terms of its loss, or None where the step is still to be taken."""
+        """Take a step by a replay, or all of it but the optimiser's where ``step_is_launched``.
+
+        Returns:
+            The terms of its loss; None where nothing was replayed, and the step is still to be taken.
+        """
         if not self.possible or self._failed:
             return None
         recording = self._recording_of(parts[0])
         if recording is None:
             return None
-        if self._settings_now() != self._settings:
+        if not self.step_is_launched and self._settings_now() != self._settings:
             self._give_up("lr_scheduler changes more than the learning rate")
             return None
         recording.read(parts[0].batch)
@@ -190,8 +207,9 @@ class Replays:
             return None
         recording = _Recording(part.batch)
         self._settings = self._settings or self._settings_now()
-        # Before the recording begins, which would hold the writing and repeat it in every replay.
-        self._write_rates([group["lr"] for group in self.trainer.optimizer.param_groups])
+        if not self.step_is_launched:
+            # Before the recording begins, which would hold the writing and repeat it in every replay.
+            self._write_rates([group["lr"] for group in self.trainer.optimizer.param_groups])
         try:
             recording.terms, recording.replay = self._record(lambda: self._launch(part._replace(batch=recording.batch)))
         except Exception as error:
@@ -206,11 +224,12 @@ class Replays:
         return graphs.record(call, self.trainer.device, self._pool)
 
     def _launch(self, part: Part) -> Tensor:
-        """The whole step, kernel by kernel."""
+        """What is recorded of a step, kernel by kernel."""
         self.trainer.optimizer.zero_grad(set_to_none=False)
         terms: Tensor = self.trainer._backward(part)
-        with self.rates():
-            self.trainer.learner.step()
+        if not self.step_is_launched:
+            with self.rates():
+                self.trainer.learner.step()
         return terms
 
     def _give_up(self, reason: str) -> None:
@@ -227,8 +246,8 @@ class Replays:
 
     @contextlib.contextmanager
     def rates(self) -> Iterator[None]:
-        """Let the optimiser read its learning rates on the device while the context lasts, if steps are recorded."""
-        if not self.possible:
+        """Let an optimiser whose steps are recorded read its learning rates on the device while the context lasts."""
+        if self.step_is_launched:
             yield
             return
         groups = self.trainer.optimizer.param_groups

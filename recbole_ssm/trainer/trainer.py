@@ -216,13 +216,12 @@ class Trainer(SavingTrainer):
         parts = [part._replace(batch=self._replays.rounded(part.batch)) for part in step.parts]
         step = step._replace(parts=[part._replace(batch=on_device(part.batch, self.device)) for part in parts])
         self._notify("on_step_start", step)
-        terms = self._replays.take(step.parts)
-        if terms is not None:
-            self._losses.add(terms)
-        else:
+        replayed = terms = self._replays.take(step.parts)
+        if terms is None:
             terms, step = self.gradients.add_up(step, self._backward)
             terms = distributed.average(terms)
-            self._losses.add(terms)
+        self._losses.add(terms)
+        if replayed is None or self._replays.step_is_launched:
             self.learner.unscale()
             self._notify("on_gradients", step)
             with self._replays.rates():

@@ -86,14 +86,16 @@ class Standin:
 
     Args:
         wrong: changes what a replay gives, from its number and the trainer.
+        launched: why the optimiser's step is not recorded, if it is not.
     """
 
-    def __init__(self, wrong=None):
-        self.wrong, self.recorded, self.replayed = wrong, 0, 0
+    def __init__(self, wrong=None, launched=None):
+        self.wrong, self.launched, self.recorded, self.replayed = wrong, launched, 0, 0
 
     def of(self, trainer):
         trainer._replays = Replays(trainer, lambda call: self.record(trainer, call))
         trainer._replays.refusal = lambda: None
+        trainer._replays.why_step_is_launched = lambda: self.launched
         return trainer
 
     def record(self, trainer, call):
@@ -101,10 +103,10 @@ class Standin:
         place = torch.full((1,), torch.nan, dtype=torch.float64)
         self.recorded += 1
         # A graph would write a rate that is not there yet in every replay.
-        assert trainer._replays._written == [group["lr"] for group in groups]
+        assert self.launched or trainer._replays._written == [group["lr"] for group in groups]
 
         def replay():
-            assert all(torch.is_tensor(group["lr"]) for group in groups)
+            assert all(torch.is_tensor(group.get("lr")) == (self.launched is None) for group in groups)
             place.copy_(call())
             self.replayed += 1
             if self.wrong:
@@ -113,9 +115,17 @@ class Standin:
         return place, replay
 
 
-def fitted(toy, standin, choice="auto", **options):
+class Looks(Hook):
+    seen = 0
+
+    def on_gradients(self, trainer, step):
+        self.seen += sum(float(p.grad.norm()) for p in trainer.model.parameters())
+
+
+def fitted(toy, standin, choice="auto", hook=None, **options):
     """The weights and losses of a run, whose batches are of the same sizes where nothing is recorded."""
-    trainer, train, _ = build("2Mamba4Rec", toy, **{**SMALL, "lr_scheduler": "cosine", **options})
+    hooks = [] if hook is None else [hook]
+    trainer, train, _ = build("2Mamba4Rec", toy, hooks, **{**SMALL, "lr_scheduler": "cosine", **options})
     trainer.config["cuda_graphs"] = choice
     standin.of(trainer).fit(train, saved=False)
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.train_loss_dict
@@ -146,6 +156,28 @@ def test_replays_train_as_launched_steps_do(toy, choice, caplog):
     assert said(caplog) == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler": "one_cycle"},
+        {"learner": "usgm", "learner_args": {"D": 1.0}, "lr_scheduler": None},
+        {"average_power": 8.0, "clip_grad_norm": {"max_norm": 0.1}},
+        {"learner": "sgd"},
+    ],
+)
+def test_the_optimisers_step_may_be_launched_after_a_replay(toy, options, caplog):
+    caplog.set_level("INFO")
+    first, second = Looks(), Looks()
+    launched = fitted(toy, Never(launched="so it must"), hook=first, **options)
+    said(caplog)
+    standin = Standin(launched="so it must")
+    weights, losses = fitted(toy, standin, hook=second, **options)
+    assert standin.recorded > 1 and standin.replayed > 2 * COMPARED
+    assert torch.equal(weights, launched[0]) and losses == launched[1]
+    assert said(caplog) == ["cuda_graphs: all but the optimiser's step is recorded, because so it must"]
+    assert first.seen == second.seen > 0
+
+
 def mask_again(number, trainer, place):
     torch.manual_seed(3)
 
@@ -172,19 +204,20 @@ def late(number, trainer, place):
 
 
 def test_a_wrong_replay_is_found_and_changes_nothing(toy, caplog):
-    launched = fitted(toy, Never())
+    launched = {why: fitted(toy, Never(launched=why)) for why in (None, "so it must")}
     said(caplog)
-    for wrong, what in (
-        (mask_again, "the random numbers"),
-        (weaker, "the gradients"),
-        (other_step, "the weights"),
-        (other_loss, "the loss"),
-        (late, "the loss"),
+    for wrong, what, why in (
+        (mask_again, "the random numbers", None),
+        (weaker, "the gradients", None),
+        (weaker, "the gradients", "so it must"),
+        (other_step, "the weights", None),
+        (other_loss, "the loss", None),
+        (late, "the loss", "so it must"),
     ):
-        found = fitted(toy, Standin(wrong))
-        assert torch.equal(found[0], launched[0]) and found[1] == launched[1]
+        found = fitted(toy, Standin(wrong, why))
+        assert torch.equal(found[0], launched[why][0]) and found[1] == launched[why][1]
         line = "steps are launched kernel by kernel from here on: a replayed step differs from the launched one in"
-        assert said(caplog) == [f"cuda_graphs: {line} {what}"]
+        assert said(caplog)[-1] == f"cuda_graphs: {line} {what}"
 
 
 def test_a_schedule_of_more_than_the_rate_ends_replays(toy, caplog):
@@ -255,11 +288,6 @@ def test_another_fit_records_anew(toy):
 # --- where steps are launched ----------------------------------------------------------------------------------------
 
 
-class Looks(Hook):
-    def on_gradients(self, trainer, step):
-        pass
-
-
 @contextlib.contextmanager
 def on_a_gpu(trainer):
     device, trainer.device = trainer.device, torch.device("cuda")
@@ -274,12 +302,8 @@ def on_a_gpu(trainer):
     [
         ("2Mamba4Rec", [], {}, None),
         ("2Mamba4Rec", [], {"cuda_graphs": False}, ""),
-        ("2Mamba4Rec", [Looks()], {}, "a hook looks at the gradients"),
         ("2Mamba4Rec", [], {"train_mode": "prefix"}, "train_mode: prefix gives batches of another size"),
         ("2Mamba4Rec", [], {"gradient_accumulation_steps": 2}, "a step has several parts"),
-        ("2Mamba4Rec", [], {"learner": "sgd"}, "only adam and adamw are recorded"),
-        ("2Mamba4Rec", [], {"lr_scheduler": "one_cycle"}, "lr_scheduler: one_cycle moves the betas at every step"),
-        ("2Mamba4Rec", [], {"average_power": 1.0}, "average_power follows every step"),
         ("GRU4Rec", [], {}, "GRU4Rec takes the lengths of histories on the CPU"),
         ("STAMP", [], {}, "STAMP takes the lengths of histories on the CPU, or is RecBole's own"),
     ],
@@ -288,6 +312,30 @@ def test_what_is_not_recorded_says_why(toy, model, hooks, options, reason):
     trainer, _, _ = build(model, toy, hooks, **options)
     with on_a_gpu(trainer) as refusal:
         assert refusal == reason if not reason else refusal.startswith(reason)
+
+
+def test_sparse_gradients_are_not_recorded(toy):
+    trainer, _, _ = build("2Mamba4Rec", toy)
+    trainer.model.item_embedding.sparse = True
+    with on_a_gpu(trainer) as refusal:
+        assert refusal == "sparse gradients have another size in every step"
+
+
+@pytest.mark.parametrize(
+    ("hooks", "options", "reason"),
+    [
+        ([], {}, None),
+        ([Looks()], {}, "a hook looks at the gradients"),
+        ([], {"learner": "sgd"}, "only adam and adamw are recorded"),
+        ([], {"lr_scheduler": "one_cycle"}, "lr_scheduler: one_cycle moves the betas at every step"),
+        ([], {"average_power": 1.0}, "average_power follows every step"),
+    ],
+)
+def test_what_launches_the_optimisers_step_says_why(toy, hooks, options, reason):
+    trainer, _, _ = build("2Mamba4Rec", toy, hooks, **options)
+    with on_a_gpu(trainer) as refusal:
+        found = trainer._replays.why_step_is_launched()
+        assert refusal is None and (found is None if reason is None else found.startswith(reason))
 
 
 def test_a_cpu_says_nothing_and_pads_nothing(toy, caplog):
