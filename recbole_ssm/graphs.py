@@ -7,7 +7,9 @@ one from Python, are most of the time. On a CPU, or wherever a graph does not se
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +101,7 @@ class Graphed:
     It must not read a tensor's value in Python, nor train. Weights are read where they lie when it is recorded: load
     new ones into them, and make a new ``Graphed`` after a move. Each kind of arguments (shapes, dtypes, devices) is
     recorded on its first call and keeps its memory; beyond ``most`` kinds, or where recording fails, the function runs
-    as it is.
+    as it is. Threads take turns, since they share that memory.
 
     Args:
         function: what to run.
@@ -118,37 +120,107 @@ class Graphed:
         self._function, self._most, self._serves, self._record = function, most, serves, record
         self._recordings: dict[Any, Recording] = {}
         self._failed = False
+        self._lock = threading.RLock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Run or replay; what comes back is the caller's own, no later call writes over it."""
+        with self._lock:
+            outputs, is_shared = self._run(arguments)
+            return pytree.tree_map(torch.clone, outputs) if is_shared else outputs
+
+    def into(self, places: Any, *arguments: Any) -> None:
+        """Run or replay, and write what comes back into tensors of the same structure, which may be arguments too."""
+        with self._lock:
+            outputs, _ = self._run(arguments)
+            _copy(pytree.tree_leaves(places), pytree.tree_leaves(outputs))
+
+    def _run(self, arguments: Any) -> tuple[Any, bool]:
+        """What the function returns, and whether the next replay writes over it."""
         tensors, structure = pytree.tree_flatten(arguments)
+        recording = self._recording_of(tensors, structure)
+        if recording is None:
+            return self._function(*arguments), False
+        _copy(recording.inputs, tensors)
+        recording.replay()
+        return recording.outputs, True
+
+    def _recording_of(self, tensors: list[Tensor], structure: Any) -> Recording | None:
         if self._failed or torch.is_grad_enabled() or not tensors or not self._serves(tensors):
-            return self._function(*arguments)
+            return None
         key = structure, *[(t.shape, t.dtype, t.device) for t in tensors]
-        if key not in self._recordings:
-            if len(self._recordings) >= self._most:
-                return self._function(*arguments)
+        if key not in self._recordings and len(self._recordings) < self._most:
             try:
                 self._recordings[key] = self._record(self._function, tensors, structure)
             except RuntimeError as error:
                 self._failed = True
                 line = (str(error).splitlines() or [""])[0]
                 logging.getLogger().warning(f"CUDA graphs are switched off: recording failed ({line})")
-                return self._function(*arguments)
-        recording = self._recordings[key]
-        for place, tensor in zip(recording.inputs, tensors):
-            place.copy_(tensor)
-        recording.replay()
-        return pytree.tree_map(torch.clone, recording.outputs)
+        return self._recordings.get(key)
 
 
-def graphed_step(model: Any) -> Graphed:
-    """``model.step(item_B, state)`` of a recurrent model, recorded for each number of users."""
-    return Graphed(model.step)
+def _copy(places: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy tensors to where they are wanted, those of a kind in one launch."""
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for place, tensor in zip(places, tensors, strict=True):
+        of_kind = kinds.setdefault((place.dtype, tensor.dtype), ([], []))
+        of_kind[0].append(place)
+        of_kind[1].append(tensor)
+    for to, of in kinds.values():
+        torch._foreach_copy_(to, of)
 
 
-def score_by_graphs(model: Any) -> None:
-    """Let ``full_sort_predict`` of a model on a GPU replay a graph; on a CPU it stays as it is.
+class GraphedModel:
+    """What serving asks of a model, each replayed as a graph.
+
+    Args:
+        model: a model of ours in evaluation mode that reads the last position.
+        **how: of :class:`Graphed`.
+
+    Attributes:
+        scores: ``(item_seq [B, L], item_seq_len [B]) -> scores [B, V]``, recorded for each number of histories.
+        step: ``(item_B, state) -> vectors [B, hidden_size], state`` of a model that carries a state, recorded for each
+            number of users.
+    """
+
+    MOST_LENGTHS = 4
+    """Lengths of lists for which :meth:`best` records."""
+
+    def __init__(self, model: Any, **how: Any) -> None:
+        self.scores = Graphed(model.fixed_shape_scores, **how)
+        self.step = Graphed(model.step, **how) if getattr(model, "carries_state", False) else None
+        self._model, self._how = model, how
+        self._best: dict[tuple[int, int], Callable[..., Tensor]] = {}
+
+    def best(self, vectors: Tensor, excluded: Tensor, k: int, items: int) -> Tensor:
+        """The k best of so many items for each vector, the item of id 0 and excluded ones never being among them.
+
+        Args:
+            vectors: of histories ``[B, hidden_size]``.
+            excluded: item ids ``[B, E]``, filled up with 0.
+            k: how many; at most ``items``.
+            items: how many there are, the one of id 0 among them.
+
+        Returns:
+            Scores and ids ``[2, B, k]`` in float64, so that one copy brings both to the CPU; of equal scores at the end
+            of a list any may be there, and -inf stands where there were no more.
+        """
+        function = partial(_best_items, self._model, k, items)
+        if (k, items) not in self._best:
+            if len(self._best) == self.MOST_LENGTHS:
+                return function(vectors, excluded)
+            self._best[k, items] = Graphed(function, **self._how)
+        return self._best[k, items](vectors, excluded)
+
+
+def _best_items(model: Any, k: int, items: int, vectors: Tensor, excluded: Tensor) -> Tensor:
+    scores = (model.query_vectors(vectors) @ model.item_vectors().T)[:, :items]
+    scores[:, 0] = -torch.inf
+    found = scores.scatter_(1, excluded, -torch.inf).topk(k)
+    return torch.stack([found.values.double(), found.indices.double()])
+
+
+def replay_graphs(model: Any) -> None:
+    """Let a model on a GPU answer by replayed graphs where it serves; on a CPU it stays as it is.
 
     Raises:
         UserError: it is not a model of ours that reads the last position.
@@ -156,9 +228,4 @@ def score_by_graphs(model: Any) -> None:
     if not hasattr(model, "fixed_shape_scores") or getattr(model, "readout", "") != "last":
         raise UserError(f"cuda_graphs: {type(model).__name__} is no model of ours with readout: last; leave it out")
     if model.item_embedding.weight.is_cuda:
-        model.graphed = graphed_scores(model)
-
-
-def graphed_scores(model: Any) -> Graphed:
-    """``(item_seq [B, L], item_seq_len [B]) -> scores [B, V]`` of a model that reads the last position."""
-    return Graphed(model.fixed_shape_scores)
+        model.graphed = GraphedModel(model)

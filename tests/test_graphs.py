@@ -6,7 +6,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_ssm import compat, ops
-from recbole_ssm.graphs import Graphed, Recording, graphed_scores, graphed_step
+from recbole_ssm.graphs import Graphed, GraphedModel, Recording
 
 compat.install()
 
@@ -47,8 +47,11 @@ def nothing_recorded():
     recorded.clear()
 
 
+STANDIN = {"serves": lambda tensors: True, "record": record}
+
+
 def graphed(function, **options):
-    return Graphed(function, serves=lambda tensors: True, record=record, **options)
+    return Graphed(function, **STANDIN, **options)
 
 
 @torch.no_grad()
@@ -94,10 +97,10 @@ def test_scores_do_not_depend_on_the_form(name):
     lengths = torch.tensor([9, 1, 4])
     rows = torch.randint(1, 30, (3, 9)) * (torch.arange(9) < lengths[:, None])
     expected = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
-    assert_close(graphed_scores(model)(rows, lengths), expected, 1e-5)
+    assert_close(GraphedModel(model).scores(rows, lengths), expected, 1e-5)
     Recommender(model, config, [str(i) for i in range(30)], cuda_graphs=True)
     assert model.graphed is None  # on a CPU
-    model.graphed = graphed(graphed_scores(model)._function)
+    model.graphed = GraphedModel(model, **STANDIN)
     for _ in range(2):
         found = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
         assert_close(found, expected, 1e-5)
@@ -107,14 +110,65 @@ def test_scores_do_not_depend_on_the_form(name):
 @torch.inference_mode()
 def test_steps_carry_their_state_through_the_graph():
     model, _ = model_of("Mamba4Rec")
-    step = graphed(model.step)
-    state = other = model.alloc_state(2)
+    step = GraphedModel(model, **STANDIN).step
+    state, other, third = model.alloc_state(2), model.alloc_state(2), model.alloc_state(2)
+    output = torch.empty(2, 64)
     for item in (3, 4, 5):
         items = torch.full((2,), item)
         expected, state = model.step(items, state)
         found, other = step(items, other)
-        assert torch.equal(found, expected)
+        step.into((output, third), items, third)
+        assert torch.equal(found, expected) and torch.equal(output, expected)
     assert len(recorded) == 1 and type(other[0]) is type(state[0])
+    for one, two in zip(pytree.tree_leaves(state), pytree.tree_leaves(third)):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("options", [{}, {"time": "query"}, {"time": "query", "query_enters": "output"}])
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec"])
+def test_sessions_answer_by_graphs(name, options, monkeypatch):
+    """Two sessions take turns, and each gives what it gives without graphs."""
+    monkeypatch.setattr("recbole_ssm.serving.session.runs_natively", lambda table: False)
+    model, config = model_of(name, MAX_ITEM_LIST_LENGTH=9, num_layers=2, readout="last", **options)
+    with torch.inference_mode():
+        # Two items of one score.
+        model.item_embedding.weight[7] = model.item_embedding.weight[11]
+    recommender = Recommender(model, config, [str(i) for i in range(30)])
+    answers = []
+    for replays in (None, GraphedModel(model, **STANDIN)):
+        model.graphed = replays
+        sessions = [recommender.session(["3", "4"], times=[5, 60]), recommender.session(["9"], times=[7])]
+        for moment, item in enumerate("5612389", 70):
+            for session in sessions:
+                session.update(item, moment)
+                for k, keys in (
+                    (5, {}),
+                    (29, {"exclude_seen": True}),
+                    (3, {"exclude": ["1", "2"]}),
+                    (2, {"deny": ["1"]}),
+                ):
+                    answers.append(session.top(k, now=moment + 3, **keys))
+    middle = len(answers) // 2
+    plain, replayed = answers[:middle], answers[middle:]
+    assert [[item for item, _ in one] for one in plain] == [[item for item, _ in one] for one in replayed]
+    for one, other in zip(plain, replayed):
+        assert [score for _, score in one] == pytest.approx([score for _, score in other], rel=1e-6)
+    assert {len(one) for one in replayed} >= {5, 3, 2, 29 - 3}
+    # Lists of three lengths; those with "deny" are made without a graph.
+    assert len(model.graphed.step._recordings) == 1 and len(model.graphed._best) == 3
+
+
+@torch.inference_mode()
+def test_lists_of_many_lengths_are_not_all_recorded():
+    model, _ = model_of("Mamba4Rec", readout="last")
+    replays, vector, excluded = GraphedModel(model, **STANDIN), torch.rand(1, 64), torch.tensor([[0, 5]])
+    for k in range(1, 9):
+        scores, ids = replays.best(vector, excluded, k, 30)
+        expected = model.query_vectors(vector) @ model.item_vectors().T
+        expected[:, [0, 5]] = -torch.inf
+        assert_close(scores, expected.topk(k).values.double(), 1e-6)
+        assert ids.tolist() == expected.topk(k).indices.tolist()
+    assert len(recorded) == replays.MOST_LENGTHS
 
 
 def test_other_models_refuse():
@@ -129,7 +183,8 @@ def test_other_models_refuse():
 def test_on_a_gpu(backend):
     model, _ = model_of("2Mamba4Rec", MAX_ITEM_LIST_LENGTH=50, readout="last")
     model.cuda()
-    step, scores = graphed_step(model), graphed_scores(model)
+    replays = GraphedModel(model)
+    step, scores = replays.step, replays.scores
     with ops.use_backend(backend):
         state = other = [s.to("cuda") for s in model.alloc_state(2)]
         for item in (3, 4, 5):
@@ -143,6 +198,12 @@ def test_on_a_gpu(backend):
                 expected = model.full_sort_predict({model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
                 assert_close(scores(rows, lengths), expected, 1e-5)
             assert not scores._failed
+            vectors, excluded = torch.rand(1, 64, device="cuda"), torch.tensor([[0, 5]], device="cuda")
+            expected = (model.query_vectors(vectors) @ model.item_vectors().T).index_fill(1, excluded[0], -torch.inf)
+            for _ in range(2):
+                found = replays.best(vectors, excluded, 5, 30)
+                assert found[1].tolist() == expected.topk(5).indices.tolist()
+            assert all(best._recordings for best in replays._best.values())
     assert not step._failed
 
 
@@ -163,7 +224,7 @@ def test_scores_index_by_no_mask(name):
     model, _ = model_of(name, MAX_ITEM_LIST_LENGTH=9, num_layers=2, readout="last")
     rows, lengths = torch.randint(1, 30, (3, 9)), torch.tensor([9, 1, 4])
     with NoMasks():
-        graphed_scores(model)._function(rows, lengths)
+        GraphedModel(model).scores._function(rows, lengths)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

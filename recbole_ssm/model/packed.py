@@ -14,6 +14,7 @@ from recbole_ssm.config import Configurable
 from recbole_ssm.data.gaps import reads_times, time_scale
 from recbole_ssm.data.loader import PackedBatch
 from recbole_ssm.errors import UserError
+from recbole_ssm.graphs import GraphedModel
 from recbole_ssm.layers import Clock, Recipe, TimeEncoding
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
@@ -33,8 +34,8 @@ class PackedRecommender(Configurable, SequentialRecommender):
 
     item_embedding: torch.nn.Embedding
     loss: NextItemLoss
-    graphed: Callable[..., Tensor] | None = None
-    """What scores in place of ``forward``: see :func:`recbole_ssm.graphs.score_by_graphs`."""
+    graphed: GraphedModel | None = None
+    """What answers in place of the methods: see :func:`recbole_ssm.graphs.replay_graphs`."""
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -189,7 +190,8 @@ class PackedRecommender(Configurable, SequentialRecommender):
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
         if self.graphed is not None:
-            return self.graphed(*self.histories_of(interaction))
+            scores: Tensor = self.graphed.scores(*self.histories_of(interaction))
+            return scores
         output, items = self.factors(interaction)
         return output @ items.T
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError, shown
+from recbole_ssm.graphs import GraphedModel
 
 Ids = list[int]
 BLOCK = 64
@@ -141,11 +142,23 @@ class Catalogue:
         if k < scores.shape[1] and tied.any():
             by_score = scores[tied].sort(dim=1, descending=True, stable=True)
             values[tied], indices[tied] = (part[:, :k] for part in by_score)
-        found = []
-        for row, ids in zip(values.tolist(), indices.tolist()):
-            order = sorted(zip(row, ids), key=lambda pair: (-pair[0], pair[1]))
-            found.append(Recommendations((self.items[item], score) for score, item in order if score > -torch.inf))
-        return found
+        return [self._in_order(row, ids) for row, ids in zip(values.tolist(), indices.tolist())]
+
+    def best_by_graph(self, graphed: GraphedModel, vector: Tensor, k: int, excluded: Ids) -> Recommendations | None:
+        """As :meth:`best` for a vector ``[1, hidden_size]``, by one replay and one copy to the CPU; None where scores
+        are equal at the end of the list, so that all of them must be looked at.
+        """
+        k = min(whole_number("k", k), len(self.items) - 1)
+        more = 1 << max(len(excluded) - 1, 0).bit_length()
+        filled = torch.zeros(1, more, dtype=torch.int64)
+        filled[0, : len(excluded)] = torch.tensor([*excluded], dtype=torch.int64)
+        ((scores,), (ids,)) = graphed.best(vector, filled.to(vector.device), k + 1, len(self.items)).tolist()
+        return None if scores[-1] == scores[-2] > -torch.inf else self._in_order(scores[:k], map(int, ids))
+
+    def _in_order(self, scores: Iterable[float], ids: Iterable[int]) -> Recommendations:
+        """Items by their scores, those of equal ones by their ids, without what may not be recommended."""
+        order = sorted(zip(scores, ids), key=lambda pair: (-pair[0], pair[1]))
+        return Recommendations((self.items[item], score) for score, item in order if score > -torch.inf)
 
     @property
     def has_counts(self) -> bool:

@@ -22,7 +22,7 @@ compat.install()
 
 from recbole.data.interaction import Interaction  # noqa: E402
 
-from recbole_ssm.graphs import score_by_graphs  # noqa: E402
+from recbole_ssm.graphs import replay_graphs  # noqa: E402
 from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
 from recbole_ssm.serving.asked import Asked, Reader  # noqa: E402
@@ -62,8 +62,9 @@ class Recommender:
         items: the token of each item id; id 0 is padding.
         counts: how often each item was a training target, by id ``[V]``; None where that is not
             known, and an empty history an error.
-        cuda_graphs: on a GPU, score as a CUDA graph for each number of histories
-            (:mod:`recbole_ssm.graphs`); a model of ours that reads the last position.
+        cuda_graphs: on a GPU, replay CUDA graphs (:mod:`recbole_ssm.graphs`): for the scores of each
+            number of histories, and for an event and the best items of a session; a model of ours
+            that reads the last position.
 
     Raises:
         UserError: CUDA graphs for another model.
@@ -79,7 +80,7 @@ class Recommender:
         cuda_graphs: bool = False,
     ) -> None:
         if cuda_graphs:
-            score_by_graphs(model)
+            replay_graphs(model)
         self.model = model.eval()
         self.catalogue = Catalogue(items, counts)
         self.items = self.catalogue.items

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.errors import UserError
+from recbole_ssm.graphs import Graphed
 from recbole_ssm.layers import MixerState
 from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
 from recbole_ssm.layers.time import NEVER, Clock
@@ -136,7 +137,12 @@ class Session:
             if not self._catalogue.has_counts:
                 raise UserError("session: there was no event yet; give a history, or update(item) first")
             return self._catalogue.popular(k, excluded, refused)
-        scores = self._model.query_vectors(self._vector(now)) @ self._model.item_vectors().T
+        vector, graphed = self._vector(now), getattr(self._model, "graphed", None)
+        if graphed is not None and refused is None:
+            found = self._catalogue.best_by_graph(graphed, vector, k, excluded)
+            if found is not None:
+                return found
+        scores = self._model.query_vectors(vector) @ self._model.item_vectors().T
         return self._catalogue.best(scores, k, [excluded], refused)[0]
 
     def _vector(self, now: Any) -> Tensor:
@@ -242,6 +248,8 @@ class Stepper:
         self.state = [MixerState(*copy) for copy in copies]
         table = model.item_embedding.weight.detach()
         layers = [Prepared(block) for block in model.blocks]
+        graphed = getattr(model, "graphed", None)
+        self._graphed: Graphed | None = graphed and graphed.step
         self._native = runs_natively(table) and table.is_contiguous() and all(layer.steps for layer in layers)
         if not self._native:
             return
@@ -284,9 +292,15 @@ class Stepper:
                 device = self.model.item_embedding.weight.device
                 clock = [clock_of(moments, device)] if moments else []
                 before = [MixerState(*(part[:users] for part in one)) for one in self.state]
-                output, after = self.model.step(torch.tensor(items, device=device), before, *clock)
-                pairs = zip(itertools.chain(*before), itertools.chain(*after)) if keep else ()
-                for part, next_one in pairs:
+                given = torch.tensor(items, device=device), before, *clock
+                if not keep:
+                    return (self._graphed or self.model.step)(*given)[0]
+                if self._graphed:
+                    output = torch.empty_like(self.model.item_embedding.weight[:users])
+                    self._graphed.into((output, before), *given)
+                    return output
+                output, after = self.model.step(*given)
+                for part, next_one in zip(itertools.chain(*before), itertools.chain(*after)):
                     part.copy_(next_one)
             return output
         calls = self._calls if keep else self._trials

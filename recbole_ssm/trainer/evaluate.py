@@ -13,7 +13,7 @@ import torch
 from recbole_ssm import compat, distributed
 from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import UserError
-from recbole_ssm.graphs import score_by_graphs
+from recbole_ssm.graphs import replay_graphs
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
 from recbole_ssm.trainer.hooks import Hook
@@ -48,7 +48,7 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
         self.tensorboard: Any
         self._signals = Signals()
         if config["cuda_graphs"] is True:
-            score_by_graphs(model)
+            replay_graphs(model)
         self.hooks = [*hooks, *self._own_hooks()]
         names = [type(hook).__name__ for hook in self.hooks]
         for name in names:
