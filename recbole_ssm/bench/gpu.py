@@ -17,35 +17,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from recbole_ssm import ops
 from recbole_ssm.arguments import add_counts
 from recbole_ssm.bench import Row
-from recbole_ssm.bench.ops import CASES, Case
-from recbole_ssm.bench.untrained import RECBOLE, model_of_a_step, random_histories
+from recbole_ssm.bench.gpu_checks import COMPARED, check_graphs, check_numerics, check_training
+from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, Work, compared, measure, model_and_batch, row, training_step
+from recbole_ssm.bench.ops import CASES
+from recbole_ssm.bench.untrained import RECBOLE
 from recbole_ssm.errors import UserError, first_line
-from recbole_ssm.model import STATE_SPACE
 
-COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
 MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last", "ssd_last", "quasiseparable")
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 AS_SHIPPED = f"{RECBOLE}, as shipped"
-COMPARED = (*STATE_SPACE, "SASRec")
 REPLAYED = ("Mamba4Rec", "2Mamba4Rec", "SASRec")
-ITEMS = 12_101
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,13 +65,13 @@ def run(options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for name, job in _jobs(options):
         if time.monotonic() > end:
-            rows.append(_row(name, "", note=f"not measured: the {options.minutes:g} minutes were over"))
+            rows.append(row(name, "", note=f"not measured: the {options.minutes:g} minutes were over"))
             continue
         begin = time.monotonic()
         try:
             rows += job()
         except Exception as error:  # one row that fails must not take the others with it
-            rows.append(_row(name, "", note=f"failed: {first_line(error)}"))
+            rows.append(row(name, "", note=f"failed: {first_line(error)}"))
         torch.cuda.empty_cache()
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     return rows + _goals(rows)
@@ -87,9 +79,9 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     """What is to be done, the most telling first."""
-    yield "check: numerics", _check_numerics
-    yield "check: CUDA graphs", _check_graphs
-    yield "check: training", _check_training
+    yield "check: numerics", check_numerics
+    yield "check: CUDA graphs", check_graphs
+    yield "check: training", check_training
     yield "step", partial(_steps, options.rounds)
     for name in REPLAYED:
         yield f"step: replayed, {name}", partial(_replayed, name, options.rounds)
@@ -104,150 +96,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[
         yield f"op: {name} {shape[0]} x {shape[1]}", partial(_op_rows, name, shape, options.rounds)
 
 
-def _row(case: str, what: str, **values: Any) -> Row:
-    """A row has all columns; what it does not measure stays empty."""
-    return {**dict.fromkeys(COLUMNS, ""), "case": case, "what": what, **values}
-
-
-class Work(NamedTuple):
-    """What one call of a function takes."""
-
-    wall_ms: float
-    gpu_ms: float
-    launches: int
-    waits: int
-    MiB: float
-
-    def columns(self) -> Row:
-        """As columns of a row."""
-        idle = max(0.0, 1 - self.gpu_ms / self.wall_ms)
-        return {**self._asdict(), "idle": idle}
-
-
-def measure(function: Callable[[], object], rounds: int) -> Work:
-    """Time a function that launches work on the GPU; three calls of it come first and do not count."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        function()
-    busy = launches = waits = 0.0
-    for event in profile.events():
-        if event.device_type.name == "CUDA":
-            busy += event.time_range.elapsed_us() / 1e3
-        launches += event.name.startswith(LAUNCHES)
-        waits += event.name in WAITS
-    # The profiler itself waits once at its end.
-    return Work(statistics.median(times) * 1e3, busy, int(launches), max(0, int(waits) - 1), memory)
-
-
-def _compared(case: str, works: dict[str, Work], rival: str, dtype: str = "") -> list[Row]:
-    """A row for each function of a case; ours are compared with the rival, where that was measured."""
-    rows = []
-    for name, work in works.items():
-        row = _row(case, name, dtype=dtype, **work.columns())
-        if rival in works and name != rival:
-            row |= {"rival": rival, "x_rival": work.wall_ms / works[rival].wall_ms}
-        rows.append(row)
-    return rows
-
-
-# --- checks -------------------------------------------------------------------------------------------------------
-
-
-def _check_numerics() -> list[Row]:
-    """Every op on the GPU, in every precision that it reads, against float64 on the CPU."""
-    rows = []
-    for name, make in CASES.items():
-        case = make(3, 70)
-        expected = _value_and_gradients(case, torch.float64, "cpu", "reference")
-        for dtype, tolerance in TOLERANCES.items():
-            begin = time.perf_counter()
-            found = _value_and_gradients(case, dtype, "cuda", "auto")
-            worst = max(_error(f, e) for f, e in zip(found, expected))
-            verdict = "ok" if worst <= tolerance else "FAILED"
-            note = f"{verdict}: largest error {worst:.1e}, {time.perf_counter() - begin:.1f} s with compiling"
-            rows.append(_row("check: numerics", name, dtype=str(dtype).removeprefix("torch."), note=note))
-    return rows
-
-
-def _value_and_gradients(case: Case, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
-    inputs = [t.to(device, dtype).requires_grad_() for t in _narrowed(case.tensors)]
-    with ops.use_backend(backend):
-        value = case.call(*inputs)
-        weights = torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape)
-        gradients = torch.autograd.grad(value, inputs, weights.to(value.device, value.dtype))
-    return [t.detach().double().cpu() for t in (value, *gradients)]
-
-
-def _narrowed(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers for every precision: such as bfloat16 can hold, so that only the arithmetic differs."""
-    return [t.bfloat16().float() for t in tensors]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry; infinite where a NaN was found."""
-    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    return float(torch.nan_to_num(difference, nan=torch.inf))
-
-
-def _check_graphs() -> list[Row]:
-    """Scores that are replayed as a graph equal plain ones, and random numbers still come after recording."""
-    from recbole_ssm.graphs import GraphedModel
-
-    rows = []
-    for name in ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"):
-        model, batch = _model_and_batch(name, 8, layers=2)
-        model.eval()
-        histories, lengths = batch[model.ITEM_SEQ], batch[model.ITEM_SEQ_LEN]
-        with torch.inference_mode():
-            graphed = GraphedModel(model).scores
-            expected = model.full_sort_predict(batch)
-            error = max(_error(graphed(histories, lengths).double(), expected.double()) for _ in range(3))
-        torch.rand(1, device="cuda")
-        recorded = not graphed._failed
-        verdict = "ok" if recorded and error < 1e-5 else "FAILED"
-        rows.append(_row("check: CUDA graphs", name, note=f"{verdict}: recorded {recorded}, error {error:.1e}"))
-    return rows
-
-
-def _check_training() -> list[Row]:
-    """Ten steps without dropout give the same losses on the GPU as on the CPU."""
-    rows = []
-    for name in COMPARED:
-        rates = ("hidden_dropout_prob", "attn_dropout_prob") if name == "SASRec" else ("dropout_prob",)
-        undropped: dict[str, Any] = dict.fromkeys(rates, 0.0)
-        losses = {}
-        for device in ("cpu", "cuda"):
-            step, _ = _training_step(name, "ml-100k", 256, device, **undropped)
-            losses[device] = torch.tensor([sum(step()) for _ in range(10)], dtype=torch.float64)
-        error = _error(losses["cuda"], losses["cpu"])
-        verdict = "ok" if error < 1e-5 else "FAILED"
-        note = f"{verdict}: losses of ten steps differ by {error:.1e} of the largest"
-        rows.append(_row("check: training", name, note=note))
-    return rows
-
-
 # --- measurements -------------------------------------------------------------------------------------------------
-
-
-def _model_and_batch(name: str, batch: int, layers: int = 1) -> tuple[Any, Any]:
-    """A model on the GPU with full histories of 50 items for it; SASRec has RecBole's two layers."""
-    device = torch.device("cuda")
-    torch.manual_seed(0)
-    model = model_of_a_step(name, ITEMS, device, 50, layers)
-    return model, random_histories(batch, 50, ITEMS, device)
 
 
 def _steps(rounds: int) -> list[Row]:
@@ -255,7 +104,7 @@ def _steps(rounds: int) -> list[Row]:
     training: dict[str, Work] = {}
     evaluation: dict[str, Work] = {}
     for name in (RECBOLE, *COMPARED):
-        model, batch = _model_and_batch(name, 2048)
+        model, batch = model_and_batch(name, 2048)
         optimizer = torch.optim.Adam(model.parameters())
 
         def train(model: Any = model, batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer) -> None:
@@ -275,8 +124,8 @@ def _steps(rounds: int) -> list[Row]:
         model.eval()
         evaluation[name] = measure(evaluate, rounds)
     return [
-        *_compared("step: train 2048 x 50", training, RECBOLE),
-        *_compared("step: evaluate 2048 x 50", evaluation, RECBOLE),
+        *compared("step: train 2048 x 50", training, RECBOLE),
+        *compared("step: evaluate 2048 x 50", evaluation, RECBOLE),
     ]
 
 
@@ -284,12 +133,12 @@ def _replayed(name: str, rounds: int) -> list[Row]:
     """A step of our trainer on packed histories, replayed as a CUDA graph, beside one launched kernel by kernel."""
     works = {}
     for what, choice in (("launched", False), ("replayed", "auto")):
-        step, steps = _training_step(name, "ml-100k", 2048, "cuda", train_mode="packed", cuda_graphs=choice)
+        step, steps = training_step(name, "ml-100k", 2048, DEVICE, train_mode="packed", cuda_graphs=choice)
         # In the first epoch sizes are met, in the second all that come again are recorded.
         for _ in range(2 * steps):
             step()
         works[f"{name}, {what}"] = measure(step, rounds)
-    return _compared("step: packed, 2,048 targets of ml-100k", works, f"{name}, launched")
+    return compared("step: packed, 2,048 targets of ml-100k", works, f"{name}, launched")
 
 
 def _op_rows(name: str, shape: tuple[int, int], rounds: int) -> list[Row]:
@@ -297,7 +146,7 @@ def _op_rows(name: str, shape: tuple[int, int], rounds: int) -> list[Row]:
     rows = []
     case = CASES[name](*shape)
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = [t.to("cuda", dtype if t.dim() > 2 else None).requires_grad_() for t in case.tensors]
+        inputs = [t.to(DEVICE, dtype if t.dim() > 2 else None).requires_grad_() for t in case.tensors]
         calls = {"ours": case.call, **rivals(name)}
         gradient = torch.randn_like(case.call(*inputs))
 
@@ -314,7 +163,7 @@ def _op_rows(name: str, shape: tuple[int, int], rounds: int) -> list[Row]:
                 works[who] = measure(partial(function, call), rounds)
             rival = min((w for w in works if w != "ours"), key=lambda w: works[w].gpu_ms, default="")
             text = str(dtype).removeprefix("torch.")
-            rows += _compared(f"op: {name} {shape[0]} x {shape[1]} {direction}", works, rival, text)
+            rows += compared(f"op: {name} {shape[0]} x {shape[1]} {direction}", works, rival, text)
     return rows
 
 
@@ -360,31 +209,15 @@ def rivals(name: str) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
-def _training_step(
-    name: str, dataset: str, batch: int, device: str, data_path: str = "dataset/", **keys: Any
-) -> tuple[Callable[[], Any], int]:
-    """A function that takes one step of our trainer and returns the terms of its loss, and the steps of an epoch."""
-    from recbole_ssm.bench.train import _our_step
-    from recbole_ssm.quick_start import configure
-
-    options = {
-        "train_batch_size": batch, "use_gpu": device == "cuda", "data_path": data_path, "show_progress": False,
-        "checkpoint_dir": tempfile.gettempdir(), **keys,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    step, steps, _ = _our_step(configure(name, dataset, config_dict=options))
-    return step, steps
-
-
 def _epoch(name: str, batch: int, options: argparse.Namespace) -> list[Row]:
     """Seconds of a packed epoch of ml-1m: a median step of our trainer, times the steps."""
     case = f"epoch: ml-1m, {name}, {batch} targets"
     if not (Path(options.data_path) / "ml-1m" / "ml-1m.inter").is_file():
-        return [_row(case, name, note=f"not measured: ml-1m is not in {options.data_path}")]
-    step, steps = _training_step(name, "ml-1m", batch, "cuda", data_path=options.data_path)
+        return [row(case, name, note=f"not measured: ml-1m is not in {options.data_path}")]
+    step, steps = training_step(name, "ml-1m", batch, DEVICE, data_path=options.data_path)
     work = measure(step, options.rounds)
     seconds = work.wall_ms * steps / 1e3
-    return [_row(case, name, **work.columns(), note=f"{seconds:.2f} s an epoch of {steps} steps")]
+    return [row(case, name, **work.columns(), note=f"{seconds:.2f} s an epoch of {steps} steps")]
 
 
 def _event(rounds: int) -> list[Row]:
@@ -392,9 +225,9 @@ def _event(rounds: int) -> list[Row]:
     from recbole_ssm.serving import Recommender
 
     rows = []
-    for how, name in itertools.product(("cuda, replayed", "cuda", "cpu"), ("Mamba4Rec", "2Mamba4Rec")):
+    for how, name in itertools.product((f"{DEVICE}, replayed", DEVICE, "cpu"), ("Mamba4Rec", "2Mamba4Rec")):
         device, is_replayed = how.partition(",")[0], "replayed" in how
-        model, _ = _model_and_batch(name, 1)
+        model, _ = model_and_batch(name, 1)
         config = {
             "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "item_length",
             "TIME_FIELD": "timestamp", "MAX_ITEM_LIST_LENGTH": 50, "device": torch.device(device), "model": name,
@@ -408,7 +241,7 @@ def _event(rounds: int) -> list[Row]:
             session.top(10)
 
         work = measure(event, 10 * rounds)
-        rows.append(_row("event to top 10 of 12,101", f"{name} on {how}", **work.columns()))
+        rows.append(row("event to top 10 of 12,101", f"{name} on {how}", **work.columns()))
     return rows
 
 
@@ -440,10 +273,10 @@ def _goals(rows: list[Row]) -> list[Row]:
     out = []
     for text, values, goal in goals:
         if not values:
-            out.append(_row("goal", text, note=f"not measured; the goal is at most {goal:.3g}"))
+            out.append(row("goal", text, note=f"not measured; the goal is at most {goal:.3g}"))
             continue
         verdict = "met" if values[0] <= goal else "missed"
-        out.append(_row("goal", text, note=f"{verdict}: {values[0]:.3g}, the goal is at most {goal:.3g}"))
+        out.append(row("goal", text, note=f"{verdict}: {values[0]:.3g}, the goal is at most {goal:.3g}"))
     failed = [r for r in rows if "FAILED" in str(r["note"]) or str(r["note"]).startswith("failed")]
-    out.append(_row("goal", "every check passes", note="met" if not failed else f"missed: {len(failed)} failed"))
+    out.append(row("goal", "every check passes", note="met" if not failed else f"missed: {len(failed)} failed"))
     return out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recbole_ssm.bench import gpu
+from recbole_ssm.bench import gpu, gpu_checks, gpu_work
 from recbole_ssm.cli import main
 
 
@@ -14,7 +14,7 @@ def test_without_a_gpu_it_is_one_line(capsys):
 
 
 def made(case, what, **values):
-    return gpu._row(case, what, **values)
+    return gpu_work.row(case, what, **values)
 
 
 def verdicts(rows):
@@ -46,8 +46,8 @@ def test_a_replayed_step_stands_beside_the_launched_one(monkeypatch):
         return lambda: taken.append(keys["cuda_graphs"]), 3
 
     times = iter([8.0, 2.0])
-    monkeypatch.setattr(gpu, "_training_step", training_step)
-    monkeypatch.setattr(gpu, "measure", lambda step, rounds: gpu.Work(next(times), 1.9, 1, 0, 5.0))
+    monkeypatch.setattr(gpu, "training_step", training_step)
+    monkeypatch.setattr(gpu, "measure", lambda step, rounds: gpu_work.Work(next(times), 1.9, 1, 0, 5.0))
     launched, replayed = gpu._replayed("Mamba4Rec", 3)
     assert taken == [False] * 6 + ["auto"] * 6
     assert replayed["what"] == "Mamba4Rec, replayed" and replayed["x_rival"] == 0.25 and launched["x_rival"] == ""
@@ -61,10 +61,45 @@ def test_a_failed_check_is_a_missed_goal(note):
     assert verdicts([made("check: numerics", "ssd", note=note)])["every check passes"] == "missed"
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """The benchmark on the CPU, where a call is made once and not measured."""
+
+    def small(name, batch, layers=1):
+        return gpu_work.model_and_batch(name, min(batch, 8), layers)
+
+    def once(function, rounds):
+        function()
+        return gpu_work.Work(1.0, 1.0, 1, 0, 0.0)
+
+    for module in (gpu, gpu_checks, gpu_work):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    for module in (gpu, gpu_checks):
+        monkeypatch.setattr(module, "model_and_batch", small)
+    monkeypatch.setattr(gpu, "measure", once)
+    monkeypatch.setattr(gpu_checks, "COMPARED", ("2Mamba4Rec",))
+
+
+def test_checks_run(here, monkeypatch):
+    """On a CPU their verdict says little, but they come to one."""
+    monkeypatch.setattr(gpu_checks, "TOLERANCES", {torch.float32: 1e-5})
+    rows = [*gpu_checks.check_numerics(), *gpu_checks.check_graphs(), *gpu_checks.check_training()]
+    assert len(rows) == len(gpu.CASES) + 3 + 1
+    assert all(row["note"].startswith("ok: ") for row in rows)
+
+
+def test_measurements_run(here):
+    steps, event, op = gpu._steps(1), gpu._event(1), gpu._op_rows("ssd", (2, 9), 1)
+    assert len(steps) == 2 * (1 + len(gpu.COMPARED)) + 1
+    assert {row["what"] for row in event} >= {"2Mamba4Rec on cpu, replayed", "Mamba4Rec on cpu"}
+    cases = [f"op: ssd 2 x 9 {direction}" for direction in ("forward", "forward+backward")]
+    assert [row["case"] for row in op if row["what"] == "ours"] == 2 * cases
+
+
 def test_every_row_has_the_same_columns():
-    work = gpu.Work(2.0, 1.5, 30, 1, 5.0)
-    rows = gpu._compared("step", {"theirs": work, "ours": work._replace(wall_ms=1.0)}, "theirs")
-    assert [tuple(row) for row in rows] == [(*gpu.COLUMNS,)] * 2
+    work = gpu_work.Work(2.0, 1.5, 30, 1, 5.0)
+    rows = gpu_work.compared("step", {"theirs": work, "ours": work._replace(wall_ms=1.0)}, "theirs")
+    assert [tuple(row) for row in rows] == [(*gpu_work.COLUMNS,)] * 2
     assert rows[1]["x_rival"] == 0.5 and rows[0]["x_rival"] == ""
     assert rows[0]["idle"] == 0.25
 
@@ -73,6 +108,6 @@ def test_every_row_has_the_same_columns():
 def test_the_numbers_of_a_check_fit_every_precision(name):
     """On the CPU each op passes the check that the GPU has to pass."""
     case = gpu.CASES[name](2, 9)
-    expected = gpu._value_and_gradients(case, torch.float64, "cpu", "reference")
-    found = gpu._value_and_gradients(case, torch.float32, "cpu", "torch")
-    assert max(gpu._error(f, e) for f, e in zip(found, expected)) < 1e-5
+    expected = gpu_checks._value_and_gradients(case, torch.float64, "cpu", "reference")
+    found = gpu_checks._value_and_gradients(case, torch.float32, "cpu", "torch")
+    assert max(gpu_checks._error(f, e) for f, e in zip(found, expected)) < 1e-5
