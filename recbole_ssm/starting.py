@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from recbole_ssm.arguments import parse_options
 from recbole_ssm.config import Config
 from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, shown
@@ -76,6 +77,31 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     base = {key: value for key, value in base.items() if key not in NOT_BY_A_FILE}
     config = _configure_by(found, model, {**base, "model": name}, **given)
     class_of(found.info, path, config.model_class if "class" not in found.info or config.class_path else None)
+    return config
+
+
+def configure_trained(
+    saved: Saved, model: str | type | None, settled: Collection[str] = ("model", "training"), **given: Any
+) -> Config:
+    """:func:`configure_again` of a model whose training is over.
+
+    Args:
+        saved: the checkpoint.
+        model: as of :func:`configure_again`.
+        settled: keys of these scopes are refused where they are not the run's, as they would change nothing.
+        **given: as of :func:`configure_again`.
+
+    Raises:
+        UserError: also where such a key is given.
+    """
+    config = configure_again(saved, model, **given)
+    keys = {**(given.get("config_dict") or {}), **parse_options(given.get("command_line", ()))}
+    rows = {key: config.rows[key] for key in keys if key in config.rows}
+    named = [key for key, row in rows.items() if row.scope in settled and not row.free]
+    run = configure_again(saved, model) if named else config
+    for key in named:
+        if config[key] != run[key]:
+            raise UserError(f"{key}: was {shown(run[key])} when {saved[0]} was trained, and stays so; leave it out")
     return config
 
 

@@ -23,7 +23,7 @@ from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import digest, whole
 from recbole_ssm.model.registry import class_of
 from recbole_ssm.serving import portable, recommender_of
-from recbole_ssm.starting import configure_again
+from recbole_ssm.starting import configure_trained
 from recbole_ssm.trainer import checkpoint
 
 USERS_AT_ONCE = 1024
@@ -77,7 +77,7 @@ def export_vectors(
     if what == "items":
         ids, vectors = recommender.items[1:], recommender.item_vectors()
     else:
-        config = configure_again((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
+        config = configure_trained((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
         histories = histories_of(users, config)
         ids, waiting, times = histories.users, iter(histories), histories.times
         parts = [recommender.user_vectors([])]
@@ -156,8 +156,10 @@ def main(arguments: Sequence[str]) -> None:
     for name in NOT_TAKEN[options.what]:
         if getattr(options, name):
             raise UserError(f"--{name}: --what={options.what} does not take it; leave it out")
+    if command_line and options.what != "users":
+        raise UserError(f"export: --what={options.what} takes no config keys, got {command_line[0]}")
     if options.what == "model":
-        _main_of_model(options, command_line)
+        _main_of_model(options)
         return
     out = options.out or Path(f"{options.what}.parquet")
     count = export_vectors(
@@ -173,9 +175,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"wrote {out}: the vectors of {count:,} {options.what}")
 
 
-def _main_of_model(options: Namespace, command_line: Sequence[str]) -> None:
-    if command_line:
-        raise UserError(f"export: --what=model takes no config keys, got {command_line[0]}")
+def _main_of_model(options: Namespace) -> None:
     out = options.out or Path("exported")
     found = export_model(
         out, options.checkpoint, options.format or "onnx", overwrite=options.overwrite, model=options.model
