@@ -63,6 +63,7 @@ def _computing() -> tuple[list[str], list[str]]:
     from recbole_ssm import layers, ops  # noqa: F401
     from recbole_ssm.ops import native
     from recbole_ssm.ops.backend import lacks
+    from recbole_ssm.ops.triton import tiles
 
     missing = []
     lines = [f"  device         {_device()}"]
@@ -71,6 +72,8 @@ def _computing() -> tuple[list[str], list[str]]:
     if native.unusable:
         missing.append(INSTALL_NATIVE)
     lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + importlib.metadata.version('triton')}")
+    if not lacks("cuda"):
+        lines.append(f"  tile sizes     chosen for {len(tiles.chosen())} kinds of calls, in {tiles.file()}")
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"

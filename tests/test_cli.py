@@ -24,6 +24,17 @@ def test_doctor_names_versions_device_and_kernels(capsys):
         assert word in out
 
 
+def test_doctor_says_where_tile_sizes_are_kept(monkeypatch, tmp_path):
+    from recbole_ssm.doctor import report
+    from recbole_ssm.ops import backend
+
+    monkeypatch.setenv("RECBOLE_SSM_CACHE", str(tmp_path))
+    monkeypatch.setattr(backend, "_lacks", {"cuda": "there is no GPU"})
+    assert "tile sizes" not in report()
+    monkeypatch.setattr(backend, "_lacks", {"cuda": ""})
+    assert f"kinds of calls, in {tmp_path / 'tiles.json'}" in report()
+
+
 def test_doctor_tells_of_threads_that_spin(monkeypatch):
     from recbole_ssm.doctor import report
 

@@ -31,7 +31,8 @@ def python(*arguments, **environment):
 @pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter(tmp_path):
     found = python(
-        "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_triton.py", "tests/ops/test_pieces.py",
+        "-m", "pytest", "-p", "no:cacheprovider", "tests/ops/test_triton.py", "tests/ops/test_triton_tiles.py",
+        "tests/ops/test_pieces.py",
         TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-4000:]

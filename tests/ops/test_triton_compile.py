@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from recbole_ssm.ops.triton import INTERPRETED
+from recbole_ssm.ops.triton.tiles import TILES
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,8 @@ KERNELS = [
     ("ssd", "ssd_backward", {**SSD, "BN": 64, "BP": 64}, 8),
     ("ssd", "ssd_forward", {**SSD, "Q": 16, "BN": 128, "BP": 64}, 8),
     ("ssd", "ssd_backward", {**SSD, "Q": 16, "BN": 128, "BP": 64}, 8),
+    ("ssd", "ssd_forward", {**SSD, "BN": 32, "BP": 32}, 8),
+    ("ssd", "ssd_backward", {**SSD, "BN": 32, "BP": 32}, 8),
     ("ssd", "ssd_added", {**SSD, "BACKWARD": False, "BN": 64, "BP": 64}, 8),
     ("ssd", "ssd_added", {**SSD, "BACKWARD": True, "Q": 16, "BN": 128, "BP": 64}, 8),
     ("common", "join", {"REVERSE": True, "BLOCK": 128}, 4),
@@ -68,6 +71,13 @@ KERNELS = [
     ("conv", "conv_state", STATE, 4),
     ("conv", "conv_state_gradient", STATE, 4),
 ]
+TILED = [
+    (module, name, {**constants, **tile}, tile.get("warps", warps))
+    for module, name, constants, warps in KERNELS
+    for tile in TILES.get(f"{module}.{name}", ())[1:]
+    if not name.startswith("ssd") or constants["BN"] * constants["BP"] <= 256 * tile["warps"] or "last" in name
+]
+"""The other tiles that a GPU may find to be faster; SSD's as :func:`operators._ssd_tiles` says."""
 OPTIONAL = ("offsets", "of_row", "of_piece", "ids")
 TYPES = {
     "offsets": "*i64",
@@ -85,7 +95,7 @@ OF_THE_MODEL = {"x", "dt", "B", "C", "z", "y", "gy", "gx", "gdt", "gz", "weight"
 OLDER = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 """Every Triton that comes with PyTorch 2.6 and later, and the newest."""
 
-each_kernel = pytest.mark.parametrize(("module", "name", "constants", "warps"), KERNELS)
+each_kernel = pytest.mark.parametrize(("module", "name", "constants", "warps"), KERNELS + TILED)
 packed_and_padded = pytest.mark.parametrize("packed", [True, False])
 each_type = pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 

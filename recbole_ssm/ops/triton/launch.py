@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 
-def launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any], warps: int = 4) -> None:
+def launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any]) -> None:
     """Run a kernel, for example ``"scan.scan_forward"``, unless its grid is empty.
 
-    ``values`` has an entry for every parameter of the kernel, and may have others.
+    ``values`` has an entry for every parameter of the kernel, and may have others. ``warps`` is
+    how many a program has, if not four.
     """
     module, _, name = kernel.partition(".")
     function = getattr(importlib.import_module(f"recbole_ssm.ops.triton.{module}"), name)
@@ -25,7 +26,7 @@ def launch(kernel: str, grid: tuple[int, int], values: Mapping[str, Any], warps:
     x = values["x"]
     if grid[0] and grid[1]:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            function[grid](*arguments, num_warps=warps, num_stages=1)
+            function[grid](*arguments, num_warps=values.get("warps", 4), num_stages=1)
 
 
 def width(size: int, least: int = 1) -> int:

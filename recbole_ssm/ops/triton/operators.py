@@ -11,6 +11,7 @@ Triton is imported when the first kernel runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from recbole_ssm.ops.library import (
 from recbole_ssm.ops.numerics import tf32_allowed
 from recbole_ssm.ops.triton import pieces
 from recbole_ssm.ops.triton.launch import cdiv, empty_float32, launch, processors, width
+from recbole_ssm.ops.triton.tiles import TILES, Tile, best
 
 MOST_STATE = 256
 """N of a selective scan."""
@@ -59,54 +61,67 @@ def _total(shares: Tensor | None) -> Any:
 # --- selective scan ---
 
 
-def _scan_blocks(values: Values) -> Values:
-    """A lane holds one channel and at most 32 states: where N is larger, several lanes share a channel."""
-    BN = width(values["N"])
-    BD = min(width(values["D"], 8), 32 if BN <= 32 else 16)
+def _scan_constants(values: Values) -> Values:
     # the kernels keep A as they keep a state, [N, D]
     A_ND = values["A"].t().contiguous()
-    return {"BN": BN, "BD": BD, "CHUNK": _SCAN_CHUNK, "SOFTPLUS": values["dt_softplus"], "A": A_ND}
+    return {"BN": width(values["N"]), "CHUNK": _SCAN_CHUNK, "SOFTPLUS": values["dt_softplus"], "A": A_ND}
+
+
+def _scan_tiles(kernel: str, values: Values) -> list[Tile]:
+    """Channels of a program: so few, where N is larger than 32, that a lane of a warp has no more states to hold."""
+    most, shared = width(values["D"], 8), 1 if values["BN"] <= 32 else 2
+    return [tile | {"BD": min(tile["BD"] // shared, most)} for tile in TILES[kernel]]
 
 
 def _scan_in_pieces(values: Values) -> Values:
     """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
-    blocks = cdiv(values["D"], values["BD"])
+    (tile,) = _scan_tiles("scan.scan_added", values)
+    blocks = cdiv(values["D"], tile["BD"])
     pieces.choose(values, blocks)
 
     def run(own: Values) -> None:
-        launch("scan.scan_added", (own["S"], blocks), own, warps=1)
+        launch("scan.scan_added", (own["S"], blocks), own | tile)
 
     return pieces.in_pieces(values, values["N"] * values["D"], run)
 
 
 def _scan_forward(values: Values) -> None:
-    values |= _scan_blocks(values)
+    values |= _scan_constants(values)
     kernel = "scan.scan_last_forward"
     if "final" in values:
         kernel, values = "scan.scan_forward", _scan_in_pieces(values)
-    launch(kernel, (values["S"], cdiv(values["D"], values["BD"])), values, warps=1)
+
+    def run(tile: Tile) -> None:
+        launch(kernel, (values["S"], cdiv(values["D"], tile["BD"])), values | tile)
+
+    best(kernel, values, _scan_tiles(kernel, values), run)
 
 
 def _scan_backward(values: Values) -> Values:
-    values |= _scan_blocks(values)
+    values |= _scan_constants(values)
     gstate = values["gstate"] = _like(values.get("state"))
+    kernel = "scan.scan_last_backward"
     if "gfinal" in values:
-        values = _scan_in_pieces(values)
-    x, S, D, N = (values[name] for name in ("x", "S", "D", "N"))
-    shares = cdiv(D, values["BD"])
-    programs = _programs(x, S, shares)
-    gA = empty_float32(x, programs, N, D)
-    gB, gC = (empty_float32(x, shares, *values[name].shape) for name in ("B", "C"))
+        kernel, values = "scan.scan_backward", _scan_in_pieces(values)
     values |= {f"g{name}": _like(values[name]) for name in ("x", "dt", "z")}
-    values |= {"gA": gA, "gB": gB, "gC": gC}
-    values |= {f"g{name}": _shares(x, values[name], programs, D) for name in ("skip", "dt_bias")}
+    shares = best(kernel, values, _scan_tiles(kernel, values), partial(_run_scan_backward, kernel, values))
+    values |= {"gA": _total(shares["gA"]).t().contiguous(), "gstate": gstate}
+    values |= {name: shares[name].sum(0) for name in ("gB", "gC")}
+    return values | {name: _total(shares[name]) for name in ("gskip", "gdt_bias")}
+
+
+def _run_scan_backward(kernel: str, values: Values, tile: Tile) -> Values:
+    """Write the gradients of x, dt and z, and return the shares of all programs in those of the parameters."""
+    x, S, D, N = (values[name] for name in ("x", "S", "D", "N"))
+    blocks = cdiv(D, tile["BD"])
+    programs = _programs(x, S, blocks)
+    shares: Values = {"gA": empty_float32(x, programs, N, D)}
+    shares |= {f"g{name}": empty_float32(x, blocks, *values[name].shape) for name in ("B", "C")}
+    shares |= {f"g{name}": _shares(x, values[name], programs, D) for name in ("skip", "dt_bias")}
     if "gfinal" in values:
-        values["scratch"] = empty_float32(x, programs, shares, _SCAN_CHUNK, values["BN"], values["BD"])
-        launch("scan.scan_backward", (programs, shares), values, warps=1)
-    else:
-        launch("scan.scan_last_backward", (programs, shares), values, warps=1)
-    values |= {"gA": _total(gA).t().contiguous(), "gB": gB.sum(0), "gC": gC.sum(0), "gstate": gstate}
-    return values | {name: _total(values[name]) for name in ("gskip", "gdt_bias")}
+        shares["scratch"] = empty_float32(x, programs, blocks, _SCAN_CHUNK, values["BN"], tile["BD"])
+    launch(kernel, (programs, blocks), values | tile | shares)
+    return shares
 
 
 def _programs(x: Tensor, S: int, others: int) -> int:
@@ -147,7 +162,7 @@ def _precision(*tensors: Tensor) -> str:
     return "tf32x3" if any(t.dtype == torch.float32 for t in tensors) and not tf32_allowed() else "tf32"
 
 
-_SSD_WARPS = 8
+_SSD_WARPS = TILES["ssd.ssd_forward"][0]["warps"]
 _AHEAD = {"REVERSE": False, "SHIFT": False, "ADD": False}
 _DIRECTIONS = {
     "fwd": {**_AHEAD, "SHIFT": True},
@@ -155,18 +170,27 @@ _DIRECTIONS = {
 }
 
 
+def _ssd_tiles(kernel: str, values: Values) -> list[Tile]:
+    """Beside the first, those that leave a warp of the full forms 256 numbers of a state at most: more would spill."""
+    first, *others = TILES[kernel]
+    least = cells(values["P"], values["N"]) // 256
+    return [first, *[tile for tile in others if "last" in kernel or tile["warps"] >= least]]
+
+
 def _run_ssd(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -> None:
-    last = "last" in kernel
     constants = {
         "BN": width(values["N"], 16),
         "BP": width(values["P"], 16),
-        "Q": 32 if last else values["Q"],
         "PRECISION": _precision(values["x"], values["B"], values["C"]),
         "per_group": values["H"] // values["G"],
         "groups": values["G"],
     }
-    warps = 4 if last else _SSD_WARPS
-    launch(kernel, (values["S"], values["H"]), {"of_piece": None} | values | constants | direction, warps)
+    values = {"of_piece": None} | values | constants | direction
+
+    def run(tile: Tile) -> None:
+        launch(kernel, (values["S"], values["H"]), values | tile)
+
+    best(kernel, values, _ssd_tiles(kernel, values), run, repeatable=not direction["ADD"])
 
 
 def _ssd_in_pieces(values: Values, direction: dict[str, bool]) -> Values:
@@ -287,13 +311,10 @@ def loss_tiles(
 
 # --- convolutions ---
 
-_CONV_BLOCK = 32  # positions, and channels, of a program
 
-
-def _conv_grids(values: Values) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The grid over rows, and that over sequences."""
-    tiles = cdiv(values["D"], _CONV_BLOCK)
-    return (cdiv(values["rows"], _CONV_BLOCK), tiles), (values["S"], tiles)
+def _conv_grid(values: Values, tile: Tile) -> tuple[int, int]:
+    """Over rows and channels."""
+    return cdiv(values["rows"], tile["BT"]), cdiv(values["D"], tile["BD"])
 
 
 def _conv_constants(values: Values) -> Values:
@@ -304,37 +325,56 @@ def _conv_constants(values: Values) -> Values:
     return {
         "LEAD": taps_before(values),
         "SILU": values["activation"] == "silu",
-        "BT": _CONV_BLOCK,
-        "BD": _CONV_BLOCK,
         "BK": width(values["K"]),
         "of_row": of_row,
         "state": values.get("state"),
     }
 
 
+def _run_conv(values: Values) -> None:
+    kernel = "conv.conv_forward"
+
+    def run(tile: Tile) -> None:
+        launch(kernel, _conv_grid(values, tile), values | tile)
+
+    best(kernel, values, TILES[kernel], run)
+
+
+def _run_conv_state(kernel: str, values: Values) -> None:
+    (tile,) = TILES[kernel]
+    launch(kernel, (values["S"], cdiv(values["D"], tile["BD"])), values | tile)
+
+
 def _conv_forward(values: Values) -> None:
-    by_rows, by_sequences = _conv_grids(values)
     values |= _conv_constants(values)
-    launch("conv.conv_forward", by_rows, values)
+    _run_conv(values)
     if "final" in values:
-        launch("conv.conv_state", by_sequences, values)
+        _run_conv_state("conv.conv_state", values)
+
+
+def _run_conv_gradient(values: Values, tile: Tile) -> Values:
+    """Write the gradient of the sum within the activation, and return the shares in those of taps and bias."""
+    grid = _conv_grid(values, tile)
+    x, D, K = (values[name] for name in ("x", "D", "K"))
+    shares = {"gweight": empty_float32(x, grid[0], D, K), "gbias": _shares(x, values["bias"], grid[0], D)}
+    launch("conv.conv_gradient", grid, values | tile | shares)
+    return shares
 
 
 def _conv_backward(values: Values) -> Values:
-    by_rows, by_sequences = _conv_grids(values)
     values |= _conv_constants(values)
     x, D, K = (values[name] for name in ("x", "D", "K"))
-    gsum, gweight = empty_float32(x, *x.shape), empty_float32(x, by_rows[0], D, K)
-    values |= {"gx": _like(x), "gsum": gsum, "gweight": gweight, "gstate": _like(values["state"])}
-    values["gbias"] = _shares(x, values["bias"], by_rows[0], D)
-    launch("conv.conv_gradient", by_rows, values)
+    gsum = empty_float32(x, *x.shape)
+    values |= {"gx": _like(x), "gsum": gsum, "gstate": _like(values["state"])}
+    kernel = "conv.conv_gradient"
+    shares = best(kernel, values, TILES[kernel], partial(_run_conv_gradient, values))
     # x_t meets output t + lead - k with tap k: a convolution with the taps turned round
     turned = {"x": gsum, "sx": D, "weight": values["weight"].flip(1), "LEAD": K - 1 - values["LEAD"], "SILU": False}
-    launch("conv.conv_forward", by_rows, values | turned | {"bias": None, "state": None, "y": values["gx"]})
+    _run_conv(values | turned | {"bias": None, "state": None, "y": values["gx"]})
     gfinal = values.get("gfinal")
     if values["gstate"] is not None or gfinal is not None:
-        launch("conv.conv_state_gradient", by_sequences, values | {"gfinal": gfinal})
-    return values | {"gweight": _total(gweight), "gbias": _total(values["gbias"])}
+        _run_conv_state("conv.conv_state_gradient", values | {"gfinal": gfinal})
+    return values | {name: _total(share) for name, share in shares.items()}
 
 
 # --- the operators ---
