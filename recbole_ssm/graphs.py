@@ -101,7 +101,7 @@ class Graphed:
     It must not read a tensor's value in Python, nor train. Weights are read where they lie when it is recorded: load
     new ones into them, and make a new ``Graphed`` after a move. Each kind of arguments (shapes, dtypes, devices) is
     recorded on its first call and keeps its memory; beyond ``most`` kinds, or where recording fails, the function runs
-    as it is. Threads take turns, since they share that memory.
+    as it is. Threads take turns, since they share that memory; but while one records, no other may wait for the GPU.
 
     Args:
         function: what to run.
@@ -129,7 +129,9 @@ class Graphed:
             return pytree.tree_map(torch.clone, outputs) if is_shared else outputs
 
     def into(self, places: Any, *arguments: Any) -> None:
-        """Run or replay, and write what comes back into tensors of the same structure, which may be arguments too."""
+        """Run or replay, and write what comes back, or the first part of it, into tensors of the same structure, which
+        may be arguments too.
+        """
         with self._lock:
             outputs, _ = self._run(arguments)
             _copy(pytree.tree_leaves(places), pytree.tree_leaves(outputs))
@@ -161,7 +163,7 @@ class Graphed:
 def _copy(places: list[Tensor], tensors: list[Tensor]) -> None:
     """Copy tensors to where they are wanted, those of a kind in one launch."""
     kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for place, tensor in zip(places, tensors, strict=True):
+    for place, tensor in zip(places, tensors):
         of_kind = kinds.setdefault((place.dtype, tensor.dtype), ([], []))
         of_kind[0].append(place)
         of_kind[1].append(tensor)
@@ -189,7 +191,7 @@ class GraphedModel:
         self.scores = Graphed(model.fixed_shape_scores, **how)
         self.step = Graphed(model.step, **how) if getattr(model, "carries_state", False) else None
         self._model, self._how = model, how
-        self._best: dict[tuple[int, int], Callable[..., Tensor]] = {}
+        self._best: dict[tuple[int, int], Graphed] = {}
 
     def best(self, vectors: Tensor, excluded: Tensor, k: int, items: int) -> Tensor:
         """The k best of so many items for each vector, the item of id 0 and excluded ones never being among them.
@@ -209,7 +211,8 @@ class GraphedModel:
             if len(self._best) == self.MOST_LENGTHS:
                 return function(vectors, excluded)
             self._best[k, items] = Graphed(function, **self._how)
-        return self._best[k, items](vectors, excluded)
+        found: Tensor = self._best[k, items](vectors, excluded)
+        return found
 
 
 def _best_items(model: Any, k: int, items: int, vectors: Tensor, excluded: Tensor) -> Tensor:

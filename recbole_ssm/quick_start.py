@@ -34,7 +34,6 @@ from recbole_ssm.starting import (  # noqa: E402
     configure,
     configure_again,
     configure_from,
-    configure_trained,
     read_resume,
     require_data,
     require_same_items,
@@ -166,7 +165,7 @@ def load_data_and_model(
         asked = [KEYS[key].take(key, given.get(key, run[key])) for key in ("metrics", "topk")]
         metric, cutoff = (value[0] if isinstance(value, list) else value for value in asked)
         command_line.append(f"--valid_metric={metric}@{cutoff}")
-    config = configure_trained(saved, model, ("model",), config_dict=config_dict, command_line=command_line)
+    config = configure_again(saved, model, config_dict=config_dict, command_line=command_line)
     begin_log(config)
     init_seed(config["seed"], config["reproducibility"])
     set_backend(config["ssm_backend"])

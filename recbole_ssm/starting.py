@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from recbole_ssm.arguments import parse_options
 from recbole_ssm.config import Config
 from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, shown
+from recbole_ssm.keys import KEYS, Key, renamed
 from recbole_ssm.model import get_model
 from recbole_ssm.model.registry import build_model, class_of, known_model
 from recbole_ssm.trainer import checkpoint, known_items
@@ -80,29 +81,26 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     return config
 
 
-def configure_trained(
-    saved: Saved, model: str | type | None, settled: Collection[str] = ("model", "training"), **given: Any
-) -> Config:
-    """:func:`configure_again` of a model whose training is over.
-
-    Args:
-        saved: the checkpoint.
-        model: as of :func:`configure_again`.
-        settled: keys of these scopes are refused where they are not the run's, as they would change nothing.
-        **given: as of :func:`configure_again`.
+def configure_data(saved: Saved, model: str | type | None, **given: Any) -> Config:
+    """:func:`configure_again`, to read data for a trained model.
 
     Raises:
-        UserError: also where such a key is given.
+        UserError: also where a key is given that says something else than where and how data are read.
     """
+    keys = renamed({**(given.get("config_dict") or {}), **parse_options(given.get("command_line", ()))})
+    _refuse_settled(keys, KEYS)
     config = configure_again(saved, model, **given)
-    keys = {**(given.get("config_dict") or {}), **parse_options(given.get("command_line", ()))}
-    rows = {key: config.rows[key] for key in keys if key in config.rows}
-    named = [key for key, row in rows.items() if row.scope in settled and not row.free]
-    run = configure_again(saved, model) if named else config
-    for key in named:
-        if config[key] != run[key]:
-            raise UserError(f"{key}: was {shown(run[key])} when {saved[0]} was trained, and stays so; leave it out")
+    _refuse_settled(keys, config.rows)
     return config
+
+
+def _refuse_settled(keys: Iterable[str], rows: Mapping[str, Key]) -> None:
+    for key in keys:
+        scope = rows[key].scope if key in rows else None
+        if scope in ("model", "training", "evaluation") or key in ("preset", "MAX_ITEM_LIST_LENGTH"):
+            raise UserError(
+                f"{key}: a trained model answers as it was trained, so this would change nothing; leave it out"
+            )
 
 
 def configure_from(saved: Saved, model: str | type | None, **given: Any) -> Config:

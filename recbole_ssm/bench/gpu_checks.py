@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recbole_ssm import ops
 from recbole_ssm.bench import Row
-from recbole_ssm.bench.gpu_work import DEVICE, model_and_batch, row, training_step
+from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, model_and_batch, row, training_step
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.model import STATE_SPACE
 
@@ -55,26 +55,32 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def check_graphs() -> list[Row]:
-    """Scores and steps that are replayed as graphs equal plain ones, and random numbers still come after recording."""
-    from recbole_ssm.graphs import GraphedModel
+    """What is replayed as a graph equals what is launched, and random numbers still come after recording."""
+    from recbole_ssm.graphs import Graphed, GraphedModel
 
     rows = []
     for name in ("Mamba4Rec", "2Mamba4Rec", "Hydra4Rec"):
         model, batch = model_and_batch(name, 8, layers=2)
         model.eval()
         histories, lengths = batch[model.ITEM_SEQ], batch[model.ITEM_SEQ_LEN]
+        replays = GraphedModel(model)
+        used: list[Graphed] = [replays.scores]
         with torch.inference_mode():
-            graphed = GraphedModel(model)
-            expected = model.full_sort_predict(batch)
-            error = max(_error(graphed.scores(histories, lengths), expected) for _ in range(3))
-            if graphed.step:
+            scores = model.full_sort_predict(batch)
+            pairs = [(replays.scores(histories, lengths), scores) for _ in range(2)]
+            if replays.step:
+                used.append(replays.step)
                 state = model.alloc_state(8)
                 for items in histories.T[:3]:
-                    found, _ = graphed.step(items, state)
+                    found, _ = replays.step(items, state)
                     expected, state = model.step(items, state)
-                    error = max(error, _error(found, expected))
+                    pairs.append((found, expected))
+            output = model.forward(*model.histories_of(batch))
+            best, _ = replays.best(output, lengths.new_zeros(8, 1), 10, ITEMS)
+            pairs.append((best, scores[:, 1:].topk(10).values.double()))
         torch.rand(1, device=DEVICE)
-        recorded = not any(one._failed for one in (graphed.scores, graphed.step) if one)
+        error = max(_error(found, expected) for found, expected in pairs)
+        recorded = all(one._recordings for one in (*used, *replays._best.values()))
         verdict = "ok" if recorded and error < 1e-5 else "FAILED"
         rows.append(row("check: CUDA graphs", name, note=f"{verdict}: recorded {recorded}, error {error:.1e}"))
     return rows

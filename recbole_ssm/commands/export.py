@@ -23,7 +23,7 @@ from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import digest, whole
 from recbole_ssm.model.registry import class_of
 from recbole_ssm.serving import portable, recommender_of
-from recbole_ssm.starting import configure_trained
+from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint
 
 USERS_AT_ONCE = 1024
@@ -77,7 +77,7 @@ def export_vectors(
     if what == "items":
         ids, vectors = recommender.items[1:], recommender.item_vectors()
     else:
-        config = configure_trained((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
+        config = configure_data((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
         histories = histories_of(users, config)
         ids, waiting, times = histories.users, iter(histories), histories.times
         parts = [recommender.user_vectors([])]

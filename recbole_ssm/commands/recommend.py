@@ -21,7 +21,7 @@ from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.serving import recommender_of
-from recbole_ssm.starting import configure_trained
+from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _tables(
     path, saved = checkpoint.find_best(Path(model_file))
     recommender = recommender_of(path, saved, device, model=model)
     data_options = {**ALL_EVENTS, **(config_dict or {})}
-    config = configure_trained((path, saved), model, config_dict=data_options, command_line=command_line)
+    config = configure_data((path, saved), model, config_dict=data_options, command_line=command_line)
     # What training alone needs is not kept.
     del saved
     histories = histories_of(users, config)

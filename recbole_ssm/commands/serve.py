@@ -24,7 +24,7 @@ from recbole_ssm.serving.record import STATE_TYPES
 from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.store import DURABILITIES, Store, open_store
 from recbole_ssm.serving.workers import COUNTS, Team, supervise
-from recbole_ssm.starting import configure_trained
+from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load_served(
     recommender = recommender_of(file, saved, device, model=model)
     titles, categories = None, None
     try:
-        config = configure_trained((file, saved), model, command_line=command_line)
+        config = configure_data((file, saved), model, command_line=command_line)
         titles = titles_of(config, recommender.items)
         categories = categories_of(config, category_field)
     except UserError as error:

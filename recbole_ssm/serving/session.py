@@ -293,14 +293,14 @@ class Stepper:
                 clock = [clock_of(moments, device)] if moments else []
                 before = [MixerState(*(part[:users] for part in one)) for one in self.state]
                 given = torch.tensor(items, device=device), before, *clock
-                if not keep:
-                    return (self._graphed or self.model.step)(*given)[0]
                 if self._graphed:
-                    output = torch.empty_like(self.model.item_embedding.weight[:users])
-                    self._graphed.into((output, before), *given)
+                    table = self.model.item_embedding.weight
+                    output = table.new_empty(users, table.shape[1])
+                    self._graphed.into((output, before) if keep else (output,), *given)
                     return output
                 output, after = self.model.step(*given)
-                for part, next_one in zip(itertools.chain(*before), itertools.chain(*after)):
+                pairs = zip(itertools.chain(*before), itertools.chain(*after)) if keep else ()
+                for part, next_one in pairs:
                     part.copy_(next_one)
             return output
         calls = self._calls if keep else self._trials

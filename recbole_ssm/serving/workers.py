@@ -173,9 +173,10 @@ def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[sock
     while workers:
         pid, status = os.waitpid(-1, 0)
         number, since = workers.pop(pid)
-        failures = 0 if team.remove(number) else failures + 1
+        had_served = team.remove(number)
         if stopping:
             continue
+        failures = 0 if had_served else failures + 1
         if failures >= TOO_OFTEN and not team.serves:
             pass_on(signal.SIGTERM, None)
             continue

@@ -80,6 +80,8 @@ class _Recording:
         self.terms: Tensor
         """Where it writes the terms of its loss."""
         self.replay: Callable[[], None]
+        self.gradients: list[Tensor | None]
+        """Where it writes the gradient of each weight."""
         self.compared = 0
 
     def read(self, batch: PackedBatch) -> None:
@@ -160,10 +162,14 @@ class Replays:
         trainer, config = self.trainer, self.trainer.config
         if config["lr_scheduler"] in MOVING_BETAS:
             return (
-                f"lr_scheduler: {config['lr_scheduler']} moves the betas at every step, which are recorded as they were"
+                f"lr_scheduler: {config['lr_scheduler']} moves the betas at every step, and a recording would keep the "
+                "first ones"
             )
         if not all(group.get("capturable") for group in trainer.optimizer.param_groups):
-            return "only adam and adamw are recorded, where learner_args say nothing of fused, foreach and capturable"
+            return (
+                f"{config['learner']}'s cannot be; those of adam and adamw can, unless learner_args name fused, "
+                "foreach or capturable"
+            )
         if config["average_power"] is not None:
             return "average_power follows every step"
         if any(type(hook).on_gradients is not Hook.on_gradients for hook in trainer.hooks):
@@ -193,8 +199,7 @@ class Replays:
         recording.read(parts[0].batch)
         if recording.compared < COMPARED:
             return self._both_ways(recording, parts[0])
-        with self.rates():
-            recording.replay()
+        self._replay(recording)
         return recording.terms.clone()
 
     def _recording_of(self, part: Part) -> _Recording | None:
@@ -215,8 +220,16 @@ class Replays:
         except Exception as error:
             self._give_up(f"recording failed ({first_line(error)})")
             return None
+        recording.gradients = [p.grad for p in self.trainer.model.parameters()]
         self._recordings[key] = recording
         return recording
+
+    def _replay(self, recording: _Recording) -> None:
+        # A hook may have put others in their place.
+        for p, gradient in zip(self.trainer.model.parameters(), recording.gradients):
+            p.grad = gradient
+        with self.rates():
+            recording.replay()
 
     def _graph(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         if self._pool is None:
@@ -290,8 +303,7 @@ class Replays:
         return None
 
     def _compare(self, recording: _Recording, part: Part, before: list[Tensor], random: Tensor) -> Tensor:
-        with self.rates():
-            recording.replay()
+        self._replay(recording)
         replayed = recording.terms.clone(), self._gradients(), self._weights()
         drawn = self._random_state()
         self._put_back(before, random)
@@ -319,8 +331,10 @@ class Replays:
         self._set_random_state(random)
 
     def _state(self) -> list[Tensor]:
-        """All tensors that a step changes, except gradients, which it makes."""
+        """All tensors that a replay changes, except gradients, which it makes."""
         trainer = self.trainer
+        if self.step_is_launched:
+            return [*trainer.model.buffers()]
         kept = [t for state in trainer.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return [*(p.detach() for p in trainer.model.parameters()), *trainer.model.buffers(), *kept]
 

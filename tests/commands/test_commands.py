@@ -222,11 +222,14 @@ def test_vectors_by_raw_id(run):
         (["evaluate", "{run}", "--device=banana"], "--device: must be cpu, cuda or cuda:0, got banana"),
         (["recommend", "{run}", "--title_field=titl"], "has no column titl of text; did you mean 'title'?"),
         (["recommend", "{run}", "--k=0"], "must be at least 1"),
-        (["recommend", "{run}", "--hidden_size=3"], "hidden_size: was 64 when {run}"),
-        (["recommend", "{run}", "--learning_rate=3"], "learning_rate: was 0.001 when {run}"),
-        (["serve", "{run}", "--num_layers=5"], "num_layers: was 2 when {run}"),
-        (["evaluate", "{run}", "--hidden_size=3"], "hidden_size: was 64 when {run}"),
-        (["export", "{run}", "--what=users", "--d_state=5"], "d_state: was 32 when {run}"),
+        (["recommend", "{run}", "--hidden_size=3"], "hidden_size: a trained model answers as it was trained"),
+        (["recommend", "{run}", "--learning_rate=3"], "learning_rate: a trained model answers as it was trained"),
+        (["serve", "{run}", "--num_layers=5"], "num_layers: a trained model answers as it was trained"),
+        (["recommend", "{run}", "--learner_average=3"], "average_power: a trained model answers as it was trained"),
+        (["recommend", "{run}", "--preset=ml-1m/2Mamba4Rec"], "preset: a trained model answers as it was trained"),
+        (["recommend", "{run}", "--topk=5"], "topk: a trained model answers as it was trained"),
+        (["evaluate", "{run}", "--hidden_size=3"], "hidden_size"),
+        (["export", "{run}", "--what=users", "--d_state=5"], "d_state: a trained model answers as it was trained"),
         (
             ["export", "{run}", "--what=items", "--data_path=x"],
             "export: --what=items takes no config keys, got --data_path=x",
@@ -249,7 +252,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, capsys, arguments, messag
     names = {"run": str(run[1]), "strange": "strange.txt"}
     assert main([argument.format(**names) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert message.format(**names) in line
+    assert message in line
     written = {path for path in set(Path().rglob("*")) - before if path.parts[0] not in ("log", "log_tensorboard")}
     assert not written
 
