@@ -1,5 +1,6 @@
 """Every size of tiles computes the same, and the choice between them: tried on a stand-in for a GPU and its clock."""
 
+import contextlib
 import json
 import threading
 from types import SimpleNamespace
@@ -46,10 +47,12 @@ class OnAGPU(SimpleNamespace):
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
     """A stand-in for GPU and timer: the milliseconds of a tile by its warps, and what was timed."""
-    found = SimpleNamespace(milliseconds={1: 3.0, 2: 1.0, 4: 2.0}, timed=[], file=tmp_path / "caches" / "tiles.json")
+    found = SimpleNamespace(
+        milliseconds={1: 3.0, 2: 1.0, 4: 2.0}, timed=[], devices=[], file=tmp_path / "caches" / "tiles.json"
+    )
 
     def milliseconds(run):
-        warps = run()
+        warps = run()["warps"]
         found.timed.append(warps)
         return found.milliseconds[warps]
 
@@ -58,6 +61,7 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "milliseconds", milliseconds)
     monkeypatch.setattr(tiles, "_machine", lambda device: "on a stand-in")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(found.devices.append(device)))
     new_process()
     yield found
     new_process()
@@ -65,6 +69,7 @@ def clock(monkeypatch, tmp_path):
 
 def new_process():
     tiles.chosen.cache_clear()
+    tiles.kept.cache_clear()
 
 
 WARPS = [{"warps": warps} for warps in (1, 2, 4)]
@@ -73,7 +78,7 @@ WARPS = [{"warps": warps} for warps in (1, 2, 4)]
 def best(rows=tiles.LEAST, S=1, dtype=torch.float32, x=None, **keywords):
     """The warps of the tile that a call takes."""
     values = {"x": OnAGPU(dtype=dtype) if x is None else x, "rows": rows, "S": S, "D": 64}
-    return tiles.best("scan.scan_forward", values, WARPS, lambda tile: tile["warps"], **keywords)
+    return tiles.best("scan.scan_forward", values, WARPS, lambda tile: tile, **keywords)["warps"]
 
 
 def test_the_fastest_is_taken_and_kept(clock):
@@ -157,6 +162,29 @@ def test_a_tile_that_does_not_run_is_left_out(clock):
     # none runs: the first, which will say why, and nothing is kept
     assert best(S=16) == 1 and best(S=16) == 1
     assert len(clock.timed) == len(WARPS) and len(json.loads(clock.file.read_text())) == 1
+
+
+def test_a_tile_whose_results_differ_is_left_out(clock, monkeypatch):
+    """Those of the first one are what the self-test has tried."""
+    y, gA = torch.zeros(3), torch.ones(2, 4)
+    values = {"x": OnAGPU(), "rows": tiles.LEAST, "S": 1, "D": 64, "y": y}
+
+    def run(tile, written=(0.0, 1e-6)):
+        """The clock's fastest adds to y, the other one splits a sum into shares in another way."""
+        warps = tile["warps"]
+        y.fill_(1 + written[warps == 2])
+        return {"gA": gA[:1].repeat(warps, 1) / warps, "scratch": torch.rand(3)}
+
+    def chosen(**keywords):
+        new_process()
+        clock.file.unlink(missing_ok=True)
+        return len(tiles.best("scan.scan_backward", values, WARPS, lambda tile: run(tile, **keywords))["gA"])
+
+    monkeypatch.setattr(tiles, "milliseconds", lambda run: clock.milliseconds[len(run()["gA"])])
+    assert chosen() == 2
+    assert chosen(written=(0.0, 1e-2)) == 4
+    assert chosen(written=(0.0, torch.nan)) == 4
+    assert clock.devices == 3 * [torch.device("cuda", 0)]
 
 
 def test_a_run_that_fails_is_the_slowest():
