@@ -36,6 +36,8 @@ STACK = {
     "loss_output": 2048,
     "loss_items": 2048,
 }
+# The programs for sm_100 keep more in registers at once: 184 bytes in float32.
+STACK_100 = {**STACK, "scan_last_backward": 256}
 SCAN = {"SOFTPLUS": True, "BN": 32, "BD": 32}
 SSD = {"REVERSE": True, "SHIFT": True, "ADD": True, "Q": 32}
 CONV = {"SILU": True, "LEAD": 3, "K": 4, "BT": 32, "BD": 32}
@@ -163,7 +165,7 @@ def test_it_fits_a_gpu(module, name, constants, warps, packed, dtype, capability
     options = {"num_warps": warps, "num_stages": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.metadata.shared <= SHARED[capability]
-    assert stack_of(compiled.asm["cubin"], tmp_path) <= STACK.get(name, 0)
+    assert stack_of(compiled.asm["cubin"], tmp_path) <= (STACK_100 if capability == 100 else STACK).get(name, 0)
 
 
 @pytest.mark.slow

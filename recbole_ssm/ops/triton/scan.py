@@ -244,6 +244,7 @@ def scan_last_forward(
     real = real_N[:, None] & real_D[None, :]
     cell = n[:, None] * D + d[None, :]
     A_ND = _decay_rates(A, cell, real)
+    bias_D = read_if_given(dt_bias, d, real_D)
     C_N = read(C, s * N + n, real_N)
     w = tl.zeros((BD,), tl.float32)
     y_D = tl.zeros((BD,), tl.float32)
@@ -251,8 +252,7 @@ def scan_last_forward(
     for t in range(0, length):
         row = begin + length - 1 - t
         x_t = read(x, row * sx + d, real_D)
-        dt_t = read(dt + row * sdt, d, real_D) + read_if_given(dt_bias, d, real_D)
-        dt_t, _ = _step_size(dt_t, SOFTPLUS)
+        dt_t, _ = _step_size(read(dt + row * sdt, d, real_D) + bias_D, SOFTPLUS)
         CB_t = C_N * read(B, row * sB + n, real_N)
         if after is not None:
             tl.store(after + row * D + d, w, mask=real_D)
@@ -289,7 +289,7 @@ def scan_last_backward(
     gA_ND = tl.zeros((BN, BD), tl.float32)
     gskip_D = tl.zeros((BD,), tl.float32)
     gbias_D = tl.zeros((BD,), tl.float32)
-    D_D = read_if_given(skip, d, real_D)
+    bias_D, D_D = read_if_given(dt_bias, d, real_D), read_if_given(skip, d, real_D)
     for sequence in range(program, S, tl.num_programs(0)):
         s = tl.full((), 1, tl.int64) * sequence
         C_N = read(C, s * N + n, real_N)
@@ -307,8 +307,7 @@ def scan_last_backward(
         for t in range(0, length):
             row = begin + t
             x_t = read(x, row * sx + d, real_D)
-            dt_t = read(dt + row * sdt, d, real_D) + read_if_given(dt_bias, d, real_D)
-            dt_t, slope = _step_size(dt_t, SOFTPLUS)
+            dt_t, slope = _step_size(read(dt + row * sdt, d, real_D) + bias_D, SOFTPLUS)
             B_t = read(B, row * sB + n, real_N)
             w = read(after, row * D + d, real_D)
             decay = tl.exp2(w[None, :] * A_ND)
@@ -316,7 +315,6 @@ def scan_last_backward(
             g = gy_D * dt_t * x_t
             gC_ND += g[None, :] * decay * B_t[:, None]
             gCB = g[None, :] * decay * C_N[:, None]
-            tl.store(gB + (share * rows + row) * N + n, tl.sum(gCB, 1), mask=real_N)
             flow = gCB * B_t[:, None]  # gradient of the exponent A w_t
             gA_ND += flow * w[None, :]
             gx_t, gdt_t = gy_D * dt_t * seen, (gy_D * x_t * seen + before) * slope
@@ -329,6 +327,8 @@ def scan_last_backward(
             gbias_D += gdt_t
             y_D += dt_t * x_t * seen
             before += tl.sum(flow * A_ND, 0) / LOG2E
+            # Last of all: sums over channels take many registers, and by now little else does.
+            tl.store(gB + (share * rows + row) * N + n, tl.sum(gCB, 1), mask=real_N)
         tl.store(gC + (share * S + s) * N + n, tl.sum(gC_ND, 1), mask=real_N)
         if z is not None:
             tl.store(gz + s * D + d, gz_D * y_D, mask=real_D)

@@ -34,9 +34,13 @@ from recbole_ssm.ops.library import Values
 
 Tile = dict[str, int]
 _SCAN = ({"BD": 32, "warps": 1}, {"BD": 16, "warps": 1}, {"BD": 32, "warps": 2})
-_SSD = ({"warps": 8}, {"warps": 4}, {"warps": 16})
-_SSD_LAST = ({"Q": 32, "warps": 4}, {"Q": 16, "warps": 4}, {"Q": 64, "warps": 8})
-_CONV = {"BT": 32, "BD": 32, "warps": 4}
+_SSD = ({"warps": 8}, {"warps": 4})
+_SSD_LAST = ({"Q": 32, "warps": 4}, {"Q": 64, "warps": 8})
+_CONV = (
+    {"BT": 32, "BD": 32, "warps": 4},
+    {"BT": 64, "BD": 32, "warps": 8},
+    {"BT": 16, "BD": 64, "warps": 4},
+)
 TILES: dict[str, tuple[Tile, ...]] = {
     "scan.scan_forward": _SCAN,
     "scan.scan_backward": _SCAN,
@@ -48,10 +52,10 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "ssd.ssd_added": _SSD[:1],
     "ssd.ssd_last_forward": _SSD_LAST,
     "ssd.ssd_last_backward": _SSD_LAST,
-    "conv.conv_forward": (_CONV, _CONV | {"BT": 64}, _CONV | {"BD": 64}),
-    "conv.conv_gradient": (_CONV, _CONV | {"BT": 64, "warps": 8}, _CONV | {"BT": 16, "BD": 64}),
-    "conv.conv_state": (_CONV,),
-    "conv.conv_state_gradient": (_CONV,),
+    "conv.conv_forward": _CONV,
+    "conv.conv_gradient": _CONV,
+    "conv.conv_state": _CONV[:1],
+    "conv.conv_state_gradient": _CONV[:1],
 }
 """By kernel, the first being what is taken unless another was found to be faster."""
 LEAST = 2048
