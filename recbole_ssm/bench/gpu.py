@@ -19,6 +19,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, Work, compared, measure, m
 from recbole_ssm.bench.ops import CASES
 from recbole_ssm.bench.untrained import RECBOLE
 from recbole_ssm.errors import UserError, first_line
+from recbole_ssm.ops.numerics import step_size
 
 SHAPES = ((2048, 50), (256, 200), (64, 2_000), (4, 16_000))
 MEASURED_OPS = ("selective_scan", "ssd", "causal_conv1d", "selective_scan_last", "ssd_last", "quasiseparable")
@@ -185,6 +187,10 @@ def rivals(name: str) -> dict[str, Callable[..., Tensor]]:
 
         found["mamba-ssm"] = scan
     if name == "ssd":
+        with suppress(ImportError):
+            from fla.ops.simple_gla import chunk_simple_gla
+
+            found["flash-linear-attention"] = partial(_ssd_as_attention, chunk_simple_gla)
         try:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
         except ImportError:
@@ -207,6 +213,16 @@ def rivals(name: str) -> dict[str, Callable[..., Tensor]]:
 
         found["causal-conv1d"] = conv
     return found
+
+
+def _ssd_as_attention(
+    attention: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor
+) -> Tensor:
+    """SSD by linear attention with one gate a head: queries C, keys B, values dt x, and gates of logarithm dt A."""
+    dt = step_size("ssd", dt, None, softplus=True)
+    q, k = (v.repeat_interleave(x.shape[2] // v.shape[2], 2) for v in (C, B))
+    y, _ = attention(q, k, (dt[..., None] * x).to(x.dtype), dt * A, scale=1.0)
+    return torch.add(y, skip[:, None] * x).to(x.dtype)
 
 
 def _epoch(name: str, batch: int, options: argparse.Namespace) -> list[Row]:

@@ -1,10 +1,13 @@
 """The benchmark of a GPU, as far as it can be tried without one."""
 
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
+from recbole_ssm import ops
 from recbole_ssm.bench import gpu, gpu_checks, gpu_work
 from recbole_ssm.cli import main
 
@@ -56,6 +59,41 @@ def test_a_replayed_step_stands_beside_the_launched_one(monkeypatch):
     found = verdicts([launched, replayed])
     assert found["idle share of Mamba4Rec's replayed training step"] == "met"
     assert found["idle share of 2Mamba4Rec's replayed training step"] == "not measured"
+
+
+def simple_gla(q, k, v, g, scale=None):
+    """What flash-linear-attention documents of its chunk_simple_gla: S_t = e^g_t S_{t-1} + k_t v_t^T, o_t = q_t S_t."""
+    state, out = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]), []
+    for t in range(q.shape[1]):
+        state = g[:, t, :, None, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        out.append((q[:, t, :, :, None] * state).sum(-2) * (scale or q.shape[-1] ** -0.5))
+    return torch.stack(out, 1), None
+
+
+def test_flash_linear_attention_computes_the_same_as_ssd(monkeypatch):
+    """Values and gradients, of heads that share maps; on a stand-in, because it needs a GPU."""
+    monkeypatch.setitem(sys.modules, "fla", None)
+    assert "flash-linear-attention" not in gpu.rivals("ssd")
+    for name in ("fla", "fla.ops", "fla.ops.simple_gla"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["fla.ops.simple_gla"], "chunk_simple_gla", simple_gla, raising=False)
+    theirs = gpu.rivals("ssd")["flash-linear-attention"]
+    torch.manual_seed(0)
+    B, L, H, G, P, N = 2, 7, 4, 2, 3, 5
+    sizes = [(B, L, H, P), (B, L, H), (H,), (B, L, G, N), (B, L, G, N), (H,)]
+    x, dt, A, *rest = (torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes)
+    tensors = [x, dt, A.detach().abs().neg().requires_grad_(), *rest]
+    expected, _ = ops.ssd(*tensors, dt_softplus=True)
+    found = theirs(*tensors)
+    gradient = torch.randn_like(found)
+    for f, e in zip(
+        (found, *torch.autograd.grad(found, tensors, gradient)),
+        (expected, *torch.autograd.grad(expected, tensors, gradient)),
+    ):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    assert (
+        theirs(*[t.detach().bfloat16() if t.dim() > 2 else t.detach().float() for t in tensors]).dtype == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("note", ["FAILED: largest error 1.0e+00", "failed: RuntimeError: no kernel"])
