@@ -207,3 +207,22 @@ def test_a_checkpoint_serves_alike_on_every_device(here, device, model):
     session = served.session(history[:2])
     session.update(history[2])
     assert dict(session.top(5)) == pytest.approx(found, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("model", ["Mamba4Rec", "2Mamba4Rec"])
+def test_sessions_answer_by_graphs(here, device, model):
+    if device.type != "cuda":
+        pytest.skip("records CUDA graphs: pytest --device=cuda")
+    result = run_recbole_ssm(model, "toy", config_dict={**here, "epochs": 3})
+    answers = []
+    for replayed in (False, True):
+        recommender = load_recommender(result["checkpoint"], device, cuda_graphs=replayed)
+        sessions = [recommender.session(["i3"]), recommender.session(["i7", "i8"])]
+        for item in ("i4", "i5", "i6"):
+            for session in sessions:
+                session.update(item)
+                answers += [dict(session.top(5)), dict(session.top(3, exclude_seen=True))]
+    graphs = recommender.model.graphed
+    assert graphs.step._recordings and all(best._recordings for best in graphs._best.values())
+    for one, other in zip(answers[: len(answers) // 2], answers[len(answers) // 2 :]):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)

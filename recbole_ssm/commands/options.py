@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from recbole_ssm.arguments import join_values
+from recbole_ssm.arguments import join_values, parse_options
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
 from recbole_ssm.keys import KEYS
 
@@ -21,6 +21,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="the class of the model, package.module:Class, where it is one of your own")
     parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.epilog = "any other --key=value is a config key that is to be another than in the run, such as --data_path"
+
+
+def graphs_asked(command_line: Iterable[str]) -> bool:
+    """Whether ``--cuda_graphs=True`` is among the config keys."""
+    return parse_options(command_line).get("cuda_graphs") is True
 
 
 def add_now(parser: ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from recbole_ssm.arguments import at_least, names
 from recbole_ssm.commands.histories import ALL_EVENTS, Histories, histories_of, read_items
 from recbole_ssm.commands.items import titles_of
-from recbole_ssm.commands.options import add_arguments, add_now, parse
+from recbole_ssm.commands.options import add_arguments, add_now, graphs_asked, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
@@ -102,7 +102,8 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """The rows, those of so many users at a time; what they are of is added to ``told``, in words."""
     path, saved = checkpoint.find_best(Path(model_file))
-    recommender = recommender_of(path, saved, device, model=model)
+    command_line = list(command_line)
+    recommender = recommender_of(path, saved, device, model=model, cuda_graphs=graphs_asked(command_line))
     data_options = {**ALL_EVENTS, **(config_dict or {})}
     config = configure_data((path, saved), model, config_dict=data_options, command_line=command_line)
     # What training alone needs is not kept.

@@ -15,7 +15,7 @@ import torch
 
 from recbole_ssm.arguments import at_least, positive
 from recbole_ssm.commands.items import categories_of, titles_of
-from recbole_ssm.commands.options import add_arguments, parse
+from recbole_ssm.commands.options import add_arguments, graphs_asked, parse
 from recbole_ssm.errors import ArgumentParser, UserError, require
 from recbole_ssm.files import digest
 from recbole_ssm.serving import recommender_of
@@ -50,7 +50,7 @@ def load_served(
     """
     file = checkpoint.best_file(Path(place))
     saved = checkpoint.read(file)
-    recommender = recommender_of(file, saved, device, model=model)
+    recommender = recommender_of(file, saved, device, model=model, cuda_graphs=graphs_asked(command_line))
     titles, categories = None, None
     try:
         config = configure_data((file, saved), model, command_line=command_line)

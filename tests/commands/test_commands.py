@@ -13,6 +13,7 @@ import pytest
 from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.commands import evaluate, recommend_users
+from recbole_ssm.commands.serve import load_served
 from recbole_ssm.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -255,6 +256,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, capsys, arguments, messag
     assert message in line
     written = {path for path in set(Path().rglob("*")) - before if path.parts[0] not in ("log", "log_tensorboard")}
     assert not written
+
+
+def test_graphs_are_replayed_where_they_are_asked_for(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("recbole_ssm.serving.recommender.replay_graphs", asked.append)
+    for key in ((), ("--cuda_graphs=False",), ("--cuda_graphs=True",)):
+        assert main(["recommend", str(run[1]), "--history=i1", "--device=cpu", *key]) == 0
+        load_served(run[1], device="cpu", command_line=key)
+        assert len(asked) == (2 if "--cuda_graphs=True" in key else 0)
 
 
 COMMANDS = [
