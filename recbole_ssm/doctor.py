@@ -73,7 +73,7 @@ def _computing() -> tuple[list[str], list[str]]:
         missing.append(INSTALL_NATIVE)
     lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + importlib.metadata.version('triton')}")
     if not lacks("cuda"):
-        lines.append(f"  tile sizes     chosen for {len(tiles.chosen())} kinds of calls, in {tiles.file()}")
+        lines.append(f"  tile sizes     chosen for {len(tiles.kept())} kinds of calls, in {tiles.file()}")
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"

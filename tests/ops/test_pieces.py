@@ -9,11 +9,11 @@ import torch
 from recbole_ssm import ops
 from recbole_ssm.ops import numerics, selftest
 from recbole_ssm.ops.packing import cu_seqlens_of
-from recbole_ssm.ops.triton import operators, pieces
+from recbole_ssm.ops.triton import last, operators, pieces
 from tests.ops.test_ops import arguments, assert_close, values_and_gradients
 from tests.ops.test_triton import DEVICE, assert_equals_reference, at_device, on_kernels
 
-CUT = [ops.selective_scan, ops.ssd, ops.quasiseparable]
+CUT = [ops.selective_scan, ops.selective_scan_last, ops.ssd, ops.ssd_last, ops.quasiseparable]
 SIZES = (6, 5, 2, 3, 1, 4)
 PIECE = 4
 LENGTHS = [0, 1, PIECE - 1, 0, PIECE, PIECE + 1, 2 * PIECE, 0]
@@ -27,7 +27,7 @@ def cut_all(monkeypatch, piece=PIECE):
 
 
 def test_ops_that_are_cut():
-    assert {op.__name__ for op in CUT} == set(selftest.LONG) == set(operators.WALKS)
+    assert {op.__name__ for op in CUT} == set(selftest.LONG) == set(operators.WALKS) | set(last.LAST)
 
 
 @on_kernels

@@ -23,7 +23,7 @@ from recbole_ssm.ops.backend import HALF, INTERPRETED, requires
 from recbole_ssm.ops.library import MOST_TAPS, implement, no_tangents
 from recbole_ssm.ops.linear_cross_entropy import differentiable, tiled_loss
 from recbole_ssm.ops.table import OPS
-from recbole_ssm.ops.triton import operators, upstream
+from recbole_ssm.ops.triton import last, operators, upstream
 
 
 def unusable() -> str:
@@ -55,14 +55,15 @@ def _takes(op: str, *arguments: Any) -> bool:
     return operators.cells(given["x"].shape[-1], B.shape[-1]) <= operators.MOST_CELLS
 
 
-for _op, _ours in operators.OPERATORS.items():
+_walks = {**operators.WALKS, **{op: operators.OPERATORS[op] for op in last.LAST}}
+for _op, _ours in {**operators.OPERATORS, **last.LAST}.items():
     if not INTERPRETED:
         for _name, _theirs in upstream.installed(_op):
             implement(_op, "cuda", _theirs, partial(_takes, _op), _name)
     implement(_op, "cuda", _ours, partial(_takes, _op), "triton")
-    if _op in operators.WALKS:
+    if _op in _walks:
         # where long sequences in pieces fail the self-test
-        implement(_op, "cuda", operators.WALKS[_op], partial(_takes, _op), "triton, without pieces")
+        implement(_op, "cuda", _walks[_op], partial(_takes, _op), "triton, without pieces")
 
 
 def _takes_loss(output: Tensor, items: Tensor, *rest: Any) -> bool:

@@ -73,10 +73,16 @@ def _scan_tiles(kernel: str, values: Values) -> list[Tile]:
     return [tile | {"BD": min(tile["BD"] // shared, most)} for tile in TILES[kernel]]
 
 
+def scan_warps(D: int, N: int) -> int:
+    """How many warps walk along a sequence of a scan."""
+    (tile,) = _scan_tiles("scan.scan_added", {"D": D, "BN": width(N)})
+    return cdiv(D, tile["BD"])
+
+
 def _scan_in_pieces(values: Values) -> Values:
     """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
     (tile,) = _scan_tiles("scan.scan_added", values)
-    blocks = cdiv(values["D"], tile["BD"])
+    blocks = scan_warps(values["D"], values["N"])
     pieces.choose(values, blocks)
 
     def run(own: Values) -> None:
@@ -162,12 +168,16 @@ def _precision(*tensors: Tensor) -> str:
     return "tf32x3" if any(t.dtype == torch.float32 for t in tensors) and not tf32_allowed() else "tf32"
 
 
-_SSD_WARPS = TILES["ssd.ssd_forward"][0]["warps"]
 _AHEAD = {"REVERSE": False, "SHIFT": False, "ADD": False}
 _DIRECTIONS = {
     "fwd": {**_AHEAD, "SHIFT": True},
     "bwd": {"REVERSE": True, "SHIFT": True, "ADD": True},  # it adds to what the other direction has written
 }
+
+
+def ssd_warps(H: int) -> int:
+    """As :func:`scan_warps`, of SSD with H heads."""
+    return H * TILES["ssd.ssd_added"][0]["warps"]
 
 
 def _ssd_tiles(kernel: str, values: Values) -> list[Tile]:
@@ -196,7 +206,7 @@ def _run_ssd(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -
 def _ssd_in_pieces(values: Values, direction: dict[str, bool]) -> Values:
     """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
     H, N, P = (values[name] for name in ("H", "N", "P"))
-    pieces.choose(values, H * _SSD_WARPS)
+    pieces.choose(values, ssd_warps(H))
     values["Q"] = _ssd_chunk(values)
 
     def run(own: Values) -> None:
@@ -242,7 +252,7 @@ def _quasi_forward(values: Values) -> None:
     # a shifted direction leaves one row of each sequence out, which stays zero
     sums = y.zero_() if y.dtype == torch.float32 else y.new_zeros(y.shape, dtype=torch.float32)
     values |= {"y": sums, "final": None, "skip": None, "state": None}
-    pieces.choose(values, values["H"] * _SSD_WARPS)
+    pieces.choose(values, ssd_warps(values["H"]))
     for name, direction in _DIRECTIONS.items():
         _ssd_forward(one_direction(values, name), direction)
     if sums is not y:
@@ -252,7 +262,7 @@ def _quasi_forward(values: Values) -> None:
 def _quasi_backward(values: Values) -> Values:
     x = values["x"]
     values |= {"gx": empty_float32(x, *x.shape), "gfinal": None, "skip": None, "state": None}
-    pieces.choose(values, values["H"] * _SSD_WARPS)
+    pieces.choose(values, ssd_warps(values["H"]))
     gA = 0.0
     for name, direction in _DIRECTIONS.items():
         found = _run_ssd_backward("ssd.ssd_backward", one_direction(values, name), direction)
