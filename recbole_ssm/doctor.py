@@ -73,7 +73,9 @@ def _computing() -> tuple[list[str], list[str]]:
         missing.append(INSTALL_NATIVE)
     lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + importlib.metadata.version('triton')}")
     if not lacks("cuda"):
-        lines.append(f"  tile sizes     chosen for {len(tiles.kept())} kinds of calls, in {tiles.file()}")
+        here = tiles.machine(torch.device("cuda", 0)) if torch.cuda.is_available() else "on no GPU"
+        count = sum(kind.endswith(here) for kind in tiles.kept())
+        lines.append(f"  tile sizes     chosen for {count} kinds of calls {here}, in {tiles.file()}")
     for module, package in KERNELS.items():
         found = importlib.util.find_spec(module) is not None
         reason = "" if torch.cuda.is_available() else " (it needs an NVIDIA GPU)"

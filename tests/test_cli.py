@@ -32,7 +32,7 @@ def test_doctor_says_where_tile_sizes_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "_lacks", {"cuda": "there is no GPU"})
     assert "tile sizes" not in report()
     monkeypatch.setattr(backend, "_lacks", {"cuda": ""})
-    assert f"kinds of calls, in {tmp_path / 'tiles.json'}" in report()
+    assert f"chosen for 0 kinds of calls on no GPU, in {tmp_path / 'tiles.json'}" in report()
 
 
 def test_doctor_tells_of_threads_that_spin(monkeypatch):

@@ -29,7 +29,7 @@ from recbole_ssm.ops.ssd import ssd, ssd_last
 
 TOLERANCE = 1e-4
 """Of the largest entry: ten times the rounding errors of float32 at these sizes, and far below any defect."""
-LONG = ("selective_scan", "selective_scan_last", "ssd", "ssd_last", "quasiseparable")
+LONG = ("selective_scan", "selective_scan_last", "ssd", "quasiseparable")
 """Ops whose kernels for GPUs cut a long sequence into pieces, and so are tried on one too."""
 LENGTH = 520
 """Of that sequence."""

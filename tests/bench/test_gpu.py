@@ -140,6 +140,20 @@ def test_measurements_run(here):
     assert [row["case"] for row in op if row["what"] == "ours"] == 2 * cases
 
 
+def test_a_rival_that_fails_or_computes_something_else_is_told_and_not_compared(here, monkeypatch):
+    def fails(*inputs):
+        raise RuntimeError("this Triton is too old\nmore")
+
+    ours = gpu.CASES["ssd"](2, 9).call
+    monkeypatch.setattr(gpu, "rivals", lambda name: {"one": fails, "two": lambda *x: 2 * ours(*x), "three": ours})
+    rows = gpu._op_rows("ssd", (2, 9), 1)
+    notes = {row["what"]: row["note"] for row in rows}
+    assert notes["one"] == "not measured: RuntimeError: this Triton is too old"
+    assert notes["two"] == "not measured: ArithmeticError: its results differ from ours by 1.0e+00 of the largest"
+    assert {row["rival"] for row in rows if row["what"] == "ours"} == {"three"}
+    assert verdicts(rows)["every check passes"] == "met"
+
+
 def test_every_row_has_the_same_columns():
     work = gpu_work.Work(2.0, 1.5, 30, 1, 5.0)
     rows = gpu_work.compared("step", {"theirs": work, "ours": work._replace(wall_ms=1.0)}, "theirs")

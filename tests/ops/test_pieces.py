@@ -13,7 +13,7 @@ from recbole_ssm.ops.triton import last, operators, pieces
 from tests.ops.test_ops import arguments, assert_close, values_and_gradients
 from tests.ops.test_triton import DEVICE, assert_equals_reference, at_device, on_kernels
 
-CUT = [ops.selective_scan, ops.selective_scan_last, ops.ssd, ops.ssd_last, ops.quasiseparable]
+CUT = [ops.selective_scan, ops.selective_scan_last, ops.ssd, ops.quasiseparable]
 SIZES = (6, 5, 2, 3, 1, 4)
 PIECE = 4
 LENGTHS = [0, 1, PIECE - 1, 0, PIECE, PIECE + 1, 2 * PIECE, 0]
@@ -27,7 +27,7 @@ def cut_all(monkeypatch, piece=PIECE):
 
 
 def test_ops_that_are_cut():
-    assert {op.__name__ for op in CUT} == set(selftest.LONG) == set(operators.WALKS) | set(last.LAST)
+    assert {op.__name__ for op in CUT} == set(selftest.LONG) == set(operators.WALKS) | {"selective_scan_last"}
 
 
 @on_kernels
@@ -90,6 +90,9 @@ def test_wrong_bounds_do_not_reach_beyond_the_batch(bounds, monkeypatch):
     x, dt, A, B, C, *_ = (t.to(DEVICE) for t in arguments(ops.selective_scan, 1, 9, 1, torch.float32)[0])
     bounds = torch.tensor(bounds, device=DEVICE)
     torch.ops.recbole_ssm_cuda.selective_scan(x, dt, A, B, C, None, None, None, None, bounds, True, False)
+    last.selective_scan_last(
+        x, dt, A, B, C[0, : len(bounds) - 1], torch.ones(6, device=DEVICE), None, None, bounds, True
+    )
 
 
 @pytest.mark.parametrize("lengths", [[0], [5], [0, 4, 0, 1, 3, 8, 9, 0], [4, 4, 4], [1] * 9, [13, 0]])

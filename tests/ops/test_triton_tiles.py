@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -52,14 +54,14 @@ def clock(monkeypatch, tmp_path):
     )
 
     def milliseconds(run):
-        warps = run()["warps"]
+        warps = run.args[0]["warps"]
         found.timed.append(warps)
         return found.milliseconds[warps]
 
     monkeypatch.setenv("RECBOLE_SSM_CACHE", str(found.file.parent))
     monkeypatch.delenv("RECBOLE_SSM_TILES", raising=False)
     monkeypatch.setattr(tiles, "milliseconds", milliseconds)
-    monkeypatch.setattr(tiles, "_machine", lambda device: "on a stand-in")
+    monkeypatch.setattr(tiles, "machine", lambda device: "on a stand-in")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(found.devices.append(device)))
     new_process()
@@ -68,7 +70,7 @@ def clock(monkeypatch, tmp_path):
 
 
 def new_process():
-    tiles.chosen.cache_clear()
+    tiles._chosen.clear()
     tiles.kept.cache_clear()
 
 
@@ -78,7 +80,9 @@ WARPS = [{"warps": warps} for warps in (1, 2, 4)]
 def best(rows=tiles.LEAST, S=1, dtype=torch.float32, x=None, **keywords):
     """The warps of the tile that a call takes."""
     values = {"x": OnAGPU(dtype=dtype) if x is None else x, "rows": rows, "S": S, "D": 64}
-    return tiles.best("scan.scan_forward", values, WARPS, lambda tile: tile, **keywords)["warps"]
+    taken = []
+    tiles.best("scan.scan_forward", values, WARPS, taken.append, **keywords)
+    return taken[-1]["warps"]
 
 
 def test_the_fastest_is_taken_and_kept(clock):
@@ -86,7 +90,7 @@ def test_the_fastest_is_taken_and_kept(clock):
     assert clock.timed == [1, 2, 4]
     (kind, tile), *others = json.loads(clock.file.read_text()).items()
     assert tile == {"warps": 2} and not others
-    assert kind == "scan.scan_forward float32 D=64 S<4^1 L<4^6 on a stand-in"
+    assert re.fullmatch(r"scan.scan_forward [0-9a-f]{8} float32 D=64 S<4\^1 L<4\^6 on a stand-in", kind)
     new_process()
     assert best() == 2
     assert clock.timed == [1, 2, 4]
@@ -159,32 +163,72 @@ def test_a_tile_that_does_not_run_is_left_out(clock):
     assert best() == 4
     clock.milliseconds |= dict.fromkeys((1, 4), float("inf"))
     clock.timed.clear()
-    # none runs: the first, which will say why, and nothing is kept
-    assert best(S=16) == 1 and best(S=16) == 1
-    assert len(clock.timed) == len(WARPS) and len(json.loads(clock.file.read_text())) == 1
+    # the first, which will say why, and nothing is kept
+    assert best(S=16) == 1
+    assert len(json.loads(clock.file.read_text())) == 1
+    clock.milliseconds |= {1: 3.0, 2: 2.9}
+    assert best(S=64) == 1, "a gain that may be noise"
 
 
 def test_a_tile_whose_results_differ_is_left_out(clock, monkeypatch):
-    """Those of the first one are what the self-test has tried."""
-    y, gA = torch.zeros(3), torch.ones(2, 4)
-    values = {"x": OnAGPU(), "rows": tiles.LEAST, "S": 1, "D": 64, "y": y}
+    """Those of the first one are what the self-test has tried. What a kernel does not write is not looked at."""
+    y, unwritten = torch.zeros(3), torch.full((3,), torch.nan)
+    values = {"x": OnAGPU(), "rows": tiles.LEAST, "S": 1, "D": 64, "gx": y, "gdt": None, "y": unwritten}
 
-    def run(tile, written=(0.0, 1e-6)):
-        """The clock's fastest adds to y, the other one splits a sum into shares in another way."""
-        warps = tile["warps"]
-        y.fill_(1 + written[warps == 2])
-        return {"gA": gA[:1].repeat(warps, 1) / warps, "scratch": torch.rand(3)}
+    def chosen(others, first=1.0):
+        """The warps of the tile that is taken, where the clock's fastest writes another number."""
 
-    def chosen(**keywords):
+        def run(tile):
+            warps = tile["warps"]
+            taken.append(warps)
+            y.copy_(torch.tensor([first, others if warps == 2 else 1.0, 2.0]))
+            return {"gA": torch.full((warps, 4), 1 / warps), "gskip": None, "scratch": torch.rand(3)}
+
+        taken = []
         new_process()
         clock.file.unlink(missing_ok=True)
-        return len(tiles.best("scan.scan_backward", values, WARPS, lambda tile: run(tile, **keywords))["gA"])
+        tiles.best("scan.scan_backward", values, WARPS, run)
+        return taken[-1]
 
-    monkeypatch.setattr(tiles, "milliseconds", lambda run: clock.milliseconds[len(run()["gA"])])
-    assert chosen() == 2
-    assert chosen(written=(0.0, 1e-2)) == 4
-    assert chosen(written=(0.0, torch.nan)) == 4
+    assert chosen(others=1 + 1e-5) == 2
+    assert chosen(others=1.1) == 4
+    assert chosen(others=torch.nan) == 4
     assert clock.devices == 3 * [torch.device("cuda", 0)]
+    # numbers that tell nothing, as those of a step that overflows, are no choice
+    assert chosen(others=1.0, first=torch.inf) == 1 and not clock.file.exists()
+
+    def full(*tensors):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tiles, "_results", full)
+    assert chosen(others=1.0) == 1 and not clock.file.exists()
+
+
+@on_kernels
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_the_choice_by_real_kernels(op, clock, monkeypatch):
+    """The last tile is the fastest of each, and new memory holds NaN."""
+    seen = {}
+
+    def milliseconds(run):
+        return 1.0 / (1 + current.index(run.args[-1]))
+
+    def best(kernel, values, found, run, repeatable=True):
+        current[:] = found
+        result = choose(kernel, values, found, run, repeatable)
+        seen[kernel] = (len(found), tiles._chosen.get(tiles._kind(kernel, values)) == found[-1], repeatable)
+        return result
+
+    current, choose = [], tiles.best
+    monkeypatch.setattr(tiles, "milliseconds", milliseconds)
+    monkeypatch.setattr(tiles, "_matters", lambda values: True)
+    monkeypatch.setattr(operators, "best", best)
+    monkeypatch.setattr(operators, "empty_float32", lambda x, *shape: x.new_full(shape, torch.nan, dtype=torch.float32))
+    torch.manual_seed(0)
+    lengths = torch.tensor([2, 0, 17])
+    tensors, keywords = arguments(op, 1, int(lengths.sum()), len(lengths), sizes=(20, 3, 2, 5, 1, 3))
+    assert_equals_reference(op, tensors, keywords, cu_seqlens_of(lengths))
+    assert seen and all(is_last for count, is_last, repeatable in seen.values() if count > 1 and repeatable)
 
 
 def test_a_run_that_fails_is_the_slowest():
@@ -194,7 +238,9 @@ def test_a_run_that_fails_is_the_slowest():
     assert tiles.milliseconds(run) == float("inf")
 
 
-def test_two_threads_try_once(clock):
+def test_two_threads_try_once(clock, monkeypatch):
+    timed = tiles.milliseconds
+    monkeypatch.setattr(tiles, "milliseconds", lambda run: time.sleep(0.02) or timed(run))
     threads = [threading.Thread(target=best) for _ in range(4)]
     for thread in threads:
         thread.start()

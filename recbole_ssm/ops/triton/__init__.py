@@ -55,8 +55,9 @@ def _takes(op: str, *arguments: Any) -> bool:
     return operators.cells(given["x"].shape[-1], B.shape[-1]) <= operators.MOST_CELLS
 
 
-_walks = {**operators.WALKS, **{op: operators.OPERATORS[op] for op in last.LAST}}
-for _op, _ours in {**operators.OPERATORS, **last.LAST}.items():
+_cut = {"selective_scan_last": last.selective_scan_last}
+_walks = {**operators.WALKS, **{op: operators.OPERATORS[op] for op in _cut}}
+for _op, _ours in {**operators.OPERATORS, **_cut}.items():
     if not INTERPRETED:
         for _name, _theirs in upstream.installed(_op):
             implement(_op, "cuda", _theirs, partial(_takes, _op), _name)

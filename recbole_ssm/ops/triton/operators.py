@@ -68,13 +68,14 @@ def _scan_constants(values: Values) -> Values:
 
 
 def _scan_tiles(kernel: str, values: Values) -> list[Tile]:
-    """Channels of a program: so few, where N is larger than 32, that a lane of a warp has no more states to hold."""
+    """Tiles no wider than the channels are, and half as wide where a channel has more than 32 states."""
     most, shared = width(values["D"], 8), 1 if values["BN"] <= 32 else 2
-    return [tile | {"BD": min(tile["BD"] // shared, most)} for tile in TILES[kernel]]
+    found = [tile | {"BD": min(tile["BD"] // shared, most)} for tile in TILES[kernel]]
+    return [tile for number, tile in enumerate(found) if tile not in found[:number]]
 
 
-def scan_warps(D: int, N: int) -> int:
-    """How many warps walk along a sequence of a scan."""
+def scan_programs(D: int, N: int) -> int:
+    """How many programs, of a warp each, find what a piece of a sequence adds to a state [N, D]."""
     (tile,) = _scan_tiles("scan.scan_added", {"D": D, "BN": width(N)})
     return cdiv(D, tile["BD"])
 
@@ -82,7 +83,7 @@ def scan_warps(D: int, N: int) -> int:
 def _scan_in_pieces(values: Values) -> Values:
     """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
     (tile,) = _scan_tiles("scan.scan_added", values)
-    blocks = scan_warps(values["D"], values["N"])
+    blocks = scan_programs(values["D"], values["N"])
     pieces.choose(values, blocks)
 
     def run(own: Values) -> None:
@@ -175,13 +176,13 @@ _DIRECTIONS = {
 }
 
 
-def ssd_warps(H: int) -> int:
-    """As :func:`scan_warps`, of SSD with H heads."""
+def _ssd_warps(H: int) -> int:
+    """How many warps walk along a sequence of H heads."""
     return H * TILES["ssd.ssd_added"][0]["warps"]
 
 
 def _ssd_tiles(kernel: str, values: Values) -> list[Tile]:
-    """Beside the first, those that leave a warp of the full forms 256 numbers of a state at most: more would spill."""
+    """The first tile, and others; at every position those whose warps have registers for 256 numbers of a state."""
     first, *others = TILES[kernel]
     least = cells(values["P"], values["N"]) // 256
     return [first, *[tile for tile in others if "last" in kernel or tile["warps"] >= least]]
@@ -206,7 +207,7 @@ def _run_ssd(kernel: str, values: Values, direction: dict[str, bool] = _AHEAD) -
 def _ssd_in_pieces(values: Values, direction: dict[str, bool]) -> Values:
     """As :func:`recbole_ssm.ops.triton.pieces.in_pieces`."""
     H, N, P = (values[name] for name in ("H", "N", "P"))
-    pieces.choose(values, ssd_warps(H))
+    pieces.choose(values, _ssd_warps(H))
     values["Q"] = _ssd_chunk(values)
 
     def run(own: Values) -> None:
@@ -252,7 +253,7 @@ def _quasi_forward(values: Values) -> None:
     # a shifted direction leaves one row of each sequence out, which stays zero
     sums = y.zero_() if y.dtype == torch.float32 else y.new_zeros(y.shape, dtype=torch.float32)
     values |= {"y": sums, "final": None, "skip": None, "state": None}
-    pieces.choose(values, ssd_warps(values["H"]))
+    pieces.choose(values, _ssd_warps(values["H"]))
     for name, direction in _DIRECTIONS.items():
         _ssd_forward(one_direction(values, name), direction)
     if sums is not y:
@@ -262,7 +263,7 @@ def _quasi_forward(values: Values) -> None:
 def _quasi_backward(values: Values) -> Values:
     x = values["x"]
     values |= {"gx": empty_float32(x, *x.shape), "gfinal": None, "skip": None, "state": None}
-    pieces.choose(values, ssd_warps(values["H"]))
+    pieces.choose(values, _ssd_warps(values["H"]))
     gA = 0.0
     for name, direction in _DIRECTIONS.items():
         found = _run_ssd_backward("ssd.ssd_backward", one_direction(values, name), direction)
