@@ -169,7 +169,7 @@ def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[sock
         signal.signal(one, pass_on)
     for number in range(len(sockets)):
         begin(number)
-    failures = 0
+    failures, gave_up = 0, False
     while workers:
         pid, status = os.waitpid(-1, 0)
         number, since = workers.pop(pid)
@@ -178,13 +178,14 @@ def supervise(work: Callable[[int, socket.socket], None], sockets: Sequence[sock
             continue
         failures = 0 if had_served else failures + 1
         if failures >= TOO_OFTEN and not team.serves:
+            gave_up = True
             pass_on(signal.SIGTERM, None)
             continue
         getLogger().error(f"worker {number} ended ({_reason(status)}); another one takes its place")
         if failures or time.monotonic() - since < SOON:
             time.sleep(AGAIN_AFTER)
         begin(number)
-    if failures >= TOO_OFTEN:
+    if gave_up:
         raise UserError("--workers: they end as soon as they begin; the lines above say why")
 
 

@@ -183,6 +183,22 @@ def test_workers_that_end_as_soon_as_they_begin_end_the_server(capfd):
     assert "state: there is no room" in capfd.readouterr().err
 
 
+def test_a_server_that_is_told_to_end_while_its_workers_begin_ends_in_order():
+    team, begun = Team(4), mmap.mmap(-1, 4)
+
+    def work(number, listening):
+        begun[number] = 1
+        if number == 0:
+            wait_for(lambda: all(begun[:4]))
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+        outcome = in_child(lambda: workers.supervise(work, sockets, team))
+    assert outcome.kind == "done"
+
+
 def test_a_server_goes_on_while_one_worker_serves(monkeypatch):
     """However often another one fails to begin, and however young the one is that serves."""
     monkeypatch.setattr(workers, "AGAIN_AFTER", 0.01)
