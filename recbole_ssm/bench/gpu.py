@@ -30,7 +30,17 @@ from torch import Tensor
 from recbole_ssm.arguments import add_counts
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.gpu_checks import COMPARED, check_graphs, check_numerics, check_training
-from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, Work, compared, measure, model_and_batch, row, training_step
+from recbole_ssm.bench.gpu_work import (
+    DEVICE,
+    ITEMS,
+    Work,
+    compared,
+    error_of,
+    measure,
+    model_and_batch,
+    row,
+    training_step,
+)
 from recbole_ssm.bench.ops import CASES
 from recbole_ssm.bench.untrained import RECBOLE
 from recbole_ssm.errors import UserError, first_line
@@ -183,9 +193,8 @@ def _require_alike(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], i
     Raises:
         ArithmeticError: it does not.
     """
-    found, expected = (call(*inputs).float() for call in (theirs, ours))
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error < 0.05:
+    error = error_of(theirs(*inputs).float(), ours(*inputs).float())
+    if error >= 0.05:
         raise ArithmeticError(f"its results differ from ours by {error:.1e} of the largest")
 
 

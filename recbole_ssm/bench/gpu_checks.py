@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recbole_ssm import ops
 from recbole_ssm.bench import Row
-from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, model_and_batch, row, training_step
+from recbole_ssm.bench.gpu_work import DEVICE, ITEMS, error_of, model_and_batch, row, training_step
 from recbole_ssm.bench.ops import CASES, Case
 from recbole_ssm.model import STATE_SPACE
 
@@ -27,7 +27,7 @@ def check_numerics() -> list[Row]:
         for dtype, tolerance in TOLERANCES.items():
             begin = time.perf_counter()
             found = _value_and_gradients(case, dtype, DEVICE, "auto")
-            worst = max(_error(f, e) for f, e in zip(found, expected))
+            worst = max(error_of(f, e) for f, e in zip(found, expected))
             verdict = "ok" if worst <= tolerance else "FAILED"
             note = f"{verdict}: largest error {worst:.1e}, {time.perf_counter() - begin:.1f} s with compiling"
             rows.append(row("check: numerics", name, dtype=str(dtype).removeprefix("torch."), note=note))
@@ -46,12 +46,6 @@ def _value_and_gradients(case: Case, dtype: torch.dtype, device: str, backend: s
 def _narrowed(tensors: list[Tensor]) -> list[Tensor]:
     """The same numbers for every precision: such as bfloat16 can hold, so that only the arithmetic differs."""
     return [t.bfloat16().float() for t in tensors]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry; infinite where a NaN was found."""
-    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    return float(torch.nan_to_num(difference, nan=torch.inf))
 
 
 def check_graphs() -> list[Row]:
@@ -79,7 +73,7 @@ def check_graphs() -> list[Row]:
             best, _ = replays.best(output, lengths.new_zeros(8, 1), 10, ITEMS)
             pairs.append((best, scores[:, 1:].topk(10).values.double()))
         torch.rand(1, device=DEVICE)
-        error = max(_error(found, expected) for found, expected in pairs)
+        error = max(error_of(found, expected) for found, expected in pairs)
         recorded = all(one._recordings for one in (*used, *replays._best.values()))
         verdict = "ok" if recorded and error < 1e-5 else "FAILED"
         rows.append(row("check: CUDA graphs", name, note=f"{verdict}: recorded {recorded}, error {error:.1e}"))
@@ -96,7 +90,7 @@ def check_training() -> list[Row]:
         for device in ("cpu", DEVICE):
             step, _ = training_step(name, "ml-100k", 256, device, **undropped)
             losses[device] = torch.tensor([sum(step()) for _ in range(10)], dtype=torch.float64)
-        error = _error(losses[DEVICE], losses["cpu"])
+        error = error_of(losses[DEVICE], losses["cpu"])
         verdict = "ok" if error < 1e-5 else "FAILED"
         note = f"{verdict}: losses of ten steps differ by {error:.1e} of the largest"
         rows.append(row("check: training", name, note=note))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.untrained import model_of_a_step, random_histories
@@ -66,6 +67,12 @@ def measure(function: Callable[[], object], rounds: int) -> Work:
         waits += event.name in WAITS
     # The profiler itself waits once at its end.
     return Work(statistics.median(times) * 1e3, busy, int(launches), max(0, int(waits) - 1), memory)
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry; infinite where a NaN was found."""
+    difference = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    return float(torch.nan_to_num(difference, nan=torch.inf))
 
 
 def compared(case: str, works: dict[str, Work], rival: str, dtype: str = "") -> list[Row]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recbole_ssm.arguments import at_least, positive
+from recbole_ssm.arguments import at_least, parse_options, positive
 from recbole_ssm.commands.items import categories_of, titles_of
 from recbole_ssm.commands.options import add_arguments, graphs_asked, parse
 from recbole_ssm.errors import ArgumentParser, UserError, require
@@ -58,7 +58,7 @@ def load_served(
         categories = categories_of(config, category_field)
     except UserError as error:
         # A checkpoint serves without its data set, unless the caller asks for something that only the data has.
-        if command_line or category_field:
+        if parse_options(command_line).keys() - {"cuda_graphs"} or category_field:
             raise
         getLogger().warning(f"no titles and no categories: {error}")
     served = Served(recommender, digest(file), titles, categories, ann_above)

@@ -168,4 +168,4 @@ def test_the_numbers_of_a_check_fit_every_precision(name):
     case = gpu.CASES[name](2, 9)
     expected = gpu_checks._value_and_gradients(case, torch.float64, "cpu", "reference")
     found = gpu_checks._value_and_gradients(case, torch.float32, "cpu", "torch")
-    assert max(gpu_checks._error(f, e) for f, e in zip(found, expected)) < 1e-5
+    assert max(gpu_work.error_of(f, e) for f, e in zip(found, expected)) < 1e-5

@@ -267,6 +267,18 @@ def test_graphs_are_replayed_where_they_are_asked_for(run, monkeypatch, capsys):
         assert len(asked) == (2 if "--cuda_graphs=True" in key else 0)
 
 
+def test_graphs_do_not_ask_for_the_data_set(run, monkeypatch):
+    """Without which a checkpoint is served all the same, unless a key of the data is given."""
+
+    def absent(*saved, **given):
+        raise UserError("data_path: it is not there")
+
+    monkeypatch.setattr("recbole_ssm.commands.serve.configure_data", absent)
+    assert not load_served(run[1], device="cpu", command_line=["--cuda_graphs=True"]).titles
+    with pytest.raises(UserError, match="it is not there"):
+        load_served(run[1], device="cpu", command_line=["--data_path=nowhere"])
+
+
 COMMANDS = [
     command
     for page in ("serving.md", "models.md")

@@ -95,6 +95,20 @@ def test_wrong_bounds_do_not_reach_beyond_the_batch(bounds, monkeypatch):
     )
 
 
+@on_kernels
+def test_compiled_code_does_not_ask_for_the_gpu(monkeypatch):
+    def asked(x):
+        raise AssertionError("which GPU it is")
+
+    monkeypatch.setattr(last, "processors", asked)
+    given = [t.to(DEVICE) for t in arguments(ops.selective_scan_last, 1, 9, 1, torch.float32)[0][:5]]
+    given += [None] * 4 + [True]
+    with pytest.raises(AssertionError, match="which GPU"):
+        last.selective_scan_last(*given)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert last.selective_scan_last(*given).shape == given[0][:, 0].shape
+
+
 @pytest.mark.parametrize("lengths", [[0], [5], [0, 4, 0, 1, 3, 8, 9, 0], [4, 4, 4], [1] * 9, [13, 0]])
 def test_where_pieces_lie(lengths, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", PIECE)

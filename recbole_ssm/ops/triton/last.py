@@ -30,10 +30,9 @@ def selective_scan_last(
     softplus: bool,
 ) -> Tensor:
     """:func:`recbole_ssm.ops.selective_scan_last`."""
-    sequences, rows = len(C), x.shape[0] * x.shape[1]
-    is_cut = pieces.worthwhile(sequences, rows, operators.scan_programs(*A.shape), processors(x))
+    rows, programs = x.shape[0] * x.shape[1], operators.scan_programs(*A.shape)
     # The compiler is not to ask which GPU it compiles for.
-    if torch.compiler.is_compiling() or not is_cut:
+    if torch.compiler.is_compiling() or not pieces.worthwhile(len(C), rows, programs, processors(x)):
         y: Tensor = operators.OPERATORS["selective_scan_last"](x, dt, A, B, C, D, z, dt_bias, cu_seqlens, softplus)
         return y
     scan = operators.OPERATORS["selective_scan"]
