@@ -44,6 +44,8 @@ def _check_times(merged: Mapping[str, Any]) -> None:
         if merged.get(key) and merged.get("time") != "query":
             raise UserError(f"{key}: is of time: query, and time is {merged.get('time') or 'none'}; leave it out")
     if not reads_times(merged.get("time")):
+        if merged.get("gap_enters"):
+            raise UserError("gap_enters: is of time: gaps or query, and time is none; leave it out")
         return
     if merged["legacy_time_order"]:
         raise UserError(f"legacy_time_order: rounds times, which time: {merged['time']} reads; leave it out")

@@ -450,6 +450,7 @@ KEYS: dict[str, Key] = {
     "time": Key(Choice("none", "gaps", "query"), "model", empty=True, named=True),
     "query_calendar": Key(FLAG, "model", empty=True),
     "query_enters": Key(Choice("input", "output"), "model", empty=True),
+    "gap_enters": Key(Choice("input", "step"), "model", empty=True, named=True),
     "base_model": Key(_BASE, "model", effect="free"),
     "base_model_dtype": Key(Choice("auto", "float32", "bfloat16"), "model"),
     "base_model_download": Key(FLAG, "model", effect="none"),

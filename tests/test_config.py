@@ -250,7 +250,7 @@ def test_frozen_keys():
     assert sorted(ours) == [
         "MAX_ITEM_LIST_LENGTH", "base_model", "base_model_download", "base_model_dtype", "bm25_b", "bm25_k1",
         "d_conv", "d_state", "dropout_prob", "dt_init", "epochs", "eval_batch_size", "expand", "feed_forward",
-        "ft_ratio", "fusion_weight", "gated_residual", "gbce_t", "gradient_checkpointing", "head_dim",
+        "ft_ratio", "fusion_weight", "gap_enters", "gated_residual", "gbce_t", "gradient_checkpointing", "head_dim",
         "hidden_size", "initializer_range", "joint_norm", "label_smoothing", "learning_rate", "length_penalty",
         "logq_correction", "lora_alpha", "lora_dropout", "lora_modules", "lora_r", "loss_type", "lr_scheduler",
         "lr_scheduler_args", "lr_scheduler_interval", "mask_ratio", "n_groups", "negative_power",

@@ -127,10 +127,14 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         last_only: bool = False,
         return_state: bool = True,
+        gap: Tensor | None = None,
     ) -> tuple[Tensor, MixerState | None]:
-        """Whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`."""
+        """Whole sequences; arguments and returns as in :meth:`recbole_ssm.layers.Mamba.forward`, and the gaps before
+        events for a :class:`~recbole_ssm.layers.Mamba2` that needs them.
+        """
         v = self.norm(u) if self.recipe.pre_norm else u
-        y, state = self.mixer(v, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state)
+        more: dict[str, Any] = {} if gap is None else {"gap": gap}
+        y, state = self.mixer(v, state, cu_seqlens=cu_seqlens, last_only=last_only, return_state=return_state, **more)
         return self._finish(last_of(u, cu_seqlens) if last_only else u, y), state
 
     @in_one_kernel
@@ -146,10 +150,10 @@ class Block(nn.Module):
 
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none, or
-        its recipe is one that they do not know.
+        its recipe is one that they do not know, or its state decays through gaps, which they are not told.
         """
         mixer = self.mixer.kernel_weights() if hasattr(self.mixer, "kernel_weights") else {}
-        if not mixer or self.recipe != PUBLISHED:
+        if not mixer or self.recipe != PUBLISHED or getattr(self.mixer, "gap_rate", None) is not None:
             return {}
         w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
         return {

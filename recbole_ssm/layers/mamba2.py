@@ -9,12 +9,17 @@ All that the scan reads is projected from u at once, in parallel:
     y_t = h_t C_t + D x_t
     out = out_proj(RMSNorm(y SiLU(z)))           each group of heads by itself
 
+With ``gap_decays`` the time since the event before takes part in the decay, and not in what an event adds (ours; the
+idea is that of event-based state-space models, where elapsed time is a decay of its own):
+
+    h_t = exp((dt_t + r s_t) A) h_{t-1} + dt_t x_t B_t^T        s = log(1 + gap) / 4, and r > 0 one number for each head
+
 Parameters carry the names of the reference implementation, so weights can be exchanged.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +45,7 @@ class Mamba2(nn.Module):
         dt_init: how step sizes start, see :func:`recbole_ssm.layers.init.init_dt_bias`.
         joint_norm: one norm over all channels, whatever the groups, as weights of version 0.1.0
             were trained.
+        gap_decays: whether the state decays through the gap before each event.
 
     Raises:
         UserError: a size is below 1 or does not divide what it must, or ``dt_init`` is unknown.
@@ -55,6 +61,7 @@ class Mamba2(nn.Module):
         n_groups: int = 1,
         dt_init: str = "log_uniform",
         joint_norm: bool = False,
+        gap_decays: bool = False,
     ) -> None:
         super().__init__()
         sizes = (d_state, d_conv, expand, head_dim, n_groups)
@@ -73,6 +80,8 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        # r before its softplus. At the start a gap of a million units decays the state less than a middling step does.
+        self.gap_rate = nn.Parameter(torch.full((self.n_heads,), -6.0)) if gap_decays else None
         self.reset_dt()
 
     def reset_dt(self) -> None:
@@ -93,8 +102,12 @@ class Mamba2(nn.Module):
         cu_seqlens: Tensor | None = None,
         last_only: bool = False,
         return_state: bool = True,
+        gap: Tensor | None = None,
     ) -> tuple[Tensor, MixerState | None]:
-        """Mix whole sequences; arguments and returns as in :meth:`Mamba.forward`."""
+        """Mix whole sequences; arguments and returns as in :meth:`Mamba.forward`.
+
+        With ``gap_decays`` it needs the gap before each event, ``[B, L]`` or, packed, ``[total]``.
+        """
         to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + self.n_heads])
         xBC, dt = F.linear(u, to_rest).split([self.d_conv_in, self.n_heads], -1)
         conv, ssm = state or (None, None)
@@ -103,19 +116,43 @@ class Mamba2(nn.Module):
         x, B, C = self._split(xBC)
         A = -self.A_log.exp()
         steps: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True}
+        v, D = x, cast("Tensor | None", self.D)
+        if self.gap_rate is not None:
+            v, dt = self._longer_steps(x, dt, gap)
+            # The skip is of x, not of v, and follows below.
+            steps, D = {}, None
         after: MixerState | None = None
         if last_only and state is None:
-            C, u = last_of(C, cu_seqlens), last_of(u, cu_seqlens)
-            y = ssd_last(x, dt, A, B, C, self.D, **steps, cu_seqlens=cu_seqlens)
+            C, u, x = (last_of(t, cu_seqlens) for t in (C, u, x))
+            y = ssd_last(v, dt, A, B, C, D, **steps, cu_seqlens=cu_seqlens)
         else:
             y, ssm = ssd(
-                x, dt, A, B, C, self.D, **steps,
+                v, dt, A, B, C, D, **steps,
                 state_BHPN=ssm, cu_seqlens=cu_seqlens, return_state=return_state,
             )  # fmt: skip
             after = None if ssm is None else MixerState(conv, ssm)
             if last_only:
-                y, u = last_of(y, cu_seqlens), last_of(u, cu_seqlens)
+                y, u, x = (last_of(t, cu_seqlens) for t in (y, u, x))
+        if D is None:
+            y = torch.addcmul(y, x, self.D[:, None])
         return self._gate_and_project(y, F.linear(u, to_z)), after
+
+    def _longer_steps(self, x: Tensor, dt: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The inputs x dt / (dt + r s) and step sizes dt + r s with which an ordinary SSD decays through gaps too."""
+        assert gap is not None, "gap_decays: a mixer whose state decays through gaps must be given them"
+        dt = F.softplus(dt + self.dt_bias)
+        longer = dt + self._through(gap)
+        return x * (dt / longer).to(x.dtype)[..., None], longer
+
+    def _through(self, gap: Tensor) -> Tensor:
+        """What gaps ``[...]`` add to step sizes, r s ``[..., H]``."""
+        rate = F.softplus(self.gap_rate)  # type: ignore[arg-type]
+        return rate * (gap.to(rate.dtype).log1p() / 4)[..., None]
+
+    def after_gap(self, state: MixerState, gap_B: Tensor) -> MixerState:
+        """The state through whose gap ``[B]`` before the next event it has decayed: what :meth:`step` is then given."""
+        decay = torch.exp(self._through(gap_B) * -self.A_log.exp())
+        return MixerState(state.conv_BDK, state.ssm * decay[..., None, None])
 
     @in_one_kernel
     def step(self, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
@@ -147,7 +184,7 @@ class Mamba2(nn.Module):
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer.
 
-        They have no joint norm of several groups.
+        They have no joint norm of several groups. With ``gap_decays`` a step is the same, after :meth:`after_gap`.
         """
         if self.norm_groups != self.n_groups:
             return {}

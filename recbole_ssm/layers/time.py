@@ -12,6 +12,9 @@ the state which a model carries does not depend on it (feature-wise scale and sh
 
     y (1 + G[bucket(wait)]) + F[bucket(wait)]
 
+With ``gap_enters: step`` E falls away, and n of the gap before an event makes the mixer's state decay
+(:mod:`recbole_ssm.layers.mamba2`).
+
 ``query_calendar`` adds an embedding of the hour and one of the weekday of asking, in UTC, wherever F stands.
 """
 
@@ -85,6 +88,7 @@ class TimeEncoding(nn.Module):
         asks: whether the wait is read too, not only the gap.
         at_output: whether the wait is a gate on what is read, in place of an embedding at the input.
         calendar: whether hour and weekday of asking are read with the wait.
+        gap_decays: whether a mixer's state decays by the gap, in place of an embedding at the input.
     """
 
     scale: Tensor
@@ -100,13 +104,14 @@ class TimeEncoding(nn.Module):
         asks: bool,
         at_output: bool = False,
         calendar: bool = False,
+        gap_decays: bool = False,
     ) -> None:
         super().__init__()
-        self.asks = asks
-        """Whether it must know when it is asked."""
+        self.asks, self.gap_decays = asks, gap_decays
+        """Whether it must know when it is asked, and whether mixers want :meth:`elapsed`."""
         self.asks_at_input = asks and not at_output
         # Row 0 is of the first event of a history, which has no gap.
-        self.gap = nn.Embedding(BUCKETS + 1, d_model)
+        self.gap = None if gap_decays else nn.Embedding(BUCKETS + 1, d_model)
         of_asking = []
         if asks:
             self.wait = nn.Embedding(BUCKETS, d_model)
@@ -117,16 +122,24 @@ class TimeEncoding(nn.Module):
             self.hour, self.weekday = nn.Embedding(24, d_model), nn.Embedding(7, d_model)
             of_asking += [self.hour, self.weekday]
         # They are registered once already, by their names.
-        self._at_input = (self.gap, *(of_asking if self.asks_at_input else ()))
+        self._at_input = (() if self.gap is None else (self.gap,)) + (tuple(of_asking) if self.asks_at_input else ())
         self._at_output = () if self.asks_at_input else tuple(of_asking)
         # They are kept with the weights, because a model means its buckets by them wherever it runs.
         self.register_buffer("scale", torch.tensor([origin, resolution, longest]))
         self.register_buffer("limits", torch.tensor(LIMITS), persistent=False)
 
-    def forward(self, clock: Clock) -> Tensor:
-        """What the times add to the vectors of events ``[..., d_model]``."""
-        found: Tensor = sum(table(row) for table, row in zip(self._at_input, self._rows(clock)))  # type: ignore[assignment]
-        return found
+    def forward(self, clock: Clock) -> Tensor | int:
+        """What the times add to the vectors of events: ``[..., d_model]``, or 0 where nothing is read at the input."""
+        rows = self._rows(clock)
+        if self.gap is None:
+            next(rows)
+        return sum(table(row) for table, row in zip(self._at_input, rows))
+
+    def elapsed(self, clock: Clock) -> Tensor:
+        """The gap before each event ``[...]`` in units of the resolution, a whole number from 0 to the longest; 0 for
+        the first event of a history.
+        """
+        return self._counts(clock)[1][0]
 
     def read_out(self, y: Tensor, clock: Clock) -> Tensor:
         """The vectors ``[..., d_model]`` that answer when they are asked at ``clock.after``."""
@@ -138,21 +151,26 @@ class TimeEncoding(nn.Module):
 
     def _rows(self, clock: Clock) -> Iterator[Tensor]:
         """The rows of gaps, waits, hours and weekdays, one after the other as they are needed."""
-        origin, unit, longest = self.scale
-        # A damaged file may hold anything.
-        unit = unit.clamp(min=1)
-        first = clock.before == NEVER
-        times = torch.stack([torch.where(first, clock.at, clock.before), clock.at, clock.after])
-        units = (times - origin) // unit
-        # A time that runs backwards counts as none.
-        counts = units.diff(dim=0).clamp(min=0).minimum(longest)
+        units, counts = self._counts(clock)
         gap, wait = torch.bucketize(counts, self.limits, right=True)
-        yield (gap + 1).masked_fill(first, 0)
+        yield (gap + 1).masked_fill(clock.before == NEVER, 0)
         yield wait
         # Rounded down as the data are, because nothing else was trained.
-        moment = origin + units[1:].amax(0) * unit
+        origin, unit, _ = self.scale
+        moment = origin + units[1:].amax(0) * unit.clamp(min=1)
         yield moment // HOUR % 24
         yield (moment // (24 * HOUR) + THURSDAY) % 7
+
+    def _counts(self, clock: Clock) -> tuple[Tensor, Tensor]:
+        """The three times in units of the resolution since the origin ``[3, ...]``, and gap and wait in such units
+        ``[2, ...]``.
+        """
+        origin, unit, longest = self.scale
+        times = torch.stack([torch.where(clock.before == NEVER, clock.at, clock.before), clock.at, clock.after])
+        # A damaged file may hold anything as the unit.
+        units = (times - origin) // unit.clamp(min=1)
+        # A time that runs backwards counts as none.
+        return units, units.diff(dim=0).clamp(min=0).minimum(longest)
 
     def rows_of(self, before: int, at: int, after: int) -> tuple[int, int, int, int]:
         """The rows of one event, as many have them.
@@ -177,5 +195,6 @@ class TimeEncoding(nn.Module):
         if self.scale.is_meta:
             return ""
         _, resolution, longest = self.scale.tolist()
+        gap = "gap in the step" if self.gap_decays else "gap"
         wait = ", wait at the input" if self.asks_at_input else ", wait at the output" if self.asks else ""
-        return f"gap{wait}; resolution {resolution:,} s, longest gap {longest * resolution:,} s"
+        return f"{gap}{wait}; resolution {resolution:,} s, longest gap {longest * resolution:,} s"

@@ -86,6 +86,7 @@ class PackedRecommender(Configurable, SequentialRecommender):
                 "asks": config["time"] == "query",
                 "at_output": config["query_enters"] == "output",
                 "calendar": bool(config["query_calendar"]),
+                "gap_decays": config["gap_enters"] == "step",
             }
             self.time_encoding = TimeEncoding(width, *time_scale(dataset), **ways)
 

@@ -69,11 +69,17 @@ class SSMRecommender(PackedRecommender):
         means = sums / item_seq_len.clamp(min=1)[:, None]
         return self.read_out(means, clock and clock.newest(item_seq_len))
 
+    def gap_of(self, clock: Clock | None) -> Tensor | None:
+        """The gap before each event, in the clock's shape, if the states of blocks decay through it."""
+        if self.time_encoding is None or not self.time_encoding.gap_decays or clock is None:
+            return None
+        return self.time_encoding.elapsed(clock)
+
     def encode_padded(self, item_seq: Tensor, clock: Clock | None = None) -> Tensor:
         """As :meth:`PackedRecommender.encode_padded`."""
-        u = self.norm(self.dropout(self.embed(item_seq, clock)))
+        u, gap = self.norm(self.dropout(self.embed(item_seq, clock))), self.gap_of(clock)
         for block in self.blocks:
-            u, _ = block(u, return_state=False)
+            u, _ = block(u, return_state=False, gap=gap)
         out: Tensor = self.last_norm(u)
         return out
 
@@ -104,9 +110,11 @@ class SSMRecommender(PackedRecommender):
 
         Equal to :meth:`encode` over the whole history, for causal mixers and the readout ``last``.
         """
-        u = self.norm(self.dropout(self.embed(item_B, clock)))
+        u, gap = self.norm(self.dropout(self.embed(item_B, clock))), self.gap_of(clock)
         after = []
         for block, before in zip(self.blocks, state):
+            if gap is not None:
+                before = block.mixer.after_gap(before, gap)
             u, new = block.step(u, before)
             after.append(new)
         return self.last_norm(u), after
@@ -115,9 +123,9 @@ class SSMRecommender(PackedRecommender):
         """One history of any length at once: item ids ``[L]`` and their clock ``[L]`` -> a vector
         ``[1, hidden_size]`` and what steps leave.
         """
-        u = self.norm(self.dropout(self.embed(items_L, clock)))[None]
+        u, gap = self.norm(self.dropout(self.embed(items_L, clock)))[None], self.gap_of(clock)
         states = []
         for block in self.blocks:
-            u, state = block(u)
+            u, state = block(u, gap=gap)
             states.append(state)
         return self.last_norm(u[:, -1]), states

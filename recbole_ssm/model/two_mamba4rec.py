@@ -35,6 +35,7 @@ class TwoMamba4Rec(SSMRecommender):
         keys = ("d_state", "d_conv", "expand", "head_dim", "n_groups", "dt_init")
         sizes = {key: config[key] for key in keys}
         sizes["joint_norm"] = bool(config["joint_norm"])
+        sizes["gap_decays"] = config["gap_enters"] == "step"
 
         # define layers and loss
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
@@ -58,9 +59,10 @@ class TwoMamba4Rec(SSMRecommender):
         """As :meth:`PackedRecommender.encode`."""
         # The embedding layer. The scan knows the order of events, so no position is added.
         u = self.norm(self.dropout(self.embed(items_L, clock)))[None]  # [1, total, hidden_size]
+        gap = self.gap_of(clock)
         # The blocks: y = LayerNorm(u + Dropout(Mamba2(u))), then LayerNorm(y + FFN(y)). The key
         # ``residual`` decides whether u is added; other recipes are in recbole_ssm.layers.block.
         for number, block in enumerate(self.blocks, 1):
             at_last = last_only and number == self.num_layers
-            u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
+            u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False, gap=gap)
         return self.last_norm(u if last_only else u[0])

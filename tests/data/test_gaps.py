@@ -63,6 +63,14 @@ def test_what_is_of_query_alone_is_refused_elsewhere(toy, given):
             configure("GRU4Rec", "toy", config_dict={**toy["config_dict"], "time": time, **given})
 
 
+def test_a_gap_enters_only_where_times_are_read(toy):
+    given = {**toy["config_dict"], "gap_enters": "step"}
+    with pytest.raises(UserError, match="gap_enters: is of time: gaps or query, and time is none; leave it out"):
+        configure("2Mamba4Rec", "toy", config_dict=given)
+    with pytest.raises(UserError, match="gap_enters: there is no such key"):
+        configure("Mamba4Rec", "toy", config_dict={**given, "time": "gaps"})
+
+
 def test_an_empty_value_is_the_text_none(toy):
     for given in (None, "none"):
         assert configure("SASRec", "toy", config_dict={**toy["config_dict"], "time": given})["time"] is None

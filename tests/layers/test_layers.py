@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +104,50 @@ def test_mamba2_normalises_each_group_as_upstream_does(joint):
     scale = 1 / torch.sqrt(groups.square().mean(-1, keepdim=True) + 1e-5)
     expected = (groups * scale).view(3, 5, 32) * mixer.norm.weight @ mixer.out_proj.weight.T
     close(mixer._gate_and_project(y.view(3, 5, 4, 8), z), expected)
+
+
+def test_the_state_of_mamba2_decays_through_gaps_as_it_is_written():
+    """Values and gradients of the recurrence in the module's text; also in pieces, packed, and event by event."""
+    torch.manual_seed(0)
+    mixer = Mamba2(16, 5, 4, 2, head_dim=8, n_groups=2, gap_decays=True).double()
+    torch.nn.init.uniform_(mixer.gap_rate, -2, 2)
+    u, gap = torch.randn(2, 9, 16, dtype=torch.float64), torch.randint(0, 500, (2, 9))
+
+    def as_written(u, gap):
+        z, xBC, dt = mixer.in_proj(u).split([32, 32 + 2 * 2 * 5, 4], -1)
+        padded = F.pad(xBC.transpose(1, 2), (3, 0))
+        xBC = F.silu(F.conv1d(padded, mixer.conv1d.weight, mixer.conv1d.bias, groups=52)).transpose(1, 2)
+        x, B, C = xBC.split([32, 10, 10], -1)
+        x, B, C = x.unflatten(-1, (4, 8)), *(t.unflatten(-1, (2, 5)).repeat_interleave(2, 2) for t in (B, C))
+        dt, A, r = F.softplus(dt + mixer.dt_bias), -mixer.A_log.exp(), F.softplus(mixer.gap_rate)
+        h, ys = u.new_zeros(len(u), 4, 8, 5), []
+        for t in range(u.shape[1]):
+            s = torch.log(1.0 + gap[:, t, None].double()) / 4
+            decay = torch.exp((dt[:, t] + r * s) * A)
+            h = decay[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            ys.append((h * C[:, t, :, None]).sum(-1) + mixer.D[:, None] * x[:, t])
+        return mixer._gate_and_project(torch.stack(ys, 1), z)
+
+    def gradients(y):
+        return torch.autograd.grad((y * torch.linspace(-1, 1, 16)).square().sum(), list(mixer.parameters()))
+
+    expected, (whole, after) = as_written(u, gap), mixer(u, gap=gap)
+    close(whole, expected)
+    for found, right in zip(gradients(whole), gradients(expected), strict=True):
+        close(found, right)
+    assert not torch.allclose(whole, mixer(u, gap=gap * 2)[0])
+    first, state = mixer(u[:, :4], gap=gap[:, :4])
+    second, state = mixer(u[:, 4:], state, gap=gap[:, 4:])
+    close(torch.cat([first, second], 1), expected)
+    close(state.ssm, after.ssm)
+    bounds, packed = torch.tensor([0, 9, 18]), {"cu_seqlens": torch.tensor([0, 9, 18]), "gap": gap.flatten()}
+    close(mixer(u.view(1, 18, 16), **packed)[0], expected.view(1, 18, 16))
+    close(mixer(u.view(1, 18, 16), **packed, last_only=True)[0], last_of(expected.view(1, 18, 16), bounds))
+    close(mixer(u[:, 4:], mixer(u[:, :4], gap=gap[:, :4])[1], gap=gap[:, 4:], last_only=True)[0], expected[:, -1])
+    state = mixer.alloc_state(2)
+    for t in range(9):
+        y, state = mixer.step(u[:, t], mixer.after_gap(state, gap[:, t]))
+        close(y, expected[:, t])
 
 
 @pytest.mark.parametrize("kind", CAUSAL)

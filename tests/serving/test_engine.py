@@ -444,6 +444,7 @@ WAYS = {
     "query": {"time": "query"},
     "calendar": {"time": "query", "query_calendar": True},
     "output": {"time": "query", "query_enters": "output", "query_calendar": True},
+    "step": {"time": "query", "gap_enters": "step"},
 }
 
 

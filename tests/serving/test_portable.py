@@ -31,9 +31,10 @@ MODELS = {
     "gaps": ("Mamba4Rec", {**TINY, "time": "gaps"}),
     "query": ("2Mamba4Rec", {**TINY, "head_dim": 8, "time": "query", "score": "cosine", "temperature": 0.5}),
     "output": ("Mamba4Rec", {**TINY, "time": "query", "query_enters": "output", "query_calendar": True}),
+    "step": ("2Mamba4Rec", {**TINY, "head_dim": 8, "time": "query", "gap_enters": "step"}),
     "attention": ("SASRec", {"hidden_size": 16, "inner_size": 32, "time": "query", "query_calendar": True}),
 }
-STATEFUL = {"Mamba4Rec", "2Mamba4Rec", "gaps", "query", "output"}
+STATEFUL = {"Mamba4Rec", "2Mamba4Rec", "gaps", "query", "output", "step"}
 
 
 def times_of(user, count):

@@ -22,10 +22,12 @@ WAYS = {
     "query": ("2Mamba4Rec", {"time": "query"}),
     "calendar": ("2Mamba4Rec", {"time": "query", "query_calendar": True, "norm_position": "pre", "score": "cosine"}),
     "output": ("Mamba4Rec", {"time": "query", "query_enters": "output", "query_calendar": True}),
+    "step": ("2Mamba4Rec", {"time": "query", "gap_enters": "step", "norm_position": "pre"}),
+    "gaps in the step": ("2Mamba4Rec", {"time": "gaps", "gap_enters": "step"}),
     "attention": ("SASRec", {"time": "query"}),
     "none": ("2Mamba4Rec", {}),
 }
-STATEFUL = ["gaps", "query", "calendar", "output"]
+STATEFUL = ["gaps", "query", "calendar", "output", "step", "gaps in the step"]
 
 
 def times_of(user, count):
@@ -114,7 +116,7 @@ def test_only_what_it_reads_counts(recommenders, way):
     other_gap = [*TIMES[:3], *[time + 10**6 for time in TIMES[3:]]]
     assert differ(at_once, recommender.recommend(HISTORY, 20, times=other_gap, now=now + 10**6)) == (way != "none")
     later = recommender.recommend(HISTORY, 20, times=TIMES, now=now + 10**5)
-    assert differ(at_once, later) == (way not in ("none", "gaps"))
+    assert differ(at_once, later) == (way not in ("none", "gaps", "gaps in the step"))
 
 
 @pytest.mark.parametrize("way", ["query", "output", "attention"])
