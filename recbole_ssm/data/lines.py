@@ -72,7 +72,7 @@ class BadLines:
         self._stack = ExitStack()
 
     def add(self, line: int, fault: str, raw: bytes) -> None:
-        """Refuse a line.
+        """Refuse a line, or all lines of a row that takes several; ``line`` is then the number of the first.
 
         Raises:
             UserError: in mode ``error``.
@@ -80,13 +80,15 @@ class BadLines:
         if self.mode == "error":
             raise UserError(f"{self.path}, line {line}: {fault}")
         self.first = self.first or f"line {line}: {fault}"
-        self.numbers.append(line)
+        lines = raw.split(b"\n")
+        self.numbers.extend(range(line, line + len(lines)))
         if self.side is not None:
             if self._file is None:
                 self.side.parent.mkdir(parents=True, exist_ok=True)
                 temporary = self._stack.enter_context(whole(self.side))
                 self._file = self._stack.enter_context(temporary.open("wb"))
-            self._file.write(f"{line}\t{fault}\t".encode() + raw + b"\n")
+            for number, content in enumerate(lines, line):
+                self._file.write(f"{number}\t{fault}\t".encode() + content + b"\n")
 
     def __len__(self) -> int:
         return len(self.numbers)

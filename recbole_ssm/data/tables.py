@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ BYTES = 1 << 24
 # Bytes of a line of JSON, and of one of Python's literals, which take four hundred times their size to be read.
 LONGEST_OBJECT = 1 << 22
 LONGEST_LITERAL = 1 << 18
-# Bytes of a row of Parquet, on average of a group of rows.
+# Bytes of a row of separated text that takes several lines, and of one of Parquet, on average of a group of rows.
 LONGEST_ROW = 1 << 20
 
 
@@ -122,6 +122,8 @@ class Text:
                 return
             except csv.Error as error:
                 fault = f"not a row of cells ({error}); correct it or drop it"
+                # A stray quotation mark takes sound lines along: only the line in which the row begins is refused.
+                lines.give_back()
             # A row may take several lines.
             number, raw, foreign = lines.taken()
             raw = original(raw, self.encoding)
@@ -371,34 +373,48 @@ def _decimals(ticks: pa.Array, digits: int) -> pa.StringArray:
 
 
 def _shown(cells: pa.Table) -> list[bytes]:
-    return ["\t".join(row).encode() for row in zip(*(column.to_pylist() for column in cells.columns))]
+    return [
+        "\t".join(row).replace("\n", " ").encode() for row in zip(*(column.to_pylist() for column in cells.columns))
+    ]
 
 
 class _Decoded:
-    """Feeds lines to the csv module, and remembers those that the row at hand took."""
+    """Feeds lines to the csv module, and remembers those that the row at hand took.
+
+    The lines end within a row of more than :data:`LONGEST_ROW` bytes, which is then a row without its end.
+    """
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._lines = (
             (number, line) for block in blocks for number, line in enumerate(io.BytesIO(block.data), block.first)
         )
-        self._taken: list[bytes] = []
-        self._number = 0
-        self._foreign = False
+        self._given_back: deque[tuple[int, bytes]] = deque()
+        self._taken: list[tuple[int, bytes]] = []
+        self._size = 0
 
     def __iter__(self) -> _Decoded:
         return self
 
     def __next__(self) -> str:
-        self._number, line = next(self._lines)
-        self._taken.append(line)
-        try:
-            return line.decode()
-        except UnicodeDecodeError:
-            self._foreign = True
-            return line.decode(errors="replace")
+        if self._size > LONGEST_ROW:
+            raise StopIteration
+        number, line = self._given_back.popleft() if self._given_back else next(self._lines)
+        self._taken.append((number, line))
+        self._size += len(line)
+        return line.decode(errors="replace")
+
+    def give_back(self) -> None:
+        """Let the lines of the row at hand come again, but for its first."""
+        self._given_back.extendleft(reversed(self._taken[1:]))
+        del self._taken[1:]
 
     def taken(self) -> tuple[int, bytes, bool]:
         """The number of the first line since the last call, all those lines, and whether one of them is no text."""
-        found = self._number - len(self._taken) + 1, b"".join(self._taken).rstrip(b"\n"), self._foreign
-        self._taken, self._foreign = [], False
-        return found
+        number = self._taken[0][0]
+        raw = b"".join(line for _, line in self._taken).removesuffix(b"\n")
+        self._taken, self._size = [], 0
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            return number, raw, True
+        return number, raw, False

@@ -262,9 +262,29 @@ def test_bad_lines_can_be_skipped(tmp_path):
     (tmp_path / "x.csv").write_text(text)
     card = convert(tmp_path / "x.csv", "made", tmp_path / "out", on_bad_lines="skip")
     assert written(tmp_path / "out" / "made") == [("u", "i", 1.0), ("u", "k", 4.0)]
-    assert card["skipped_lines"] == 5
+    assert card["skipped_lines"] == 6
     skipped = (tmp_path / "out" / "made" / "made.skipped").read_text()
-    assert sorted(line.split("\t")[0] for line in skipped.splitlines() if "\t" in line) == ["3", "4", "5", "7", "8"]
+    assert sorted(line.split("\t")[0] for line in skipped.splitlines()) == ["3", "4", "5", "6", "7", "8"]
+
+
+@pytest.mark.parametrize("later", ["", 'u2000,"i2000",1600002000', '"u2000","",1600002000'])
+def test_a_stray_quotation_mark_costs_its_own_line(tmp_path, later):
+    lines = [f"u{row},i{row},{1_600_000_000 + row}" for row in range(3000)]
+    stray = lines[9] = 'u9,"i9,1600000009'
+    lines[2000] = later or lines[2000]
+    (tmp_path / "x.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", on_bad_lines="skip")
+    empty = '""' in later
+    assert (len(written(tmp_path / "out" / "made")), card["skipped_lines"]) == (2999 - empty, 1 + empty)
+    skipped = (tmp_path / "out" / "made" / "made.skipped").read_text().splitlines()
+    assert [line.split("\t")[::2] for line in skipped] == [["11", stray], ["2002", later]][: 1 + empty]
+
+
+def test_a_row_of_quoted_cells_is_not_read_without_bound(tmp_path):
+    """Each of its cells is short, so that the longest cell that is allowed does not end it."""
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n" + 'x","z\n' * 200_000 + 'x",y\n')
+    with pytest.raises(UserError, match="line 3: not a row of cells .unexpected end of data.; correct it or drop it"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out")
 
 
 @pytest.mark.parametrize("separator", ["::", "§", ";"])
