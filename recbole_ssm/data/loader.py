@@ -399,7 +399,6 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, EvalLoader, 
     built = dataset.build()
     if reads_times(config["time"]):
         require_clock_times(config, built[0])
-    built[1:] = look_at_cold_targets(config["drop_cold_targets"], *built)
     for key in ("train_last", "train_newest"):
         if config[key]:
             rows = len(built[0])
@@ -407,6 +406,7 @@ def create_loaders(config: Any, dataset: Any) -> tuple[TrainLoader, EvalLoader, 
             getLogger().info(f"{key}: {config[key]}: {len(built[0]):,} of {rows:,} targets train")
     if config["train_rows"]:
         built[0] = _sample(built[0], config["train_rows"], config["seed"])
+    built[1:] = look_at_cold_targets(config["drop_cold_targets"], *built)
     negatives = config["train_neg_sample_args"]
     sampler = _create_sampler(dataset, built, negatives["distribution"], config["repeatable"], negatives["alpha"])
     train = TrainLoader(config, built[0], sampler.set_phase("train") if sampler else None)

@@ -123,8 +123,11 @@ def training_events(train: Any) -> np.ndarray:
     """
     rows, field = train.inter_feat, train.iid_field
     if isinstance(rows, Prefixes):
-        # Each event before a target is its history's newest.
-        items = rows.events[field].numpy()[np.union1d(rows.target, rows.target - 1)]
+        items = rows.events[field].numpy()
+        # How many rows hold each event: those that have begun with it or before, and have not ended before it.
+        held = np.bincount(rows.target - rows.length, minlength=len(items) + 1)
+        held -= np.bincount(rows.target + 1, minlength=len(items) + 1)
+        items = items[held[:-1].cumsum() > 0]
     else:
         lists = rows[field + train.config["LIST_SUFFIX"]].numpy()
         items = np.append(rows[field].numpy(), lists[lists > 0])

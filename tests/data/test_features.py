@@ -9,6 +9,7 @@ import torch
 from recbole_ssm import run_recbole_ssm
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
+from recbole_ssm.data.splits import training_events
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure
 
@@ -177,3 +178,18 @@ def test_targets_that_training_never_saw_are_counted_and_may_go(write_dataset, c
     assert f"valid: 1 of 4 targets are items that training never saw; {mend}" in caplog.text
     assert f"test: 2 of 4 targets are items that training never saw; {mend}" in caplog.text
     assert [len(loader.dataset) for loader in (valid, test)] == ([3, 2] if drop else [4, 4])
+
+
+@pytest.mark.parametrize("cut", [{"train_rows": 5}, {"train_rows": 30}, {"train_last": 1}, {"train_newest": 1}, {}])
+def test_what_is_left_out_of_training_was_not_seen(toy, caplog, cut):
+    """Targets and all of their histories were seen, and nothing else."""
+    toy["config_dict"] |= cut | {"drop_cold_targets": True}
+    config = configure("GRU4Rec", **toy)
+    with caplog.at_level(logging.INFO):
+        train, _, test = create_loaders(config, create_dataset(config))
+    batch = train._dataset.inter_feat[:]
+    seen = {0, *batch["item_id"].tolist(), *batch["item_id_list"].flatten().tolist()}
+    assert np.flatnonzero(training_events(train._dataset)).tolist() == sorted(seen - {0})
+    tested = test._dataset.inter_feat["item_id"].tolist()
+    assert seen.issuperset(tested)
+    assert f"test: {60 - len(tested)} of 60 targets are items that training never saw" in caplog.text
