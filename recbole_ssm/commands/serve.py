@@ -134,7 +134,7 @@ def add_state_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--state_type", choices=sorted(STATE_TYPES), default="float32", help="bf16 takes half the room")
     parser.add_argument("--state_history", type=at_least(FEWEST), default=10_000, help="events that are kept of a user")
     parser.add_argument("--state_bytes", type=at_least(1 << 20), default=1 << 36, help="most bytes of the folder")
-    parser.add_argument("--forget_days", type=positive, help="forget users who were silent for so long (default: none)")
+    parser.add_argument("--forget_days", type=positive, help="forget who had no event for so long (default: never)")
 
 
 def state_options(options: Namespace) -> tuple[Store, dict[str, Any]]:

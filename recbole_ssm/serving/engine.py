@@ -47,7 +47,7 @@ class Engine:
         store: the records.
         state_history: so many events of a user are kept, the newest; three at least.
         state_type: ``float32``, or ``bf16``, which takes half and is accurate to three digits.
-        forget_after: seconds without an event or a new state after which a user is forgotten; None means never.
+        forget_after: seconds without an event after which a user is forgotten; None means never.
         observe: told of each part of the work (``store``, ``step``, ``score``, ``top_k``) and its seconds.
         count: told of each state that was needed: ``stored``; ``rebuilt``, where it was lost or is of another model; or
             ``first``, where none was written yet.
@@ -287,7 +287,8 @@ class Engine:
         return served.catalogue.known(items.texts(), "history", skip_unknown=True)[0]
 
     def _writings(self, guest: Guest, now: float) -> Values:
-        guest.record.changed = now
+        if guest.found.taken:
+            guest.record.changed = now
         user = guest.visit.user
         found = guest.record.writings(user, self._state_history)
         if guest.is_damaged:
@@ -373,8 +374,8 @@ class Engine:
     # --- all users ---
 
     def tidy(self) -> Iterator[None]:
-        """Go through all users once, some at a time: states of former models are computed again, and who was silent for
-        ``forget_after`` is forgotten.
+        """Go through all users once, some at a time: states of former models are computed again, and who had no event
+        for ``forget_after`` is forgotten.
         """
         users = self.store.users()
         while piece := list(islice(users, LOOKED_AT_AT_ONCE)):

@@ -37,11 +37,11 @@ STATE_EVERY = 8
 chunks, the head never holds fewer than :data:`CHUNK` events."""
 
 _MARK = struct.Struct("<4sI")
-# Checksum of the state, its model, its type, events that it has read, events ever taken, time of the last change, the
+# Checksum of the state, its model, its type, events that it has read, events ever taken, when the last were taken, the
 # first chunk and that behind the last; then how long each part is: events, bytes of their items, event ids, bytes of
 # these.
 _HEADER = struct.Struct("<I16sBQQdIIIIHI")
-# Checksum of the state, its model, its type, events ever taken, time of the last change; then how long each part is:
+# Checksum of the state, its model, its type, events ever taken, when the last were taken; then how long each part is:
 # events, bytes of their items, event ids, bytes of these, bytes of the state.
 _FORMER_HEADER = struct.Struct("<I16sBQdIIHII")
 _CHUNK = struct.Struct("<II")
@@ -115,7 +115,7 @@ class Record:
         items: the items of the newest events, oldest first: those of the head, and behind :meth:`load_older` all.
         times: their times in seconds, eight bytes an event; they never fall.
         total: how many events were taken ever; beyond those that are kept, the state has read them nevertheless.
-        changed: when the record was written last, in seconds since 1970.
+        changed: when events were taken last, in seconds since 1970.
         event_ids: the newest ids of events, oldest first.
         first: the number of the first chunk.
         sealed: the number behind that of the last chunk.

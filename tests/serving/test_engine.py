@@ -339,6 +339,22 @@ def test_a_user_is_forgotten_when_told_and_when_silent(models, monkeypatch):
     assert len(engine.store) == 0
 
 
+def test_only_events_keep_a_user_from_being_forgotten(models, monkeypatch):
+    """Neither a new model, for which a state is written again, nor a call without an event is a sign of life."""
+    import recbole_ssm.serving.engine as module
+
+    engine, now = Engine(models["2Mamba4Rec"], MemoryStore(), forget_after=100.0), time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    visit(engine, *(Visit(user, [Event("i1")] * 10) for user in ("silent", "asks", "returns")))
+    for name in ("other", "2Mamba4Rec", "other"):
+        now += 40
+        engine.served = models[name]
+        visit(engine, Visit("asks", k=3), Visit("returns", [Event("i1")]))
+        for _ in engine.tidy():
+            pass
+    assert list(engine.store.users()) == ["returns"]
+
+
 def test_a_damaged_record_is_an_error_of_its_user_alone(models):
     engine = Engine(models["2Mamba4Rec"], MemoryStore())
     visit(engine, *(Visit(user, [Event("i1"), Event("i2")]) for user in ("a", "b", "c")))
