@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(arguments: list[str]) -> None:
     """Train and test a model on a data set."""
     options = join_values(arguments)
-    files = _take(options, "config_files")
+    files = _take(options, "config_files") or ""
     resume, allow_pickle = _take(options, "resume"), _take(options, "allow_pickle")
     init = _take(options, "init")
 
@@ -96,9 +96,9 @@ def train(arguments: list[str]) -> None:
     run_recbole_ssm(
         config_file_list=files.split(),
         command_line=options,
-        resume=resume or None,
-        init=init or None,
-        allow_pickle=allow_pickle.lower() == "true",
+        resume=resume,
+        init=init,
+        allow_pickle=(allow_pickle or "").lower() == "true",
     )
 
 
@@ -202,7 +202,7 @@ def pairs(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UserError("pairs: name the file to write first: pairs OUT.jsonl --dataset=ml-100k [--key=value ...]")
     options = join_values(arguments[1:])
-    files = _take(options, "config_files")
+    files = _take(options, "config_files") or ""
     from recbole_ssm.quick_start import export_pairs
 
     export_pairs(arguments[0], config_file_list=files.split(), command_line=options)
@@ -229,11 +229,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 WITH_HELP = set(COMMANDS) - {"doctor", "keys", "pairs", "train"}
 
 
-def _take(options: list[str], key: str) -> str:
-    """Remove ``--key=value`` from the options and return its value, "" if there is none."""
+def _take(options: list[str], key: str) -> str | None:
+    """Remove ``--key=value`` from the options and return its value, None if it is not there."""
     values = [option.partition("=")[2] for option in options if option.startswith(f"--{key}=")]
     options[:] = [option for option in options if not option.startswith(f"--{key}=")]
     if len(values) > 1:
         hint = f"; name all files in one: --{key}='{' '.join(values)}'" if key == "config_files" else "; keep one"
         raise UserError(f"--{key} is given twice{hint}")
-    return values[0] if values else ""
+    return values[0] if values else None

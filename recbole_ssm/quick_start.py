@@ -109,6 +109,9 @@ def run_recbole_ssm(
         UserError: something given is wrong; the message is one line that says what and how to
             mend it.
     """
+    for name, from_where in (("resume", resume), ("init", init)):
+        if from_where == "":
+            raise UserError(f"{name}: names no checkpoint; give a file, or the folder of a run")
     if resume is not None and init is not None:
         raise UserError("init: a run that is resumed has its weights; leave out init, or resume")
     start = None if resume is None else read_resume(Path(resume), allow_pickle)

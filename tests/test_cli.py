@@ -115,6 +115,8 @@ assert main(["doctor", "--numerics"]) == 2
         (["--model=SASrec"], "model: there is no sequential model 'SASrec'; did you mean 'SASRec'?"),
         (["--model=SASRec", "--model=GRU4Rec"], "--model is given twice, as SASRec and as GRU4Rec; keep one"),
         (["--learning_rate=1", "--learning_rate=2"], "--learning_rate is given twice"),
+        (["--resume=", "--epochs=3"], "resume: names no checkpoint; give a file, or the folder of a run"),
+        (["--init", ""], "init: names no checkpoint"),
         (["--epochs"], "--epochs has no value; options look like --epochs=VALUE"),
         (["--epochz=3"], "epochz: there is no such key; did you mean 'epochs'?"),
         (["--config_files=absent.yaml"], "config file absent.yaml: No such file or directory"),

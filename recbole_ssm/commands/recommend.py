@@ -109,6 +109,11 @@ def _tables(
     # What training alone needs is not kept.
     del saved
     histories = histories_of(users, config)
+    if recommender.reads_times and len(histories.items) and histories.seconds is None:
+        raise UserError(
+            "this model reads the times of events, and these events have none; give a file of events with a column of "
+            "times, --users=EVENTS.csv"
+        )
     titles = titles_of(config, recommender.items, title_field)
     if told is not None:
         with_titles = "with" if titles else "without"

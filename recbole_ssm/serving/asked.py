@@ -12,6 +12,26 @@ from recbole_ssm.data.times import LATEST, second_of
 from recbole_ssm.errors import UserError, shown
 from recbole_ssm.serving.catalogue import Catalogue, Ids
 
+_NOTHING = object()
+
+
+def aligned(
+    histories: Iterable[Any], name: str, entries: Iterable[Any] | None, otherwise: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Histories, each with its entry of a list; with ``otherwise`` where there is no list.
+
+    Raises:
+        UserError: the list has not one entry for each history.
+    """
+    if entries is None:
+        yield from zip(histories, itertools.repeat(otherwise))
+        return
+    for history, entry in itertools.zip_longest(histories, entries, fillvalue=_NOTHING):
+        if history is _NOTHING or entry is _NOTHING:
+            count = "fewer" if entry is _NOTHING else "more"
+            raise UserError(f"{name}: has {count} entries than there are histories; give one for each")
+        yield history, entry
+
 
 class Asked(NamedTuple):
     """One history."""
@@ -52,12 +72,12 @@ class Reader:
             numbered: what stands in an error behind ``histories`` and ``times``, such as ``[{}]``; "" for a single one.
             skip_unknown: leave unknown items out.
         """
-        waiting = itertools.repeat(None) if times is None else iter(times)
-        moments = iter(now) if isinstance(now, (list, tuple, np.ndarray)) else itertools.repeat(now)
-        for number, tokens in enumerate(histories):
+        several = isinstance(now, (list, tuple, np.ndarray))
+        timed = aligned(aligned(histories, "times", times), "now", now if several else None, otherwise=now)
+        for number, ((tokens, moments), moment) in enumerate(timed):
             where = numbered.format(number)
             names = {"what": f"histories{where}" if where else "history", "times_named": f"times{where}"}
-            yield self.history(tokens, next(waiting, ()), next(moments, None), **names, skip_unknown=skip_unknown)
+            yield self.history(tokens, moments, moment, **names, skip_unknown=skip_unknown)
 
     def history(self, tokens: Iterable[Any], times: Any = None, now: Any = None, **names: Any) -> Asked:
         """One history.
@@ -88,7 +108,9 @@ class Reader:
         times_named: str = "times",
         skip_unknown: bool = False,
     ) -> tuple[Ids, int, list[int] | None]:
-        """The known items of a history, how many are not known, and the times of the known ones."""
+        """The known items of a history, how many are not known, and the times of the known ones. A time before that of
+        the event before it counts as that one.
+        """
         places = self._catalogue.places(tokens, what, skip_unknown)
         ids = [index for index in places if index is not None]
         skipped = len(places) - len(ids)
@@ -108,7 +130,8 @@ class Reader:
         ]
         if len(seconds) != len(places):
             raise UserError(f"{times_named}: has {len(seconds)} times for the {len(places)} items of {what}")
-        return ids, skipped, [second for second, index in zip(seconds, places) if index is not None]
+        known = (second for second, index in zip(seconds, places) if index is not None)
+        return ids, skipped, list(itertools.accumulate(known, max))
 
     def time(self, moment: Any) -> int | None:
         """The time of one more event.

@@ -25,7 +25,7 @@ from recbole.data.interaction import Interaction  # noqa: E402
 from recbole_ssm.graphs import replay_graphs  # noqa: E402
 from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
-from recbole_ssm.serving.asked import Asked, Reader  # noqa: E402
+from recbole_ssm.serving.asked import Asked, Reader, aligned  # noqa: E402
 from recbole_ssm.serving.catalogue import Catalogue, Ids, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
@@ -157,12 +157,12 @@ class Recommender:
         skip_unknown: bool = False,
     ) -> Iterator[Recommendations]:
         refused = self.catalogue.refused(allow, deny)
-        left_out = itertools.repeat(()) if exclude is None else iter(exclude)
-        numbered = enumerate(self._reader.histories(histories, times, now, number_named, skip_unknown))
+        read = self._reader.histories(histories, times, now, number_named, skip_unknown)
+        numbered = enumerate(aligned(read, "exclude", exclude, otherwise=()))
         while part := list(itertools.islice(numbered, self._rows_at_once())):
             rows = []
-            for number, asked in part:
-                others, _ = self.catalogue.known(next(left_out, ()), f"exclude{number_named.format(number)}", True)
+            for number, (asked, left_out) in part:
+                others, _ = self.catalogue.known(left_out, f"exclude{number_named.format(number)}", True)
                 rows.append((asked, [*others, *(asked.ids if exclude_seen else ())]))
             known = [(asked, outside) for asked, outside in rows if asked.ids]
             scored: Iterator[Recommendations] = iter(())

@@ -106,6 +106,7 @@ class Session:
         else:
             assert at is not None
             newest, before, last = self._newest or (0, NEVER, NEVER)
+            at = max(at, last)
             if not self._waits:
                 self._output = self._step([index], [(last, at, at)])
             elif self._newest:

@@ -35,9 +35,12 @@ def new_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def write_settings(folder: Path, config: Config) -> None:
-    """Write all settings of a run into its folder, and say where that lies."""
-    write_text(folder / SETTINGS, config.as_yaml())
+def write_settings(folder: Path, config: Config, overwrite: bool) -> None:
+    """Write all settings of a run into its folder, and say where that lies. A run that is only evaluated again does not
+    overwrite those by which it was trained.
+    """
+    if overwrite or not (folder / SETTINGS).exists():
+        write_text(folder / SETTINGS, config.as_yaml())
     getLogger().info(f"run: {folder}, with the checkpoints and all settings, {SETTINGS}")
 
 

@@ -281,6 +281,11 @@ def _build_scheduler(config: Any, optimizer: Optimizer, bigger: bool) -> Any:
         if config["lr_scheduler_interval"] == "step":
             raise UserError("lr_scheduler_interval: ReduceLROnPlateau looks at validation; take 'epoch'")
         arguments = {"mode": "max" if bigger else "min", **arguments}
+    if name == "OneCycleLR" and config["adaptive_batch"] and config["lr_scheduler_interval"] == "step":
+        raise UserError(
+            "lr_scheduler: OneCycleLR ends after total_steps, and adaptive_batch changes how many come; take "
+            "lr_scheduler_interval: epoch"
+        )
     try:
         return known[name](optimizer, **arguments)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:

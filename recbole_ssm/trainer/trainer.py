@@ -80,7 +80,8 @@ class Trainer(SavingTrainer):
         if saved:
             checkpoint.check_room(self.open_folder(), *self._contents([random_states()]))
             if distributed.rank() == 0 and self.folder:
-                folders.write_settings(self.folder, self.config)
+                trains = self.position.epoch < self.epochs
+                folders.write_settings(self.folder, self.config, overwrite=trains)
         with self._folder_held(), self._signals.held(self._save_for_later):
             if self._random is not None:
                 set_random_states(self._random)

@@ -137,6 +137,9 @@ def test_allow_deny_and_exclude(recommender):
     many = recommender.recommend_many([["i3"], ["i3"]], 20, exclude=[["i4", "no such item"], []])
     assert [[token for token, _ in one] for one in many] == [[t for t in everything if t != "i4"], everything]
     assert [token for token, _ in recommender.recommend(["i3"], 20, allow=["i1", "new"], deny=["gone"])] == ["i1"]
+    for exclude, count in ([["i4"]], "fewer"), ([["i4"], [], ["i5"]], "more"):
+        with pytest.raises(UserError, match=f"exclude: has {count} entries than there are histories"):
+            recommender.recommend_many([["i3"], ["i3"]], 20, exclude=exclude)
     with pytest.raises(UserError, match="allow: none of its items is in the catalogue"):
         recommender.recommend(["i3"], allow=["x"])
 

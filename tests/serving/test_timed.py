@@ -119,6 +119,30 @@ def test_only_what_it_reads_counts(recommenders, way):
     assert differ(at_once, later) == (way not in ("none", "gaps", "gaps in the step"))
 
 
+@pytest.mark.parametrize("way", ["gaps", "query", "step"])
+def test_a_time_before_the_event_before_counts_as_its_time(recommenders, way):
+    recommender, now = recommenders[way], TIMES[5] + 700
+    backwards = [*TIMES[:4], TIMES[3] - 5000, TIMES[3] - 90, *TIMES[5:7]]
+    counted = [*TIMES[:4], TIMES[3], TIMES[3], *TIMES[5:7]]
+    expected = recommender.recommend(HISTORY, 20, times=counted, now=now)
+    assert recommender.recommend(HISTORY, 20, times=backwards, now=now) == expected
+    session = recommender.session()
+    for item, time in zip(HISTORY, backwards):
+        session.update(item, time)
+    assert_same(session.top(20, now=now), expected)
+
+
+def test_times_and_moments_are_of_each_history(recommenders):
+    for name, given in (("times", {"times": [TIMES], "now": 5}), ("now", {"times": [TIMES, TIMES], "now": [5]})):
+        with pytest.raises(UserError, match=f"{name}: has fewer entries than there are histories"):
+            recommenders["query"].recommend_many([HISTORY, HISTORY], **given)
+
+
+def test_a_typed_history_has_no_times(trained, capsys):
+    assert main(["recommend", str(Path(trained["gaps"]["checkpoint"]).parent), "--history=i1,i2"]) == 2
+    assert "this model reads the times of events, and these events have none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", ["query", "output", "attention"])
 def test_a_moment_may_be_written_as_one_likes(recommenders, way):
     recommender = recommenders[way]

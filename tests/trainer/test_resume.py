@@ -226,6 +226,15 @@ def test_an_abandoned_future_leaves_no_best(straight, toy, keep):
     assert best_of(folder / "best.safetensors") == best_of(pathlib.Path(expected["checkpoint"]))
 
 
+def test_to_evaluate_again_keeps_the_settings_of_training(straight):
+    _, first, _ = straight("2Mamba4Rec", epochs=1)
+    folder = pathlib.Path(first["checkpoint"]).parent
+    settings = (folder / "config.yaml").read_text()
+    found = run_recbole_ssm(resume=folder, config_dict={"epochs": 0})
+    assert found["test_result"] == first["test_result"]
+    assert (folder / "config.yaml").read_text() == settings
+
+
 def test_the_best_of_a_step_is_gone_in_folders_of_former_versions(straight, caplog):
     _, first, _ = straight("2Mamba4Rec", epochs=4, checkpoint_steps=1, checkpoint_keep=20, learning_rate=0.05)
     folder = pathlib.Path(first["checkpoint"]).parent

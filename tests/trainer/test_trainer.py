@@ -296,6 +296,9 @@ def test_a_cycle_that_is_too_short_is_refused_before_training(toy):
     trainer, train, _ = build("2Mamba4Rec", toy, epochs=2, lr_scheduler_interval="step", **options)
     with pytest.raises(UserError, match="total_steps is 7, but 10 steps come; give 10"):
         trainer.fit(train, saved=False)
+    adaptive = {"adaptive_batch": "hoelder", "adaptive_batch_args": {"D": 5}}
+    with pytest.raises(UserError, match="OneCycleLR ends after total_steps, and adaptive_batch changes how many come"):
+        build("2Mamba4Rec", toy, lr_scheduler_interval="step", **options, **adaptive)
 
 
 @pytest.mark.parametrize("split", [{"LS": "test_only"}, {"LS": "valid_only"}, {"RS": [1, 0, 0]}])
