@@ -33,12 +33,17 @@ LEAST_ROOM = 1 << 20
 """A disk with fewer bytes free is full: a change may need as many."""
 PARTS = PART + b"parts"
 """The name of lmdb's tree of states and older events; no user has it, since it is no UTF-8."""
+KNOWN_FOR = 3600
+"""Seconds for which a Redis server knows the last update of a store; it is asked within one call."""
 AT_ONCE = 256
 """The names of so many users are read at once."""
 
 
 class StoreError(OSError):
-    """The store took nothing of a change, or cannot be read: the disk is full or damaged, or the server is gone."""
+    """The store took nothing of a change, or cannot be read: the disk is full or damaged, or the server is gone.
+
+    A Redis server that goes before it answers may have taken the change.
+    """
 
     @property
     def full(self) -> bool:
@@ -310,8 +315,11 @@ class RedisStore:
     """
 
     PREFIX, PARTS = b"recbole_ssm:user:", b"recbole_ssm:part:"
+    WRITTEN = b"recbole_ssm:written:"
+    """Before the name of a store, the key of its last update that was written."""
 
     def __init__(self, address: str) -> None:
+        self._written = self.WRITTEN + os.urandom(8).hex().encode()
         self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
         try:
             self._client = self._redis.Redis.from_url(address, socket_timeout=5.0, socket_connect_timeout=5.0)
@@ -323,10 +331,20 @@ class RedisStore:
         return (self.PARTS if PART in key else self.PREFIX) + key
 
     def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T], None]) -> T:
-        """Read and write; where another server wrote meanwhile what was read, once more."""
+        """Read and write; where another server wrote meanwhile what was read, once more.
+
+        Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls once
+        more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
+        """
         made: list[T] = []
+        number = os.urandom(16)
 
         def once(pipe: Any) -> None:
+            if made:
+                pipe.watch(self._written)
+                if pipe.get(self._written) == number:
+                    return
+
             def get(keys: Sequence[bytes]) -> Values:
                 if not keys:
                     return {}
@@ -337,6 +355,8 @@ class RedisStore:
             made[:] = [work(get)]
             pipe.multi()
             write(pipe, made[0])
+            if pipe.command_stack:
+                pipe.set(self._written, number, ex=KNOWN_FOR)
 
         try:
             self._client.transaction(once)

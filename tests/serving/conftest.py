@@ -1,7 +1,11 @@
 """What the tests of stores and of servers share."""
 
+import os
 import shutil
+import socket
+import socketserver
 import subprocess
+import threading
 import time
 from functools import partial
 
@@ -27,6 +31,34 @@ def redis_address(tmp_path_factory):
             time.sleep(0.01)
         yield f"unix://{place}"
         server.terminate()
+
+
+@pytest.fixture
+def losing(redis_address):
+    """A way to the Redis server on which an answer can be lost: its address, and an event that loses the next answer to
+    EXEC, with the connection, after the server has done what it says.
+    """
+    lose, way = threading.Event(), socketserver.ThreadingUnixStreamServer
+    place = redis_address.removeprefix("unix://")
+
+    class Between(socketserver.BaseRequestHandler):
+        def handle(self):
+            with socket.socket(socket.AF_UNIX) as server:
+                server.connect(place)
+                while sent := self.request.recv(1 << 20):
+                    server.sendall(sent)
+                    answer = server.recv(1 << 20)
+                    if b"EXEC\r\n" in sent and lose.is_set():
+                        lose.clear()
+                        return
+                    self.request.sendall(answer)
+
+    with way(f"{place}.losing", Between) as found:
+        found.daemon_threads = True
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"unix://{place}.losing", lose
+        found.shutdown()
+    os.unlink(f"{place}.losing")
 
 
 def record_of(store, user):

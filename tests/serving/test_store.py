@@ -119,6 +119,35 @@ def test_two_servers_share_a_redis(redis_address):
     assert values_of(stores[1], "a") == [b"2"]
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_an_update_whose_answer_is_lost_is_written_once(redis_address, losing, another):
+    """Even where another server writes on before this one looks what became of its update."""
+    address, lose = losing
+    stores = [open_store(address), open_store(redis_address)]
+    stores[0]._client.flushall()
+    calls = []
+
+    def add(get):
+        calls.append(get([b"a"])[b"a"])
+        return {b"a": (calls[-1] or b"") + b"1"}
+
+    stores[0].update(add)
+    lose.set()
+    if another:
+        begin = stores[0]._client.connection_pool.get_connection
+
+        def get_connection(*names):
+            if not lose.is_set():
+                put(stores[1], a=b"112")
+            return begin(*names)
+
+        stores[0]._client.connection_pool.get_connection = get_connection
+    stores[0].update(add)
+    assert not lose.is_set() and calls == [None, b"1"]
+    assert values_of(stores[1], "a") == [b"112" if another else b"11"]
+    stores[0]._client.connection_pool.disconnect()
+
+
 def test_what_a_redis_gives_was_there_at_one_moment(redis_address):
     stores = [open_store(redis_address), open_store(redis_address)]
     stores[0]._client.flushall()
