@@ -333,8 +333,8 @@ class RedisStore:
     def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T], None]) -> T:
         """Read and write; where another server wrote meanwhile what was read, once more.
 
-        Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls once
-        more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
+        Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls
+        once more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
         """
         made: list[T] = []
         number = os.urandom(16)
