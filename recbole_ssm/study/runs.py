@@ -1,9 +1,9 @@
 """Many training runs, each done once.
 
-A run is cached under a digest of its resolved configuration, of the data set's files and of :func:`results_of`, so that
-a study can be stopped anywhere and called again: what is done is read, what was interrupted goes on from its
-checkpoint, what failed is tried again. Each run trains in a process of its own (:mod:`recbole_ssm.study.child`), which
-may crash or be killed without harm to the others.
+A run is kept under a digest of all that decides its result (:mod:`recbole_ssm.study.identity`), so that a study can be
+stopped anywhere and called again: what is done is read, what was interrupted goes on from its checkpoint, what failed
+is tried again. Each run trains in a process of its own (:mod:`recbole_ssm.study.child`), which may crash or be killed
+without harm to the others.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.metrics import Result
-from recbole_ssm.files import digest, digest_of_json, write_json
-from recbole_ssm.keys import ALIASES, KEYS, renamed
+from recbole_ssm.files import digest, write_json
+from recbole_ssm.keys import KEYS
 from recbole_ssm.quick_start import configure
+from recbole_ssm.study.identity import Identity, Record, existing, results_of
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import settings_of
 
@@ -41,33 +42,6 @@ NOT_CACHED = {name for name, key in KEYS.items() if not key.result}
 RUN, OUTCOME, RANKS, LOG, CHECKPOINTS = "run.json", "outcome.json", "ranks.npz", "log.txt", "checkpoints"
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-def results_of(settings: Mapping[str, Any]) -> str:
-    """The version since which runs with these resolved settings give today's results.
-
-    What an earlier version left of such a run is trained again; what this version or a later one left is read. Whoever
-    changes the results of some settings adds a condition for exactly these above the others, which returns the version
-    to come, and a line to CHANGELOG.md.
-    """
-    # Candidates are drawn in another way, and ranked in a list for each target.
-    if any(mode.startswith(("uni", "pop")) for mode in settings["eval_args"]["mode"].values()):
-        return "0.2.0"
-    # The moment of the split was rounded to float32.
-    if "TS" in settings["eval_args"]["split"] and not settings["legacy_time_order"]:
-        return "0.2.0"
-    # The rows of all files were mixed by a sort by time.
-    if settings.get("benchmark_filename") is not None:
-        return "0.2.0"
-    retriever = settings.get("retriever"), settings.get("retriever_config") or {}
-    for model, options in ((settings["model"], settings), retriever):
-        # It reads the oldest event of a history.
-        if model == "BERT4Rec":
-            return "0.2.0"
-        # Each group of heads is normalised by itself.
-        if model == "2Mamba4Rec" and (options.get("n_groups") or 1) > 1 and not options.get("joint_norm"):
-            return "0.2.0"
-    return "0.1.0"
 
 
 def ignore(state: Mapping[str, Any]) -> None:
@@ -181,18 +155,6 @@ def runs_in(folder: Path, keys: Mapping[str, Any]) -> tuple[Runs, dict[str, Any]
     return Runs(folder / "runs", machine), {key: value for key, value in keys.items() if key not in NOT_CACHED}
 
 
-def existing(stem: Path, digits: int, contents: Iterable[Any]) -> Path:
-    """The first folder that is there among those named by the stem and the digests of contents; else the first."""
-    first = None
-    for content in contents:
-        folder = stem.with_name(f"{stem.name}{digest_of_json(content)[:digits]}")
-        if folder.is_dir():
-            return folder
-        first = first or folder
-    assert first is not None
-    return first
-
-
 class Runs:
     """A folder of runs.
 
@@ -206,26 +168,41 @@ class Runs:
         self.folder = Path(folder).absolute()
         self.machine_options = {"data_path": "dataset/", **(machine_options or {})}
         self._files: dict[tuple[str, int, int], str] = {}
-        self._contents: dict[Path, dict[str, Any]] = {}
+        self._records: dict[Path, Record] = {}
+        self._defaults: dict[str, dict[str, Any]] = {}
 
     def content(self, run: Run) -> dict[str, Any]:
-        """All that decides a run's result: :func:`results_of`, the resolved settings, and digests of the data files, of
-        a ranker's retriever and of a base model that is a folder or a file.
+        """All that decides a run's result, as :meth:`identity` has it, whose errors it raises."""
+        return self.identity(run).content
+
+    def identity(self, run: Run) -> Identity:
+        """What a run is to this version: :func:`recbole_ssm.study.identity.results_of`, the resolved settings, and
+        digests of the data files, of a ranker's retriever and of a base model that is a folder or a file.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set, or it cannot be read.
         """
+        config = self.config(run)
+        if run.model not in self._defaults:
+            # No properties and no preset are of a data set of that name.
+            self._defaults[run.model] = configure(run.model, "none").internal_config_dict
+        said = {**config.internal_config_dict, **config.external_config_dict}
+        chosen = {key for key, value in said.items() if value != self._defaults[run.model].get(key)}
+        resolved = {key: value for key, value in settings_of(config).items() if key not in NOT_CACHED}
+        emptied = {key for key in chosen if said[key] is None}
+        settings = {key: value for key, value in resolved.items() if value is not None or key in emptied}
         try:
-            return self._content(run)
+            files = self._digests(config)
         except OSError as error:
             raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
+        content = {"version": results_of(settings), "settings": settings, "files": files}
+        return Identity(content, set(resolved), chosen)
 
-    def _content(self, run: Run) -> dict[str, Any]:
-        config = self.config(run)
-        settings = {k: v for k, v in settings_of(config).items() if k not in NOT_CACHED and v is not None}
+    def _digests(self, config: Config) -> dict[str, str]:
+        """The digests of the files that a run reads."""
         self._fetch(config)
         folder = Path(config["data_path"])
-        parts = sorted(path for path in folder.glob(f"{glob.escape(run.dataset)}.*") if path.is_file())
+        parts = sorted(path for path in folder.glob(f"{glob.escape(config['dataset'])}.*") if path.is_file())
         files = {part.name: self._file_digest(part) for part in parts}
         if config["retriever_checkpoint"] is not None:
             retriever = checkpoint.best_file(Path(config["retriever_checkpoint"]))
@@ -235,7 +212,7 @@ class Runs:
         if config["base_model"] is not None and (base := Path(str(config["base_model"])).expanduser()).exists():
             parts = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.json")]
             files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
-        return {"version": results_of(settings), "settings": settings, "files": files}
+        return files
 
     def config(self, run: Run) -> Config:
         """A run's resolved configuration.
@@ -260,27 +237,14 @@ class Runs:
             create_dataset(config)
 
     def contents(self, run: Run) -> Iterator[dict[str, Any]]:
-        """:meth:`content`, and then what versions that knew fewer keys, or other names, would say of the same run.
-
-        These versions are those of the runs of the same model and data set that lie here. A key that one of them did
-        not know has its default in this run.
+        """:meth:`content`, and then the same in the words of the versions of the runs of this model and data set that
+        lie here (:meth:`recbole_ssm.study.identity.Identity.as_said_by`).
         """
-        content = self.content(run)
-        yield content
-        defaults, options = self.config(run).internal_config_dict, {**self.machine_options, **run.options}
-        given = {key for key, value in options.items() if value != defaults.get(key)}
+        now = self.identity(run)
+        yield now.content
         for file in sorted(self.folder.glob(f"{glob.escape(f'{run.model}-{run.dataset}-')}*/{RUN}")):
-            try:
-                former = self._content_in(file)["settings"]
-            except (OSError, ValueError, KeyError):
-                # Another run's file is damaged, which does not concern this one.
-                continue
-            names, values = {ALIASES.get(name, name): name for name in former}, renamed(former)
-            new = content["settings"].keys() - names.keys()
-            if new.isdisjoint(given):
-                alike = {key: value for key, value in content["settings"].items() if key not in new}
-                spelled = {names[key]: former[names[key]] if values[key] == alike[key] else alike[key] for key in alike}
-                yield {**content, "settings": spelled}
+            if (former := self._record(file)) and (content := now.as_said_by(former)):
+                yield content
 
     def folder_of(self, run: Run) -> Path:
         """The folder in which a run is kept, or will be.
@@ -354,8 +318,11 @@ class Runs:
         # The process works in the run's folder, where RecBole writes its logs.
         options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
         options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
-        content = self._content_in(folder / RUN) if (folder / RUN).is_file() else self.content(run)
-        write_json(folder / RUN, {"run": asdict(run), "options": options, "content": content})
+        record = self._record(folder / RUN)
+        if record is None:
+            now = self.identity(run)
+            record = Record(now.content, sorted(now.known))
+        write_json(folder / RUN, {"run": asdict(run), "options": options, **record._asdict()})
         said: dict[str, Any] = {}
         path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
         with (
@@ -388,11 +355,10 @@ class Runs:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
         return said.get("error") or f"its process ended with {how}; see {folder / LOG}"
 
-    def _content_in(self, file: Path) -> dict[str, Any]:
-        """The content for which a folder was made; it never changes."""
-        if file not in self._contents:
-            self._contents[file] = json.loads(file.read_text(encoding="utf-8"))["content"]
-        return self._contents[file]
+    def _record(self, file: Path) -> Record | None:
+        if file not in self._records and (found := Record.read(file)):
+            self._records[file] = found
+        return self._records.get(file)
 
     def _file_digest(self, path: Path) -> str:
         status = path.stat()

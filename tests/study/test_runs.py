@@ -6,12 +6,15 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from recbole_ssm import config
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json
 from recbole_ssm.study import runs as module
@@ -33,7 +36,7 @@ def done(tmp_path_factory):
     return runs, runs.get(SHORT)
 
 
-def never(*arguments):
+def never(*arguments, **options):
     raise AssertionError("this run was done")
 
 
@@ -131,11 +134,16 @@ def test_another_retriever_makes_another_run(tmp_path):
         digest_of_json(runs.content(run))
 
 
-def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch, knows):
     """A run of before some key existed is today's run with the key at its default, and no other."""
     runs = Runs(tmp_path / "r", DATA)
     job = json.loads((done[1].folder / RUN).read_text())
     assert job["content"]["settings"].pop("readout") == "last"
+    job["known"].remove("readout")
+    if not knows:
+        # Former versions did not write it down.
+        del job["known"]
     before = tmp_path / "r" / f"Mamba4Rec-toy-{digest_of_json(job['content'])[:16]}"
     shutil.copytree(done[1].folder, before)
     (before / RUN).write_text(json.dumps(job))
@@ -144,6 +152,99 @@ def test_a_new_key_voids_nothing(done, tmp_path, monkeypatch):
     assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, "readout": "last"})) == before
     for more in ({"readout": "mean"}, {"seed": 3}):
         assert runs.folder_of(Run("Mamba4Rec", "toy", {**SHORT.options, **more})) != before
+
+
+def kept(runs, run, **record):
+    """The folder of a run that was begun by a version whose run.json held this besides, or else by this one."""
+    now = runs.identity(run)
+    content = {**now.content, **record.pop("content", {})}
+    folder = runs.folder / f"{run.model}-{run.dataset}-{digest_of_json(content)[:16]}"
+    folder.mkdir(parents=True)
+    job = {"run": asdict(run), "options": dict(run.options), "content": content, **record}
+    (folder / RUN).write_text(json.dumps(job))
+    return folder
+
+
+PRESET = {"preset": "ml-1m/2Mamba4Rec"}
+SPELT_OUT = yaml.safe_load((REPOSITORY / "properties" / "preset" / "ml-1m" / "2Mamba4Rec.yaml").read_text())
+NOT_SCHEDULED = {key: value for key, value in SPELT_OUT.items() if key not in ("model", "dataset", "lr_scheduler")}
+ALL_USERS = {"user_inter_num_interval": None, "item_inter_num_interval": None}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize(
+    ("first", "then", "dataset"),
+    [
+        ({**PRESET, "lr_scheduler": None}, PRESET, "toy"),
+        (NOT_SCHEDULED, PRESET, "toy"),
+        (ALL_USERS, {}, "amazon-beauty"),
+        ({}, {"lr_scheduler": "cosine"}, "toy"),
+        ({"user_inter_num_interval": None}, {}, "toy"),
+    ],
+)
+def test_a_key_that_was_empty_is_no_new_key(tmp_path, first, then, dataset, knows):
+    """The kept run is found again, and no other is taken for it, whether its version wrote down what it knew or not."""
+    shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / dataset)
+    (tmp_path / dataset / "toy.inter").rename(tmp_path / dataset / f"{dataset}.inter")
+    runs = Runs(tmp_path / "r", {"data_path": str(tmp_path)})
+    run, other = Run("2Mamba4Rec", dataset, first), Run("2Mamba4Rec", dataset, then)
+    now = runs.identity(run)
+    filled = {key: value for key, value in now.content["settings"].items() if value is not None}
+    record = {"known": sorted(now.known)} if knows else {"content": {"settings": filled}}
+    folder = kept(runs, run, **record)
+    assert runs.folder_of(run) == folder
+    assert runs.folder_of(other) != folder
+    assert runs.folder_of(Run("2Mamba4Rec", dataset, {**first, "time": "none", "show_progress": True})) == folder
+
+
+def test_a_default_that_is_new_makes_another_run(tmp_path, monkeypatch):
+    """A key that was known and empty is not at what has become its default."""
+    runs, run = Runs(tmp_path / "r", DATA), Run("Mamba4Rec", "toy")
+    folder = kept(runs, run, known=sorted(runs.identity(run).known))
+    assert runs.folder_of(run) == folder
+    shipped = config._shipped
+
+    def with_a_new_default(path):
+        return {**shipped(path), **({"train_last": 7} if path.name == "overall.yaml" else {})}
+
+    monkeypatch.setattr(config, "_shipped", with_a_new_default)
+    later = Runs(runs.folder, DATA)
+    assert later.config(run)["train_last"] == 7 and later.folder_of(run) != folder
+    assert later.folder_of(Run("Mamba4Rec", "toy", {"train_last": None})) == folder
+
+
+def test_a_preset_that_sets_a_new_key_makes_another_run(tmp_path):
+    runs, run = Runs(tmp_path / "r", DATA), Run("2Mamba4Rec", "toy", PRESET)
+    before = runs.identity(run).content["settings"]
+    before.pop("norm_position")
+    folder = kept(runs, run, content={"settings": before})
+    assert runs.folder_of(run) != folder
+    assert runs.folder_of(Run("2Mamba4Rec", "toy", {**PRESET, "norm_position": "post"})) == folder
+
+
+def test_the_runs_of_the_published_table_are_found(monkeypatch):
+    """Nothing of it is trained again."""
+    folder = REPOSITORY / "docs" / "results" / "table" / "runs"
+    jobs = {path.parent: json.loads(path.read_text()) for path in folder.glob(f"*/{RUN}")}
+    files = {job["run"]["dataset"]: job["content"]["files"] for job in jobs.values()}
+    monkeypatch.setattr(Runs, "_digests", lambda self, config: files[config["dataset"]])
+    runs = Runs(folder)
+    assert {runs.folder_of(Run(**job["run"])) for job in jobs.values()} == jobs.keys() and len(jobs) >= 37
+
+
+def test_a_run_that_goes_on_keeps_its_record(tmp_path, monkeypatch):
+    """One that was begun before a key existed is found again after it went on with that key at its default."""
+    runs, run = Runs(tmp_path / "r", DATA), Run("Mamba4Rec", "toy")
+    before = runs.identity(run).content["settings"]
+    before.pop("readout")
+    folder = kept(runs, run, content={"settings": before})
+    monkeypatch.setattr(module.subprocess, "Popen", never)
+    spelt_out = Run("Mamba4Rec", "toy", {"readout": "last"})
+    with pytest.raises(AssertionError):
+        runs.get(spelt_out)
+    job = json.loads((folder / RUN).read_text())
+    assert job["options"]["readout"] == "last" and job["content"]["settings"] == before
+    assert Runs(runs.folder, DATA).folder_of(spelt_out) == folder
 
 
 def test_a_key_that_was_renamed_voids_nothing(tmp_path):

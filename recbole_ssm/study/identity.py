@@ -1,0 +1,105 @@
+"""Which kept run a run is: what decides a result, in the words of this version and of those whose runs are kept.
+
+A run is kept under a digest of its content: its resolved settings, the files that it reads, and :func:`results_of`.
+Versions differ in the keys that they know and in how they call them, so that one run has other contents in their words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recbole_ssm.errors import UserError
+from recbole_ssm.files import digest_of_json
+from recbole_ssm.keys import ALIASES, renamed
+
+
+def results_of(settings: Mapping[str, Any]) -> str:
+    """The version since which runs with these resolved settings give today's results.
+
+    What an earlier version left of such a run is trained again; what this version or a later one left is read. Whoever
+    changes the results of some settings adds a condition for exactly these above the others, which returns the version
+    to come, and a line to CHANGELOG.md.
+    """
+    # Candidates are drawn in another way, and ranked in a list for each target.
+    if any(mode.startswith(("uni", "pop")) for mode in settings["eval_args"]["mode"].values()):
+        return "0.2.0"
+    # The moment of the split was rounded to float32.
+    if "TS" in settings["eval_args"]["split"] and not settings["legacy_time_order"]:
+        return "0.2.0"
+    # The rows of all files were mixed by a sort by time.
+    if settings.get("benchmark_filename") is not None:
+        return "0.2.0"
+    retriever = settings.get("retriever"), settings.get("retriever_config") or {}
+    for model, options in ((settings["model"], settings), retriever):
+        # It reads the oldest event of a history.
+        if model == "BERT4Rec":
+            return "0.2.0"
+        # Each group of heads is normalised by itself.
+        if model == "2Mamba4Rec" and (options.get("n_groups") or 1) > 1 and not options.get("joint_norm"):
+            return "0.2.0"
+    return "0.1.0"
+
+
+class Record(NamedTuple):
+    """What the ``run.json`` of a kept run says of it; it never changes."""
+
+    content: dict[str, Any]
+    """``version`` (:func:`results_of`), ``settings``, and the digests of the ``files``."""
+    known: list[str]
+    """The names of all keys of the version that wrote it, also of those that were empty and stand in no settings."""
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """The record of a file; None where it cannot be read, is damaged, or is not there."""
+        try:
+            job = json.loads(path.read_text(encoding="utf-8"))
+            content = job["content"]
+            # Until 0.2.0 it was not written down. A key that the run's options name was known then.
+            return cls(content, [*(job.get("known") or job.get("options", ())), *renamed(content["settings"])])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+            return None
+
+
+class Identity(NamedTuple):
+    """What a run is to this version."""
+
+    content: dict[str, Any]
+    """As :class:`Record` has it; settings that are empty by default are left out."""
+    known: set[str]
+    """The names of all keys of this version that decide results, also of the empty ones."""
+    chosen: set[str]
+    """The keys whose value is not the model's default, because options, the preset or the data set give another."""
+
+    def as_said_by(self, former: Record) -> dict[str, Any] | None:
+        """The content in the words of the version that wrote a record, with the keys that it knew.
+
+        None where that version cannot have trained this run, because a key that it did not know is not at its default.
+        """
+        then = former.content["settings"]
+        values, names = renamed(then), {ALIASES.get(name, name): name for name in (*former.known, *then)}
+        new = self.content["settings"].keys() - names.keys()
+        if not new.isdisjoint(self.chosen):
+            return None
+        settings = {}
+        for key, value in self.content["settings"].items():
+            if key in values and values[key] == value:
+                # What was renamed within the value too stays as it was.
+                settings[names[key]] = then[names[key]]
+            elif key not in new and value is not None:
+                settings[names.get(key, key)] = value
+        return {**self.content, "settings": settings}
+
+
+def existing(stem: Path, digits: int, contents: Iterable[Any]) -> Path:
+    """The first folder that is there among those named by the stem and the digests of contents; else the first."""
+    first = None
+    for content in contents:
+        folder = stem.with_name(f"{stem.name}{digest_of_json(content)[:digits]}")
+        if folder.is_dir():
+            return folder
+        first = first or folder
+    assert first is not None
+    return first
