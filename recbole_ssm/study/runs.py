@@ -9,15 +9,16 @@ without harm to the others.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 from recbole_ssm.config import Config
 from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
-from recbole_ssm.errors import UserError
+from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.evaluation.metrics import Result
 from recbole_ssm.files import digest, write_json
 from recbole_ssm.keys import KEYS
@@ -134,19 +135,27 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
-        """Read what :meth:`write` wrote.
+        """Read what :meth:`write` wrote, and of what a later version added nothing.
 
         Raises:
             UserError: it is damaged, or so are the ranks beside it.
+            OSError: it cannot be read now.
         """
         try:
             values = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-            outcome = cls(**{**values, "run": Run(**values["run"]), "error": None, "folder": folder})
+            run = Run(**_known(Run, values["run"]))
+            outcome = cls(**{**_known(cls, values), "run": run, "error": None, "folder": folder})
             if (folder / RANKS).is_file():
                 outcome.ranks()
             return outcome
-        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: damaged ({str(error).splitlines()[0]}); delete that folder") from error
+        except (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{folder}: damaged ({first_line(error)}); delete that folder") from error
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some values those that are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def runs_in(folder: Path, keys: Mapping[str, Any]) -> tuple[Runs, dict[str, Any]]:
@@ -269,14 +278,16 @@ class Runs:
         """
         try:
             folder = self.folder_of(run)
+            if (folder / OUTCOME).is_file():
+                try:
+                    return replace(Outcome.read(folder), run=run)
+                except UserError as error:
+                    aside = _set_aside(folder)
+                    getLogger().warning(f"{error}; it is trained again, and the damaged one is now {aside.name}")
         except UserError as error:
             return Outcome(run, str(error), self.folder)
-        if (folder / OUTCOME).is_file():
-            try:
-                return replace(Outcome.read(folder), run=run)
-            except UserError as error:
-                getLogger().warning(f"{error}; it is trained again")
-                shutil.rmtree(folder)
+        except OSError as error:
+            return Outcome(run, f"{error.filename or self.folder}: {error.strerror or error}", self.folder)
         failure = self._train(run, folder, progress)
         if failure is not None:
             return Outcome(run, failure, folder)
@@ -366,6 +377,12 @@ class Runs:
         if key not in self._files:
             self._files[key] = digest(path)
         return self._files[key]
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename the folder of a run, so that nothing in it is lost; its new name."""
+    names = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def _absolute(key: str, value: Any) -> Any:

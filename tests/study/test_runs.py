@@ -1,12 +1,13 @@
 """Runs are done once, go on after a kill, and fail alone."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -275,8 +276,9 @@ def test_a_failed_run_stops_nothing_and_is_tried_again(tmp_path, capsys):
     assert (outcomes[1].folder / "log.txt").stat().st_size > size
 
 
-def test_a_damaged_outcome_is_one_line(tmp_path):
-    (tmp_path / OUTCOME).write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"run": []}'])
+def test_a_damaged_outcome_is_one_line(tmp_path, text):
+    (tmp_path / OUTCOME).write_text(text)
     with pytest.raises(UserError, match=f"{tmp_path}: damaged .* delete that folder"):
         Outcome.read(tmp_path)
 
@@ -297,6 +299,52 @@ def test_what_is_damaged_is_trained_again(done, tmp_path, monkeypatch, caplog, n
     monkeypatch.setattr(Runs, "_train", train)
     assert runs.get(SHORT).test == done[1].test
     assert "damaged" in caplog.text and "it is trained again" in caplog.text
+    (aside,) = runs.folder.glob("damaged-*")
+    assert (aside / name).read_bytes() == b"\x80 nonsense"
+    (folder / name).write_bytes(b"")
+    runs.get(SHORT)
+    assert len(list(runs.folder.glob("damaged-*"))) == 2
+
+
+def test_what_cannot_be_read_now_is_kept(done, tmp_path, monkeypatch):
+    """Too many files are open, or a network's disk is away."""
+    runs = Runs(tmp_path / "r", DATA)
+    shutil.copytree(done[1].folder, runs.folder_of(SHORT))
+    read = Path.read_text
+
+    def failing(self, *arguments, **options):
+        if self.name == OUTCOME:
+            raise OSError(errno.EMFILE, "Too many open files", str(self))
+        return read(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        patch.setattr(Runs, "_train", never)
+        (outcome,) = runs.all([SHORT])
+    assert outcome.error.endswith(f"{OUTCOME}: Too many open files")
+    assert runs.get(SHORT).test == done[1].test
+
+
+def test_what_a_later_version_wrote_is_read(done, tmp_path, monkeypatch):
+    runs = Runs(tmp_path / "r", DATA)
+    folder = shutil.copytree(done[1].folder, runs.folder_of(SHORT))
+    values = json.loads((folder / OUTCOME).read_text())
+    values["run"]["machines"] = values["energy"] = 3
+    (folder / OUTCOME).write_text(json.dumps(values))
+    monkeypatch.setattr(Runs, "_train", never)
+    assert runs.get(SHORT) == replace(done[1], folder=folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"content": {"settings": 3}}'])
+def test_a_damaged_record_of_a_run_is_written_again(tmp_path, monkeypatch, text):
+    runs = Runs(tmp_path / "r", DATA)
+    folder = runs.folder_of(SHORT)
+    folder.mkdir(parents=True)
+    (folder / RUN).write_text(text)
+    monkeypatch.setattr(module.subprocess, "Popen", never)
+    with pytest.raises(AssertionError):
+        runs.get(SHORT)
+    assert json.loads((folder / RUN).read_text())["content"] == runs.content(SHORT)
 
 
 def test_a_data_file_that_cannot_be_read_fails_its_runs_alone(tmp_path, monkeypatch):
