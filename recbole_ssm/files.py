@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +40,10 @@ def check_writable(path: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to: it becomes ``path`` when the context ends well, else it goes.
 
-    A former file of that name is left until then.
+    A former file of that name is left until then. Each thread of each process has a name of its own, so of several that
+    write to one path at a time the last one stays, whole.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{threading.get_ident()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -39,7 +39,7 @@ class HyperTuning:
             also for other processes that work on the same search. None: both go with this object.
         workers: trials at a time.
         bigger: whether a higher score is better.
-        after: called with each trial that has ended.
+        after: called with each trial that has ended, for one trial at a time.
         prune: stop a trial whose best score is behind the median of the others after so many reports. The objective
             then takes Optuna's ``trial`` as third argument, calls ``trial.report(score, number)`` with numbers from 1
             up, and raises ``optuna.TrialPruned`` when ``trial.should_prune()``.
@@ -172,7 +172,7 @@ class HyperTuning:
                 elif trial.status == "pruned":
                     self.study.tell(handle, state=optuna().trial.TrialState.PRUNED)
                 self._note()
-            self.after(trial)
+                self.after(trial)
 
     def _next(self) -> Trial | None:
         """Begin the next trial: one that was interrupted or had failed, else a new one; None where none is left."""

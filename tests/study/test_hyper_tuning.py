@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -77,6 +78,19 @@ def test_twenty_random_kills_lose_no_finished_trial_and_repeat_none(tmp_path):
             for file in tmp_path.iterdir():
                 file.unlink()
             done, calls = {}, []
+
+
+def test_trials_that_end_in_several_threads_are_told_one_by_one():
+    told, second = [], threading.Event()
+
+    def after(trial):
+        told.append(trial.number)
+        if len(told) == 2:
+            second.set()
+        assert len(told) > 1 or not second.wait(0.5), "two trials are told at a time"
+
+    tuned(Objective(), workers=3, after=after)
+    assert sorted(told) == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_a_kill_left_of_a_line_is_overwritten(tmp_path):
