@@ -8,6 +8,8 @@ For language models properties/model comes before properties/dataset.
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import json
 import os
 import sys
@@ -163,6 +165,12 @@ class Config(recbole.config.Config):
         """``package.module:Class`` of a user's own model; None of one that is known by its name."""
         kind = self.model_class
         return f"{module_of(kind)}:{kind.__qualname__}" if _is_own(kind) else None
+
+    @property
+    def own_files(self) -> dict[str, Path]:
+        """The files of a user's own model by their modules: of its class, and of the user's classes that it extends."""
+        own = itertools.takewhile(_is_own, self.model_class.__mro__)
+        return {kind.__module__: Path(inspect.getfile(kind)) for kind in own}
 
     @property
     def changed(self) -> dict[str, Any]:

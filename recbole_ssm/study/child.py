@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import glob
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.files import locked, whole
 from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
+from recbole_ssm.quick_start import configure
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
 from recbole_ssm.trainer import Hook, Ranks, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
@@ -138,8 +140,14 @@ def _train(folder: Path, lines: TextIO) -> None:
     job = json.loads((folder / RUN).read_text(encoding="utf-8"))
     run = Run(**job["run"])
     history, ranks = History(lines), Ranks()
+    # A model of the user's own is called by its class there, not by its path.
+    name = configure(run.model, run.dataset, config_dict=job["options"])["model"]
     result = run_recbole_ssm(
-        run.model, run.dataset, config_dict=job["options"], hooks=[history, ranks], resume=_interrupted(folder, run)
+        run.model,
+        run.dataset,
+        config_dict=job["options"],
+        hooks=[history, ranks],
+        resume=_interrupted(folder / CHECKPOINTS, f"{name}-{run.dataset}-"),
     )
     # Without a test they would be those of the last validation.
     if len(ranks.ranks) and result["test_result"]:
@@ -173,18 +181,17 @@ def _train(folder: Path, lines: TextIO) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _interrupted(folder: Path, run: Run) -> Path | None:
-    """The folder of checkpoints from which the run can go on; checkpoints that cannot be read are deleted."""
-    found = sorted(
-        (folder / CHECKPOINTS).glob(f"{run.model}-{run.dataset}-*"),
-        key=lambda path: path.stat().st_mtime_ns,
-        reverse=True,
-    )
+def _interrupted(checkpoints: Path, name: str) -> Path | None:
+    """The folder of checkpoints from which a run of this name can go on; those that cannot be read are deleted.
+
+    Other names are of a ranker's retriever.
+    """
+    found = sorted(checkpoints.glob(f"{glob.escape(name)}*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in found:
         with contextlib.suppress(UserError):
             checkpoint.newest(path)
             return path
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return None
 
 

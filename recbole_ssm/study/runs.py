@@ -186,7 +186,8 @@ class Runs:
 
     def identity(self, run: Run) -> Identity:
         """What a run is to this version: :func:`recbole_ssm.study.identity.results_of`, the resolved settings, and
-        digests of the data files, of a ranker's retriever and of a base model that is a folder or a file.
+        digests of the data files, of the source of a model of the user's own, of a ranker's retriever and of a base
+        model that is a folder or a file.
 
         Raises:
             UserError: the configuration is refused, or there is no such data set, or it cannot be read.
@@ -213,6 +214,7 @@ class Runs:
         folder = Path(config["data_path"])
         parts = sorted(path for path in folder.glob(f"{glob.escape(config['dataset'])}.*") if path.is_file())
         files = {part.name: self._file_digest(part) for part in parts}
+        files |= {f"model/{module}": self._file_digest(path) for module, path in config.own_files.items()}
         if config["retriever_checkpoint"] is not None:
             retriever = checkpoint.best_file(Path(config["retriever_checkpoint"]))
             if not retriever.is_file():
@@ -335,7 +337,9 @@ class Runs:
             record = Record(now.content, sorted(now.known))
         write_json(folder / RUN, {"run": asdict(run), "options": options, **record._asdict()})
         said: dict[str, Any] = {}
-        path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+        # A model of the user's own may lie in the working folder, where this process finds it first.
+        entries = [*([""] if ":" in run.model else []), *sys.path]
+        path = os.pathsep.join(str(Path(entry).absolute()) for entry in entries)
         with (
             open(folder / LOG, "ab") as log,
             subprocess.Popen(

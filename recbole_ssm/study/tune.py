@@ -74,7 +74,8 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
     metric = str(config["valid_metric"]).lower()
     # Absolute, because a trial may run in another working directory.
     data_path = str(Path(fixed.pop("data_path", "dataset/")).absolute())
-    runs, base = Runs(options.folder / "runs", {"data_path": data_path}), Run(config.model, config.dataset, fixed)
+    model = config.class_path or config.model
+    runs, base = Runs(options.folder / "runs", {"data_path": data_path}), Run(model, config.dataset, fixed)
     folder = _folder(options, space, base, runs)
     if (options.workers or 1) > 1:
         # Each trial has its share of the processors.
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
 
         def write_best() -> None:
             if best := tuning.best:
-                settings = {"model": config.model, "dataset": config.dataset, "data_path": data_path, **fixed}
+                settings = {"model": model, "dataset": config.dataset, "data_path": data_path, **fixed}
                 text = yaml.safe_dump({**settings, **best.params}, sort_keys=False, allow_unicode=True)
                 head = f"# Trial {best.number}: validation {metric} {best.score:.6f}. Train it again:\n"
                 write_text(folder / "best.yaml", f"{head}# run_recbole_ssm.py --config_files best.yaml\n{text}")
