@@ -184,14 +184,14 @@ def markdown(table: Sequence[Row]) -> str:
     """
     best: dict[tuple[str, ...], Any] = {}
     for row, key in itertools.product(table, ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")):
-        group = *_targets(row), key
+        group = row["dataset"], *_targets(row), key
         best[group] = max(best.get(group, 0), row.get(key) or 0)
     rows = []
     for row in table:
         cells = []
         for title, text_of in columns(table).items():
             text, key = text_of(row), title.lower().replace("@10", "").replace(" ", "_")
-            if text and key in row and row[key] == best.get((*_targets(row), key)):
+            if text and key in row and row[key] == best.get((row["dataset"], *_targets(row), key)):
                 text = f"**{text}**"
             cells.append(text)
         rows.append(cells)

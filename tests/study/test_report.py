@@ -67,6 +67,15 @@ def test_markdown(two):
     assert "| **1.0000 ± .0000** |" in lines[3] and "**" not in lines[2]
 
 
+def test_each_data_set_has_a_best_of_its_own(two, entry):
+    """The metrics of the second data set are all below those of the first."""
+    two += [entry(model, ranks, dataset="beauty") for model, ranks in (("SASRec", [3, 4, 5]), ("Mamba4Rec", [4, 4, 5]))]
+    lines = report.markdown(report.rows(two, {})).splitlines()
+    bold = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines if "**" in line}
+    assert bold == {("ml-1m", "Mamba4Rec"), ("beauty", "SASRec"), ("beauty", "Mamba4Rec")}
+    assert [line.count("**") // 2 for line in lines[2:]] == [0, 3, 3, 1]
+
+
 def test_latex_escapes_and_ends_its_lines(two, entry):
     two.append(entry("GRU4Rec_x%", error="100% of it_failed", dataset="a_b"))
     lines = report.latex(report.rows(two, report.tests(two))).splitlines()
