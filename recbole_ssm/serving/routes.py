@@ -4,7 +4,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from logging import getLogger
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -25,7 +25,7 @@ from recbole_ssm.serving.store import StoreError
 from recbole_ssm.serving.visits import Event, Visit, Visited
 from recbole_ssm.serving.worker import BusyError
 
-UNPROCESSABLE, BUSY, FULL, FAILED = 422, 503, 507, 500
+PARTLY, UNPROCESSABLE, BUSY, FULL, FAILED = 207, 422, 503, 507, 500
 
 router = APIRouter(prefix="/v1")
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -54,17 +54,23 @@ def answer(content: Any, status: int = 200) -> Response:
     return Response(to_json(content), status, media_type="application/json")
 
 
-def failed(error: Exception, call: str) -> Response:
-    """One line in JSON; what is not made for a caller is logged beside the call and not told."""
+def told(error: Exception, call: str) -> tuple[int, str]:
+    """The status and the line of an error; what is not made for a caller is logged beside the call and not told."""
     if isinstance(error, UserError):
-        return answer({"error": str(error)}, UNPROCESSABLE)
+        return UNPROCESSABLE, str(error)
     if isinstance(error, BusyError):
-        return answer({"error": str(error)}, BUSY)
+        return BUSY, str(error)
     if isinstance(error, StoreError):
         getLogger().error(str(error))
-        return answer({"error": error.strerror or str(error)}, FULL if error.full else FAILED)
+        return FULL if error.full else FAILED, error.strerror or str(error)
     getLogger().error(call, exc_info=error)
-    return answer({"error": "a defect of the server; its log says more"}, FAILED)
+    return FAILED, "a defect of the server; its log says more"
+
+
+def failed(error: Exception, call: str) -> Response:
+    """The answer to a call that failed."""
+    status, line = told(error, call)
+    return answer({"error": line}, status)
 
 
 def scored(served: Served, pairs: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -79,7 +85,14 @@ def recommended(served: Served, found: Recommendations) -> dict[str, Any]:
     return {"source": found.source, "items": scored(served, found)}
 
 
-@router.post("/events", response_model=schema.Taken | schema.TakenMany, responses=ERRORS)
+@router.post(
+    "/events",
+    response_model=schema.Taken | schema.TakenMany,
+    responses={
+        **ERRORS,
+        PARTLY: {"model": schema.TakenMany, "description": "Of some users nothing was taken; their entries say why."},
+    },
+)
 async def take_events(
     request: Request,
     body: schema.EventOrEvents,
@@ -88,27 +101,45 @@ async def take_events(
     now: Now = None,
 ) -> Response:
     """Take one event (`{"user": ..., "item": ...}`) or many (`{"events": [...]}`), and recommend after them."""
-    return answer(await take(server_of(request), body, recommend or 0, exclude_seen, now))
+    server, k = server_of(request), recommend or 0
+    if isinstance(body, schema.EventBody):
+        return answer(await take(server, body, k, exclude_seen, now))
+    users = await take_all(server, body.events, k, exclude_seen, now)
+    models = [one["model"] for one in users if "error" not in one]
+    return answer({"model": models[0], "users": users}, 200 if len(models) == len(users) else PARTLY)
 
 
 async def take(
-    server: Server, body: schema.EventBody | schema.EventsBody, k: int, exclude_seen: bool, now: float | None = None
+    server: Server, event: schema.EventBody, k: int, exclude_seen: bool, now: float | None = None
 ) -> dict[str, Any]:
-    """What became of the events of a body, with k recommendations to each of their users."""
-    events = [body] if isinstance(body, schema.EventBody) else body.events
+    """What became of an event, with k recommendations to its user."""
+    (taken,) = await take_all(server, [event], k, exclude_seen, now)
+    return taken
+
+
+async def take_all(
+    server: Server, events: Sequence[schema.EventBody], k: int, exclude_seen: bool, now: float | None = None
+) -> list[dict[str, Any]]:
+    """What became of the events of each user, with k recommendations; the error of one of whom nothing was taken.
+
+    Raises:
+        Exception: nothing was taken of any user; it is what became of the first.
+    """
     server.refuse(event.item for event in events)
     by_user: dict[str, list[Event]] = {}
     for event in events:
         by_user.setdefault(event.user, []).append(Event(event.item, event.time, event.id))
-    found = await server.visit(
+    found = await server.visit_all(
         [Visit(user, mine, k=k, exclude_seen=exclude_seen, now=now) for user, mine in by_user.items()]
     )
     served = server.engine.served
-    taken = [_taken(served, user, one) for user, one in zip(by_user, found)]
-    return taken[0] if isinstance(body, schema.EventBody) else {"model": found[0].model, "users": taken}
+    return [_taken(served, user, one) for user, one in zip(by_user, found)]
 
 
-def _taken(served: Served, user: str, found: Visited) -> dict[str, Any]:
+def _taken(served: Served, user: str, found: Visited | Exception) -> dict[str, Any]:
+    if isinstance(found, Exception):
+        status, line = told(found, f"events of user {user!r}")
+        return {"user": user, "status": status, "error": line}
     about = {
         "model": found.model,
         "user": user,
@@ -140,7 +171,7 @@ async def recommend_after_events(
     server: Server, user: str, k: int, exclude_seen: bool, rules: Rules | None = None, now: float | None = None
 ) -> dict[str, Any]:
     """What is recommended to a user."""
-    (found,) = await server.visit([Visit(user, k=k, exclude_seen=exclude_seen, rules=rules, now=now)])
+    found = await server.visit(Visit(user, k=k, exclude_seen=exclude_seen, rules=rules, now=now))
     assert found.recommended is not None
     about = {"model": found.model, "user": user, "events": found.events}
     return {**about, **recommended(server.engine.served, found.recommended)}
@@ -149,7 +180,7 @@ async def recommend_after_events(
 @router.delete("/users/{user}", response_model=schema.Forgotten, responses=ERRORS)
 async def forget_user(request: Request, user: InPath) -> Response:
     """Delete all that is kept of a user."""
-    (found,) = await server_of(request).visit([Visit(user, forget=True)])
+    found = await server_of(request).visit(Visit(user, forget=True))
     return answer({"forgotten": found.forgotten})
 
 
@@ -186,7 +217,7 @@ async def score(request: Request, body: schema.ScoreBody) -> Response:
     if (body.user is None) == (body.history is None):
         raise UserError("give either user or history")
     if body.user is not None:
-        (found,) = await server.visit([Visit(body.user, candidates=body.items, now=body.now)])
+        found = await server.visit(Visit(body.user, candidates=body.items, now=body.now))
         digest, scores = found.model, found.scores or []
     else:
         asked = (body.history or [], body.items, body.times, time.time() if body.now is None else body.now)

@@ -150,11 +150,19 @@ class Taken(BaseModel):
     items: list[ScoredItem] | None = None
 
 
+class NotTaken(BaseModel):
+    """Why nothing of a user's events was taken."""
+
+    user: str
+    status: int = Field(description="That of a call with the events of this user alone.")
+    error: str
+
+
 class TakenMany(BaseModel):
     """What became of the events of each user, in the order of their first events."""
 
     model: str
-    users: list[Taken]
+    users: list[Taken | NotTaken]
 
 
 class Answers(BaseModel):

@@ -98,12 +98,29 @@ class Server:
             await self.worker.close()
             self.store.close()
 
-    async def visit(self, visits: Sequence[Visit]) -> list[Visited]:
-        """What the engine makes of visits."""
+    async def visit(self, visit: Visit) -> Visited:
+        """What the engine makes of a visit.
+
+        Raises:
+            Exception: what became of it instead.
+        """
+        (found,) = await self.visit_all([visit])
+        assert isinstance(found, Visited)
+        return found
+
+    async def visit_all(self, visits: Sequence[Visit]) -> list[Visited | Exception]:
+        """What the engine makes of each visit of one call.
+
+        Raises:
+            Exception: what became of the first, where every visit failed.
+        """
         assert self.worker is not None
         found = await self.worker.visit(visits)
         for one in found:
-            self.metrics.count_events(one)
+            if isinstance(one, Visited):
+                self.metrics.count_events(one)
+        if isinstance(found[0], Exception) and not any(isinstance(one, Visited) for one in found):
+            raise found[0]
         return found
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:

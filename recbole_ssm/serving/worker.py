@@ -66,17 +66,13 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    async def visit(self, visits: Sequence[Visit]) -> list[Visited]:
+    async def visit(self, visits: Sequence[Visit]) -> list[Visited | Exception]:
         """:meth:`Engine.visit`.
 
         Raises:
             BusyError: too many callers wait.
-            Exception: what became of the first visit that failed.
         """
-        found = await self._done(visits, _nothing)
-        for one in found:
-            if isinstance(one, Exception):
-                raise one
+        found: list[Visited | Exception] = await self._done(visits, _nothing)
         return found
 
     async def call(self, function: Callable[[], Any]) -> Any:

@@ -170,6 +170,33 @@ def test_many_events_at_once(client):
         assert all(len(one["items"]) == 2 for one in found["users"])
 
 
+def test_a_user_whose_events_cannot_be_taken_is_told_beside_the_others(runs):
+    """One whose record is damaged, and one whose record another version wrote; the others' events are taken once."""
+
+    def make():
+        server = made(runs)
+        server.store._values.update({b"damaged": b"RSU2", b"strange": b"RSU9" + bytes(80)})
+        return server
+
+    with started(make) as (_, port):
+        client = Client(port)
+        events = [{"user": user, "item": "i1"} for user in ("damaged", "good", "strange", "good")]
+        status, found = client.post("/v1/events?recommend=2", {"events": events})
+        damaged, good, strange = found["users"]
+        assert status == 207 and found["model"] == good["model"] and len(good["items"]) == 2
+        assert (good["user"], good["taken"], good["events"]) == ("good", 2, 2)
+        assert damaged["status"] == 500 and "the record of user 'damaged' is damaged" in damaged["error"]
+        assert strange["status"] == 422 and "another version of recbole_ssm" in strange["error"]
+        assert [sorted(one) for one in (damaged, strange)] == [["error", "status", "user"]] * 2
+        # Where nothing at all is taken, the call has failed, as one of a single event has.
+        for one in (damaged, strange):
+            event = {"user": one["user"], "item": "i1"}
+            for body in (event, {"events": [event]}):
+                assert client.post("/v1/events", body) == (one["status"], {"error": one["error"]})
+        assert client.post("/v1/events", {"events": events[2:]})[1]["users"][1]["events"] == 3
+        assert 'recbole_ssm_events_total{outcome="taken"} 3.0' in client.get("/metrics")[1]
+
+
 def test_histories_scores_and_similar_items(client, runs):
     recommender = load_recommender(runs / "first", device="cpu")
     body = {"histories": [["i1", "i2"], [], ["no such item", "i9"]], "k": 3}
