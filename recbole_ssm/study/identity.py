@@ -7,7 +7,7 @@ Versions differ in the keys that they know and in how they call them, so that on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,24 @@ def results_of(settings: Mapping[str, Any]) -> str:
     return "0.1.0"
 
 
+def reads(config: Any, name: str) -> bool:
+    """Whether a run may read the file of a name; of its data set only the atomic files that its keys ask for."""
+    part = name.removeprefix(f"{config['dataset']}.")
+    if part == name:
+        # It is no file of the data set.
+        return True
+    if config.class_path is not None:
+        # The user's own code may read any but what convert says of its work.
+        return part != "card.json" and not part.endswith("skipped")
+    if part in ("user", "item"):
+        load = config["load_col"]
+        # Language models read titles whatever is loaded.
+        return load is None or part in load or getattr(config.model_class, "reads_text", False)
+    more = config["additional_feat_suffix"] or []
+    events = [f"{one}.inter" for one in config["benchmark_filename"] or ()] or ["inter"]
+    return part in events or part in ([more] if isinstance(more, str) else more)
+
+
 class Record(NamedTuple):
     """What the ``run.json`` of a kept run says of it; it never changes."""
 
@@ -58,6 +76,7 @@ class Record(NamedTuple):
             job = json.loads(path.read_text(encoding="utf-8"))
             content = job["content"]
             # Until 0.2.0 it was not written down. A key that the run's options name was known then.
+            content = {**content, "files": dict(content["files"])}
             return cls(content, [*(job.get("known") or job.get("options", ())), *renamed(content["settings"])])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
             return None
@@ -72,6 +91,8 @@ class Identity(NamedTuple):
     """The names of all keys of this version that decide results, also of the empty ones."""
     chosen: set[str]
     """The keys whose value is not the model's default, because options, the preset or the data set give another."""
+    reads: Callable[[str], bool]
+    """Whether the run may read the file of a name."""
 
     def as_said_by(self, former: Record) -> dict[str, Any] | None:
         """The content in the words of the version that wrote a record, with the keys that it knew.
@@ -90,7 +111,10 @@ class Identity(NamedTuple):
                 settings[names[key]] = then[names[key]]
             elif key not in new and value is not None:
                 settings[names.get(key, key)] = value
-        return {**self.content, "settings": settings}
+        # Until 0.2.0 all files of the data set were digested.
+        files = former.content["files"]
+        same = {name: digest for name, digest in files.items() if self.reads(name)} == self.content["files"]
+        return {**self.content, "settings": settings, "files": files if same else self.content["files"]}
 
 
 def existing(stem: Path, digits: int, contents: Iterable[Any]) -> Path:

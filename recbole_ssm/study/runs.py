@@ -34,7 +34,7 @@ from recbole_ssm.evaluation.metrics import Result
 from recbole_ssm.files import digest, write_json
 from recbole_ssm.keys import KEYS
 from recbole_ssm.quick_start import configure
-from recbole_ssm.study.identity import Identity, Record, existing, results_of
+from recbole_ssm.study.identity import Identity, Record, existing, reads, results_of
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import settings_of
 
@@ -206,14 +206,14 @@ class Runs:
         except OSError as error:
             raise UserError(f"{run.dataset}: {error.filename} cannot be read ({error.strerror})") from error
         content = {"version": results_of(settings), "settings": settings, "files": files}
-        return Identity(content, set(resolved), chosen)
+        return Identity(content, set(resolved), chosen, partial(reads, config))
 
     def _digests(self, config: Config) -> dict[str, str]:
         """The digests of the files that a run reads."""
         self._fetch(config)
         folder = Path(config["data_path"])
-        parts = sorted(path for path in folder.glob(f"{glob.escape(config['dataset'])}.*") if path.is_file())
-        files = {part.name: self._file_digest(part) for part in parts}
+        parts = [part for part in folder.glob(f"{glob.escape(config['dataset'])}.*") if reads(config, part.name)]
+        files = {part.name: self._file_digest(part) for part in sorted(parts) if part.is_file()}
         files |= {f"model/{module}": self._file_digest(path) for module, path in config.own_files.items()}
         if config["retriever_checkpoint"] is not None:
             retriever = checkpoint.best_file(Path(config["retriever_checkpoint"]))

@@ -224,11 +224,16 @@ def test_a_preset_that_sets_a_new_key_makes_another_run(tmp_path):
 
 
 def test_the_runs_of_the_published_table_are_found(monkeypatch):
-    """Nothing of it is trained again."""
+    """Nothing of it is trained again, though its runs counted files that they did not read."""
     folder = REPOSITORY / "docs" / "results" / "table" / "runs"
     jobs = {path.parent: json.loads(path.read_text()) for path in folder.glob(f"*/{RUN}")}
-    files = {job["run"]["dataset"]: job["content"]["files"] for job in jobs.values()}
-    monkeypatch.setattr(Runs, "_digests", lambda self, config: files[config["dataset"]])
+    files = {name: digest for job in jobs.values() for name, digest in job["content"]["files"].items()}
+
+    def digests(self, config):
+        name = f"{config['dataset']}.inter"
+        return {name: files[name]}
+
+    monkeypatch.setattr(Runs, "_digests", digests)
     runs = Runs(folder)
     assert {runs.folder_of(Run(**job["run"])) for job in jobs.values()} == jobs.keys() and len(jobs) >= 37
 
@@ -345,6 +350,44 @@ def test_a_damaged_record_of_a_run_is_written_again(tmp_path, monkeypatch, text)
     with pytest.raises(AssertionError):
         runs.get(SHORT)
     assert json.loads((folder / RUN).read_text())["content"] == runs.content(SHORT)
+
+
+LEFT_BY = ("toy.card.json", "toy.skipped", "toy.item.skipped", "toy.zip", "toy.inter.bak", "toy.ent", "toy.train.inter")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "counts"),
+    [
+        *(({}, name, False) for name in LEFT_BY),
+        ({}, "toy.item", False),
+        ({"load_col": None}, "toy.item", True),
+        ({"load_col": {"inter": "*", "user": "*"}}, "toy.user", True),
+        ({"load_col": {"inter": "*", "user": "*"}}, "toy.item", False),
+        ({"additional_feat_suffix": ["ent"]}, "toy.ent", True),
+        ({"benchmark_filename": ["train", "valid", "test"]}, "toy.train.inter", True),
+        ({"benchmark_filename": ["train", "valid", "test"]}, "toy.inter", False),
+    ],
+)
+def test_files_count_that_a_run_reads(tmp_path, options, name, counts):
+    shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / "toy")
+    (tmp_path / "toy" / name).write_text("one")
+    runs, run = Runs(tmp_path / "r", {"data_path": str(tmp_path)}), Run("SASRec", "toy", options)
+    before = runs.folder_of(run)
+    (tmp_path / "toy" / name).write_text("another")
+    assert (runs.folder_of(run) != before) is counts
+    # A language model reads titles.
+    assert ("toy.item" in runs.content(Run("LlamaRec", "toy"))["files"]) is (name == "toy.item")
+
+
+def test_runs_of_before_are_kept_that_counted_all_files(tmp_path):
+    shutil.copytree(REPOSITORY / "dataset" / "toy", tmp_path / "toy")
+    runs, run = Runs(tmp_path / "r", {"data_path": str(tmp_path)}), Run("SASRec", "toy", {"load_col": None})
+    (tmp_path / "toy" / "toy.user").write_text("a user's age")
+    files = runs.content(run)["files"]
+    folder = kept(runs, run, content={"files": {**files, "toy.card.json": "the digest of a former card"}})
+    assert runs.folder_of(run) == folder
+    (tmp_path / "toy" / "toy.user").unlink()
+    assert runs.folder_of(run) != folder
 
 
 def test_a_data_file_that_cannot_be_read_fails_its_runs_alone(tmp_path, monkeypatch):
