@@ -139,7 +139,8 @@ def label_of(run: Run, ties: Sequence[str] | None) -> str:
 
 
 def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:
-    """Check that targets are ranked among all items, and that the split leaves rows to test and to validate.
+    """Check that targets are ranked among all items, and that the split leaves rows to test and, where settings are
+    chosen by it (``tune``), to validate.
 
     Raises:
         UserError: one is not so.
@@ -153,7 +154,7 @@ def check_rows(runs: Runs, todo: Sequence[Run], tune: bool = False) -> None:
             if parts == "valid_only" if way == "LS" else not parts[-1]:
                 raise UserError(f"eval_args: {said} to test, by which models are compared")
             if tune and (parts == "test_only" if way == "LS" else not parts[-2]):
-                raise UserError(f"--tune: {said} for validation, by which settings are chosen")
+                raise UserError(f"eval_args: {said} for validation, by which settings are chosen")
 
 
 def fetch(runs: Runs, todo: Sequence[Run]) -> None:

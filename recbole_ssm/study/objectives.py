@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.arguments import at_least, each_once, some_of
-from recbole_ssm.evaluation.significance import holm, over_users, paired
+from recbole_ssm.evaluation.significance import K, holm, over_users, paired
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.llm.preference import OBJECTIVES
-from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER
+from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.study.cells import grid
-from recbole_ssm.study.compare import FIRST_SEED, seeds_from
+from recbole_ssm.study.compare import FIRST_SEED, check_rows, fetch, seeds_from
 from recbole_ssm.study.runs import Outcome, Run, runs_in
 
 BASES = "random:32x1,random:64x2,random:128x4"
+ORDERS = (RETRIEVER, LANGUAGE_MODEL, FUSED)
 Row = dict[str, Any]
 
 
@@ -51,8 +52,8 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     arms = list(itertools.product(options.base_models, options.verbalizers, options.objectives))
     todo = [Run("LlamaRec", options.dataset, {**_options_of(*arm), **common, "seed": s}) for arm in arms for s in seeds]
     # Mistakes come before the first training.
-    for one in todo:
-        runs.config(one)
+    check_rows(runs, todo, tune=plain["fusion_weight"] == "tuned")
+    fetch(runs, todo)
     outcomes = list(runs.all(todo))
     grouped = [outcomes[n : n + options.seeds] for n in range(0, len(outcomes), options.seeds)]
     rows = table(dict(zip(arms, grouped)))
@@ -72,22 +73,20 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
     rows: list[Row] = []
     for (base, verbalizer, objective), outcomes in arms.items():
         done = [outcome for outcome in outcomes if outcome.error is None]
-        values = {
-            order: over_users("NDCG@10", [outcome.ranks(order) for outcome in done])
-            for order in (RETRIEVER, LANGUAGE_MODEL, FUSED)
-        }
-        for order in values if done else ():
-            reports = [outcome.reranking for outcome in done if outcome.reranking is not None]
+        values = {order: over_users("NDCG@10", [outcome.ranks(order) for outcome in done]) for order in ORDERS}
+        reports = [report({order: outcome.ranks(order)[1] for order in ORDERS}, [K]) for outcome in done]
+        measured = [outcome.reranking or {} for outcome in done]
+        for order in ORDERS if done else ():
             row: Row = {"base": base, "verbalizer": verbalizer, "objective": objective, "order": order}
             for part in ("overall", "retrieved"):
                 for name in ("ndcg@10", "hit@10"):
-                    row[f"{part} {name}"] = float(np.mean([report[part][order][name] for report in reports]))
+                    row[f"{part} {name}"] = float(np.mean([found[part][order][name] for found in reports]))
             row |= {"difference": None, "low": None, "high": None, "p": None}
             if order != RETRIEVER:
                 pair = paired("NDCG@10", (order, values[order]), (RETRIEVER, values[RETRIEVER]))
                 row |= {"difference": pair.difference, "low": pair.low, "high": pair.high, "p": pair.t_p}
-            row["fusion_weight"] = float(np.mean([report["fusion_weight"] for report in reports]))
-            row["seconds_per_user"] = float(np.mean([report["seconds_per_user"] or 0.0 for report in reports]))
+            row["fusion_weight"] = float(np.mean([found["fusion_weight"] for found in measured]))
+            row["seconds_per_user"] = float(np.mean([found["seconds_per_user"] or 0.0 for found in measured]))
             row["parameters"], row["seconds"] = done[0].parameters, float(np.mean([o.seconds for o in done]))
             row["users"], row["retrieved_users"] = reports[0]["users"], reports[0]["retrieved_users"]
             rows.append(row)

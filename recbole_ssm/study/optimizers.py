@@ -18,6 +18,7 @@ from typing import Any
 
 from recbole_ssm.arguments import each_once
 from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
@@ -141,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     """Train what is missing, and write the tables to the folder."""
     runs, cells, seeds = plan(options, keys)
+    compare.fetch(runs, [cell.base for cell in cells])
 
     def write() -> str:
         return write_tables(options.folder, cells, seeds, options.values)
@@ -163,6 +165,7 @@ def plan(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Runs, li
         if key.rpartition(".")[2] in varied:
             raise UserError(f"--{key.rpartition('.')[2]}: that is what this study varies; leave it out")
     runs, todo, seeds = compare.plan(options, keys)
+    compare.check_rows(runs, todo, tune=True)
     cells = [
         Cell(base, optimizer, bool(runs.config(base)["valid_metric_bigger"]))
         for base in todo
@@ -208,8 +211,8 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "seeds": len(done),
             **spread("valid", [sign * cell.best(outcome) for outcome in done]),
         }
-        for name in map(str.lower, METRICS):
-            row |= spread(name, [outcome.test[name] for outcome in done])
+        for name in METRICS:
+            row |= spread(name.lower(), [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done])
         row |= {
             "target": None if goal is None else sign * goal,
             "reached": len(reached),

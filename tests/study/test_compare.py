@@ -245,7 +245,7 @@ def test_settings_cannot_be_chosen_without_a_validation(tmp_path, monkeypatch):
         ),
         (
             ["compare", "--tune=2", "--eval_args={'split': {'LS': 'test_only'}}"],
-            "--tune: split: {'LS': 'test_only'} leaves no rows for validation, by which settings are chosen",
+            "eval_args: split: {'LS': 'test_only'} leaves no rows for validation, by which settings are chosen",
         ),
         (
             ["compare", "--models=STAMP", "--tune=2"],

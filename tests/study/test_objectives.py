@@ -18,7 +18,7 @@ def outcome(folder, language, fused):
     ranks |= {LANGUAGE_MODEL: np.append(language, missed), FUSED: np.append(fused, missed)}
     users = np.array([f"u{number}" for number in range(40)])
     np.savez(folder / RANKS, user=users, rank=ranks[FUSED], **{f"rank of {name}": r for name, r in ranks.items()})
-    found = {**report(ranks, [10]), "fusion_weight": 0.25, "seconds_per_user": 0.5}
+    found = {**report(ranks, [20]), "fusion_weight": 0.25, "seconds_per_user": 0.5}
     history = [{"steps": 10}]
     return Outcome(Run("LlamaRec", "made"), None, folder, reranking=found, history=history, parameters=7, seconds=1.0)
 
@@ -59,6 +59,8 @@ OPTION = "recbole-ssm study llm: argument"
         (["--verbalizers=letter"], f"{OPTION} --verbalizers: 'letter' is not one of letters, title_likelihood, embed"),
         (["--objectives=dpo"], f"{OPTION} --objectives: 'dpo' is not one of sft, orpo"),
         (["--seeds=0"], f"{OPTION} --seeds: must be at least 1, got 0"),
+        (["--eval_args={'split': {'LS': 'valid_only'}}"], "eval_args: split: {'LS': 'valid_only'} leaves no rows to"),
+        (["--eval_args={'split': {'LS': 'test_only'}}"], "eval_args: split: {'LS': 'test_only'} leaves no rows for v"),
         (["--orpo_lambd=1"], "orpo_lambd: there is no such key; did you mean 'orpo_lambda'?"),
     ],
 )

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recbole_ssm import study as studies
@@ -17,6 +18,14 @@ from tests.conftest import REPOSITORY
 QUALITY = {0.0003: 0.1, 0.001: 0.3, 0.003: 0.2, 0.01: 0.1, 10.0: 0.1, 25.0: 0.2, 50.0: 0.25, 100.0: None}
 
 
+class Ranked(Outcome):
+    """Its validation score is also the share of 100 users whose target has rank 3; the others' have rank 11."""
+
+    def ranks(self, order=None):
+        hits = round(100 * self.valid["ndcg@20"])
+        return np.arange(100).astype(str), np.where(np.arange(100) < hits, 3.0, 11.0)
+
+
 def outcome(run, scores, sizes=None, error=None):
     if error:
         return Outcome(run, error, Path())
@@ -25,9 +34,8 @@ def outcome(run, scores, sizes=None, error=None):
         | {"batch_size": (sizes or [16] * len(scores))[k], "step_size": 0.1}
         for k, score in enumerate(scores)
     ]
-    last = scores[-1]
-    test = {"ndcg@10": last / 2, "hit@10": last, "mrr@10": last / 4}
-    return Outcome(run, None, Path(), {"ndcg@10": last}, test, history=history, seconds=9.0, epochs=len(scores))
+    last = {"ndcg@20": scores[-1]}
+    return Ranked(run, None, Path(), last, last, history=history, seconds=9.0, epochs=len(scores))
 
 
 class Standin:
@@ -178,6 +186,9 @@ def test_from_the_command_line_on_the_toy_data(tmp_path, monkeypatch, capsys):
         ([], {"learning_rate": 1}, "--learning_rate: that is what this study varies"),
         ([], {"SASRec.learner": "adam"}, "--learner: that is what this study varies"),
         ([], {"epoch": 3}, "epoch: there is no such key; did you mean 'epochs'"),
+        ([], {"eval_args": {"split": {"LS": "valid_only"}}}, "eval_args: split: .* leaves no rows to test"),
+        ([], {"eval_args": {"split": {"LS": "test_only"}}}, "eval_args: split: .* leaves no rows for validation"),
+        ([], {"eval_args": {"mode": {"test": "uni100"}}}, "eval_args: models are compared by ranks among all items"),
     ],
 )
 def test_mistakes(arguments, keys, message):
