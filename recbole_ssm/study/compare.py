@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_ssm.arguments import at_least, each_once, some_of
+from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
 from recbole_ssm.study import asking, report
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         runs, entries, seeds = plan_arms(options, keys)
     else:
         runs, todo, seeds = plan(options, keys)
-        entries = [Entry(one, label_of(one, options.ties), seeds=seeds_of(one, seeds)) for one in todo]
+        entries = [Entry(one, label_of(one, options.ties), seeds=seeds_of(runs.config(one), seeds)) for one in todo]
     todo = [entry.run for entry in entries]
     check_rows(runs, todo, options.tune > 0)
     fetch(runs, todo)
@@ -128,9 +129,12 @@ def plan_arms(options: argparse.Namespace, keys: Mapping[str, Any]) -> tuple[Run
     return runs, entries, list(range(first, first + max(entry.seeds for entry in entries)))
 
 
-def seeds_of(run: Run, seeds: Sequence[int]) -> int:
-    """How many of the seeds a run needs: one where its model draws no random numbers, as every seed gives the same."""
-    return 1 if issubclass(get_model(run.model), Pop) else len(seeds)
+def seeds_of(config: Config, seeds: Sequence[int]) -> int:
+    """How many of the seeds a run needs: one where no random numbers are drawn, as every seed gives the same.
+
+    The seed draws the rows of ``eval_rows`` too.
+    """
+    return 1 if issubclass(config.model_class, Pop) and config["eval_rows"] is None else len(seeds)
 
 
 def label_of(run: Run, ties: Sequence[str] | None) -> str:

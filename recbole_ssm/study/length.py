@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         Entry(
             Run(one.model, one.dataset, {**one.options, KEY: length}),
             f"{label_of(one, options.ties)}, {length}",
-            seeds=seeds_of(one, seeds),
+            seeds=seeds_of(runs.config(one), seeds),
         )
         for one in todo
         for length in sorted(options.lengths)

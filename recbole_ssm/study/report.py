@@ -26,8 +26,13 @@ from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
 from recbole_ssm.study.speed import Speed
 
 Row = dict[str, Any]
-TARGETS = ("ties", "split", "eval_rows")
-"""What decides which targets of a data set are tested."""
+TARGETS = (
+    *("ties", "split", "eval_rows", "drop_cold_targets", "train_last", "train_newest", "train_rows", "ties_seed"),
+    *("legacy_time_order", "group_by", "benchmark_filename", "on_bad_lines", "rm_dup_inter", "val_interval"),
+    *("user_inter_num_interval", "item_inter_num_interval", "filter_inter_by_user_or_item"),
+    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"),
+)
+"""What decides which targets of a data set are tested, and on which histories. A table says the first three."""
 Compared = Callable[["Entry", "Entry"], bool]
 """Whether two entries are tested against each other."""
 
@@ -57,20 +62,21 @@ class Entry:
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
     """The table's figures, a row an entry; None where there is none.
 
-    ``split`` and ``ties`` say how the runs were tested (where some run says it; those of 0.1.0 do not).
+    ``split``, ``ties`` and ``eval_rows`` say how the runs were tested (where some run says it; those of 0.1.0 do not),
+    and so do others of :data:`TARGETS` in which the rows of a data set differ.
     ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._masked`` the same without the items of the history
     (where some run has them; those of 0.1.0 have not), ``..._sd`` their sample standard deviations (None for one seed),
-    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set, ties and split (None for the best),
+    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set and targets (None for the best),
     ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
     """
     found = []
     masked = any(outcome.test_masked for entry in entries for outcome in entry.done)
     stated = any(outcome.protocol for entry in entries for outcome in entry.done)
+    told = {*(TARGETS[:3] if stated else ()), *_differing(entries)}
     for entry in entries:
         done, speed = entry.done, entry.speed or {}
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
-        if stated:
-            row |= _of_settings(entry)
+        row |= {key: value for key, value in _of_settings(entry).items() if key in told}
         for name in METRICS:
             values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
@@ -105,14 +111,29 @@ def _targets(row: Row) -> tuple[str, ...]:
 
 
 def of_same_targets(one: Entry, other: Entry) -> bool:
-    """Whether two entries were tested on the same targets, as far as ties, split and ``eval_rows`` decide these."""
+    """Whether two entries of a data set were tested on the same targets, as far as :data:`TARGETS` decide these."""
     return _of_settings(one) == _of_settings(other)
 
 
 def _of_settings(entry: Entry) -> Row:
+    """The entry's :data:`TARGETS`; those that have no effect are None."""
     settings = {**entry.run.options, **entry.settings}
-    split = (settings.get("eval_args") or {}).get("split")
-    return {"ties": settings.get("ties"), "split": split, "eval_rows": settings.get("eval_rows")}
+    settings |= {key: value for key, value in (settings.get("eval_args") or {}).items() if key != "mode"}
+    found = {key: settings.get(key) for key in TARGETS}
+    if found["ties"] != "random":
+        found["ties_seed"] = None
+    if not found["drop_cold_targets"]:
+        # What a model trains on decides only which targets are cold.
+        found |= dict.fromkeys(("train_last", "train_newest", "train_rows"))
+    return found
+
+
+def _differing(entries: Sequence[Entry]) -> set[str]:
+    """The :data:`TARGETS` in which entries of a data set differ."""
+    first: dict[str, Row] = {}
+    for entry in entries:
+        first.setdefault(entry.run.dataset, _of_settings(entry))
+    return {key for entry in entries for key in TARGETS if _of_settings(entry)[key] != first[entry.run.dataset][key]}
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
@@ -179,9 +200,7 @@ def columns(table: Sequence[Row], latex: bool = False) -> dict[str, Callable[[Ro
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """The table in Markdown; the best mean of each data set, ties and split is bold, and below stands why runs
-    failed.
-    """
+    """The table in Markdown; the best mean of each data set and targets is bold, and below stands why runs failed."""
     best: dict[tuple[str, ...], Any] = {}
     for row, key in itertools.product(table, ("hit", "ndcg", "mrr", "hit_masked", "ndcg_masked")):
         group = row["dataset"], *_targets(row), key
@@ -263,8 +282,8 @@ MEANING = """\
 - Ranking is against all items; items of the history are not masked, as in RecBole, but in the columns named masked:
   there all that the user did before is left out, and the target stays. Items of equal score share the mean of their
   ranks. The weights of the best validation are tested.
-- ties: the order of a user's events of one time, as in the file or at random. They are two protocols, as splits are, so
-  pairs are tested and the best is bold within each; what differs between ties stands on the order of the file.
+- ties: the order of a user's events of one time, as in the file or at random. They are two protocols, as splits and
+  filters are: pairs are tested and the best is bold within each. What differs between ties stands on the file's order.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
   seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
@@ -330,10 +349,11 @@ def _value(entry: Entry, key: str) -> Any:
 
 
 def _shown(entries: Sequence[Entry]) -> list[str]:
-    """The keys that every table names, as far as they are set somewhere, and any other that the user gave."""
+    """The keys that every table names, as far as they are set, targets that differ, and any other that is given."""
     named = [k for k, row in KEYS.items() if row.named and any(k in entry.settings for entry in entries)]
     given = (key for entry in entries for outcome in entry.outcomes for key in outcome.run.options)
-    return list(dict.fromkeys([*named, *(key for key in given if key not in NOT_CACHED and key != "seed")]))
+    chosen = (key for key in given if key not in NOT_CACHED and key != "seed")
+    return list(dict.fromkeys([*named, *(key for key in TARGETS if _differs(key, entries)), *chosen]))
 
 
 def of_runs(entry: Entry) -> Iterator[Row]:

@@ -92,6 +92,12 @@ def test_it_says_first_how_many_runs_there_are(tmp_path, capsys, trained, monkey
     assert out.rstrip().endswith("compare.json; a plot needs Matplotlib: pip install 'recbole-ssm[plot]'")
 
 
+def test_rows_that_the_seed_draws_need_all_seeds(tmp_path, capsys, trained):
+    command = ["compare", "--models=GRU4Rec,Pop", *TOY, "--seeds=3", "--eval_rows=9", f"--folder={tmp_path}"]
+    assert main(command) == 0
+    assert "| toy | Pop | 3 |" in capsys.readouterr().out
+
+
 def test_help_calls_it_by_its_own_name(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])

@@ -198,6 +198,43 @@ def test_rows_of_several_splits_stand_apart(two, entry):
     assert "split" not in report.markdown(report.rows(two, {}))
 
 
+@pytest.mark.parametrize(
+    ("apart", "settings"),
+    [
+        (True, {"drop_cold_targets": True}),
+        (True, {"rm_dup_inter": "first"}),
+        (True, {"user_inter_num_interval": "[5,inf)"}),
+        (True, {"ties": "random", "ties_seed": 7}),
+        (True, {"eval_args": {"split": {"LS": "valid_and_test"}, "group_by": "none"}}),
+        (False, {"ties_seed": 7, "MAX_ITEM_LIST_LENGTH": 7, "train_newest": 7}),
+    ],
+)
+def test_rows_of_other_targets_stand_apart(two, entry, apart, settings):
+    """They are tested against their like alone, their best is bold, and the protocol says what they are."""
+    entries = [*two, entry("GRU4Rec", [3, 3, 3, 40], **settings), entry("Pop", [3, 4, 4, 40], **settings)]
+    others = {("SASRec", "Mamba4Rec"), ("GRU4Rec", "Pop")}
+    found = report.tests(entries, report.of_same_targets)
+    assert ({(pair.first, pair.second) for pair in found["ml-1m"]} == others) is apart
+    table = report.rows(entries, found)
+    assert (table[2]["p_best"] is None) is apart
+    text = report.markdown(table)
+    assert any("**" in line for line in text.splitlines() if "| GRU4Rec |" in line) is apart
+    if apart and "eval_args" not in settings:
+        key, value = list(settings.items())[-1]
+        assert table[2][key] == value and f"{key} {value}" in report.protocol(entries, [1], "none")
+
+
+def test_what_is_cold_depends_on_what_trains(entry):
+    settings = {"drop_cold_targets": True}
+    one, other = (entry(model, [1, 2], **settings, train_rows=rows) for model, rows in (("SASRec", 5), ("Pop", 6)))
+    assert not report.of_same_targets(one, other)
+
+
+def test_data_sets_may_differ_in_their_filters(two, entry):
+    two.append(entry("SASRec", [1, 2], dataset="beauty", user_inter_num_interval="[5,inf)"))
+    assert "user_inter_num_interval" not in report.rows(two, {})[0]
+
+
 def test_a_gain_by_time_is_shown_beside_shuffled_times(two, tmp_path):
     """Both protocols, and targets apart by the time before them; only where a row reads times."""
     assert tables(two) == ""
