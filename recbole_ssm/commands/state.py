@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ from recbole_ssm.commands.options import add_arguments, parse
 from recbole_ssm.commands.serve import add_state_arguments, load_served, state_options
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import check_writable, whole
+from recbole_ssm.files import check_writable, digest, whole
 from recbole_ssm.serving.engine import Engine
-from recbole_ssm.serving.record import LONGEST_ID, DamagedError, whole_record
-from recbole_ssm.serving.store import Store
-from recbole_ssm.serving.visits import Event, Visit, Visited
+from recbole_ssm.serving.record import LONGEST_ID, PART, DamagedError, whole_record
+from recbole_ssm.serving.store import Store, StoreError
+from recbole_ssm.serving.visits import Event, Visit
 
 USERS_AT_ONCE = 64
+IMPORT = PART + b"import"
+"""Before the SHA-256 of a file, the key of how many of its users were taken by an import that has not ended."""
 
 
 def import_events(engine: Engine, file: str | Path) -> tuple[int, int]:
     """Take every event of a file, in the order of its users' times.
+
+    An import that was cut short, by an error or by a kill, goes on behind the users that it took when it is called
+    again with the same file.
 
     Args:
         engine: what takes them.
@@ -38,20 +43,36 @@ def import_events(engine: Engine, file: str | Path) -> tuple[int, int]:
             times, the order of a user's events is kept, and they count as of now.
 
     Returns:
-        How many events were taken, and how many were of items that the model does not know.
+        How many events were taken by this call, and how many were of items that the model does not know.
 
     Raises:
-        UserError: the file cannot be read, or an id is too long.
+        UserError: the file cannot be read, or an id is too long, and nothing was taken; or the store takes no more, and
+            the line says how many users were taken.
     """
     histories = events_of(Path(file))
-    visits = _visits(histories)
-    taken = skipped = 0
-    with progress("Import", len(histories.users), "user") as bar:
+    for name in chain(histories.users, histories.items):
+        if len(str(name).encode()) > LONGEST_ID:
+            raise UserError(f"--import: the id {str(name)[:60]!r}... has more than {LONGEST_ID} bytes of UTF-8")
+    key = IMPORT + bytes.fromhex(digest(Path(file)))
+    total, done = len(histories.users), int(engine.store.read(lambda get: get([key]))[key] or 0)
+    if done:
+        getLogger().warning(
+            f"{file}: the first {done:,} of {total:,} users were taken before; this goes on behind them"
+        )
+    visits, taken, skipped = islice(_visits(histories), done, None), 0, 0
+    with progress("Import", total, "user") as bar:
+        bar.update(done)
         while piece := list(islice(visits, USERS_AT_ONCE)):
-            for found in engine.visit(piece):
-                if not isinstance(found, Visited):
-                    raise found
-                taken, skipped = taken + found.taken, skipped + found.skipped
+            after = done + len(piece)
+            try:
+                found = engine.visit_together(piece, {key: b"%d" % after if after < total else None})
+            except (StoreError, UserError) as error:
+                line = getattr(error, "strerror", None) or str(error)
+                raise UserError(
+                    f"{line}; {done:,} of {total:,} users were taken, import {file} again to go on"
+                ) from error
+            done = after
+            taken, skipped = taken + sum(one.taken for one in found), skipped + sum(one.skipped for one in found)
             bar.update(len(piece))
     return taken, skipped
 
@@ -60,8 +81,6 @@ def _visits(histories: Histories) -> Iterator[Visit]:
     waiting: Iterator[Any] = histories.times or repeat(None)
     for user, items, seconds in zip(histories.users, iter(histories), waiting):
         times = [None] * len(items) if seconds is None else seconds
-        if long := [name for name in (user, *items) if len(str(name).encode()) > LONGEST_ID]:
-            raise UserError(f"--import: the id {str(long[0])[:60]!r}... has more than {LONGEST_ID} bytes of UTF-8")
         yield Visit(user, [Event(str(item), time) for item, time in zip(items, times)])
 
 

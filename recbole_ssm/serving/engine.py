@@ -95,8 +95,22 @@ class Engine:
             results.update(zip(numbers, self._visit_once([waiting.pop(number) for number in numbers])))
         return [results[number] for number in range(len(visits))]
 
-    def _visit_once(self, visits: Sequence[Visit]) -> Sequence[Visited | Exception]:
-        """:meth:`visit` for visits of different users."""
+    def visit_together(self, visits: Sequence[Visit], beside: Values) -> list[Visited]:
+        """:meth:`visit` for visits of different users, all or nothing, and values that are written in one transaction
+        with them.
+
+        Raises:
+            StoreError, UserError: a visit failed, or the store; nothing was written.
+        """
+        taken: list[Visited] = []
+        for found in self._visit_once(visits, beside):
+            if isinstance(found, Exception):
+                raise found
+            taken.append(found)
+        return taken
+
+    def _visit_once(self, visits: Sequence[Visit], beside: Values | None = None) -> Sequence[Visited | Exception]:
+        """:meth:`visit` for visits of different users; all or nothing where values are to be written beside them."""
         served = self.served
         guests: list[Guest] = []
         # The values that the guests are made from, and what is to be written in their place.
@@ -118,7 +132,10 @@ class Engine:
             guests[:] = [self._admit(served, visit, heads[visit.user.encode()], getting, now) for visit in visits]
             with self._timed("step"):
                 self._bring_up(served, guests, getting, now)
-            made = read, {}
+            for guest in guests if beside else ():
+                if guest.error is not None:
+                    raise guest.error
+            made = read, dict(beside or {})
             for guest in guests:
                 if guest.changed and guest.error is None:
                     made[1].update(self._writings(guest, now))

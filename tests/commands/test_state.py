@@ -8,8 +8,13 @@ import pytest
 
 from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
-from recbole_ssm.serving.record import whole_record
-from recbole_ssm.serving.store import open_store
+from recbole_ssm.commands.serve import load_served
+from recbole_ssm.commands.state import import_events
+from recbole_ssm.errors import UserError
+from recbole_ssm.serving.engine import Engine
+from recbole_ssm.serving.record import PART, whole_record
+from recbole_ssm.serving.store import MemoryStore, StoreError, open_store
+from recbole_ssm.serving.visits import Visit
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("lmdb", reason="the extra serve is not installed")
@@ -66,13 +71,58 @@ def test_mistakes_are_one_line(checkpoint, capsys):
         assert line in capsys.readouterr().err
 
 
+def written(users):
+    """A file of three events of each of some users."""
+    file = Path("log.csv")
+    rows = [f"u{user:03},i{event},{event}\n" for user in range(users) for event in range(3)]
+    file.write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    return file
+
+
+@pytest.mark.parametrize("line", ["u999,{long},9", "{long},i1,9"])
+def test_a_file_with_an_id_that_is_too_long_is_refused_as_a_whole(checkpoint, line):
+    file = written(users=70)
+    file.write_text(file.read_text() + line.format(long="x" * 501) + "\n")
+    engine = Engine(load_served(checkpoint, device="cpu"), MemoryStore())
+    with pytest.raises(UserError, match=r"--import: the id 'xxx.*has more than 500 bytes"):
+        import_events(engine, file)
+    assert not engine.store._values
+
+
+def test_an_import_that_was_cut_short_goes_on_where_it_ended(checkpoint):
+    """By a full store, a kill right after a transaction, and a user whose record is damaged."""
+    file, store = written(users=200), MemoryStore()
+    engine = Engine(load_served(checkpoint, device="cpu"), store)
+    update, left = store.update, [1]
+
+    def cut_short(change):
+        if not left:
+            raise StoreError(28, "state: is full")
+        update(change)
+        if left.pop() == 2:
+            raise KeyboardInterrupt
+
+    store.update = cut_short
+    with pytest.raises(UserError, match=r"^state: is full; 64 of 200 users were taken, import log.csv again to go on"):
+        import_events(engine, file)
+    left.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        import_events(engine, file)
+    store.update = update
+    store._values[b"u150"] = b"RSU2"
+    with pytest.raises(UserError, match=r"user 'u150' is damaged .*delete the user; 128 of 200 users were taken"):
+        import_events(engine, file)
+    del store._values[b"u150"]
+    assert import_events(engine, file) == (3 * 72, 0)
+    assert {store.read(partial(whole_record, user)).total for user in store.users()} == {3} and len(store) == 200
+    # What has ended begins at the first user again, and leaves nothing of its own.
+    assert import_events(engine, file) == (600, 0)
+    assert not [key for key in store._values if key.startswith(PART)]
+
+
 def test_the_store_answers_as_recommend_does(checkpoint):
     Path("log.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,i{n},{n}\n" for n in range(5)))
     assert main(["state", str(checkpoint), "--device=cpu", "--state=s", "--import=log.csv"]) == 0
-    from recbole_ssm.commands.serve import load_served
-    from recbole_ssm.serving.engine import Engine
-    from recbole_ssm.serving.visits import Visit
-
     store = open_store("s")
     (found,) = Engine(load_served(checkpoint, device="cpu"), store).visit([Visit("u", k=3)])
     expected = load_recommender(checkpoint, device="cpu").recommend([f"i{n}" for n in range(5)], 3)
