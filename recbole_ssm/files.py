@@ -51,15 +51,20 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def exchange(new: Path, target: Path, former: Path) -> None:
-    """Give a folder its name ``target``; one that has it already becomes ``former``, and comes back if that fails."""
-    there = target.exists()
-    if there:
+def exchange(new: Path, target: Path, former: Path | None) -> None:
+    """Give a folder its name ``target``; one that has it already becomes ``former``, and comes back if that fails.
+
+    Raises:
+        OSError: a folder that is not empty has that name, and ``former`` is None; or the disk's own.
+    """
+    if former is not None and target.exists():
         os.replace(target, former)
+    else:
+        former = None
     try:
         os.replace(new, target)
     except BaseException:
-        if there:
+        if former is not None:
             os.replace(former, target)
         raise
 

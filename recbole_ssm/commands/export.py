@@ -122,7 +122,7 @@ def export_model(
     portable.check_exportable(name, class_of(saved.info, file, model), form)
     portable.check_out(out, overwrite)
     recommender = recommender_of(file, saved, "cpu", model=model)
-    return portable.write_model(recommender, out, form, {"model": name, "checkpoint_sha256": digest(file)})
+    return portable.write_model(recommender, out, form, {"model": name, "checkpoint_sha256": digest(file)}, overwrite)
 
 
 def _write(out: Path, ids: Sequence[str], vectors: np.ndarray) -> None:

@@ -186,10 +186,7 @@ def convert(
     if time_format and (sequences or file_order):
         raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} is there already, and stays as it is; say --overwrite or choose another --name")
-    if target.exists() and not Path(target, f"{name}.card.json").is_file():
-        raise UserError(f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name")
+    check_target(target, overwrite)
     asked = {field: column for field, column in named.items() if column is not None}
     reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
     if separator is not None:
@@ -252,8 +249,22 @@ def convert(
             "by": f"recbole_ssm {__version__}",
         }
         write_json(scratch / f"{name}.card.json", card)
-        exchange(scratch, target, Path(temporary, "former"))
+        # Another process may have made a data set of that name meanwhile.
+        check_target(target, overwrite)
+        exchange(scratch, target, Path(temporary, "former") if overwrite else None)
     return card
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Check that a data set may be written to a folder.
+
+    Raises:
+        UserError: it is there already, or something that :func:`convert` did not write is to be overwritten.
+    """
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} is there already, and stays as it is; say --overwrite or choose another --name")
+    if target.exists() and not Path(target, f"{target.name}.card.json").is_file():
+        raise UserError(f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name")
 
 
 def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:

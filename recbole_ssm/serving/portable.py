@@ -146,7 +146,9 @@ def _is_exported(folder: Path) -> bool:
         return False
 
 
-def write_model(recommender: Recommender, out: Path, form: str, checkpoint: dict[str, str]) -> dict[str, Any]:
+def write_model(
+    recommender: Recommender, out: Path, form: str, checkpoint: dict[str, str], overwrite: bool = False
+) -> dict[str, Any]:
     """Write the parts of a model into a folder, after :func:`check_exportable` and :func:`check_out`.
 
     What was written is loaded again and compared with the model on random histories.
@@ -154,15 +156,16 @@ def write_model(recommender: Recommender, out: Path, form: str, checkpoint: dict
     Args:
         recommender: the model on the CPU, and its items. Its weights ask for no gradient from then on, so that what is
             written does not.
-        out: the folder; one that is there is replaced once the new one is whole.
+        out: the folder, which appears once it is whole.
         form: ``onnx`` or ``torch``.
         checkpoint: what ``model.json`` says of where the model comes from.
+        overwrite: a folder of that name that this module wrote is replaced.
 
     Returns:
         What ``model.json`` holds.
 
     Raises:
-        UserError: a part cannot be written, or does not compute what the model does.
+        UserError: a part cannot be written, or does not compute what the model does; or :func:`check_out`'s.
     """
     model, found = recommender.model.requires_grad_(False), parts_of(recommender)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
@@ -200,7 +203,9 @@ def write_model(recommender: Recommender, out: Path, form: str, checkpoint: dict
         if model.time_encoding is not None:
             description["time"] = {"unit": "seconds since 1970", "before_the_first_event": NEVER}
         write_json(scratch / DESCRIPTION, description)
-        exchange(scratch, out, Path(temporary, "former"))
+        # Another process may have made such a folder meanwhile.
+        check_out(out, overwrite)
+        exchange(scratch, out, Path(temporary, "former") if overwrite else None)
     return description
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from recbole_ssm.cli import main
-from recbole_ssm.data.convert import convert
+from recbole_ssm.data.convert import convert, filtered
 from recbole_ssm.data.names import only_column
 from recbole_ssm.errors import UserError
 
@@ -102,3 +102,22 @@ def test_nothing_but_a_data_set_of_converts_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="--overwrite: .*shop.inter is read, and would go with .*shop; choose another"):
         convert(inter, "shop", tmp_path / "out", overwrite=True)
     assert inter.is_file() and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "message"), [(False, "shop is there already"), (True, "shop is none of convert's data sets")]
+)
+def test_a_folder_that_appears_while_a_source_is_read_stays(tmp_path, monkeypatch, overwrite, message):
+    (tmp_path / "x.csv").write_text(ORDERS)
+    appeared = tmp_path / "out" / "shop" / "shop.inter"
+
+    def filters(events, *how):
+        appeared.parent.mkdir()
+        appeared.write_text("of another process")
+        return filtered(events, *how)
+
+    monkeypatch.setattr("recbole_ssm.data.convert.filtered", filters)
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "x.csv", "shop", tmp_path / "out", overwrite=overwrite)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [appeared]
+    assert appeared.read_text() == "of another process"

@@ -226,6 +226,22 @@ def test_each_output_is_compared_by_its_own_size(monkeypatch):
         portable._difference("step", part, lambda: right[:1], None)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_while_a_model_is_written_stays(trained, monkeypatch, overwrite):
+    recommender, appeared = load_recommender(trained("Mamba4Rec"), device="cpu"), Path("exported", "mine")
+
+    def write(part, file):
+        appeared.parent.mkdir(exist_ok=True)
+        appeared.write_text("mine")
+
+    monkeypatch.setattr(portable, "_write", write)
+    monkeypatch.setattr(portable, "_load", lambda file: None)
+    monkeypatch.setattr(portable, "_difference", lambda *arguments: 0.0)
+    with pytest.raises(UserError, match="exported is (there already|no exported model)"):
+        portable.write_model(recommender, Path("exported"), "torch", {}, overwrite)
+    assert list(Path("exported").iterdir()) == [appeared] and appeared.read_text() == "mine"
+
+
 def test_a_folder_is_replaced_where_it_is_asked_for(trained, monkeypatch, capsys):
     monkeypatch.setattr(portable, "_write", lambda part, file: file.write_text("new"))
     monkeypatch.setattr(portable, "_load", lambda file: None)
