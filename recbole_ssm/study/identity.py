@@ -75,9 +75,10 @@ class Record(NamedTuple):
         try:
             job = json.loads(path.read_text(encoding="utf-8"))
             content = job["content"]
-            # Until 0.2.0 it was not written down. A key that the run's options name was known then.
             content = {**content, "files": dict(content["files"])}
-            return cls(content, [*(job.get("known") or job.get("options", ())), *renamed(content["settings"])])
+            # Up to 0.2.0 nobody wrote down what was known; what the settings say was, and what the run's options name.
+            known = job.get("known") or job.get("options", ())
+            return cls(content, [*known, *renamed(content["settings"])])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
             return None
 
@@ -111,7 +112,7 @@ class Identity(NamedTuple):
                 settings[names[key]] = then[names[key]]
             elif key not in new and value is not None:
                 settings[names.get(key, key)] = value
-        # Until 0.2.0 all files of the data set were digested.
+        # Up to 0.2.0 all files of the data set were digested.
         files = former.content["files"]
         same = {name: digest for name, digest in files.items() if self.reads(name)} == self.content["files"]
         return {**self.content, "settings": settings, "files": files if same else self.content["files"]}
