@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.arguments import TOY, literal
+from recbole_ssm.arguments import TOY, literal, path_that
 from recbole_ssm.data import temporal, ties
 from recbole_ssm.data.atomic import Tokens, read_columns, read_header, require_column
 from recbole_ssm.data.events import Events, k_core, oddities, rows_back_in_time, without_repeats
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean
-from recbole_ssm.figure import figure
-from recbole_ssm.files import write_json
+from recbole_ssm.figure import check_drawable, figure
+from recbole_ssm.files import check_writable, write_json
 
 # Characters of the longest bar.
 BAR = 50
@@ -48,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{key}", default=default, metavar="COLUMN", help=f"(default: {default})")
     parser.add_argument("--separator", default="\t", help="between columns (default: tab)")
     parser.add_argument("--encoding", default="utf-8", help="of the file (default: utf-8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    file, drawn = path_that(check_writable), path_that(check_drawable)
+    parser.add_argument("--json", type=file, metavar="FILE", help="write all figures there")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the lengths of histories there (.png, .svg, .pdf)"
+        "--plot", type=drawn, metavar="FILE", help="draw the lengths of histories there (.png, .svg, .pdf)"
     )
 
 
@@ -59,10 +60,6 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser("recbole-ssm inspect", __doc__)
     add_arguments(parser)
     options = parser.parse_args(list(arguments))
-    for key in ("json", "plot"):
-        file = getattr(options, key)
-        if file and not file.absolute().parent.is_dir():
-            raise UserError(f"--{key}: there is no folder {file.absolute().parent}")
     parts = _parts(options.split)
     path = find(options.dataset, options.data_path)
     names = (options.user, options.item, options.time)

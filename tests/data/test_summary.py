@@ -173,7 +173,13 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
             "eval_args: GTS takes three positive shares of the events, got [1, 0",
         ),
         (["x.inter", "--split={'GTS': [1, 1, 1]}"], "eval_args: GTS leaves a part without events"),
-        (["x.inter", "--json=no/such.json"], "--json: there is no folder"),
+        (["x.inter", "--json=."], "recbole-ssm inspect: argument --json: . is a folder; name a file"),
+        (["x.inter", "--json=.."], "recbole-ssm inspect: argument --json: .. is a folder; name a file"),
+        (
+            ["x.inter", "--plot=x.jpeg"],
+            "recbole-ssm inspect: argument --plot: x.jpeg: a plot must end in .png, .svg or .pdf",
+        ),
+        (["x.inter", "--json=no/such.json"], "recbole-ssm inspect: argument --json: there is no folder"),
         (["x.inter", "--jsn=x"], "recbole-ssm inspect: unrecognized arguments: --jsn=x"),
     ],
 )
