@@ -353,8 +353,8 @@ class SequentialDataset(SplitDataset):
         for key in ("user_inter_num_interval", "item_inter_num_interval"):
             intervals = self._parse_intervals_str(self.config[key]) or [("[", 0, np.inf, ")")]
             bracket, low, high, _ = intervals[0]
-            # With an upper bound, what is left depends on the order of dropping.
-            if len(intervals) == 1 and high == np.inf:
+            # With an upper bound, what is left depends on the order of dropping. Infinity is no count to begin from.
+            if len(intervals) == 1 and -np.inf < low < high == np.inf:
                 least.append(math.ceil(low) if bracket == "[" else math.floor(low) + 1)
         if len(least) == 2:
             users, items = (pd.factorize(self.inter_feat[field])[0] for field in (self.uid_field, self.iid_field))

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recbole_ssm.data import SequentialDataset, create_dataset
@@ -37,8 +37,12 @@ ROWS = st.lists(
 
 
 INTERVALS = ["[1,inf)", "[2,inf)", "(2,inf)", "[3,inf)", "[2.5,inf)", "[2,4]", "[1,2];[4,inf)", None]
+INTERVALS += ["(-inf,inf)", "(-1,inf)", "[inf,inf)"]
+TWO = [(user, item, time) for user in "ab" for time, item in enumerate("uv")]
 
 
+@example(rows=TWO, users="(-inf,inf)", items="(-1,inf)", keep=None, described=True)
+@example(rows=TWO, users="[2,inf)", items="[inf,inf)", keep=None, described=False)
 @given(
     rows=ROWS,
     users=st.sampled_from(INTERVALS),
