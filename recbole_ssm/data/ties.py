@@ -31,7 +31,11 @@ def drawn_numbers(
     Returns:
         uint64 ``[events]``.
     """
-    found = _mixed(np.ascontiguousarray(times).astype(times.dtype.newbyteorder("="), copy=False).view(np.uint64))
+    times = np.ascontiguousarray(times).astype(times.dtype.newbyteorder("="), copy=False)
+    if times.dtype.kind == "f":
+        # A fraction in one row makes floats of the whole numbers in all the others.
+        times = np.where(times == np.floor(times), times.astype(np.int64), times.view(np.int64))
+    found = _mixed(times.view(np.uint64))
     for codes, tokens in (users, items):
         of_tokens = pd.util.hash_array(np.array(tokens, dtype=object), hash_key=f"{seed:016d}", categorize=False)
         found = _mixed(found ^ of_tokens[codes])

@@ -59,6 +59,16 @@ def test_the_order_differs_by_seed_user_and_time_and_every_order_comes():
     assert len({tuple(item for _, item, _ in found[at : at + 6]) for at in range(0, 120, 6)}) > 15
 
 
+def test_a_fraction_in_one_row_changes_no_number_of_another():
+    users, items, times = np.zeros(7, dtype=int), np.arange(7), np.array([5, 5, 5, -1, 0, 2**53, 6])
+    columns = (users, ["u"]), (items, list("abcdefg"))
+    whole = drawn_numbers(*columns, times, 7)
+    fractions = times.astype(float)
+    fractions[6] = 6.5
+    found = drawn_numbers(*columns, fractions, 7)
+    assert found[:6].tolist() == whole[:6].tolist() and found[6] != whole[6]
+
+
 def test_the_file_order_is_the_stable_one():
     times, users = np.array([3, 1, 3, 1, 2]), np.array([0, 0, 0, 1, 1])
     assert rows_by_time(users, times).tolist() == [1, 3, 4, 0, 2]
