@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from logging import getLogger
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -39,10 +40,12 @@ class Worker:
     pieces. Those who were just answered mostly come again at once; the next piece waits for them for up to half the
     time that the last one took, because one piece for all costs less than two that take turns.
 
+    Only visits are done together. Any other call ends a piece, and begins when the visits before it are answered.
+
     Args:
         engine: whose work it does.
         most_waiting: with so many callers waiting, a further one is refused.
-        longest_wait: seconds after which a caller whose turn has not come is refused.
+        longest_wait: a caller who has waited for more seconds when the turn comes is refused then.
         tidies: whether it goes through all users while nobody waits.
     """
 
@@ -112,34 +115,46 @@ class Worker:
             self._gather(jobs, present, time.monotonic() + min(took / 2, LONGEST_GATHERING))
             going = jobs[-1] is not None
             begin = time.monotonic()
-            done = self._results([job for job in jobs if job is not None])
-            took, present = time.monotonic() - begin, len(done) + self._jobs.qsize()
-            self._loop.call_soon_threadsafe(self._deliver, done)
+            for done in self._results([job for job in jobs if job is not None]):
+                self._loop.call_soon_threadsafe(self._deliver, done)
+            took, present = time.monotonic() - begin, len(jobs) + self._jobs.qsize()
 
     def _gather(self, jobs: list[_Job | None], present: int, until: float) -> None:
-        """Add what waits, and until a moment what comes, as long as there are fewer callers than before."""
+        """Add what waits, and until a moment what comes, as long as there are fewer callers than before; a call
+        that is no visit is the last.
+        """
         visits = 0
-        while (job := jobs[-1]) is not None and visits < VISITS_AT_ONCE:
-            visits += len(job.visits or ())
+        while (job := jobs[-1]) is not None and job.visits is not None and visits < VISITS_AT_ONCE:
+            visits += len(job.visits)
             left = until - time.monotonic() if len(jobs) < present else 0.0
             try:
                 jobs.append(self._jobs.get(timeout=left) if left > 0 else self._jobs.get_nowait())
             except Empty:
                 return
 
-    def _results(self, jobs: Sequence[_Job]) -> list[tuple[_Job, Any]]:
-        late = time.monotonic() - self._longest_wait
-        done: list[tuple[_Job, Any]] = [(job, BusyError("waited too long")) for job in jobs if job.since < late]
-        jobs = [job for job in jobs if job.since >= late]
+    def _results(self, jobs: Sequence[_Job]) -> Iterator[list[tuple[_Job, Any]]]:
+        """What became of the visits of a piece, and then of the call behind them."""
         visiting = [job for job in jobs if job.visits is not None]
         if visiting:
-            found = _outcome(lambda: self.engine.visit([visit for job in visiting for visit in job.visits or ()]))
-            for job in visiting:
-                mine = len(job.visits or ())
-                done.append((job, found if isinstance(found, Exception) else found[:mine]))
-                found = found if isinstance(found, Exception) else found[mine:]
-        done += [(job, _outcome(job.function)) for job in jobs if job.visits is None]
-        return done
+            yield self._in_time(visiting, self._visited)
+        if calling := jobs[len(visiting) :]:
+            yield self._in_time(calling, lambda jobs: [_outcome(job.function) for job in jobs])
+
+    def _in_time(self, jobs: Sequence[_Job], work: Callable[[Sequence[_Job]], Sequence[Any]]) -> list[tuple[_Job, Any]]:
+        """What work makes of the jobs of those who have not waited too long."""
+        late = time.monotonic() - self._longest_wait
+        refused = [(job, BusyError("waited too long")) for job in jobs if job.since < late]
+        jobs = [job for job in jobs if job.since >= late]
+        return [*refused, *zip(jobs, work(jobs))]
+
+    def _visited(self, jobs: Sequence[_Job]) -> Sequence[Any]:
+        """What became of each job's visits."""
+        visits = [visit for job in jobs for visit in job.visits or ()]
+        found = _outcome(lambda: self.engine.visit(visits)) if visits else []
+        if isinstance(found, Exception):
+            return [found] * len(jobs)
+        rest = iter(found)
+        return [list(islice(rest, len(job.visits or ()))) for job in jobs]
 
     def _tidy_on(self) -> None:
         if self._tidying is None:

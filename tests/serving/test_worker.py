@@ -1,11 +1,14 @@
 """The thread that does an engine's work: in how large pieces."""
 
 import asyncio
+import threading
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from recbole_ssm.serving.visits import Visit
-from recbole_ssm.serving.worker import Worker
+from recbole_ssm.serving.worker import BusyError, Worker
 
 
 def pieces(callers, rounds=30):
@@ -47,3 +50,33 @@ def test_nobody_is_waited_for_who_was_not_there():
         assert len(jobs) == 1 and time.monotonic() < begin + 30
 
     asyncio.run(run())
+
+
+def test_calls_are_answered_one_after_the_other_and_refused_when_their_turn_comes_too_late():
+    """All of them wait together: a visit, a call that goes on until the visit is answered, and others behind it."""
+    all_wait, visited, turn = threading.Event(), threading.Event(), []
+
+    async def run():
+        engine = SimpleNamespace(visit=lambda visits: [visit.user for visit in visits], tidy=lambda: iter(()))
+        worker = Worker(engine, tidies=False)
+        works = [
+            worker.call(all_wait.wait),
+            worker.visit([Visit("u")]),
+            worker.call(lambda: visited.wait(5)),
+            worker.call(lambda: setattr(worker, "_longest_wait", -1.0)),
+            worker.call(lambda: turn.append("too late")),
+            worker.visit([Visit("v")]),
+        ]
+        _, visit, going, _, *late = [asyncio.create_task(work) for work in works]
+        await asyncio.sleep(0)
+        all_wait.set()
+        assert await visit == ["u"]
+        visited.set()
+        assert await going
+        for one in late:
+            with pytest.raises(BusyError, match="waited too long"):
+                await one
+        await worker.close()
+
+    asyncio.run(run())
+    assert not turn
