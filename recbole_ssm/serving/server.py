@@ -1,5 +1,6 @@
 """A trained model over HTTP: the application around the calls of :mod:`recbole_ssm.serving.routes`, and its socket."""
 
+import asyncio
 import socket
 import sys
 from importlib.resources import files
@@ -75,7 +76,8 @@ def create_app(server: Server) -> FastAPI:
 
     @app.get("/metrics", include_in_schema=False)
     async def show_metrics() -> Response:
-        return Response(server.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        # A store may take its time to answer, and nobody else waits for it.
+        return Response(await asyncio.to_thread(server.metrics.page), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +23,8 @@ from recbole_ssm.serving.record import PART, Get, Values
 
 T = TypeVar("T")
 Change = Callable[[Get], Mapping[bytes, bytes | None]]
-"""Reads what it needs and says what is to be written; it may be called again, when newer values are there."""
+"""Reads what it needs, every head that it writes among it, and says what is to be written; it may be called again, when
+newer values are there."""
 
 DURABILITIES = ("each", "batched")
 SYNC_WITHIN = 0.01
@@ -84,11 +86,20 @@ class Store(Protocol):
     def close(self) -> None:
         """Sync, and let go of everything."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """How many users there are.
+
+        Raises:
+            StoreError: they cannot be counted.
+        """
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the values take where they lie."""
+        """Bytes that the values take where they lie.
+
+        Raises:
+            StoreError: they cannot be counted.
+        """
 
 
 def open_store(place: str | None, *, durability: str = "each", most_bytes: int = 1 << 36) -> Store:
@@ -205,37 +216,28 @@ class LmdbStore:
 
     def read(self, work: Callable[[Get], T]) -> T:
         """As of :class:`Store`."""
-        try:
-            with self._env.begin() as transaction:
-                return work(self._getting(transaction))
-        except self._lmdb.Error as error:
-            raise self._failure(error) from error
+        with self._telling(), self._env.begin() as transaction:
+            return work(self._getting(transaction))
 
     def update(self, change: Change) -> None:
         """As of :class:`Store`."""
-        try:
-            with self._env.begin(write=True) as transaction:
-                if self._failed:
-                    raise StoreError(errno.EIO, f"{self._place}: failed ({self._failed})")
-                for key, value in change(self._getting(transaction)).items():
-                    if value is None:
-                        transaction.delete(key, db=self._tree(key))
-                    else:
-                        transaction.put(key, value, db=self._tree(key))
-        except self._lmdb.Error as error:
-            raise self._failure(error, writing=True) from error
+        with self._telling(writing=True), self._env.begin(write=True) as transaction:
+            if self._failed:
+                raise StoreError(errno.EIO, f"{self._place}: failed ({self._failed})")
+            for key, value in change(self._getting(transaction)).items():
+                if value is None:
+                    transaction.delete(key, db=self._tree(key))
+                else:
+                    transaction.put(key, value, db=self._tree(key))
         self._dirty.set()
 
     def parts(self, user: str) -> list[bytes]:
         """As of :class:`Store`."""
         begin = user.encode() + PART
-        try:
-            with self._env.begin() as transaction, transaction.cursor(self._parts) as cursor:
-                if not cursor.set_range(begin):
-                    return []
-                return list(itertools.takewhile(lambda key: key.startswith(begin), cursor.iternext(values=False)))
-        except self._lmdb.Error as error:
-            raise self._failure(error) from error
+        with self._telling(), self._env.begin() as transaction, transaction.cursor(self._parts) as cursor:
+            if not cursor.set_range(begin):
+                return []
+            return list(itertools.takewhile(lambda key: key.startswith(begin), cursor.iternext(values=False)))
 
     def _sync_later(self) -> None:
         while self._open:
@@ -257,16 +259,21 @@ class LmdbStore:
 
     def _piece(self, after: bytes) -> list[bytes]:
         """The next keys behind one."""
-        try:
-            with self._env.begin() as transaction, transaction.cursor() as cursor:
-                if not (cursor.set_range(after) if after else cursor.first()):
-                    return []
-                keys = itertools.islice(cursor.iternext(values=False), AT_ONCE)
-                return [key for key in keys if key not in (after, PARTS)]
-        except self._lmdb.Error as error:
-            raise self._failure(error) from error
+        with self._telling(), self._env.begin() as transaction, transaction.cursor() as cursor:
+            if not (cursor.set_range(after) if after else cursor.first()):
+                return []
+            keys = itertools.islice(cursor.iternext(values=False), AT_ONCE)
+            return [key for key in keys if key not in (after, PARTS)]
 
-    def _failure(self, error: Exception, writing: bool = False) -> StoreError:
+    @contextmanager
+    def _telling(self, writing: bool = False) -> Iterator[None]:
+        """Raise lmdb's errors as those of a store."""
+        try:
+            yield
+        except self._lmdb.Error as error:
+            raise self._failure(error, writing) from error
+
+    def _failure(self, error: Exception, writing: bool) -> StoreError:
         number, what = errno.EIO, f"failed ({error})"
         if isinstance(error, self._lmdb.MapFullError):
             number, what = errno.ENOSPC, "is full; delete users or raise --state_bytes"
@@ -296,12 +303,13 @@ class LmdbStore:
 
     def __len__(self) -> int:
         # The name of the other tree is no user.
-        return self._env.stat()["entries"] - 1
+        with self._telling():
+            return self._env.stat()["entries"] - 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages in use."""
-        with self._env.begin() as transaction:
+        with self._telling(), self._env.begin() as transaction:
             trees = [transaction.stat(tree) for tree in (None, self._parts)]
         return sum(
             (about["branch_pages"] + about["leaf_pages"] + about["overflow_pages"]) * about["psize"] for about in trees
@@ -317,26 +325,39 @@ class RedisStore:
     PREFIX, PARTS = b"recbole_ssm:user:", b"recbole_ssm:part:"
     WRITTEN = b"recbole_ssm:written:"
     """Before the name of a store, the key of its last update that was written."""
+    COUNT = b"recbole_ssm:users"
+    """The key of how many users there are; to count them, Redis must go through all of its keys."""
 
     def __init__(self, address: str) -> None:
         self._written = self.WRITTEN + os.urandom(8).hex().encode()
         self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
         try:
             self._client = self._redis.Redis.from_url(address, socket_timeout=5.0, socket_connect_timeout=5.0)
-            self._client.ping()
-        except (ValueError, self._redis.RedisError) as error:
+            if not self._client.exists(self.COUNT):
+                # It is a new store, or one of a former version.
+                self._client.set(self.COUNT, sum(1 for _ in self.users()), nx=True)
+        except (ValueError, StoreError, self._redis.RedisError) as error:
             raise UserError(f"state {address.rpartition('@')[2]}: no Redis server answers ({error})") from error
 
     def _name(self, key: bytes) -> bytes:
         return (self.PARTS if PART in key else self.PREFIX) + key
 
-    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T], None]) -> T:
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Raise errors of Redis as those of a store."""
+        try:
+            yield
+        except self._redis.RedisError as error:
+            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
+
+    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T, Values], None]) -> T:
         """Read and write; where another server wrote meanwhile what was read, once more.
 
         Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls
         once more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
         """
         made: list[T] = []
+        found: Values = {}
         number = os.urandom(16)
 
         def once(pipe: Any) -> None:
@@ -350,33 +371,39 @@ class RedisStore:
                     return {}
                 names = [self._name(key) for key in keys]
                 pipe.watch(*names)
-                return dict(zip(keys, pipe.mget(names)))
+                values = dict(zip(keys, pipe.mget(names)))
+                found.update(values)
+                return values
 
+            found.clear()
             made[:] = [work(get)]
             pipe.multi()
-            write(pipe, made[0])
+            write(pipe, made[0], found)
             if pipe.command_stack:
                 pipe.set(self._written, number, ex=KNOWN_FOR)
 
-        try:
+        with self._telling():
             self._client.transaction(once)
-        except self._redis.RedisError as error:
-            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
         return made[0]
 
     def read(self, work: Callable[[Get], T]) -> T:
         """As of :class:`Store`."""
-        return self._transact(work, lambda pipe, made: None)
+        return self._transact(work, lambda pipe, made, found: None)
 
     def update(self, change: Change) -> None:
         """As of :class:`Store`."""
 
-        def write(pipe: Any, changed: Mapping[bytes, bytes | None]) -> None:
+        def write(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
+            come = 0
             for key, value in changed.items():
+                if PART not in key:
+                    come += (value is not None) - (found.get(key) is not None)
                 if value is None:
                     pipe.delete(self._name(key))
                 else:
                     pipe.set(self._name(key), value)
+            if come:
+                pipe.incrby(self.COUNT, come)
 
         self._transact(change, write)
 
@@ -392,14 +419,12 @@ class RedisStore:
 
     def _scan(self, prefix: bytes) -> Iterator[bytes]:
         given = set()
-        try:
+        with self._telling():
             for name in self._client.scan_iter(match=prefix + b"*", count=AT_ONCE):
                 # SCAN may give a name several times.
                 if name not in given:
                     given.add(name)
                     yield name
-        except self._redis.RedisError as error:
-            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
 
     def sync(self) -> None:
         """The Redis server does that."""
@@ -409,9 +434,11 @@ class RedisStore:
         self._client.close()
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.users())
+        with self._telling():
+            return int(self._client.get(self.COUNT) or 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory of the whole Redis server."""
-        return int(self._client.info("memory")["used_memory"])
+        with self._telling():
+            return int(self._client.info("memory")["used_memory"])

@@ -313,6 +313,28 @@ def test_health_metrics_and_the_page(client):
     assert status == 200 and "/v1/users/{user}/recommendations" in openapi["paths"]
 
 
+def test_nobody_waits_for_a_store_that_takes_its_time_to_be_counted(runs):
+    def page():
+        file, until = Path("answered"), time.monotonic() + 5
+        while not file.exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        return b"nobody waited" if file.exists() else b"all waited"
+
+    def make():
+        server = made(runs)
+        server.metrics.page = page
+        return server
+
+    with started(make) as (_, port), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = Client(port)
+        asked._connection.connect()
+        found = pool.submit(asked.get, "/metrics")
+        time.sleep(0.1)
+        assert Client(port).get("/health/live") == (200, {"status": "live"})
+        Path("answered").touch()
+        assert found.result() == (200, "nobody waited")
+
+
 USERS = ["a/b", "a/recommendations", "🦉", "a b", "%41", "a?b#c", "\n", "..a", "é" * 250, "a\0b", "ε", '"', "\\"]
 
 

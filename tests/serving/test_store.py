@@ -164,9 +164,32 @@ def test_what_a_redis_gives_was_there_at_one_moment(redis_address):
 
 def test_a_name_that_a_redis_gives_twice_is_one_user(redis_address, monkeypatch):
     found = open_store(redis_address)
+    found._client.flushall()
     names = [found.PREFIX + name for name in (b"a", b"b", b"a", b"b")]
-    monkeypatch.setattr(found._client, "scan_iter", lambda **_: iter(names))
-    assert list(found.users()) == ["a", "b"] and len(found) == 2
+    monkeypatch.setattr(type(found._client), "scan_iter", lambda *_, **__: iter(names))
+    assert list(found.users()) == ["a", "b"] and len(open_store(redis_address)) == 2
+
+
+def test_a_redis_is_counted_once_and_then_with_each_user_who_comes_or_goes(redis_address, losing, monkeypatch):
+    """Those of a former version, who are there before anything was counted, too."""
+    address, lose = losing
+    found = open_store(redis_address)
+    found._client.flushall()
+    found._client.mset({found.PREFIX + name: b"1" for name in (b"a", b"b", b"c")})
+    found = open_store(address)
+    monkeypatch.setattr(found._client, "scan_iter", lambda **_: 1 / 0)
+
+    def change(**values):
+        keys = [key.encode() for key in values]
+        found.update(lambda get: get(keys) and {**dict(zip(keys, values.values())), state_key("a"): b"s"})
+        return len(found), len(stores[1])
+
+    stores = [found, open_store(redis_address)]
+    assert len(found) == 3 and change(a=b"2") == (3, 3)
+    lose.set()
+    assert change(a=b"3", d=b"1", e=b"1") == (5, 5) and not lose.is_set()
+    assert change(b=None, nobody=None) == (4, 4) and change(b=None, c=None, f=b"1") == (4, 4)
+    found._client.connection_pool.disconnect()
 
 
 def test_no_redis_server_is_one_line():
@@ -180,7 +203,8 @@ def test_a_redis_server_that_goes_is_a_store_error(redis_address):
     found = open_store(redis_address)
     found._client.connection_pool.disconnect()
     found._client = redis.Redis.from_url("redis://127.0.0.1:1/0")
-    for work in (lambda: values_of(found, "a"), lambda: put(found, a=b"1"), lambda: list(found.users())):
+    works = (lambda: values_of(found, "a"), lambda: put(found, a=b"1"), lambda: list(found.users()))
+    for work in (*works, lambda: len(found), lambda: found.nbytes):
         with pytest.raises(StoreError, match="the Redis server failed"):
             work()
 
@@ -227,6 +251,8 @@ def test_a_full_disk_takes_nothing(tmp_path, monkeypatch, error, free, full):
     with pytest.raises(StoreError, match="the disk is full .*; make room there" if full else "failed") as caught:
         put(found, a=b"1")
     assert caught.value.full == full
+    with pytest.raises(StoreError):
+        _ = found.nbytes
 
 
 def test_batched_updates_are_synced_soon(tmp_path, monkeypatch):
