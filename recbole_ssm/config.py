@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import json
 import os
 import sys
@@ -169,8 +168,13 @@ class Config(recbole.config.Config):
     @property
     def own_files(self) -> dict[str, Path]:
         """The files of a user's own model by their modules: of its class, and of the user's classes that it extends."""
-        own = itertools.takewhile(_is_own, self.model_class.__mro__)
-        return {kind.__module__: Path(inspect.getfile(kind)) for kind in own}
+        others = ("abc", "builtins", "torch", "typing")
+        own = [kind for kind in self.model_class.__mro__ if _is_own(kind)]
+        return {
+            kind.__module__: Path(inspect.getfile(kind))
+            for kind in own
+            if kind.__module__.partition(".")[0] not in others
+        }
 
     @property
     def changed(self) -> dict[str, Any]:

@@ -45,6 +45,8 @@ LONGEST_OBJECT = 1 << 22
 LONGEST_LITERAL = 1 << 18
 # Bytes of a row of separated text that takes several lines, and of one of Parquet, on average of a group of rows.
 LONGEST_ROW = 1 << 20
+# Bytes that are read again behind stray quotation marks; a minute of lines of a few characters.
+MOST_AGAIN = 1 << 26
 
 
 @dataclass
@@ -124,6 +126,11 @@ class Text:
                 fault = f"not a row of cells ({error}); correct it or drop it"
                 # A stray quotation mark takes sound lines along: only the line in which the row begins is refused.
                 lines.give_back()
+                if lines.again > MOST_AGAIN:
+                    raise UserError(
+                        f"{bad.path}, line {lines.taken()[0]}: here as in many lines before, a quotation mark stands "
+                        "open; correct them, or drop them all"
+                    ) from error
             # A row may take several lines.
             number, raw, foreign = lines.taken()
             raw = original(raw, self.encoding)
@@ -391,6 +398,8 @@ class _Decoded:
         self._given_back: deque[tuple[int, bytes]] = deque()
         self._taken: list[tuple[int, bytes]] = []
         self._size = 0
+        self.again = 0
+        """Bytes that were given back until now."""
 
     def __iter__(self) -> _Decoded:
         return self
@@ -406,6 +415,7 @@ class _Decoded:
     def give_back(self) -> None:
         """Let the lines of the row at hand come again, but for its first."""
         self._given_back.extendleft(reversed(self._taken[1:]))
+        self.again += sum(len(line) for _, line in self._taken[1:])
         del self._taken[1:]
 
     def taken(self) -> tuple[int, bytes, bool]:

@@ -23,6 +23,9 @@ def results_of(settings: Mapping[str, Any]) -> str:
     changes the results of some settings adds a condition for exactly these above the others, which returns the version
     to come, and a line to CHANGELOG.md.
     """
+    # What stood deeper in the histories of the rows that train was cold, and what the rows left out was not.
+    if settings.get("drop_cold_targets") and any(settings.get(f"train_{cut}") for cut in ("last", "newest", "rows")):
+        return "0.3.0"
     # Candidates are drawn in another way, and ranked in a list for each target.
     if any(mode.startswith(("uni", "pop")) for mode in settings["eval_args"]["mode"].values()):
         return "0.2.0"

@@ -30,7 +30,7 @@ TARGETS = (
     *("ties", "split", "eval_rows", "drop_cold_targets", "train_last", "train_newest", "train_rows", "ties_seed"),
     *("legacy_time_order", "group_by", "benchmark_filename", "on_bad_lines", "rm_dup_inter", "val_interval"),
     *("user_inter_num_interval", "item_inter_num_interval", "filter_inter_by_user_or_item"),
-    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"),
+    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "MAX_ITEM_LIST_LENGTH"),
 )
 """What decides which targets of a data set are tested, and on which histories. A table says the first three."""
 Compared = Callable[["Entry", "Entry"], bool]
@@ -122,9 +122,10 @@ def _of_settings(entry: Entry) -> Row:
     found = {key: settings.get(key) for key in TARGETS}
     if found["ties"] != "random":
         found["ties_seed"] = None
-    if not found["drop_cold_targets"]:
-        # What a model trains on decides only which targets are cold.
-        found |= dict.fromkeys(("train_last", "train_newest", "train_rows"))
+    cuts = ("train_last", "train_newest", "train_rows")
+    if not (found["drop_cold_targets"] and any(found[key] for key in cuts)):
+        # What a model trains on, and of what histories, decides only which targets are cold.
+        found |= dict.fromkeys((*cuts, "MAX_ITEM_LIST_LENGTH"))
     return found
 
 

@@ -287,6 +287,14 @@ def test_a_row_of_quoted_cells_is_not_read_without_bound(tmp_path):
         convert(tmp_path / "x.csv", "made", tmp_path / "out")
 
 
+def test_lines_behind_stray_quotation_marks_are_not_read_again_without_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("recbole_ssm.data.tables.MOST_AGAIN", 10_000)
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n" + 'a","\n' * 2000)
+    with pytest.raises(UserError, match=r"x.csv, line \d+: here as in many lines before, a quotation mark stands open"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", on_bad_lines="skip")
+    assert not (tmp_path / "out" / "made").exists()
+
+
 @pytest.mark.parametrize("separator", ["::", "§", ";"])
 def test_skipped_lines_are_kept_as_they_stand(tmp_path, separator):
     lines = [line.replace(",", separator) for line in ("user_id,item_id,timestamp", "é,i,1", "é,j", "é,k,soon")]

@@ -224,10 +224,14 @@ def test_rows_of_other_targets_stand_apart(two, entry, apart, settings):
         assert table[2][key] == value and f"{key} {value}" in report.protocol(entries, [1], "none")
 
 
-def test_what_is_cold_depends_on_what_trains(entry):
-    settings = {"drop_cold_targets": True}
-    one, other = (entry(model, [1, 2], **settings, train_rows=rows) for model, rows in (("SASRec", 5), ("Pop", 6)))
-    assert not report.of_same_targets(one, other)
+def test_what_is_cold_depends_on_what_trains_and_then_on_the_length_of_histories(entry):
+    def made(model, length, **options):
+        return entry(model, [1, 2], drop_cold_targets=True, MAX_ITEM_LIST_LENGTH=length, **options)
+
+    five, six, shorter = made("A", 50, train_rows=5), made("B", 50, train_rows=6), made("C", 1, train_rows=5)
+    assert not report.of_same_targets(five, six)
+    assert not report.of_same_targets(five, shorter)
+    assert report.of_same_targets(made("D", 50), made("E", 1))
 
 
 def test_data_sets_may_differ_in_their_filters(two, entry):

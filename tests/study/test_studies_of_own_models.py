@@ -25,15 +25,18 @@ RUN_OF_MINE = Run(f"{MINE}:Mine", "toy", {"epochs": 1})
 @pytest.fixture(autouse=True)
 def _mine(monkeypatch):
     """A class and, in another file, the one that it extends; the console script has its own folder in the path."""
-    Path(f"{MINE}.py").write_text(f"import {MINE}_base\n\n\nclass Mine({MINE}_base.Base):\n    pass\n")
+    Path(f"{MINE}.py").write_text(
+        f"import {MINE}_base, {MINE}_part\n\n\nclass Mine({MINE}_base.Base, {MINE}_part.Part):\n    pass\n"
+    )
+    Path(f"{MINE}_part.py").write_text("class Part:\n    pass\n")
     Path(f"{MINE}_base.py").write_text("from recbole_ssm.model import SASRec\n\n\nclass Base(SASRec):\n    pass\n")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).absolute() != Path.cwd()])
     yield
-    for name in (MINE, f"{MINE}_base"):
+    for name in (MINE, f"{MINE}_base", f"{MINE}_part"):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", [MINE, f"{MINE}_base"])
+@pytest.mark.parametrize("name", [MINE, f"{MINE}_base", f"{MINE}_part"])
 def test_other_source_makes_another_run(tmp_path, name):
     runs = Runs(tmp_path / "r", DATA)
     before, others = runs.folder_of(RUN_OF_MINE), runs.folder_of(Run("SASRec", "toy"))
