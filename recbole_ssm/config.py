@@ -168,13 +168,7 @@ class Config(recbole.config.Config):
     @property
     def own_files(self) -> dict[str, Path]:
         """The files of a user's own model by their modules: of its class, and of the user's classes that it extends."""
-        others = ("abc", "builtins", "torch", "typing")
-        own = [kind for kind in self.model_class.__mro__ if _is_own(kind)]
-        return {
-            kind.__module__: Path(inspect.getfile(kind))
-            for kind in own
-            if kind.__module__.partition(".")[0] not in others
-        }
+        return {kind.__module__: Path(inspect.getfile(kind)) for kind in self.model_class.__mro__ if _is_own(kind)}
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -392,8 +386,9 @@ def _own_file(model_class: type) -> Path | None:
 
 
 def _is_own(model_class: type) -> bool:
-    """Whether a user wrote the class."""
-    return model_class.__module__.partition(".")[0] not in ("recbole", "recbole_ssm")
+    """Whether a user wrote the class, which may also be what a model extends."""
+    others = ("abc", "builtins", "recbole", "recbole_ssm", "torch", "typing")
+    return model_class.__module__.partition(".")[0] not in others
 
 
 def _by_new_names(options: Mapping[str, Any]) -> dict[str, Any]:

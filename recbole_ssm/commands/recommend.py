@@ -21,6 +21,7 @@ from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.data.lines import progress
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.serving import recommender_of
+from recbole_ssm.serving.catalogue import Recommendations
 from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint
 
@@ -126,16 +127,7 @@ def _tables(
     with progress("Recommend", len(histories.users), "user") as bar:
         # An empty piece comes where there are no users: a table has its columns all the same.
         while (piece := list(islice(zip(asked, answers), USERS_AT_ONCE))) or not bar.n:
-            rows = [
-                (user, item, rank, score, answer.source)
-                for user, answer in piece
-                for rank, (item, score) in enumerate(answer, 1)
-            ]
-            columns = list(zip(*rows)) or [()] * len(SCHEMA)
-            table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA)], schema=SCHEMA)
-            if titles is not None:
-                table = table.append_column("title", pa.array([titles[item] for item in columns[1]], pa.string()))
-            yield table
+            yield _table(piece, titles)
             if not piece:
                 break
             popular += sum(answer.source == "popularity" for _, answer in piece)
@@ -165,6 +157,20 @@ SCHEMA = pa.schema(
         "source": pa.dictionary(pa.int8(), pa.string()),
     }
 )
+
+
+def _table(answers: Iterable[tuple[str, Recommendations]], titles: Mapping[str, str] | None) -> pa.Table:
+    """The rows of users and what is recommended to each."""
+    rows = [
+        (user, item, rank, score, answer.source)
+        for user, answer in answers
+        for rank, (item, score) in enumerate(answer, 1)
+    ]
+    columns = list(zip(*rows)) or [()] * len(SCHEMA)
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA)], schema=SCHEMA)
+    if titles is not None:
+        table = table.append_column("title", pa.array([titles[item] for item in columns[1]], pa.string()))
+    return table
 
 
 def _lines(rows: pd.DataFrame) -> str:

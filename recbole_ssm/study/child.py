@@ -31,7 +31,6 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.files import locked, whole
 from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
-from recbole_ssm.quick_start import configure
 from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
 from recbole_ssm.trainer import Hook, Ranks, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
@@ -141,7 +140,7 @@ def _train(folder: Path, lines: TextIO) -> None:
     run = Run(**job["run"])
     history, ranks = History(lines), Ranks()
     # A model of the user's own is called by its class there, not by its path.
-    name = configure(run.model, run.dataset, config_dict=job["options"])["model"]
+    name = job["content"]["settings"]["model"]
     result = run_recbole_ssm(
         run.model,
         run.dataset,

@@ -18,7 +18,6 @@ from typing import Any
 
 from recbole_ssm.arguments import each_once
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
@@ -212,7 +211,7 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             **spread("valid", [sign * cell.best(outcome) for outcome in done]),
         }
         for name in METRICS:
-            row |= spread(name.lower(), [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done])
+            row |= spread(name.lower(), [outcome.mean(name) for outcome in done])
         row |= {
             "target": None if goal is None else sign * goal,
             "reached": len(reached),

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from recbole_ssm.errors import UserError
-from recbole_ssm.evaluation.metrics import metric
 from recbole_ssm.evaluation.significance import METRICS, Pair, corrected, over_users, paired
 from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_json, write_text
@@ -78,10 +77,10 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
         row |= {key: value for key, value in _of_settings(entry).items() if key in told}
         for name in METRICS:
-            values = [float(metric(name, outcome.ranks()[1]).mean()) for outcome in done]
+            values = [outcome.mean(name) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
         for name in METRICS if masked else ():
-            values = [float(metric(name, o.ranks("masked")[1]).mean()) for o in done if o.test_masked]
+            values = [outcome.mean(name, "masked") for outcome in done if outcome.test_masked]
             row |= spread(f"{name.partition('@')[0].lower()}_masked", values)
         row["p_best"] = None
         row["latency_p50_s"], row["users_per_second"] = speed.get("p50_s"), speed.get("users_per_second")
@@ -131,10 +130,10 @@ def _of_settings(entry: Entry) -> Row:
 
 def _differing(entries: Sequence[Entry]) -> set[str]:
     """The :data:`TARGETS` in which entries of a data set differ."""
-    first: dict[str, Row] = {}
-    for entry in entries:
-        first.setdefault(entry.run.dataset, _of_settings(entry))
-    return {key for entry in entries for key in TARGETS if _of_settings(entry)[key] != first[entry.run.dataset][key]}
+    found = [(entry.run.dataset, _of_settings(entry)) for entry in entries]
+    # Of each data set the last that is put there, which is its first entry.
+    first = dict(reversed(found))
+    return {key for dataset, row in found for key in TARGETS if row[key] != first[dataset][key]}
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:

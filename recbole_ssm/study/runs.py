@@ -30,7 +30,7 @@ from recbole_ssm.config import Config
 from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError, first_line
-from recbole_ssm.evaluation.metrics import Result
+from recbole_ssm.evaluation.metrics import Result, metric
 from recbole_ssm.files import digest, write_json
 from recbole_ssm.keys import KEYS
 from recbole_ssm.quick_start import configure
@@ -127,6 +127,12 @@ class Outcome:
             raise UserError(f"{self.run}: it has no ranks{f' ({self.error})' if self.error else ''}")
         with np.load(self.folder / RANKS, allow_pickle=False) as file:
             return file["user"], file["rank" if order is None else f"rank of {order}"]
+
+    def mean(self, name: str, order: str | None = None) -> float:
+        """The mean of a metric of ranks, such as NDCG@10, over the rows of the test; arguments and errors as of
+        :func:`recbole_ssm.evaluation.metrics.metric` and :meth:`ranks`.
+        """
+        return float(metric(name, self.ranks(order)[1]).mean())
 
     def write(self) -> None:
         """Write ``outcome.json``, by which the run counts as done."""

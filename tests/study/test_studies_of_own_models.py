@@ -79,7 +79,8 @@ def test_it_is_tuned_by_its_path(tmp_path, monkeypatch):
 )
 def test_its_interrupted_run_goes_on(tmp_path, monkeypatch, model, dataset, name):
     """Also that of a data set whose name reads like a pattern, and beside the checkpoints of another model."""
-    job = {"run": asdict(Run(model, dataset)), "options": DATA}
+    content = Runs(tmp_path / "r", DATA).content(Run(model, "toy"))
+    job = {"run": asdict(Run(model, dataset)), "options": DATA, "content": content}
     module.write_json(tmp_path / RUN, job)
     for folder in (f"{name}-1", f"{name}-2", "GRU4Rec-toy-3"):
         (tmp_path / "checkpoints" / folder).mkdir(parents=True)
