@@ -16,7 +16,7 @@ from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.evaluation.metrics import AFTER_AN_HOUR, PAUSES, SAME_MOMENT, WITHIN_AN_HOUR, metric
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study import child
-from recbole_ssm.study.runs import Outcome, Run
+from recbole_ssm.study.runs import Outcome, Run, Runs
 from recbole_ssm.trainer import Hook, Ranks
 
 START = 978_300_000
@@ -146,7 +146,9 @@ def test_lists_that_a_data_set_of_recbole_holds_as_floats(options):
 def test_a_run_of_a_study_keeps_it(options, tmp_path):
     run = Run("GRU4Rec", "made", {"time": "query"})
     where = {"checkpoint_dir": str(tmp_path / "checkpoints")}
-    (tmp_path / "run.json").write_text(json.dumps({"run": asdict(run), "options": options["config_dict"] | where}))
+    content = Runs(tmp_path / "runs", options["config_dict"]).content(run)
+    job = {"run": asdict(run), "options": options["config_dict"] | where, "content": content}
+    (tmp_path / "run.json").write_text(json.dumps(job))
     assert child.main(tmp_path, io.StringIO()) == 0
     outcome = Outcome.read(tmp_path)
     assert outcome.test_shuffled_times.keys() == outcome.test.keys() == outcome.test_shuffled_times_masked.keys()
