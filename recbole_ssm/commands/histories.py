@@ -37,6 +37,8 @@ class Histories(NamedTuple):
     """When all events were, in seconds since 1970 [events]; None where the times are no clock times."""
     strangers: int = 0
     """How many of the users were asked for and are not in the data set."""
+    typed_as: str = ""
+    """The option by which the history was typed; empty for histories of users."""
 
     def __iter__(self) -> Iterator[list[str]]:  # type: ignore[override]
         for start, end in self.bounds:
@@ -52,7 +54,13 @@ class Histories(NamedTuple):
     def typed(cls, items: Iterable[str]) -> Histories:
         """One history that somebody typed: items, oldest first, without times; its user is called ``history``."""
         tokens = np.array(list(items), dtype=object)
-        return cls(["history"], tokens, np.array([[0, len(tokens)]]), None)
+        return cls(["history"], tokens, np.array([[0, len(tokens)]]), None, typed_as="--history")
+
+    def called(self, part: str, number: int) -> str:
+        """What an error calls a part of the history of a number: of what user it is, or what option was typed."""
+        if self.typed_as:
+            return self.typed_as if part == "history" else part
+        return f"{part} of user {excerpt(self.users[number])}"
 
     def of(self, users: Iterable[str]) -> Histories:
         """The histories of these users, in their order; a user who is not known has none."""

@@ -121,7 +121,8 @@ def _tables(
         run = f"run {path.parent}" if path.name == checkpoint.BEST else f"checkpoint {path}"
         told.append(f"{with_titles} titles, for {len(histories.users):,} users ({run}, data set {config['dataset']})")
 
-    answers = recommender.stream(iter(histories), k, times=histories.times, skip_unknown=skip_unknown, **choice)
+    choice |= {"times": histories.times, "skip_unknown": skip_unknown, "called": histories.called}
+    answers = recommender.stream(iter(histories), k, **choice)
     asked = iter(histories.users)
     popular = skipped = few = 0
     with progress("Recommend", len(histories.users), "user") as bar:

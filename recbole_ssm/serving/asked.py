@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,11 @@ from recbole_ssm.errors import UserError, shown
 from recbole_ssm.serving.catalogue import Catalogue, Ids
 
 _NOTHING = object()
+
+
+def by_number(part: str, number: int) -> str:
+    """What an error calls a part of one of many histories: ``histories[0]``, ``times[0]``, ``exclude[0]``."""
+    return f"{'histories' if part == 'history' else part}[{number}]"
 
 
 def aligned(
@@ -61,7 +66,12 @@ class Reader:
         self.asks = encoding is not None and encoding.asks
 
     def histories(
-        self, histories: Iterable[Iterable[Any]], times: Any, now: Any, numbered: str, skip_unknown: bool
+        self,
+        histories: Iterable[Iterable[Any]],
+        times: Any,
+        now: Any,
+        called: Callable[[str, int], str],
+        skip_unknown: bool,
     ) -> Iterator[Asked]:
         """Many histories, one after the other.
 
@@ -69,14 +79,13 @@ class Reader:
             histories: item tokens of each.
             times: those of each history, or None.
             now: one moment for all, or a list of one for each.
-            numbered: what stands in an error behind ``histories`` and ``times``, such as ``[{}]``; "" for a single one.
+            called: what an error calls the ``history`` or the ``times`` of a number, such as :func:`by_number`.
             skip_unknown: leave unknown items out.
         """
         several = isinstance(now, (list, tuple, np.ndarray))
         timed = aligned(aligned(histories, "times", times), "now", now if several else None, otherwise=now)
         for number, ((tokens, moments), moment) in enumerate(timed):
-            where = numbered.format(number)
-            names = {"what": f"histories{where}" if where else "history", "times_named": f"times{where}"}
+            names = {"what": called("history", number), "times_named": called("times", number)}
             yield self.history(tokens, moments, moment, **names, skip_unknown=skip_unknown)
 
     def history(self, tokens: Iterable[Any], times: Any = None, now: Any = None, **names: Any) -> Asked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from recbole.data.interaction import Interaction  # noqa: E402
 from recbole_ssm.graphs import replay_graphs  # noqa: E402
 from recbole_ssm.model.packed import PackedRecommender  # noqa: E402
 from recbole_ssm.model.registry import build_model, class_of  # noqa: E402
-from recbole_ssm.serving.asked import Asked, Reader, aligned  # noqa: E402
+from recbole_ssm.serving.asked import Asked, Reader, aligned, by_number  # noqa: E402
 from recbole_ssm.serving.catalogue import Catalogue, Ids, Recommendations  # noqa: E402
 from recbole_ssm.serving.session import Session  # noqa: E402
 
@@ -125,7 +125,7 @@ class Recommender:
         """
         options = {"exclude_seen": exclude_seen, "exclude": [exclude], "now": [now], **choice}
         options["times"] = None if times is None else [times]
-        return next(self._answers([history], k, "", **options))
+        return next(self._answers([history], k, lambda part, number: part, **options))
 
     def recommend_many(self, histories: Iterable[Iterable[str]], k: int = 10, **options: Any) -> list[Recommendations]:
         """:meth:`recommend` for many histories, in their order; ``exclude`` and ``times`` hold those of each history,
@@ -135,18 +135,28 @@ class Recommender:
         """
         return list(self.stream(histories, k, **options))
 
-    def stream(self, histories: Iterable[Iterable[str]], k: int = 10, **options: Any) -> Iterator[Recommendations]:
-        """:meth:`recommend_many`, one answer after the other, for histories that may come one after the other too."""
+    def stream(
+        self,
+        histories: Iterable[Iterable[str]],
+        k: int = 10,
+        *,
+        called: Callable[[str, int], str] = by_number,
+        **options: Any,
+    ) -> Iterator[Recommendations]:
+        """:meth:`recommend_many`, one answer after the other, for histories that may come one after the other too;
+        ``called`` says what an error calls the ``history``, ``times`` or ``exclude`` of the history of a number, such
+        as ``histories[0]``.
+        """
         if isinstance(histories, (str, bytes, Set, Mapping)) or not isinstance(histories, Iterable):
             raise UserError(f"histories: must be a list of histories, got {shown(histories)}")
-        return self._answers(histories, k, "[{}]", **options)
+        return self._answers(histories, k, called, **options)
 
     @torch.inference_mode()
     def _answers(
         self,
         histories: Iterable[Iterable[str]],
         k: int,
-        number_named: str,
+        called: Callable[[str, int], str],
         *,
         exclude_seen: bool = False,
         exclude: Iterable[Iterable[str]] | None = None,
@@ -157,12 +167,12 @@ class Recommender:
         skip_unknown: bool = False,
     ) -> Iterator[Recommendations]:
         refused = self.catalogue.refused(allow, deny)
-        read = self._reader.histories(histories, times, now, number_named, skip_unknown)
+        read = self._reader.histories(histories, times, now, called, skip_unknown)
         numbered = enumerate(aligned(read, "exclude", exclude, otherwise=()))
         while part := list(itertools.islice(numbered, self._rows_at_once())):
             rows = []
             for number, (asked, left_out) in part:
-                others, _ = self.catalogue.known(left_out, f"exclude{number_named.format(number)}", True)
+                others, _ = self.catalogue.known(left_out, called("exclude", number), True)
                 rows.append((asked, [*others, *(asked.ids if exclude_seen else ())]))
             known = [(asked, outside) for asked, outside in rows if asked.ids]
             scored: Iterator[Recommendations] = iter(())
@@ -235,7 +245,7 @@ class Recommender:
             UserError: a history holds an unknown item, the model reads times and there are none, or it makes no vector
                 of a history.
         """
-        asked = list(self._reader.histories(histories, times, now, "[{}]", skip_unknown))
+        asked = list(self._reader.histories(histories, times, now, by_number, skip_unknown))
         rows = [number for number, one in enumerate(asked) if one.ids]
         found = torch.zeros(len(asked), self._table().shape[1])
         fields = self._list_field, self._length_field

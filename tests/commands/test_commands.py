@@ -145,7 +145,7 @@ def test_users_from_a_file_of_events(run, tmp_path, kind):
     recommender = load_recommender(folder, device="cpu")
     of_b = found[found.user_id == "b"]
     assert list(of_b.item_id) == [item for item, _ in recommender.recommend(["i2", "i3"], 2)]
-    with pytest.raises(UserError, match=r"histories\[0\]: item 'no such' is not in the catalogue"):
+    with pytest.raises(UserError, match=r"history of user 'b': item 'no such' is not in the catalogue"):
         recommend_users(folder, kind, 2, device="cpu", skip_unknown=False)
 
 
@@ -211,7 +211,7 @@ def test_vectors_by_raw_id(run):
         (["recommend", "."], "there is no such file; name the folder of a run of recbole-ssm train (compare and"),
         (["recommend", "{run}", "--users=absent.txt"], "there is no file 'absent.txt' and no user 'absent.txt'"),
         (["recommend", "{run}", "--users=u3,feww"], "no file 'u3,feww' and no user 'feww'; did you mean 'few'?"),
-        (["recommend", "{run}", "--history=i1,i99"], "item 'i99' is not in the catalogue"),
+        (["recommend", "{run}", "--history=i1,i99"], "--history: item 'i99' is not in the catalogue"),
         (["recommend", "{run}", "--history=i1", "--users=u1"], "--history: is in place of --users; leave one out"),
         (["recommend", "{run}", "--titel_field=x"], "there is no option --titel_field; did you mean '--title_field'?"),
         (["recommend", "{run}", "--exclude-seen"], "there is no option --exclude-seen; did you mean '--exclude_seen'?"),
