@@ -58,6 +58,11 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Config keys beyond the defaults; the seed among them."""
 
+    @property
+    def stem(self) -> str:
+        """How its folder is called at first; without the colon of a user's own model, which Windows does not allow."""
+        return f"{self.model.replace(':', '.')}-{self.dataset}-"
+
     def __str__(self) -> str:
         return " ".join([self.model, self.dataset, *(f"{key}={value}" for key, value in self.options.items())])
 
@@ -259,7 +264,7 @@ class Runs:
         """
         now = self.identity(run)
         yield now.content
-        for file in sorted(self.folder.glob(f"{glob.escape(f'{run.model}-{run.dataset}-')}*/{RUN}")):
+        for file in sorted(self.folder.glob(f"{glob.escape(run.stem)}*/{RUN}")):
             if (former := self._record(file)) and (content := now.as_said_by(former)):
                 yield content
 
@@ -269,7 +274,7 @@ class Runs:
         Raises:
             UserError: as of :meth:`content`.
         """
-        return existing(self.folder / f"{run.model}-{run.dataset}-", 16, self.contents(run))
+        return existing(self.folder / run.stem, 16, self.contents(run))
 
     def get(self, run: Run, progress: Progress = ignore) -> Outcome:
         """Read a run's outcome, or train it now.

@@ -180,7 +180,7 @@ def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) ->
         return [*search, {**content, "version": max(versions)}, *([options.prune] if options.prune else [])]
 
     searches = map(with_its_trials, runs.contents(base))
-    folder = existing(options.folder / f"{base.model}-{base.dataset}-", 8, searches)
+    folder = existing(options.folder / base.stem, 8, searches)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -45,6 +45,10 @@ def test_other_source_makes_another_run(tmp_path, name):
     assert runs.folder_of(RUN_OF_MINE) != before and runs.folder_of(Run("SASRec", "toy")) == others
 
 
+def test_its_folder_has_a_name_that_windows_allows(tmp_path):
+    assert Runs(tmp_path / "r", DATA).folder_of(RUN_OF_MINE).name.startswith(f"{MINE}.Mine-toy-")
+
+
 def test_the_process_of_a_run_finds_it(tmp_path, monkeypatch):
     seen = []
 
