@@ -6,4 +6,5 @@ from recbole_ssm.cli import main
 
 if __name__ == "__main__":
     # Without arguments recbole-ssm prints its help, and this trains the default model.
-    sys.exit(main(sys.argv[1:] or ["train"]))
+    sys.argv[1:] = sys.argv[1:] or ["train"]
+    sys.exit(main())

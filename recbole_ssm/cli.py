@@ -8,6 +8,7 @@ from collections.abc import Callable
 from recbole_ssm import __version__, console
 from recbole_ssm.arguments import join_values
 from recbole_ssm.errors import NO_RECBOLE, UserError, did_you_mean
+from recbole_ssm.memory import restart_with_allocator_settings
 
 USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-space models, on RecBole
 
@@ -47,8 +48,14 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command, by default that of ``sys.argv``, for which a process that trains may begin once more.
+
+    The exit status is 0, 2 for a mistake of the user's, 1 for a failing disk, 130 for Ctrl-C.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments and (arguments[0] in ("bench", "train") or arguments[0].startswith("--")):
+            restart_with_allocator_settings()
     console.set_quiet("--quiet" in arguments)
     arguments = [argument for argument in arguments if argument != "--quiet"]
     if "--tune" in arguments and arguments[0].startswith("-"):  # of the main job; compare has one too

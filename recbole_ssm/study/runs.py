@@ -33,6 +33,7 @@ from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.evaluation.metrics import Result, metric
 from recbole_ssm.files import digest, write_json
 from recbole_ssm.keys import KEYS
+from recbole_ssm.memory import allocator_settings
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.identity import Identity, Record, existing, reads, results_of
 from recbole_ssm.trainer import checkpoint
@@ -356,7 +357,7 @@ class Runs:
             subprocess.Popen(
                 [sys.executable, "-m", "recbole_ssm.study.child", str(folder)],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, **allocator_settings(), "PYTHONPATH": path},
                 # The child stops when its parent does, by the end of this.
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
