@@ -31,6 +31,20 @@ RANDOM_SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+SIZES = {
+    *RANDOM_SIZES,
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+}
+"""What ``random_base_args`` may say; other names of LlamaConfig's can let transformers fetch code."""
 END, PAD = "<|end|>", "<|pad|>"
 """Tokens 0 and 1 of a random base model."""
 SMALLEST_VOCABULARY = 400
@@ -38,6 +52,8 @@ SMALLEST_VOCABULARY = 400
 before those.
 """
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
+SECOND_COPY = "consolidated*.safetensors"
+"""The same weights once more, in the form of the publisher's own program."""
 
 
 class BaseModel(NamedTuple):
@@ -131,7 +147,8 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     if not isinstance(vocab_size, int) or vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"random_base_args: vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size!r}")
     tokenizers, transformers = require("tokenizers"), require("transformers")
-    texts = list(texts)
+    # Otherwise merges could end in these two.
+    texts = [text.replace(END, "").replace(PAD, "") for text in texts]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -150,10 +167,10 @@ def random_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def _random_sizes(config: Any) -> dict[str, Any]:
     own = config["random_base_args"] or {}
-    known = vars(require("transformers").LlamaConfig())
     for key in own:
-        if key not in known:
-            raise UserError(f"random_base_args: LlamaConfig has no '{key}'{did_you_mean(str(key), known)}")
+        if key not in SIZES:
+            hint = did_you_mean(str(key), SIZES) or f"; there are {', '.join(sorted(SIZES))}"
+            raise UserError(f"random_base_args: there is no size '{key}'{hint}")
     return {**RANDOM_SIZES, **own}
 
 
@@ -187,7 +204,8 @@ def _locate(name: str, download: bool) -> tuple[Path, str | None]:
         raise UserError(f"base_model: {name} is no folder and no GGUF file; {mend}")
     hub = require("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, local_files_only=not download, allow_patterns=list(HUB_FILES))), None
+        files = {"allow_patterns": list(HUB_FILES), "ignore_patterns": [SECOND_COPY]}
+        return Path(hub.snapshot_download(name, local_files_only=not download, **files)), None
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError, ValueError) as error:
         if download:
             raise UserError(f"base_model: {name} could not be fetched from the hub ({_shortly(error)})") from error
@@ -207,6 +225,7 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
             raise UserError(
                 f"base_model: {folder} holds no *.safetensors{pickled}; save it by save_pretrained, which writes them"
             )
+        _forbid_kernels(folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf is not None:
         options["gguf_file"] = gguf
@@ -220,6 +239,12 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
     try:
         settings = transformers.AutoConfig.from_pretrained(folder, **options)
         _check_causal(settings, name)
+        if gguf is None:
+            # transformers chooses them by what is installed, and not by what the file says.
+            for choice in ("_attn_implementation", "_experts_implementation"):
+                if hasattr(settings, choice):
+                    setattr(settings, choice, None)
+            weights["config"] = settings
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **weights)
     except UserError:
@@ -243,6 +268,24 @@ def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config:
         model.hf_quantizer = None
         model.is_quantized = False
     return model, tokenizer
+
+
+def _forbid_kernels(folder: Path) -> None:
+    """Refuse a configuration that names kernels of the hub, which transformers would fetch and import."""
+
+    def check(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, value in entries:
+            if "implementation" in key and "/" in str(value):
+                raise UserError(f"base_model: {file} asks for code of the hub by {key}: {value}; delete that entry")
+        return dict(entries)
+
+    file = folder / "config.json"
+    try:
+        json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=check)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"base_model: {file} cannot be read ({_shortly(error)})") from error
 
 
 def _check_causal(settings: Any, name: str) -> None:

@@ -38,6 +38,8 @@ class Counts:
     written: int = 0
     shortened: int = 0
     """Those among them whose history lost its oldest titles, because it was too long to be read."""
+    limit: str = "the base model reads"
+    """What they were longer than."""
 
 
 class Question(NamedTuple):
@@ -93,7 +95,7 @@ class Prompts(Counts):
         max_tokens: int,
         answer: str = "letter",
     ) -> None:
-        super().__init__()
+        super().__init__(limit="the base model or prompt_tokens allow")
         if candidates > len(LETTERS):
             raise UserError(
                 f"num_candidates: {candidates} are more than the {len(LETTERS)} letters that name them; "
@@ -158,13 +160,14 @@ class Prompts(Counts):
         return [*tokens, *self._pool, *pool, *self._response]
 
     def examples(self, history: int) -> list[Question]:
-        """Two made-up questions, the first with as long a history as that; they are not counted."""
+        """Two made-up questions of the longest titles, the first with so many in its history; they are not counted."""
         counts = self.written, self.shortened
-        items = [number % (len(self.titles) - 1) + 1 for number in range(history + len(self._marks))]
-        candidates = items[-len(self._marks) :]
+        longest = sorted(range(1, len(self.titles)), key=lambda item: len(self.titles[item]), reverse=True)
+        items = [longest[number % len(longest)] for number in range(len(self._marks) + history)]
+        candidates, items = items[: len(self._marks)], items[len(self._marks) :]
         # Two candidates tell as much as all of them.
         answers = [self.titles[item] for item in candidates[:2]]
-        found = [Question(self.write(shown, candidates), answers) for shown in (items[:history], items[:1])]
+        found = [Question(self.write(shown, candidates), answers) for shown in (items, items[:1])]
         self.written, self.shortened = counts
         return found
 
@@ -185,8 +188,8 @@ def tell_of_shortened(counts: Counts) -> None:
     """Log how many prompts were shortened, if any, and start to count at 0."""
     if counts.shortened:
         getLogger().warning(
-            f"{counts.shortened} of {counts.written} prompts were longer than the base model or prompt_tokens allow, "
-            "and lost the oldest titles of their history"
+            f"{counts.shortened} of {counts.written} prompts were longer than {counts.limit}, and lost the oldest "
+            "titles of their history"
         )
     counts.written = counts.shortened = 0
 
@@ -204,11 +207,12 @@ def piece_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     """A function from a piece of a text to the tokens that it has within the text.
 
     Tokenizers of SentencePiece's kind, Llama-2's among them, put a space before whatever they
-    encode. So a piece is encoded behind a line break, whose tokens are then taken off.
+    encode. So a piece is encoded behind a line break, whose tokens are then taken off. What reads
+    like a special token, such as the end of the text, is plain text here.
     """
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     anchor = encode("\n")
     if not tokenizer.convert_ids_to_tokens(encode("x"))[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):

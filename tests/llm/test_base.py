@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from recbole_ssm.errors import UserError
 from recbole_ssm.llm import base
 from recbole_ssm.llm.base import END, LETTERS, load_base_model, random_tokenizer, size_of
+from recbole_ssm.llm.prompt import piece_encoder
 from recbole_ssm.quick_start import configure
 
 TEXTS = ["Toy Story", "GoldenEye", "Four Rooms", "Get Shorty"]
@@ -63,6 +65,13 @@ def test_letters_are_single_tokens_of_a_random_base_and_any_text_comes_back():
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == (END, 0) and tokenizer.pad_token_id == 1
 
 
+def test_a_title_that_reads_like_a_special_token_is_a_text():
+    tokenizer = random_tokenizer([f"The {END} of days"] * 50, 400)
+    tokens = piece_encoder(tokenizer)(f" The {END} of days")
+    assert tokenizer.eos_token_id not in tokens and tokenizer.decode(tokens) == f" The {END} of days"
+    assert tokenizer(END).input_ids == [tokenizer.eos_token_id]
+
+
 def test_a_folder_is_loaded_with_and_without_lora(folder):
     whole, lora = load(folder, lora_r=0), load(folder)
     assert all(p.requires_grad for p in whole.model.parameters())
@@ -87,7 +96,9 @@ def test_the_digest_is_of_weights_that_stay_frozen(folder):
 def test_a_name_is_looked_for_in_the_cache_and_fetched_only_where_asked(folder, monkeypatch, download):
     asked = []
 
-    def snapshot(name, local_files_only, allow_patterns):
+    def snapshot(name, local_files_only, allow_patterns, ignore_patterns):
+        assert fnmatch("consolidated.safetensors", ignore_patterns[0])
+        assert not fnmatch("model-00001-of-00002.safetensors", ignore_patterns[0])
         asked.append((name, local_files_only))
         assert not any(pattern.endswith((".bin", ".pt", ".py", ".pickle")) for pattern in allow_patterns)
         return str(folder)
@@ -158,6 +169,25 @@ def test_faulty_folders(folder, spoil, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["some/kernel", {"": "some/kernel"}, "flash_attention_2"])
+def test_a_folder_chooses_no_kernels(folder, monkeypatch, key, value):
+    """Those of the hub would be fetched and imported, where the package kernels is installed."""
+    fetched = []
+    for name in ("is_kernels_available", "get_kernel"):
+        monkeypatch.setattr(
+            f"transformers.integrations.hub_kernels.{name}", lambda *a, **k: fetched.append(a) or True, raising=False
+        )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "own": [{key: value}], key: value}))
+    if value == "flash_attention_2":
+        assert load(folder, lora_r=0).model.config._attn_implementation == "sdpa"
+    else:
+        with pytest.raises(UserError, match=f"asks for code of the hub by {key}: .*some/kernel.*; delete that"):
+            load(folder)
+    assert not fetched
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -172,7 +202,9 @@ def test_faulty_folders(folder, spoil, message):
         ({"lora_r": 2, "lora_modules": ["q_proj", "lm_head"]}, "lora_modules: the output head stays as it is; take "),
         ({"quantize_4bit": True}, "quantize_4bit: weights of 4 bits stay as they are; name a trained base_model, and"),
         ({"quantize_4bit": True, "lora_r": 8}, "quantize_4bit: weights of 4 bits stay as they are"),
-        ({"random_base_args": {"hidden": 3}}, "random_base_args: LlamaConfig has no 'hidden'"),
+        ({"random_base_args": {"hidden": 3}}, "random_base_args: there is no size 'hidden'"),
+        ({"random_base_args": {"_attn_implementation": "some/kernel"}}, "random_base_args: there is no size '_attn"),
+        ({"random_base_args": {"attn_implementation": "some/kernel"}}, "random_base_args: there is no size 'attn_i"),
         ({"random_base_args": {"vocab_size": 10}}, "random_base_args: vocab_size must be at least 400"),
         ({"random_base_args": {"num_attention_heads": 5}}, "random_base_args: LlamaConfig refuses"),
     ],

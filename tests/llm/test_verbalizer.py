@@ -138,6 +138,16 @@ def test_windows_of_attention_are_heeded_or_refused():
     torch.testing.assert_close(found, plain(narrow, prompts, questions, "letters"), rtol=1e-3, atol=1e-3)
 
 
+def test_the_comparison_is_of_prompts_as_long_as_they_become():
+    prompts = prompts_of("title_likelihood")
+    long = max(range(1, len(TITLES)), key=lambda item: len(prompts.titles[item]))
+    short = next(item for item in range(1, len(TITLES)) if len(prompts.titles[item]) < len(prompts.titles[long]))
+    titles = ["", *[TITLES[short]] * 30, *[TITLES[long]] * 30]
+    prompts = Prompts(TOKENIZER, titles, history=20, candidates=5, title_tokens=8, max_tokens=900, answer="title")
+    question = prompts.examples(20)[0]
+    assert question.prompt == prompts.write([40] * 20, [40] * 5) and question.answers == [prompts.titles[40]] * 2
+
+
 @pytest.mark.parametrize("kind", VERBALIZERS)
 def test_layers_without_keys_share_no_prefix_and_titles_of_them_are_refused(kind):
     sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER)}
@@ -243,7 +253,7 @@ def test_the_tokenizer_may_begin_a_text():
 
         convert_ids_to_tokens = TOKENIZER.convert_ids_to_tokens
 
-        def __call__(self, text, add_special_tokens=True):
+        def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": [1, *ids] if add_special_tokens else ids}
 
@@ -272,7 +282,7 @@ def test_a_tokenizer_that_does_not_tell_letters_apart(letter, message):
         bos_token_id = None
         convert_ids_to_tokens = TOKENIZER.convert_ids_to_tokens
 
-        def __call__(self, text, add_special_tokens=True):
+        def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
             return {"input_ids": letter if text in LETTERS else ids}
 
