@@ -10,13 +10,15 @@ from recbole_ssm.trainer.hooks import Hook, Training
 
 class TuneOnValidation(Hook):
     """Lets the model choose on the validation rows what training does not learn, before they
-    are scored.
+    are scored; where none is to come, before training.
     """
 
     def on_validation_start(self, trainer: Training, loader: Any) -> None:
         """Call the model's ``tune`` in evaluation mode."""
         trainer.model.eval()
         trainer.model.tune(loader)
+
+    on_no_validation = on_validation_start
 
 
 class ShortenedPrompts(Hook):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self._ready: dict[tuple[int, ...], Any] = {}
+        self._ready: dict[Hashable, Any] = {}
+        self._kept: dict[Hashable, Any] | None = None
         self.titles = titles_of(dataset, config)
         if len(self.titles) != self.n_items:
             raise UserError(f"titles: {len(self.titles)} of them for {self.n_items} items; the data is not the model's")
@@ -63,8 +65,7 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
 
     def histories(self, interaction: Any) -> list[list[int]]:
         """The item ids of each row's history, oldest first, without padding."""
-        lengths = interaction[self.ITEM_SEQ_LEN].tolist()
-        return [row[:length] for row, length in zip(interaction[self.ITEM_SEQ].tolist(), lengths)]
+        return histories_of(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
 
     def train(self, mode: bool = True) -> LanguageModelRecommender:
         """As of any module; answers that were found before are forgotten."""
@@ -75,22 +76,35 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
 
     def remembered(
         self,
-        histories: Sequence[tuple[int, ...]],
+        questions: Sequence[Hashable],
         compute: Callable[[list[int]], Iterable[Any]],
     ) -> list[Any]:
-        """The answers for histories: those that tuning has kept in ``_ready``, each for one evaluation, or new ones.
+        """The language model's answers: those that :meth:`remembering` has kept, each for one evaluation, or new ones.
 
         Args:
-            histories: item ids.
-            compute: takes the positions of the histories that have no answer yet, and gives
+            questions: all that each answer depends on.
+            compute: takes the positions of the questions that have no answer yet, and gives
                 their answers.
         """
-        found = [self._ready.pop(history, None) for history in histories]
+        found = [self._ready.pop(question, None) for question in questions]
         missing = [number for number, answer in enumerate(found) if answer is None]
         if missing:
             for number, answer in zip(missing, compute(missing)):
                 found[number] = answer
+        if self._kept is not None:
+            self._kept.update(zip(questions, found))
         return found
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Keep the answers that are found meanwhile, for the evaluation that follows."""
+        self._ready.clear()
+        self._kept = {}
+        try:
+            yield
+            self._ready = self._kept
+        finally:
+            self._kept = None
 
     def hooks(self) -> list[Hook]:
         """What the trainer calls beside training."""
@@ -99,10 +113,17 @@ class LanguageModelRecommender(Configurable, SequentialRecommender):
     def tune(self, valid_data: Any) -> None:
         """Choose on the validation rows what training does not learn; called before each validation, in eval mode.
 
+        Where no validation is to come it is called once before training; ``valid_data`` may have no
+        rows then, or be None.
         What is chosen is kept in buffers, and so in checkpoints. In a run of several processes
         each sees its share of the rows, and all must come to the same choice. By default there
         is nothing to choose.
         """
+
+
+def histories_of(item_seq: Tensor, item_seq_len: Tensor) -> list[list[int]]:
+    """The item ids of padded histories ``[B, L]`` of lengths ``[B]``, oldest first, without padding."""
+    return [row[:length] for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
 
 
 def _frozen_names(module: Any) -> set[str]:

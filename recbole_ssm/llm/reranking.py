@@ -96,9 +96,13 @@ class Reranking(Hook):
         if trainer.folder is not None and distributed.rank() == 0:
             write_json(trainer.folder / "reranking.json", self.report)
 
+    def on_fit_end(self, trainer: Training) -> None:
+        """Forget the last validation; what comes now is the test."""
+        self.report, self.ranks = {}, {}
+
     def result(self) -> dict[str, Any]:
         """``reranking``, the report, and ``ranks`` of the newest evaluation, which after a run
-        is the test.
+        is the test; empty where there is none.
         """
         return {"reranking": self.report, "ranks": self.ranks}
 

@@ -135,17 +135,20 @@ class GPT4Rec(LanguageModelRecommender):
         """Choose BM25's k1 and b from the grid by NDCG at the cut-off of ``valid_metric`` on
         the validation rows.
         """
-        self._ready.clear()
         if len(self.grid) == 1:
             return
+        if not valid_data:
+            k1, b = self.grid[0]
+            self.logger.warning(
+                f"BM25: k1 {k1}, b {b}, the first of {len(self.grid)} pairs: there are no validation rows to choose by"
+            )
+            return
         rows = valid_data._dataset.inter_feat
-        histories: list[tuple[int, ...]] = []
         queries: list[list[str]] = []
         step = valid_data.step
-        for start in progress_bar(range(0, len(rows), step), self.show_progress, desc="Queries", unit="batch"):
-            batch = rows[start : start + step]
-            histories += [tuple(history) for history in self.histories(batch)]
-            queries += self.queries(batch)
+        with self.remembering():
+            for start in progress_bar(range(0, len(rows), step), self.show_progress, desc="Queries", unit="batch"):
+                queries += self.queries(rows[start : start + step])
         targets = rows[self.POS_ITEM_ID].tolist()
         gains = []
         for k1, b in progress_bar(self.grid, self.show_progress, desc="BM25", unit="pair"):
@@ -158,7 +161,6 @@ class GPT4Rec(LanguageModelRecommender):
             f"BM25: k1 {k1}, b {b} of {len(self.grid)} pairs, on {len(targets)} validation rows: "
             f"NDCG@{self.valid_cutoff} {max(gains):.4f}, the least {min(gains):.4f}"
         )
-        self._ready = dict(zip(histories, queries))
 
     def _gain(self, queries: Sequence[str], target: int) -> float:
         """NDCG at the cut-off of ``valid_metric``, where ``target`` is the one right item."""

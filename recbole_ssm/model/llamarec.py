@@ -16,8 +16,10 @@ from torch import Tensor
 
 from recbole_ssm import distributed
 from recbole_ssm.errors import UserError
+from recbole_ssm.evaluation.metrics import OF_ITEMS
+from recbole_ssm.evaluation.ranks import Scorer
 from recbole_ssm.llm import preference
-from recbole_ssm.llm.model import LanguageModelRecommender
+from recbole_ssm.llm.model import LanguageModelRecommender, histories_of
 from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
 from recbole_ssm.llm.reranking import Reranked, Reranking, fuse, target_ranks
 from recbole_ssm.llm.retriever import check_retriever, find_retriever
@@ -35,7 +37,8 @@ class LlamaRec(LanguageModelRecommender):
     The retriever is any sequential model. It is frozen here, and its weights lie beside the
     language model's in checkpoints. The scores are the retriever's: the candidates share their
     values out among themselves, in the order of the language model, so all other items stay
-    where they are.
+    where they are. Where values are equal, those of candidates are raised by the least steps that
+    part them.
 
     Training rows are prefixes of the training part. ``train_candidates`` says which candidates
     surround the item that came. ``random``: items that the history does not hold, as in
@@ -70,6 +73,13 @@ class LlamaRec(LanguageModelRecommender):
             raise UserError(
                 "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; "
                 "take orpo_probabilities: letters"
+            )
+        metrics = options["metrics"]
+        of_items = [m for m in ([metrics] if isinstance(metrics, str) else metrics) if m.lower() in OF_ITEMS]
+        if options["rerank"] == "retrieved" and of_items:
+            raise UserError(
+                f"rerank: the language model must order every user's items for {of_items[0]}; take rerank: all, or "
+                "metrics of ranks alone"
             )
         mode = options["eval_args"]["mode"]
         if {*mode.values()} != {"full"} if isinstance(mode, Mapping) else mode != "full":
@@ -167,14 +177,15 @@ class LlamaRec(LanguageModelRecommender):
         """Log-probabilities ``[B, C]`` of the language model over candidates ``[B, C]`` of
         histories ``[B, L]``.
         """
-        histories = [row[:length] for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
+        histories = histories_of(item_seq, item_seq_len)
         return self.verbalizer.scores(self.questions(histories, candidates)).log_softmax(-1)
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores ``[B, V]`` of all items."""
         scores = self._retrieve(interaction)
-        best = scores.topk(self.num_candidates).indices
+        top = scores.topk(self.num_candidates + 1)  # the last one is no candidate
+        best, falling = top.indices[:, :-1], strictly_falling(top.values)[:, :-1]
         histories, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         candidates = best.gather(1, shuffled(best, histories, self.seed).argsort(1))  # [B, C]
         values = scores.gather(1, candidates)
@@ -193,7 +204,7 @@ class LlamaRec(LanguageModelRecommender):
             self.records.append(Reranked(target.cpu(), language.cpu(), retriever.cpu()))
         order = fuse(language, retriever, float(self.fusion)).argsort(dim=1, descending=True, stable=True)
         order[~asked] = retriever[~asked].argsort(dim=1, descending=True, stable=True)
-        return scores.scatter(1, candidates.gather(1, order), values.sort(1, descending=True).values)
+        return scores.scatter(1, candidates.gather(1, order), falling)
 
     def _answers(self, item_seq: Tensor, item_seq_len: Tensor, candidates: Tensor) -> Tensor:
         """As :meth:`forward`, which runs only for what tuning did not find."""
@@ -202,8 +213,9 @@ class LlamaRec(LanguageModelRecommender):
             self.asked += len(missing)
             return self.forward(item_seq[missing], item_seq_len[missing], candidates[missing])
 
-        histories = [tuple(row[:length]) for row, length in zip(item_seq.tolist(), item_seq_len.tolist())]
-        return torch.stack([answer.to(candidates.device) for answer in self.remembered(histories, fresh)])
+        # A retriever that reads users or times gives one history several lists of candidates.
+        questions = list(zip(map(tuple, histories_of(item_seq, item_seq_len)), map(tuple, candidates.tolist())))
+        return torch.stack([answer.to(candidates.device) for answer in self.remembered(questions, fresh)])
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
@@ -244,8 +256,8 @@ class LlamaRec(LanguageModelRecommender):
         # A target that is not among the candidates is -1; under ``train_candidates: skip`` such
         # rows are left out.
         kept = target >= 0
-        lists, lengths = interaction[self.ITEM_SEQ][kept].tolist(), interaction[self.ITEM_SEQ_LEN][kept].tolist()
-        return [row[:length] for row, length in zip(lists, lengths)], candidates[kept], target[kept]
+        histories = histories_of(interaction[self.ITEM_SEQ][kept], interaction[self.ITEM_SEQ_LEN][kept])
+        return histories, candidates[kept], target[kept]
 
     def questions(self, histories: list[list[int]], candidates: Tensor) -> list[Question]:
         """One prompt for each history and its C candidates ``[B, C]``."""
@@ -259,18 +271,24 @@ class LlamaRec(LanguageModelRecommender):
     def tune(self, valid_data: Any) -> None:
         """Choose the fusion weight with the highest NDCG on the validation rows, the smallest
         of equal ones.
+
+        Raises:
+            UserError: there are no validation rows, and it is to be tuned.
         """
         if not self.fusion_tuned:
             return
-        self._ready.clear()
+        if not valid_data:
+            raise UserError(
+                "fusion_weight: there are no validation rows by which it could be tuned; give a number such as 0.5, or "
+                "another split in eval_args"
+            )
         self.records = []
-        answers: dict[tuple[int, ...], Tensor] = {}
-        for batch in valid_data:
-            self.full_sort_predict(batch[0].to(self.fusion.device))
-            for history, answer in zip(self.histories(batch[0]), self.records[-1].language):
-                if not answer.isnan().any():
-                    answers[tuple(history)] = answer
-        self._ready = answers
+        scorer = Scorer(self, valid_data._dataset, valid_data.step)
+        with self.remembering():
+            for batch in valid_data:
+                # What counts are the records that are made meanwhile.
+                for _ in scorer.all_items(batch.interaction.to(self.fusion.device)):
+                    pass
         target, language, retriever = (torch.cat(column) for column in zip(*self.records))
         self.records = None
         found = target >= 0
@@ -287,6 +305,15 @@ def column_of(candidates: Tensor, items: Tensor) -> Tensor:
     """Where in its row of candidates ``[B, C]`` an item ``[B]`` stands; -1 where it does not."""
     same = candidates == items[:, None]
     return torch.where(same.any(1), same.int().argmax(1), -1)
+
+
+def strictly_falling(values: Tensor) -> Tensor:
+    """Values ``[B, K]`` that fall from left to right; equal ones are raised by the least steps that part them."""
+    columns = list(values.unbind(1))
+    for column in reversed(range(len(columns) - 1)):
+        above = columns[column + 1].nextafter(torch.tensor(torch.inf, device=values.device))
+        columns[column] = torch.maximum(columns[column], above)
+    return torch.stack(columns, 1)
 
 
 def shuffled(items: Tensor, histories: Tensor, seed: int) -> Tensor:

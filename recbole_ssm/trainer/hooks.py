@@ -89,6 +89,11 @@ class Hook:
     def on_validation_start(self, trainer: Training, loader: Any) -> None:
         """Before an epoch's evaluation on the validation rows that ``loader`` gives."""
 
+    def on_no_validation(self, trainer: Training, loader: Any) -> None:
+        """Before the first epoch of a fit that validates none, as ``loader`` gives no rows (or is None), or no epoch is
+        left to train.
+        """
+
     def on_evaluation_start(self, trainer: Training) -> None:
         """Before the first batch of an evaluation."""
 

@@ -83,6 +83,9 @@ class Trainer(SavingTrainer):
                 trains = self.position.epoch < self.epochs
                 folders.write_settings(self.folder, self.config, overwrite=trains)
         with self._folder_held(), self._signals.held(self._save_for_later):
+            if not valid_data or (self.position.epoch >= self.epochs and self.best_valid_result is None):
+                with self.learner.evaluation_point():
+                    self._notify("on_no_validation", valid_data)
             if self._random is not None:
                 set_random_states(self._random)
                 self._random = None

@@ -71,7 +71,7 @@ def test_a_long_history_loses_its_oldest_items(build, caplog):
     assert model.prompt(history) == model.prompt(history[-fits:])
     assert (model.prompts.written, model.prompts.shortened) == (fits + 3, 2)
     tell_of_shortened(model.prompts)
-    assert f"2 of {fits + 3} prompts were longer than the base model or prompt_tokens allow" in caplog.text
+    assert f"2 of {fits + 3} prompts were longer than the base model reads, and lost" in caplog.text
     assert (model.prompts.written, model.prompts.shortened) == (0, 0)
 
 
@@ -170,6 +170,23 @@ def test_what_is_tuned_is_what_validation_measures(titled, caplog):
         found = run_recbole_ssm("GPT4Rec", titled["dataset"], config_dict={**options, "state": "INFO"})
     best = float(re.search(r"NDCG@5 ([\d.]+), the least", caplog.text)[1])
     assert best == pytest.approx(found["best_valid_score"], abs=1e-4) and 0 < best < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"epochs": 0}, "of 2 pairs, on 48 validation rows: NDCG@5"),
+        (
+            {"epochs": 1, "eval_args": {"split": {"LS": "test_only"}}},
+            "BM25: k1 0.5, b 0.75, the first of 2 pairs: there are no validation rows to choose by",
+        ),
+    ],
+)
+def test_it_is_tuned_once_where_no_epoch_is_validated(titled, caplog, options, told):
+    options = {**titled["config_dict"], **TINY, "bm25_k1": [0.5, 2.0], "valid_metric": "NDCG@5", **options}
+    with caplog.at_level("INFO"):
+        run_recbole_ssm("GPT4Rec", titled["dataset"], config_dict={**options, "state": "INFO"})
+    assert caplog.text.count("BM25: k1") == 1 and told in caplog.text
 
 
 def test_the_gain_is_ndcg_of_the_place(build, monkeypatch):

@@ -57,6 +57,15 @@ def test_hooks_are_called_in_this_order(toy):
     assert saved.info["training"]["hooks"] == {"Recorder": {"calls": len(recorder.calls) - 1}}
 
 
+@pytest.mark.parametrize(("epochs", "validates"), [(0, True), (1, False)])
+def test_hooks_are_told_where_no_epoch_is_validated(toy, epochs, validates):
+    recorder = Recorder()
+    trainer, train, valid = build("2Mamba4Rec", toy, [recorder], epochs=epochs)
+    trainer.fit(train, valid if validates else None)
+    assert recorder.calls[:2] == ["on_fit_start", "on_no_validation"]
+    assert recorder.calls.count("on_no_validation") == 1 and "on_validation_start" not in recorder.calls
+
+
 def test_processes_do_not_race_for_the_folder_of_checkpoints(toy, tmp_path, monkeypatch):
     """RecBole looks whether it is there, then makes it, and fails if another process did so in between."""
     seen = []
