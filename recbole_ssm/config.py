@@ -115,6 +115,8 @@ class Config(recbole.config.Config):
         base: Mapping[str, Any] | None = None,
     ) -> None:
         self._find_model = find_model
+        self.ranker: Config | None = None
+        """The configuration of the ranker for which a first stage is trained."""
         self._command_line = list(command_line)
         self._base = {key: plain(key, value) for key, value in renamed(base or {}).items()}
         try:

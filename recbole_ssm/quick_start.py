@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from recbole_ssm.data.loader import TrainLoader, create_loaders  # noqa: E402
 from recbole_ssm.data.outline import item_tokens  # noqa: E402
 from recbole_ssm.errors import UserError  # noqa: E402
 from recbole_ssm.evaluation import metrics  # noqa: E402
+from recbole_ssm.files import check_writable  # noqa: E402
 from recbole_ssm.keys import KEYS  # noqa: E402
 from recbole_ssm.llm import pairs  # noqa: E402
 from recbole_ssm.model.registry import build_model  # noqa: E402
@@ -34,6 +35,7 @@ from recbole_ssm.starting import (  # noqa: E402
     configure,
     configure_again,
     configure_from,
+    configure_ranker,
     read_resume,
     require_data,
     require_same_items,
@@ -81,7 +83,9 @@ def run_recbole_ssm(
         command_line: options as ``["--key=value", ...]``; they win over all else.
         resume: go on from this checkpoint, or from the newest whole one of this folder. Model,
             data set and options are those of its run; only what does not change the result
-            (``epochs``, ``stopping_step``, ``show_progress`` ...) may be another.
+            (``epochs``, ``stopping_step``, ``show_progress`` ...) may be another. A checkpoint of
+            a retriever that was trained for a ranker goes on to the ranker, unless ``model``
+            names the retriever.
         allow_pickle: let ``resume`` name one of RecBole's own ``.pth`` checkpoints, whose
             loading runs whatever code the file holds. Take it only from whom you trust. Model,
             data set and options must then be given.
@@ -115,6 +119,7 @@ def run_recbole_ssm(
     if resume is not None and init is not None:
         raise UserError("init: a run that is resumed has its weights; leave out init, or resume")
     start = None if resume is None else read_resume(Path(resume), allow_pickle)
+    stage_start = None
     given: dict[str, Any] = {
         "dataset": dataset,
         "config_file_list": config_file_list,
@@ -124,6 +129,8 @@ def run_recbole_ssm(
     if init is not None:
         first = checkpoint.find_best(Path(init))
         config = configure_from(first, model, **given)
+    elif start is not None and (ranker := configure_ranker(start, model, **given)):
+        config, stage_start, start = ranker, start, None
     elif start is not None and "config" in start[1].info:
         config = configure_again(start, model, **given)
     else:
@@ -131,7 +138,7 @@ def run_recbole_ssm(
     log = begin_log(config) if distributed.rank() == 0 else None
     getLogger().info(opening(config, log))
     with refusals_of_a_run(config["model"]):
-        result = _run(config, saved, start, hooks, first if init is not None else None)
+        result = _run(config, saved, start, hooks, first if init is not None else None, stage_start)
     distributed.stop()
     getLogger().log(RESULT, closing(config, result))
     return result
@@ -195,14 +202,15 @@ def _run(
     start: Saved | None,
     hooks: Iterable[Hook],
     first: Saved | None = None,
+    stage_start: Saved | None = None,
 ) -> dict[str, Any]:
-    """One model, from its data to its test."""
+    """One model, from its data to its test; ``stage_start`` is where its first stage goes on."""
     logger = getLogger()
     if start is not None and not hasattr(config.model_class, "first_stage"):
         # Before the data is read. A model of two stages knows all its settings only when it is built.
         path, found = start
         require_same_run(found, path, config, None)
-    recommender, train_data, valid_data, test_data = _prepare(config, start)
+    recommender, train_data, valid_data, test_data = _prepare(config, start, _trains_stage(config, stage_start))
     if start is not None:
         require_same_items(train_data._dataset, start)
     if first is not None:
@@ -248,11 +256,11 @@ def _run(
         "protocol": protocol,
         "checkpoint": trainer.saved_model_file if saved else None,
     }
-    if shuffled and shuffled.ranking is not None:
-        orders = ("shuffled times", "shuffled times masked")
-        result["ranks"] = dict(zip(orders, shuffled.ranking.ranks.T))
     for hook in trainer.hooks:
         result |= hook.result()
+    if shuffled and shuffled.ranking is not None:
+        orders = ("shuffled times", "shuffled times masked")
+        result["ranks"] = {**result.get("ranks", {}), **dict(zip(orders, shuffled.ranking.ranks.T))}
     return result
 
 
@@ -261,7 +269,9 @@ def _both_lists(name: str, found: metrics.Result | None) -> dict[str, Any]:
     return {name: found, f"{name}_masked": found.masked if found else None}
 
 
-def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any, Any]:
+def _prepare(
+    config: Config, start: Saved | None, train_stage: Callable[[Config], str]
+) -> tuple[Any, TrainLoader, Any, Any]:
     """Model and loaders of a configuration; the first stage of a model of two, such as
     LlamaRec, is trained or read.
     """
@@ -270,7 +280,7 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
     require_wandb(config)
     stage = None
     if hasattr(config.model_class, "first_stage"):
-        stage = config.model_class.first_stage(config, start[1] if start else None, configure, _checkpoint_of)
+        stage = config.model_class.first_stage(config, start[1] if start else None, configure, train_stage)
     set_backend(config["ssm_backend"])
     init_seed(config["seed"], config["reproducibility"])
 
@@ -297,10 +307,19 @@ def _prepare(config: Config, start: Saved | None) -> tuple[Any, TrainLoader, Any
     return recommender, *loaders
 
 
-def _checkpoint_of(config: Config) -> str:
-    """Train and test a model; the path of its best checkpoint."""
-    path: str = _run(config, True, None, ())["checkpoint"]
-    return path
+def _trains_stage(ranker: Config | None, start: Saved | None) -> Callable[[Config], str]:
+    """What trains and tests a first stage, from ``start`` on, and gives the path of its best checkpoint.
+
+    Its checkpoints say for which ranker it is trained, but for a class of the user's own, which is never imported
+    because a file names it.
+    """
+
+    def train(config: Config) -> str:
+        config.ranker = None if ranker is None or ranker.class_path else ranker
+        path: str = _run(config, True, start, ())["checkpoint"]
+        return path
+
+    return train
 
 
 def objective_function(
@@ -339,10 +358,11 @@ def export_pairs(path: str | Path, *arguments: Any, **options: Any) -> int:
     Raises:
         UserError: something given is wrong.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder; name a file to write")
+    with contextlib.suppress(OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    check_writable(Path(path))
     config = configure("LlamaRec", *arguments, **options)
     begin_log(config)
-    recommender, train_data, _, _ = _prepare(config, None)
+    recommender, train_data, _, _ = _prepare(config, None, _trains_stage(None, None))
     init_seed(config["seed"], config["reproducibility"])
     return pairs.export(Path(path), recommender, train_data, config["show_progress"])

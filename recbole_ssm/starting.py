@@ -81,6 +81,29 @@ def configure_again(saved: Saved, model: str | type | None, **given: Any) -> Con
     return config
 
 
+def configure_ranker(saved: Saved, model: str | type | None, **given: Any) -> Config | None:
+    """The configuration of the run for whose first stage a checkpoint was written; None where there is none, or where
+    another model is asked for, as the first stage itself.
+
+    Args:
+        saved: the checkpoint.
+        model: the model that is asked for, if one is.
+        **given: arguments of :func:`configure`; what they say takes the place of the run's.
+
+    Raises:
+        UserError: something given is wrong.
+    """
+    path, found = saved
+    ranker = found.info.get("for")
+    options = {**(given["config_dict"] or {}), **parse_options(given["command_line"])}
+    if ranker is None or (model or options.get("model", ranker["model"])) != ranker["model"]:
+        return None
+    base = {key: value for key, value in ranker["options"].items() if key not in NOT_BY_A_FILE}
+    # The ranker's folder comes to lie beside the one of its first stage.
+    base |= {"checkpoint_dir": str(path.parent.parent), "dataset": found.info.get("config", {}).get("dataset")}
+    return _configure_by(found, model, {**base, "model": ranker["model"]}, **given)
+
+
 def configure_data(saved: Saved, model: str | type | None, **given: Any) -> Config:
     """:func:`configure_again`, to read data for a trained model.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import glob
 import json
 import os
 import platform
@@ -146,7 +145,7 @@ def _train(folder: Path, lines: TextIO) -> None:
         run.dataset,
         config_dict=job["options"],
         hooks=[history, ranks],
-        resume=_interrupted(folder / CHECKPOINTS, f"{name}-{run.dataset}-"),
+        resume=_interrupted(folder / CHECKPOINTS, name),
     )
     # Without a test they would be those of the last validation.
     if len(ranks.ranks) and result["test_result"]:
@@ -180,18 +179,23 @@ def _train(folder: Path, lines: TextIO) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _interrupted(checkpoints: Path, name: str) -> Path | None:
-    """The folder of checkpoints from which a run of this name can go on; those that cannot be read are deleted.
+def _interrupted(checkpoints: Path, model: str) -> Path | None:
+    """The folder of checkpoints from which a run of this model can go on: its own newest, or that of its first stage.
 
-    Other names are of a ranker's retriever.
+    Where none can be read, all are deleted.
     """
-    found = sorted(checkpoints.glob(f"{glob.escape(name)}*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found:
+    stage = None
+    folders = [path for path in checkpoints.glob("*") if path.is_dir()]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(UserError):
-            checkpoint.newest(path)
-            return path
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return None
+            info = checkpoint.newest(folder)[1].info
+            if info["model"] == model:
+                return folder
+            if stage is None and info.get("for", {}).get("model") == model:
+                stage = folder
+    if stage is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return stage
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file, tensors and a JSON header; loading one never runs code.
 
 The header's metadata holds two entries. ``recbole_ssm`` is JSON with the format's version, the
-model's name, its plain configuration and the state of training; ``sha256`` is the digest of that
+model's name, its plain configuration and the state of training, and, where the model is a first stage that
+is trained for another model, that one's name and options (``for``); ``sha256`` is the digest of that
 text and of all tensors, so that a damaged file is known as such. The tokens of the items are
 tensors too, since a header of safetensors may not be large. Equal checkpoints are equal files:
 all entries of a header are sorted. A file is whole or absent: it is written under a temporary
@@ -50,6 +51,7 @@ _COUNT = Number("[0, inf)", whole=True)
 INFO = {
     "model": Text(),
     "config": OPTIONS,
+    "for": Fields({"model": Text(), "options": OPTIONS}, open=True, needs=("model", "options")),
     "catalogue": Fields({"sizes": Table(_COUNT, "{'item_id': 5}")}, open=True, needs=("sizes",)),
     "training": Either(
         NONE,

@@ -154,6 +154,9 @@ class SavingTrainer(EvaluatingTrainer):
         # Of a user's own model; who loads the checkpoint gives the class again.
         if own_class := getattr(self.config, "class_path", None):
             header["class"] = own_class
+        # Who goes on from a first stage goes on to the model for which it is trained.
+        if ranker := getattr(self.config, "ranker", None):
+            header["for"] = {"model": ranker["model"], "options": plain(ranker.external_config_dict)}
         return checkpoint.Checkpoint({**self.catalogue.tensors, **tensors}, {**header, **self.catalogue.info, **info})
 
     def _snapshot(self, states: list[RandomStates]) -> Snapshot:

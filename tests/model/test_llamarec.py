@@ -17,13 +17,14 @@ from recbole_ssm.commands import evaluate
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError
+from recbole_ssm.evaluation import ranks
 from recbole_ssm.llm import preference, retriever
 from recbole_ssm.llm.base import random_tokenizer
 from recbole_ssm.llm.prompt import prompt_words
 from recbole_ssm.llm.reranking import metrics
 from recbole_ssm.llm.retriever import find_retriever
 from recbole_ssm.model import LlamaRec
-from recbole_ssm.model.llamarec import column_of, fuse, shuffled, target_ranks
+from recbole_ssm.model.llamarec import column_of, fuse, shuffled, strictly_falling, target_ranks
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Hook, Trainer, checkpoint
 from recbole_ssm.trainer.checkpoint import load_weights
@@ -188,12 +189,12 @@ def test_every_objective_has_a_finite_loss_and_gradients(circle, verbalizer, rej
     assert all(p.grad is None for p in model.retriever.parameters())
 
 
-def untrained(options, **more):
-    """A model whose retriever and language model are as they start, and its loaders."""
+def untrained(options, own=None, **more):
+    """A model whose retriever, with options of its ``own``, and language model are as they start, and its loaders."""
     config = configure("LlamaRec", "circle", config_dict={**options, **more})
     settings = configure(config["retriever"], "circle", config_dict={
         "data_path": options["data_path"], "MAX_ITEM_LIST_LENGTH": config["MAX_ITEM_LIST_LENGTH"],
-        "embedding_size": 16, "hidden_size": 16,
+        "embedding_size": 16, **({"hidden_size": 16} if own is None else own),
     })  # fmt: skip
     loaders = create_loaders(config, create_dataset(config))
     torch.manual_seed(0)
@@ -289,6 +290,21 @@ def test_a_retriever_that_may_know_the_targets_is_refused(trained):
         run_recbole_ssm("LlamaRec", "circle", config_dict={**options, "retriever": "SASRec"})
 
 
+@pytest.mark.parametrize("split", ["valid_and_test", "test_only"])
+def test_a_retriever_may_have_learned_from_times_and_from_a_part_of_the_rows(tmp_path, split):
+    data = write_circle(tmp_path / "data", begin=978_300_000)
+    own = {"epochs": 0, "time": "gaps", "train_newest": 5, "train_rows": 50, "seed": 5, "topk": [3]}
+    own |= {"valid_metric": "NDCG@3", "MAX_ITEM_LIST_LENGTH": 2, "eval_args": {"split": {"LS": split}}}
+    found = run_recbole_ssm("GRU4Rec", "circle", config_dict={**data, **own})
+    options = {**SMALL, **data, "retriever_config": None, "retriever_checkpoint": found["checkpoint"]}
+    config = configure("LlamaRec", "circle", config_dict=options)
+    if split == "test_only":
+        with pytest.raises(UserError, match="was trained on other rows than this run's training part"):
+            find_retriever(config, None, configure, pytest.fail)
+        return
+    assert find_retriever(config, None, configure, pytest.fail).settings["time"] == "gaps"
+
+
 def test_of_a_retrievers_folder_the_best_checkpoint_is_taken(trained):
     path = pathlib.Path(trained["options"]["retriever_checkpoint"])
     assert len(list(path.parent.glob("*.safetensors"))) > 1
@@ -336,7 +352,7 @@ def test_the_shuffle_depends_on_seed_history_and_items_alone():
 
 
 def test_the_metrics_are_recboles(trained):
-    """Both measures agree with RecBole's evaluator, and leaving out the hopeless changes no metric."""
+    """Both measures agree with RecBole's evaluator, and leaving out the hopeless changes none of ranks."""
     config = configure("LlamaRec", "circle", config_dict=trained["options"])
     path = pathlib.Path(trained["orpo"]["checkpoint"])
     settings = checkpoint.read(path).info["config"]["retriever_settings"]
@@ -352,6 +368,12 @@ def test_the_metrics_are_recboles(trained):
         for name, value in results[-1].items():
             assert report["overall"]["fused"][name] == pytest.approx(value, abs=1e-4)
     assert results[0] == results[1] == trained["orpo"]["test_result"]
+
+
+def test_a_validation_is_not_reported_as_the_test(circle):
+    options = {**circle, "epochs": 1, "train_last": 1, "eval_args": {"split": {"LS": "valid_only"}}}
+    found = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    assert found["test_result"] is None and found["reranking"] == found["ranks"] == {}
 
 
 def test_metrics_of_known_ranks():
@@ -396,6 +418,71 @@ def test_the_fusion_weight_is_chosen_on_validation(circle, monkeypatch):
     assert float(tensors["model.fusion"]) == result["reranking"]["fusion_weight"]
 
 
+@pytest.mark.parametrize("reader", ["users", "times"])
+def test_tuning_gives_no_row_the_answer_of_other_candidates(tmp_path, reader):
+    """A retriever that reads users or times finds other candidates for an equal history."""
+    options = {**SMALL, **write_circle(tmp_path / "data", begin=978_300_000), "fusion_weight": "tuned"}
+    if reader == "users":
+        model, (_, valid, _) = untrained(options, own={}, retriever="FPMC", retriever_config=None)
+    else:
+        model, (_, valid, _) = untrained(options, own={"time": "query", "hidden_size": 16})
+        valid._later = torch.arange(len(valid._dataset)) % 24 * 3600
+    with torch.no_grad():
+        for weights in model.retriever.parameters():
+            weights.normal_()
+    model.fusion.fill_(0.0)
+    plain = torch.cat([model.full_sort_predict(batch.interaction) for batch in valid])
+    model.tune(valid)
+    model.fusion.fill_(0.0)
+    asked = model.asked
+    assert torch.equal(torch.cat([model.full_sort_predict(batch.interaction) for batch in valid]), plain)
+    assert model.asked - asked < len(plain)  # some answers were kept
+
+
+def test_tuning_scores_as_few_rows_at_once_as_an_evaluation(circle, monkeypatch):
+    model, (_, valid, _) = untrained(circle, fusion_weight="tuned")
+    expected = model.full_sort_predict
+    sizes = []
+    monkeypatch.setattr(model, "full_sort_predict", lambda batch: sizes.append(len(batch)) or expected(batch))
+    monkeypatch.setattr(ranks, "LARGEST_SCORES", 7 * 8)
+    model.tune(valid)
+    assert max(sizes) == 8 and sum(sizes) == 60
+
+
+def test_what_is_tuned_is_tuned_where_no_epoch_is_validated(circle, monkeypatch):
+    calls = []
+
+    def tune(model, valid_data):
+        calls.append(len(valid_data._dataset))
+        model.fusion.fill_(0.25)
+
+    options = {**circle, "fusion_weight": "tuned", "epochs": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaRec, "tune", tune)
+        found = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+        assert calls == [60] and found["reranking"]["fusion_weight"] == 0.25
+        assert run_recbole_ssm(resume=found["checkpoint"])["reranking"]["fusion_weight"] == 0.25
+    options |= {"epochs": 1, "eval_args": {"split": {"LS": "test_only"}}}
+    with pytest.raises(UserError, match="fusion_weight: there are no validation rows by which it could be tuned"):
+        run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+
+
+@pytest.mark.parametrize("name", ["Pop", "RepeatNewest"])
+def test_equal_scores_of_the_retriever_leave_the_language_models_order(circle, name):
+    options = {**circle, "retriever": name, "retriever_config": None, "epochs": 0, "num_candidates": 4}
+    found = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    fused = found["reranking"]["overall"]["fused"]
+    assert dict(found["test_result"]) == pytest.approx({name: fused[name] for name in found["test_result"]}, abs=1e-4)
+
+
+def test_strictly_falling_values():
+    values = torch.tensor([[3.0, 3.0, 3.0, 1.0], [2.0, 1.0, 0.0, 0.0], [-torch.inf] * 4, [4.0, 3.0, 2.0, 1.0]])
+    found = strictly_falling(values)
+    assert (found.diff(dim=1) < 0).all()
+    assert torch.equal(found[:, -1], values[:, -1]) and torch.equal(found[3], values[3])
+    torch.testing.assert_close(found[:2], values[:2])
+
+
 def test_column_of():
     candidates = torch.tensor([[4, 5, 6], [1, 2, 3]])
     assert column_of(candidates, torch.tensor([6, 9])).tolist() == [2, -1]
@@ -434,6 +521,35 @@ def test_killed_and_resumed_is_never_killed(circle, monkeypatch):
     assert list(one.tensors) == list(other.tensors)
     for name, tensor in one.tensors.items():
         assert torch.equal(tensor, other.tensors[name]), name
+
+
+@pytest.mark.parametrize("epochs_ended", [1, 2])
+def test_killed_in_the_retrievers_training_and_resumed_is_never_killed(circle, monkeypatch, caplog, epochs_ended):
+    """Within its second epoch, and behind that, its last one."""
+    own = {**circle["retriever_config"], "epochs": 2, "train_batch_size": 128}
+    options = {**circle, "retriever_config": own, "epochs": 1, "train_last": 1, "checkpoint_steps": 1}
+    straight = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    save = Trainer._save_step
+
+    def save_and_die(trainer):
+        save(trainer)
+        if trainer.position.epoch == epochs_ended and (trainer.position.number or epochs_ended == 2):
+            raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Trainer, "_save_step", save_and_die)
+        run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    folder = max(pathlib.Path("saved").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    trained = {**options, "retriever_config": None, "retriever_checkpoint": str(folder)}
+    find_retriever(configure("LlamaRec", "circle", config_dict=trained), None, configure, pytest.fail)
+    warning = f"retriever_checkpoint: the run in {folder} has ended 1 of 2 epochs; to train the others first"
+    assert (warning in caplog.text) == (epochs_ended == 1)
+    resumed = run_recbole_ssm(resume="saved")
+    assert sorted(path.name[:5] for path in pathlib.Path("saved").iterdir()) == ["GRU4R"] * 2 + ["Llama"] * 2
+    assert resumed["model"] == "LlamaRec" and resumed["test_result"] == straight["test_result"]
+    one, other = (checkpoint.newest(pathlib.Path(r["checkpoint"]).parent)[1].tensors for r in (straight, resumed))
+    assert list(one) == list(other) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert run_recbole_ssm("GRU4Rec", resume=folder)["model"] == "GRU4Rec"
 
 
 def test_a_ranker_is_tested_again_as_it_was(circle):
@@ -500,6 +616,10 @@ def test_evaluation_on_some_rows(circle):
             "orpo_probabilities: verbalizer: embedding has probabilities of candidates alone; take orpo_probabilities",
         ),
         ({"eval_args": {"mode": "uni100"}}, "eval_args: a ranker of retrieved items is evaluated with mode: full, got"),
+        (
+            {"rerank": "retrieved", "metrics": ["Hit", "ItemCoverage"]},
+            "rerank: the language model must order every user's items for ItemCoverage; take rerank: all",
+        ),
         ({"retriever_config": {"epoch": 3}}, "epoch: there is no such key; did you mean 'epochs'?"),
         ({"retriever_config": 3}, "retriever_config: must be a mapping such as {'epochs': 20}, got 3"),
         (
@@ -508,6 +628,13 @@ def test_evaluation_on_some_rows(circle):
         ),
         ({"retriever_config": {"MAX_ITEM_LIST_LENGTH": 9}}, "retriever_config: MAX_ITEM_LIST_LENGTH is the ranker's"),
         ({"retriever_config": {"encoding": "latin-1"}}, "retriever_config: encoding is the ranker's too"),
+        ({"retriever_config": {"dataset": "toy"}}, "retriever_config: data_path is the ranker's too"),
+        ({"retriever_config": {"model": "SASRec"}}, "retriever_config: its model stands beside it; give retriever:"),
+        (
+            {"retriever": "2Mamba4Rec", "retriever_config": {"preset": "ml-1m/2Mamba4Rec"}},
+            "retriever_config: user_inter_num_interval is the ranker's too, as another one could show the retriever "
+            "what is tested; it is '[5,inf)' there and '[0,inf)' here, so give user_inter_num_interval beside",
+        ),
         ({"retriever": 3}, "retriever: must be a name such as 2Mamba4Rec, got 3"),
         (
             {"retriever_config": None, "retriever_checkpoint": 3},
@@ -534,7 +661,7 @@ def test_what_cannot_work_is_one_line(circle, options, message):
 def test_a_retriever_has_the_keys_of_its_ranker_but_for_model_and_training():
     given = {"encoding": "latin-1", "drop_cold_targets": True, "seed": 7, "prompt_history": 3, "epochs": 9}
     config = configure("LlamaRec", "toy", config_dict={**given, "retriever_config": {"hidden_size": 8}})
-    own = retriever._config_of(config, configure)
+    own = retriever._config_of(config, config["retriever_config"], configure)
     assert {key: own[key] for key in ("encoding", "drop_cold_targets", "seed")} == {
         key: given[key] for key in ("encoding", "drop_cold_targets", "seed")
     }
@@ -547,6 +674,8 @@ def test_a_retriever_may_read_times(tmp_path):
     options = {**SMALL, **write_circle(tmp_path / "data", begin=978_300_000), "epochs": 0, "state": "WARNING"}
     options["retriever_config"] = {**options["retriever_config"], "time": "query"}
     result = run_recbole_ssm("LlamaRec", "circle", config_dict=options)
+    assert result["test_result_shuffled_times"].keys() == result["test_result"].keys()
+    assert {"shuffled times", "fused"} <= result["ranks"].keys()
     recommender = load_recommender(result["checkpoint"], device="cpu")
     times = [978_300_000, 978_300_001]
     scores = [recommender.score(["i1", "i2"], ["i3"], times=times, now=times[1] + wait) for wait in (0, 1)]

@@ -18,10 +18,11 @@ import yaml
 from recbole_ssm import config
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json
+from recbole_ssm.study import child, speed
 from recbole_ssm.study import runs as module
-from recbole_ssm.study import speed
 from recbole_ssm.study.runs import OUTCOME, RANKS, RUN, Outcome, Run, Runs
 from recbole_ssm.study.speed import speeds
+from recbole_ssm.trainer import checkpoint
 from tests.conftest import REPOSITORY
 from tests.study.conftest import process_of, wait_for
 
@@ -463,3 +464,17 @@ def test_killed_and_gone_on_is_never_killed(tmp_path):
     assert all((a == b).all() for a, b in zip(found.ranks(), straight.ranks()))
     timeless = [[{**entry, "seconds": 0} for entry in outcome.history] for outcome in (found, straight)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 12
+
+
+def test_a_run_goes_on_from_its_own_checkpoints_or_from_those_of_its_first_stage(tmp_path):
+    def write(name, **info):
+        checkpoint.write(tmp_path / name / "step-000000001.safetensors", {}, info)
+        return tmp_path / name
+
+    write("GRU4Rec-alone", model="GRU4Rec")
+    stage = write("GRU4Rec-stage", model="GRU4Rec", **{"for": {"model": "LlamaRec", "options": {}}})
+    assert child._interrupted(tmp_path, "LlamaRec") == stage
+    own = write("LlamaRec-own", model="LlamaRec")
+    os.utime(own, (1, 1))
+    assert child._interrupted(tmp_path, "LlamaRec") == own
+    assert child._interrupted(tmp_path, "SASRec") is None and not tmp_path.exists()
