@@ -122,6 +122,8 @@ def closing(config: Any, result: Mapping[str, Any]) -> str:
     models = [own_class or config["model"], "2Mamba4Rec" if config["model"] == "SASRec" else "SASRec"]
     data_path = config.changed.get("data_path")
     where = f" --data_path={shlex.quote(str(data_path))}" if data_path else ""
+    if base_model := config.changed.get("base_model"):
+        where += f" --{config['model']}.base_model={shlex.quote(str(base_model))}"
     commands.append(f"compare --models={','.join(models)} --datasets={config['dataset']}{where} --seeds=3")
     for heading, command in itertools.zip_longest(["next"], commands, fillvalue=""):
         lines.append(f"{heading:6}recbole-ssm {command}")

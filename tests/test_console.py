@@ -80,6 +80,12 @@ def test_the_closing_block_names_the_metrics_the_folder_and_the_next_commands(ma
     assert commands[2][1:] == ["--models=GRU4Rec,SASRec", "--datasets=toy", TOY[1], "--seeds=3"]
 
 
+def test_the_command_to_compare_a_ranker_names_its_base_model():
+    config = configure("LlamaRec", "toy", config_dict={"base_model": "some/model"})
+    block = console.closing(config, {"test_result": None, "checkpoint": None})
+    assert block.endswith("--models=LlamaRec,SASRec --datasets=toy --LlamaRec.base_model=some/model --seeds=3")
+
+
 def test_an_epoch_of_which_nothing_was_left_to_train_has_no_speed():
     assert console.trained_in_words(1.5, 2.0, 100) == "loss 1.5000, 2.0 s, 50 events/s"
     assert console.trained_in_words(1.5, 0.001, 0) == "loss 1.5000"

@@ -19,6 +19,7 @@ from torch import Tensor
 from recbole_ssm.arguments import add_counts, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import add_device, medians
+from recbole_ssm.errors import UserError
 from recbole_ssm.llm.base import load_base_model
 from recbole_ssm.llm.prompt import Prompts, Question, prompt_words
 from recbole_ssm.llm.verbalizer import VERBALIZERS, Verbalizer
@@ -48,12 +49,18 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Measure; one row a verbalizer and implementation.
 
     Raises:
+        UserError: the vocabulary is smaller than the tokenizer's.
         AssertionError: an implementation gives other scores than the plain one.
     """
     rng = random.Random(0)
     titles = ["", *(" ".join(rng.choices(WORDS, k=rng.randint(2, 8))).title() for _ in range(1000))]
     base = load_base_model(_keys(options), [*titles[1:], *(f" {title}" for title in titles), *prompt_words()])
     if options.base_model == "random":
+        if options.vocabulary < len(base.tokenizer):
+            raise UserError(
+                f"--vocabulary: must be at least {len(base.tokenizer)}, as many tokens as the titles need, got "
+                f"{options.vocabulary}"
+            )
         # From so few titles the tokenizer has learned fewer tokens.
         base.model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
     rows: list[Row] = []

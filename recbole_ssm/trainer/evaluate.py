@@ -145,7 +145,8 @@ class EvaluatingTrainer(recbole.trainer.Trainer):
             whole_days = pauses is not None and rows.of_whole_days
             result.by_group = metrics.by_group(result.ranking, self.config, events, pauses, whole_days)
             self.logger.debug(metrics.text_of(result.by_group))
-        if self.config["time"] == "query":
+        # The time may be read by a ranker's retriever, of which this configuration says nothing.
+        if self.config["time"] == "query" or getattr(getattr(self.model, "time_encoding", None), "asks", False):
             # Hooks would take it for the test.
             hooks, self.hooks = self.hooks, []
             try:

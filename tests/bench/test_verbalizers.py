@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from recbole_ssm.bench import main
+from recbole_ssm.errors import UserError
 
 
 def test_every_implementation_is_measured(tmp_path):
@@ -12,3 +15,10 @@ def test_every_implementation_is_measured(tmp_path):
     assert len(rows) == 3 * 4
     assert all(row["candidates_per_second"] > 0 for row in rows)
     assert all(row["x_plain"] == 1 for row in rows if row["implementation"] == "plain")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    with pytest.raises(
+        UserError, match=r"--vocabulary: must be at least \d+, as many tokens as the titles need, got 4"
+    ):
+        main(["llm", "--users=1", "--width=16", "--layers=1", "--vocabulary=4"])

@@ -101,8 +101,13 @@ def test_merged_items_are_distinct_and_no_query_gives_more_than_its_share(lists,
     merged = merge(lists, cutoffs)
     assert len(set(merged)) == len(merged) <= max(cutoffs)
     assert set(merged) <= {item for items in lists for item in items}
-    if all(len(items) == 12 for items in lists) and len(lists) == 1:
-        assert merged == lists[0][: max(cutoffs)]
+    for number, items in enumerate(lists):
+        others = {item for other in lists[:number] + lists[number + 1 :] for item in other}
+        shares = [cutoff // len(lists) + (number < cutoff % len(lists)) for cutoff in cutoffs]
+        own = [item for item in items if item not in others]
+        assert len(set(own) & set(merged)) <= max(shares)
+        if not set(items) & others:
+            assert [item for item in merged if item in items] == items[: max(shares)]
 
 
 @given(lists_of_items)

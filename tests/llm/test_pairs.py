@@ -81,8 +81,11 @@ def test_the_command(titled, tmp_path, capsys):
     assert len(read_pairs(tmp_path / "out.jsonl")) == 48
     assert cli.main(["pairs", "--dataset=toy"]) == 2
     assert "pairs: name the file to write first" in capsys.readouterr().err
-    assert cli.main(["pairs", str(tmp_path)]) == 2
-    assert "is a folder; name a file to write" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    # Before anything is read or trained.
+    for path, message in (("", "is a folder; name a file"), ("file/out.jsonl", "there is no folder")):
+        assert cli.main(["pairs", str(tmp_path / path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
