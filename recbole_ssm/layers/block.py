@@ -37,6 +37,10 @@ class Dropout(nn.Dropout):
         """``[...]`` -> ``[...]``."""
         return dropout(u, self.p, self.training)
 
+    def kernel_weights(self) -> dict[str, Any]:
+        """Nothing: kernels do not drop out."""
+        return {}
+
 
 def joined(
     u: Tensor, y: Tensor, norm: nn.Module, gate: nn.Module | None, pre_norm: bool, residual: bool = True
@@ -93,6 +97,19 @@ class FeedForward(nn.Module):
             hidden = self.activation(hidden)
         y = self.dropout(self.w_2(self.dropout(hidden)))
         return joined(u, y, self.norm, self.gate, self.recipe.pre_norm)
+
+    def kernel_weights(self) -> dict[str, Any]:
+        """What the kernels of a block read of this part; nothing of one that they do not know."""
+        if self.recipe != PUBLISHED or self.activation is not F.gelu:
+            return {}
+        return {
+            "F": self.w_1.out_features,
+            "w_1": self.w_1.weight,
+            "b_1": self.w_1.bias,
+            "w_2": self.w_2.weight,
+            "b_2": self.w_2.bias,
+            **norm_fields("last", self.norm),
+        }
 
 
 class Block(nn.Module):
@@ -152,18 +169,7 @@ class Block(nn.Module):
         """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none, or
         its recipe is one that they do not know, or its state decays through gaps, which they are not told.
         """
-        mixer = self.mixer.kernel_weights() if hasattr(self.mixer, "kernel_weights") else {}
-        if not mixer or self.recipe != PUBLISHED or getattr(self.mixer, "gap_rate", None) is not None:
+        parts = [getattr(part, "kernel_weights", dict)() for part in (self.mixer, self.feed_forward)]
+        if not all(parts) or self.recipe != PUBLISHED or parts[0].get("gap_rate") is not None:
             return {}
-        w_1, w_2 = self.feed_forward.w_1, self.feed_forward.w_2
-        return {
-            **mixer,
-            "F": w_1.out_features,
-            "residual": self.residual,
-            "w_1": w_1.weight,
-            "b_1": w_1.bias,
-            "w_2": w_2.weight,
-            "b_2": w_2.bias,
-            **norm_fields("norm", self.norm),
-            **norm_fields("last", self.feed_forward.norm),
-        }
+        return {**parts[0], **parts[1], "residual": self.residual, **norm_fields("norm", self.norm)}

@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from recbole_ssm.layers.step import Prepared, Weights, norm_fields
+from recbole_ssm.layers.step import Prepared, norm_fields
+from recbole_ssm.layers.weights import Weights, kernels_know
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch, implements
 
@@ -39,8 +40,9 @@ def in_one_call(formula: Encode) -> Encode:
 
     The decorated method belongs to a model of an ``item_embedding``, a ``norm`` behind it, and
     ``blocks`` of :class:`recbole_ssm.layers.Block`, and computes no more than these one after
-    the other. Where the model reads times, its ``embed(items_L, clock)`` adds them to the
-    embeddings. ``Model.encode.__wrapped__`` is the formula.
+    the other, with dropout and a ``last_norm`` of nothing. A model may have a method
+    ``embed(items_L, clock)`` that takes the place of the ``item_embedding``.
+    ``Model.encode.__wrapped__`` is the formula.
     """
 
     @functools.wraps(formula)
@@ -48,7 +50,7 @@ def in_one_call(formula: Encode) -> Encode:
         table = model.item_embedding.weight
         if not last_only or table.dtype != torch.float32 or not table.is_cpu or torch.compiler.is_compiling():
             return formula(model, items_L, cu_seqlens, *clock, last_only=last_only)
-        found: Tensor = dispatch("history", table)(model, items_L, cu_seqlens, *clock)
+        found: Tensor = dispatch("history", table)(formula, model, items_L, cu_seqlens, *clock)
         return found
 
     return encode
@@ -56,26 +58,25 @@ def in_one_call(formula: Encode) -> Encode:
 
 @implements("history", "reference")
 @implements("history", "torch")
-def _formula(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
-    encoded: Tensor = type(model).encode.__wrapped__(model, items_L, cu_seqlens, *clock, last_only=True)
-    return encoded
+def _formula(formula: Encode, model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
+    return formula(model, items_L, cu_seqlens, *clock, last_only=True)
 
 
-def _native(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
+def _native(formula: Encode, model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
     positions, histories = items_L.numel(), cu_seqlens.numel() - 1
     fits = 0 < positions <= max(MOST_EVENTS.values()) * histories and not torch.is_autocast_enabled("cpu")
-    chain = _chain_of(model) if fits else None
-    takes = chain is not None and positions <= chain.most_events * histories and chain.takes(model)
+    chain = chain_of(model) if fits else None
+    takes = chain is not None and positions <= chain.most_events * histories and chain.takes()
     logging.getLogger().debug(
         "encode: %d positions of %d histories %s", positions, histories, "in one call" if takes else "layer by layer"
     )
     if chain is None or not takes:
-        return _formula(model, items_L, cu_seqlens, *clock)
-    if getattr(model, "time_encoding", None) is None:
+        return _formula(formula, model, items_L, cu_seqlens, *clock)
+    if getattr(model, "time_encoding", None) is None and (not hasattr(model, "embed") or kernels_know(model, "embed")):
         return chain(items_L, cu_seqlens)
     inputs = model.embed(items_L, *clock)
     if inputs.requires_grad:
-        return _formula(model, items_L, cu_seqlens, *clock)
+        return _formula(formula, model, items_L, cu_seqlens, *clock)
     return chain(torch.arange(len(inputs)), cu_seqlens, inputs.contiguous())
 
 
@@ -90,28 +91,31 @@ class Chain(Weights):
     """
 
     def __init__(self, model: Any) -> None:
-        layers = [Prepared(block) for block in model.blocks]
-        known = bool(layers) and all(layer.usable for layer in layers)
-        if not known:
-            _say_unknown(type(model).__name__)
-        table = {"table": model.item_embedding.weight, **(norm_fields("first", model.norm) if known else {})}
+        self.layers = layers = [Prepared(block) for block in model.blocks]
+        known = all(layer.usable for layer in layers)
+        table = model.item_embedding.weight
+        first = norm_fields("first", model.norm) if known else {}
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
-        super().__init__(model, {**table, **blocks})
-        self.usable = self.usable and known
+        around = [getattr(model, name, None) for name in ("dropout", "last_norm")]
+        modules = [model.item_embedding, model.norm, model.blocks, *(module for module in around if module is not None)]
+        shapes = {"table": table.shape, "first_weight": table.shape[1:], "first_bias": table.shape[1:]}
+        super().__init__(modules, {"table": table, **first, **blocks}, shapes, within=model)
+        self.usable = self.usable and known and bool(layers)
+        if not self.usable:
+            _say_unknown(type(model).__name__)
         self.most_events = 0
         if self.usable:
             self._blocks = (type(layers[0].fields) * len(layers))(*[layer.fields for layer in layers])
             scans = any(layer.fields.H == 0 for layer in layers)
             self.most_events = MOST_EVENTS["scan" if scans else "ssd"]
-            V, M = table["table"].shape
+            V, M = table.shape
             blocks_at = {"layers": len(layers), "blocks": ctypes.addressof(self._blocks)}
-            self._fields = native.structure("history", V=V, M=M, **table, **blocks_at)
+            self._fields = native.structure("history", V=V, M=M, table=table, **first, **blocks_at)
 
-    def takes(self, model: Any) -> bool:
+    def takes(self) -> bool:
         """Whether the call computes what the model would: no dropout, no gradient."""
-        drops = model.training and self.drops
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.weights)
-        return self.usable and not drops and not learns
+        return self.usable and not self.drops and not learns
 
     def __call__(self, items_L: Tensor, cu_seqlens: Tensor, table: Tensor | None = None) -> Tensor:
         """Packed histories ``[L]`` and their bounds ``[S + 1]`` -> the outputs at their last events ``[S, M]``.
@@ -138,7 +142,8 @@ def _say_unknown(model: str) -> None:
 _chains: WeakKeyDictionary[nn.Module, Chain] = WeakKeyDictionary()
 
 
-def _chain_of(model: Any) -> Chain:
+def chain_of(model: Any) -> Chain:
+    """What the call reads of a model as it stands, kept from call to call."""
     chain = _chains.get(model)
     if chain is None or not chain.holds():
         chain = _chains[model] = Chain(model)

@@ -184,8 +184,9 @@ class Mamba2(nn.Module):
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernels of a step and of whole histories (``csrc/step.h``) read of this layer.
 
-        They have no joint norm of several groups. With ``gap_decays`` a step is the same, after :meth:`after_gap`.
+        They have no joint norm of several groups. With ``gap_decays`` a step is the same, after :meth:`after_gap`; its
+        ``gap_rate`` is named for whoever must know of it.
         """
         if self.norm_groups != self.n_groups:
             return {}
-        return ssd_fields(self)
+        return {**ssd_fields(self), "gap_rate": self.gap_rate}

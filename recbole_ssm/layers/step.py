@@ -2,9 +2,11 @@
 
 A layer's ``step`` is its formula in PyTorch, decorated by :func:`in_one_kernel`; beside it,
 ``kernel_weights()`` names what the kernel reads. The formula is the readable form, the oracle of
-the tests, and what runs wherever the kernel does not. The kernel takes a few microseconds, in
-which Python reads some ten attributes of a module; so the addresses of the weights are kept
-from call to call.
+the tests, and what runs wherever the kernel does not: a layer of another class, with other parts
+or with hooks may compute something else, and so the kernel serves only what
+:class:`recbole_ssm.layers.weights.Weights` knows to be its formula. The kernel takes a few
+microseconds, in which Python reads some ten attributes of a module; so the addresses of the
+weights are kept from call to call.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from recbole_ssm.layers.state import MixerState
+from recbole_ssm.layers.weights import Weights
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch, implements
 
@@ -35,27 +38,24 @@ def in_one_kernel(formula: Step) -> Step:
     def step(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         if u_t.dtype != torch.float32 or not u_t.is_cpu or torch.compiler.is_compiling():
             return formula(layer, u_t, state)
-        return dispatch("step", u_t)(layer, u_t, state)
+        return dispatch("step", u_t)(formula, layer, u_t, state)
 
     return step
 
 
 @implements("step", "reference")
 @implements("step", "torch")
-def _formula(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    return type(layer).step.__wrapped__(layer, u_t, state)
+def _formula(formula: Step, layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    return formula(layer, u_t, state)
 
 
-def _native(layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    prepared = _prepared.get(layer)
-    if prepared is None or not prepared.holds():
-        prepared = _prepared[layer] = Prepared(layer)
-    drops = layer.training and prepared.drops
-    if drops or not prepared.steps or not _plain(u_t, *state):
-        return _formula(layer, u_t, state)
+def _native(formula: Step, layer: Any, u_t: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    prepared = prepared_of(layer)
+    if prepared.drops or not prepared.steps or not _plain(u_t, *state):
+        return formula(layer, u_t, state)
     tensors = (u_t, *state, *prepared.weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _formula(layer, u_t, state)
+        return formula(layer, u_t, state)
     u_t = u_t.contiguous()
     before = MixerState(state.conv_BDK.contiguous(), state.ssm.contiguous())
     after = MixerState(torch.empty_like(before.conv_BDK), torch.empty_like(before.ssm))
@@ -77,45 +77,6 @@ def _plain(*tensors: Tensor) -> bool:
         return False
 
 
-class Weights:
-    """What a kernel reads of a module, good as long as it lies where it lay.
-
-    Args:
-        module: whose weights are read, or those of modules within it.
-        fields: of the kernel's structure; tensors among them are weights.
-
-    Attributes:
-        usable: whether the fields are there, their weights are parameters of the module, and all
-            lie as they should.
-        weights: what the fields point to.
-        drops: whether the module drops out while it is trained.
-    """
-
-    def __init__(self, module: nn.Module, fields: dict[str, Any]) -> None:
-        modules = list(module.modules())
-        self.weights = [value for value in fields.values() if isinstance(value, Tensor)]
-        self.drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-        owners = {id(p): (m._parameters, name) for m in modules for name, p in m._parameters.items()}
-        self.usable = bool(self.weights) and all(
-            id(p) in owners and p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in self.weights
-        )
-        owned = [p for p in self.weights if id(p) in owners]
-        self._places = [(*owners[id(p)], p, p.data_ptr()) for p in owned]
-        self._children = [(m._modules, *child) for m in modules for child in m.named_children()]
-        # nothing else can come to lie where the weights lie while this holds their memory
-        self._memory = [p.detach() for p in self.weights]
-
-    def holds(self) -> bool:
-        """Whether every weight is the parameter that it was, of the module that it was, and in its place."""
-        for modules, name, child in self._children:
-            if modules.get(name) is not child:
-                return False
-        for parameters, name, parameter, address in self._places:
-            if parameters.get(name) is not parameter or parameter.data_ptr() != address:
-                return False
-        return True
-
-
 class Prepared(Weights):
     """The kernel's structure of a layer with the addresses of its weights.
 
@@ -124,8 +85,11 @@ class Prepared(Weights):
     """
 
     def __init__(self, layer: Any) -> None:
-        fields: dict[str, Any] = layer.kernel_weights()
-        super().__init__(layer, fields)
+        try:
+            fields: dict[str, Any] = layer.kernel_weights()
+        except AttributeError:  # another class stands in the place of the layer or of one of its parts
+            fields = {}
+        super().__init__([layer], fields, _shapes(fields) if fields else {})
         self.steps = self.usable and "diagonal" not in fields
         if self.usable:
             self.fields = native.structure("step", **fields)
@@ -151,9 +115,38 @@ class Prepared(Weights):
         return call
 
 
+def _shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that the kernel reads of a layer of such sizes."""
+    M, D, N, K, H, F = (fields.get(size, 0) for size in "MDNKHF")
+    directions = 2 if "diagonal" in fields else 1
+    if H:
+        channels = D + 2 * directions * fields["G"] * N
+        inputs, scalars = D + channels + directions * H, (H,)
+        shapes: dict[str, tuple[int, ...]] = {"A_log": (H,), "gate_norm_weight": (D,)}
+    else:
+        channels, inputs, scalars, R = D, 2 * D, (D,), fields["R"]
+        shapes = {"A_log": (D, N), "x_weight": (R + 2 * N, D), "dt_weight": (D, R)}
+    shapes |= {"in_weight": (inputs, M), "conv_weight": (channels, 1, K), "conv_bias": (channels,)}
+    shapes |= {"dt_bias": scalars, "skip": scalars, "out_weight": (M, D)}
+    if directions == 2:
+        shapes["diagonal"] = (H, D)
+    if F:
+        shapes |= {"w_1": (F, M), "b_1": (F,), "w_2": (M, F), "b_2": (M,)}
+        shapes |= {f"{norm}_{part}": (M,) for norm in ("norm", "last") for part in ("weight", "bias")}
+    return shapes
+
+
 _prepared: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
 if not native.unusable:
     implements("step", "native")(_native)
+
+
+def prepared_of(layer: Any) -> Prepared:
+    """What the kernel reads of a layer as it stands, kept from call to call."""
+    prepared = _prepared.get(layer)
+    if prepared is None or not prepared.holds():
+        prepared = _prepared[layer] = Prepared(layer)
+    return prepared
 
 
 def runs_natively(u: Tensor) -> bool:
@@ -161,10 +154,12 @@ def runs_natively(u: Tensor) -> bool:
     return u.dtype == torch.float32 and u.is_cpu and dispatch("step", u) is _native
 
 
-def norm_fields(name: str, norm: Any) -> dict[str, Any]:
-    """Weight, bias and eps of a LayerNorm or an RMSNorm, as fields of the kernel's structure."""
-    bias = getattr(norm, "bias", None)
-    return {f"{name}_weight": norm.weight, f"{name}_bias": bias, f"{name}_eps": norm.eps}
+def norm_fields(name: str, norm: Any, kind: type[nn.LayerNorm] | type[nn.RMSNorm] = nn.LayerNorm) -> dict[str, Any]:
+    """Weight, bias and eps of a norm, as fields of the kernel's structure; nothing of another kind than it computes."""
+    if type(norm) is not kind or norm.eps is None:
+        return {}
+    bias = {f"{name}_bias": norm.bias} if kind is nn.LayerNorm else {}
+    return {f"{name}_weight": norm.weight, **bias, f"{name}_eps": norm.eps}
 
 
 def ssd_fields(mixer: Any) -> dict[str, Any]:
@@ -183,5 +178,5 @@ def ssd_fields(mixer: Any) -> dict[str, Any]:
         "A_log": mixer.A_log,
         "skip": mixer.D,
         "out_weight": mixer.out_proj.weight,
-        **norm_fields("gate_norm", mixer.norm),
+        **norm_fields("gate_norm", mixer.norm, nn.RMSNorm),
     }

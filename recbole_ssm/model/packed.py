@@ -16,6 +16,7 @@ from recbole_ssm.data.loader import PackedBatch
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import GraphedModel
 from recbole_ssm.layers import Clock, Recipe, TimeEncoding
+from recbole_ssm.layers.weights import in_kernels_too
 from recbole_ssm.model.loss import NextItemLoss
 from recbole_ssm.ops.packing import cu_seqlens_of
 from recbole_ssm.ops.plain import plain_operators
@@ -90,6 +91,7 @@ class PackedRecommender(Configurable, SequentialRecommender):
             }
             self.time_encoding = TimeEncoding(width, *time_scale(dataset), **ways)
 
+    @in_kernels_too
     def embed(self, items_L: Tensor, clock: Clock | None = None) -> Tensor:
         """What events are before any layer, ``[..., width]``: the embeddings of their items and, if it reads times,
         of their times.

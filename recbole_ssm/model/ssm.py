@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_ssm.layers import Clock, Dropout, MixerState
+from recbole_ssm.layers.weights import in_kernels_too
 from recbole_ssm.model.packed import PackedRecommender, pack, recipe_of
 
 
@@ -102,6 +103,7 @@ class SSMRecommender(PackedRecommender):
         """The state of ``batch`` users before their first event, one entry a block."""
         return [block.mixer.alloc_state(batch) for block in self.blocks]
 
+    @in_kernels_too
     def step(
         self, item_B: Tensor, state: list[MixerState], clock: Clock | None = None
     ) -> tuple[Tensor, list[MixerState]]:

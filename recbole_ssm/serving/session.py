@@ -17,8 +17,10 @@ from torch import Tensor
 from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import Graphed
 from recbole_ssm.layers import MixerState
-from recbole_ssm.layers.step import Prepared, norm_fields, runs_natively
-from recbole_ssm.layers.time import NEVER, Clock
+from recbole_ssm.layers.history import chain_of
+from recbole_ssm.layers.step import norm_fields, runs_natively
+from recbole_ssm.layers.time import NEVER, Clock, TimeEncoding
+from recbole_ssm.layers.weights import hooks_of, kernels_know
 from recbole_ssm.ops import native
 from recbole_ssm.serving.asked import Reader
 from recbole_ssm.serving.catalogue import Catalogue, Recommendations
@@ -248,12 +250,13 @@ class Stepper:
         copies = [[t.detach().clone(memory_format=torch.contiguous_format) for t in one] for one in state]
         self.state = [MixerState(*copy) for copy in copies]
         table = model.item_embedding.weight.detach()
-        layers = [Prepared(block) for block in model.blocks]
         graphed = getattr(model, "graphed", None)
         self._graphed: Graphed | None = graphed and graphed.step
-        self._native = runs_natively(table) and table.is_contiguous() and all(layer.steps for layer in layers)
+        self._encoding = getattr(model, "time_encoding", None)
+        self._native = runs_natively(table) and self._is_known()
         if not self._native:
             return
+        layers = chain_of(model).layers
         B = len(self.state[0].ssm)
         self._output = table.new_empty(B, table.shape[1])
         self._rows: Any = (ctypes.c_int64 * B)()
@@ -262,7 +265,6 @@ class Stepper:
         # The first layer reads its input from the table of embeddings, through the norm behind
         # it; or, where times are added to an item's, from what is computed for each event.
         first = self._calls[0]
-        self._encoding = getattr(model, "time_encoding", None)
         if self._encoding is None:
             first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
         else:
@@ -275,6 +277,14 @@ class Stepper:
         for call, space in zip(self._calls, spaces):
             call.workspace = space.data_ptr()
         self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
+
+    def _is_known(self) -> bool:
+        """Whether the kernels compute what the model's own step would."""
+        model, chain = self.model, chain_of(self.model)
+        blocks = chain.usable and not chain.drops and all(layer.steps for layer in chain.layers)
+        encoding = self._encoding
+        times = encoding is None or (type(encoding) is TimeEncoding and not any(hooks_of(encoding.modules())))
+        return blocks and times and kernels_know(model, "embed") and kernels_know(model, "step")
 
     def __call__(self, items: Sequence[int], moments: Sequence[Moments] = (), *, keep: bool = True) -> Tensor:
         """Ids of one item a user -> vectors ``[n, hidden_size]``, which the next call writes over.

@@ -8,6 +8,7 @@ import torch
 
 from recbole_ssm import load_recommender, ops, run_recbole_ssm
 from recbole_ssm.errors import UserError
+from recbole_ssm.model import TwoMamba4Rec
 from recbole_ssm.ops import native
 from recbole_ssm.serving import Stepper
 from tests.conftest import REPOSITORY
@@ -168,3 +169,31 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_pickled(trained):
         assert session.top(5) == before
     with pytest.raises(UserError, match="not pickled"):
         pickle.dumps(session)
+
+
+class Marked(TwoMamba4Rec):
+    def embed(self, items_L, clock=None):
+        marks = torch.zeros(len(items_L), self.hidden_size)
+        marks[:, 0] = items_L % 3
+        return super().embed(items_L, clock) + marks
+
+
+class Doubled(TwoMamba4Rec):
+    def step(self, item_B, state, clock=None):
+        vectors, after = super().step(item_B, state, clock)
+        return 2 * vectors, after
+
+
+@pytest.mark.parametrize("own", [Marked, Doubled])
+@torch.inference_mode()
+def test_kernels_leave_methods_of_ones_own_to_them(trained, own):
+    model = copy.deepcopy(trained["2Mamba4Rec"].model)
+    model.__class__ = own
+    items, bounds = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([0, 2, 5])
+    found = []
+    for backend in ("auto", "torch"):
+        with ops.use_backend(backend):
+            step = Stepper(model, model.alloc_state(2))
+            found.append((model.encode(items, bounds, last_only=True), step([3, 4]).clone(), step([1, 1]).clone()))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
