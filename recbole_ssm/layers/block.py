@@ -169,7 +169,9 @@ class Block(nn.Module):
         """What the kernels of a step and of whole histories read of this layer; nothing where its mixer has none, or
         its recipe is one that they do not know, or its state decays through gaps, which they are not told.
         """
-        parts = [getattr(part, "kernel_weights", dict)() for part in (self.mixer, self.feed_forward)]
+        parts: list[dict[str, Any]] = [
+            getattr(part, "kernel_weights", dict)() for part in (self.mixer, self.feed_forward)
+        ]
         if not all(parts) or self.recipe != PUBLISHED or parts[0].get("gap_rate") is not None:
             return {}
         return {**parts[0], **parts[1], "residual": self.residual, **norm_fields("norm", self.norm)}
