@@ -118,8 +118,7 @@ def set_backend(name: str) -> None:
     global _selected
     if name not in BACKENDS:
         raise UserError(f"ssm_backend: '{name}' is not one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}")
-    available = available_backends()
-    if name != "auto" and name not in available:
+    if name != "auto" and name not in (available := available_backends()):
         why = f" ({lacks(name)})" if lacks(name) else ""
         raise UserError(
             f"ssm_backend: '{name}' is not installed on this machine{why}; use one of {', '.join(['auto', *available])}"

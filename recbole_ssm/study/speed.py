@@ -20,7 +20,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json, write_json
 from recbole_ssm.llm.model import LanguageModelRecommender
 from recbole_ssm.model import get_model
-from recbole_ssm.ops import set_backend
+from recbole_ssm.ops import use_backend
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Run, Runs
@@ -56,6 +56,9 @@ def _kept(runs: Runs, todo: Sequence[Run]) -> list[Speed | None]:
     except UserError:
         # One of them cannot be run.
         return _measure(runs.machine_options, todo)
+    if len({content["settings"]["ssm_backend"] for content in contents}) > 1:
+        # Up to 0.2.0 all were timed on the backend of the last; those speeds are not read.
+        here["ssm_backend"] = "each run's own"
     file = runs.folder / f"speed-{digest_of_json([contents, here])[:16]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text(encoding="utf-8"))
@@ -71,16 +74,17 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
     users, device = {}, "cpu"
     for number, run in enumerate(todo):
         try:
-            model, rows = _model(machine_options, run)
-            _call(model, iter([rows]))
+            model, rows, backend = _model(machine_options, run)
+            call = partial(_call, model, backend)
+            call(iter([rows]))
         except Exception:
             # Whatever it is, the run meets it too, and says so in its row.
             continue
         device = next(model.parameters()).device.type
         # Another user in each call, so that the caches hold what they would hold in use.
         turns = itertools.cycle([rows[at : at + 1] for at in range(len(rows))])
-        one[str(number)] = partial(_call, model, turns)
-        many[str(number)] = partial(_call, model, itertools.repeat(rows))
+        one[str(number)] = partial(call, turns)
+        many[str(number)] = partial(call, itertools.repeat(rows))
         users[str(number)] = len(rows)
     p50, batch = medians(one, _rounds(one), device), medians(many, _rounds(many), device)
     return [
@@ -89,12 +93,11 @@ def _measure(machine_options: Mapping[str, Any], todo: Sequence[Run]) -> list[Sp
     ]
 
 
-def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
-    """A run's model on its device with random weights, and a batch of its test."""
+def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any, str]:
+    """A run's model on its device with random weights, a batch of its test, and its backend."""
     batch = LANGUAGE_BATCH if issubclass(get_model(run.model), LanguageModelRecommender) else BATCH
     keys = {**machine_options, **run.options, "eval_batch_size": batch, "state": "ERROR", "show_progress": False}
     config = configure(run.model, run.dataset, config_dict=keys)
-    set_backend(config["ssm_backend"])
     # What is to be said of the data stands in the log of the run.
     logging.disable(logging.WARNING)
     try:
@@ -102,13 +105,14 @@ def _model(machine_options: Mapping[str, Any], run: Run) -> tuple[Any, Any]:
     finally:
         logging.disable(logging.NOTSET)
     model = get_model(run.model)(config, train._dataset).to(config["device"]).eval()
-    return model, next(iter(test))[0].to(config["device"])
+    return model, next(iter(test))[0].to(config["device"]), config["ssm_backend"]
 
 
 @torch.inference_mode()
-def _call(model: Any, batches: Iterator[Any]) -> None:
+def _call(model: Any, backend: str, batches: Iterator[Any]) -> None:
     rows = next(batches)
-    scores = model.full_sort_predict(rows).view(len(rows), -1)
+    with use_backend(backend):
+        scores = model.full_sort_predict(rows).view(len(rows), -1)
     scores.topk(min(TOP_K, scores.shape[1]))
 
 

@@ -18,6 +18,7 @@ import yaml
 from recbole_ssm import config
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json
+from recbole_ssm.ops import backend
 from recbole_ssm.study import child, speed
 from recbole_ssm.study import runs as module
 from recbole_ssm.study.runs import OUTCOME, RANKS, RUN, Outcome, Run, Runs
@@ -424,10 +425,28 @@ def test_models_that_cannot_be_timed_and_catalogues_below_ten_items(tmp_path, mo
                 raise IndexError("out of range")
             return self(rows)
 
-    monkeypatch.setattr(speed, "_model", lambda options, run: (Small(3, int(run.model)), torch.ones(2, 3)))
+    monkeypatch.setattr(speed, "_model", lambda options, run: (Small(3, int(run.model)), torch.ones(2, 3), "auto"))
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     found = speed._measure({}, [Run("4", "toy"), Run("5", "toy"), Run("20", "toy")])
     assert [one is not None for one in found] == [True, False, True]
+
+
+def test_each_model_is_timed_on_its_own_backend(monkeypatch):
+    used = set()
+
+    class Small(torch.nn.Linear):
+        def full_sort_predict(self, rows):
+            used.add((self.out_features, backend._selected))
+            return self(rows)
+
+    def small(options, run):
+        return Small(3, int(run.model)), torch.ones(2, 3), run.options["ssm_backend"]
+
+    monkeypatch.setattr(speed, "_model", small)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    names = {"2": "torch", "3": "reference"}
+    assert all(speed._measure({}, [Run(model, "toy", {"ssm_backend": name}) for model, name in names.items()]))
+    assert used == {(2, "torch"), (3, "reference")} and backend._selected == "auto"
 
 
 def test_a_latency_is_kept_with_its_data_and_a_failure_is_not(tmp_path, monkeypatch):
@@ -445,7 +464,8 @@ def test_a_latency_is_kept_with_its_data_and_a_failure_is_not(tmp_path, monkeypa
     (kept,) = (tmp_path / "r").glob("speed-*.json")
     kept.write_text("[")
     assert speeds(runs, [SHORT])[0]["p50_s"] == 1.0 and len(measured) == 4
-    monkeypatch.setattr(Runs, "content", lambda self, run: {"files": "others"})
+    settings = {"ssm_backend": "auto"}
+    monkeypatch.setattr(Runs, "content", lambda self, run: {"files": "others", "settings": settings})
     speeds(runs, [SHORT])
     assert len(measured) == 5
 
