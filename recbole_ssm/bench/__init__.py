@@ -1,8 +1,8 @@
 """Benchmarks that anyone can run again: ``recbole-ssm bench NAME [--json=FILE] [--csv=FILE]``.
 
 A benchmark is one module of this package: ``add_arguments(parser)`` names its options, ``run(options)`` measures and
-returns rows, and ``conclude(options, rows)``, where it has one, says what follows from them. Times on a shared machine
-are noise, so a row carries ratios within its own run, of medians.
+gives rows one by one, and ``conclude(options, rows)``, where it has one, says what follows from them. Times on a shared
+machine are noise, so a row carries ratios within its own run, of medians.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str]) -> None:
     """Run one benchmark, print its table, and write its rows where ``--json`` and ``--csv`` say.
 
+    Where it fails or is interrupted, the rows before are printed and written all the same.
+
     Raises:
         UserError: no such benchmark, no such option, or an impossible value.
     """
@@ -52,21 +54,29 @@ def main(arguments: Sequence[str]) -> None:
     if chosen is None:
         return
     module, options, _ = chosen
-    rows: list[Row] = module.run(options)
-    print(table(rows))
-    if options.json:
-        write_json(options.json, rows)
-    if options.csv:
-        write_csv(options.csv, rows)
-    if hasattr(module, "conclude"):
-        print(module.conclude(options, rows))
+    rows: list[Row] = []
+    try:
+        for row in module.run(options):
+            rows.append(row)
+    except BaseException:
+        if rows:
+            print(f"the benchmark ended early; {len(rows)} rows were measured:")
+        raise
+    finally:
+        if rows:
+            print(table(rows))
+            if options.json:
+                write_json(options.json, rows)
+            if options.csv:
+                write_csv(options.csv, rows)
+            if hasattr(module, "conclude"):
+                print(module.conclude(options, rows))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text in aligned columns; a column is a key of the first row."""
-    if not rows:
-        return "nothing was measured"
-    cells = [list(rows[0])] + [[_text(row[key]) for key in rows[0]] for row in rows]
+    """The rows as text in aligned columns; every key is a column, in the order of its first use."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys] + [[_text(row.get(key)) for key in keys] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -134,24 +134,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_counts(parser, size=(20, "unknowns"), seeds=(3, "runs that are averaged"))
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each problem, method and noise."""
-    rows: list[Row] = []
     cases = [(name, method, sigma) for name in PROBLEMS for method in METHODS for sigma in (0.0, 0.1, 1.0)]
     for name, method, sigma in progress_bar(cases, desc="convex", leave=False):
         problem = PROBLEMS[name](options.size, torch.Generator().manual_seed(0))
         runs = [gaps(problem, method, sigma, options.gradients, seed) for seed in range(options.seeds)]
         mean = {k: sum(r[k] for r in runs) / len(runs) for k in runs[0]}
         bounds = {k: bound(problem, method, sigma, k) for k in mean}
-        rows.append(
-            {
-                "problem": name,
-                "method": method,
-                "noise": sigma,
-                "gap": mean[max(mean)],
-                "gap / bound, at most": max(mean[k] / bounds[k] for k in mean),
-                "order": slope(mean),
-                "order of the bound": slope(bounds),
-            }
-        )
-    return rows
+        yield {
+            "problem": name,
+            "method": method,
+            "noise": sigma,
+            "gap": mean[max(mean)],
+            "gap / bound, at most": max(mean[k] / bounds[k] for k in mean),
+            "order": slope(mean),
+            "order of the bound": slope(bounds),
+        }

@@ -2,7 +2,7 @@
 
 Each row is a process of its own: it holds the raw columns (user, item, time), builds the splits and the loaders, and
 reads --steps batches. The memory is the most that is in use meanwhile above that of the raw columns; only Linux tells
-it. RecBole's expansion is measured on a hundredth of the interactions, because it takes some 800 bytes each.
+it. RecBole's expansion is measured on a hundredth of the interactions, because each takes kilobytes there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from recbole_ssm.arguments import add_counts
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import extra_memory, in_a_process
+from recbole_ssm.errors import first_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> list[Row]:
-    """Rows with name, interactions, raw_bytes, above_raw_bytes, bytes_per_interaction, build_s, batch_s."""
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    """Rows with name, interactions, raw_bytes, above_raw_bytes, bytes_per_interaction, build_s, batch_s.
+
+    A row that could not be measured has the first two alone, and a ``note`` that says why.
+    """
     jobs = [("packed", options.interactions), ("prefix", options.interactions)]
     jobs.append(("RecBole", max(options.interactions // 100, 1000)))
-    return [in_a_process(_measure, *job, options.length, options.steps) for job in jobs]
+    for name, interactions in jobs:
+        row: Row = {"name": name, "interactions": interactions}
+        try:
+            row |= in_a_process(_measure, name, interactions, options.length, options.steps)
+        except Exception as error:  # a row that fails must not take the others with it
+            row["note"] = f"failed: {first_line(error)}"
+        yield row
 
 
 def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
-    """One row, in this process."""
+    """The measured columns of one row, in this process."""
     import recbole.data.dataset
     from recbole.data import data_preparation
 
@@ -67,8 +78,6 @@ def _measure(name: str, interactions: int, max_length: int, steps: int) -> Row:
     above = extra_memory(build_and_read, torch.device("cpu"))
     begin, built, end = times
     return {
-        "name": name,
-        "interactions": interactions,
         "raw_bytes": raw,
         "above_raw_bytes": above,
         "bytes_per_interaction": None if above is None else above / interactions,

@@ -15,7 +15,7 @@ from recbole_ssm.bench import Row
 from recbole_ssm.bench.untrained import model_of_a_step, random_histories
 
 DEVICE = "cuda"
-COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "x_rival", "note")
+COLUMNS = ("case", "what", "dtype", "wall_ms", "gpu_ms", "launches", "waits", "idle", "MiB", "rival", "speedup", "note")
 ITEMS = 12_101
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemsetAsync", "cudaMemcpyAsync")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
@@ -81,7 +81,7 @@ def compared(case: str, works: dict[str, Work], rival: str, dtype: str = "") -> 
     for name, work in works.items():
         one = row(case, name, dtype=dtype, **work.columns())
         if rival in works and name != rival:
-            one |= {"rival": rival, "x_rival": work.wall_ms / works[rival].wall_ms}
+            one |= {"rival": rival, "speedup": works[rival].wall_ms / work.wall_ms}
         rows.append(one)
     return rows
 

@@ -10,11 +10,10 @@ would cost, not how good it would be.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -71,11 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=path_that(check_drawable), metavar="FILE", help="draw seconds against length")
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each model, length, batch and catalogue, and one for an event where the model carries its state.
 
-    ``encode_s``, ``score_s`` and ``topk_s`` are medians of the parts, the percentiles are of the whole call. A row that
-    was not measured has None there, and ``note`` says why.
+    ``encode_s``, ``score_s`` and ``topk_s`` are medians of the parts, the percentiles are of the whole call; one beyond
+    which there is no call is None. A row that was not measured has None there, and ``note`` says why.
     """
     device = options.device
     if options.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
@@ -83,11 +82,9 @@ def run(options: argparse.Namespace) -> list[Row]:
     threads = torch.get_num_threads()
     print(f"{device}, {threads} CPU threads, {options.clock} time, PyTorch {torch.__version__}; weights are random")
     bench = _Bench(options)
-    rows: list[Row] = []
     # Length 0 is one event. Models take turns within a length, so that a slow minute of the machine meets all of them.
     calls = list(itertools.product(sorted(options.batch_sizes), (0, *sorted(options.lengths)), options.models))
-    total, done = len(options.items) * len(calls), 0
-    with progress_bar(total=total, unit="row", leave=False) as progress, contextlib.suppress(KeyboardInterrupt):
+    with progress_bar(total=len(options.items) * len(calls), unit="row", leave=False) as progress:
         for items in options.items:
             torch.manual_seed(0)
             models = {name: _build(name, max(options.lengths), items, device) for name in options.models}
@@ -96,7 +93,6 @@ def run(options: argparse.Namespace) -> list[Row]:
                 model, path = models[name], PATHS[bool(length)]
                 progress.set_description(f"{name}, {batch} x {length or path}, {items:,} items")
                 progress.update()
-                done += 1
                 if not length and not getattr(model, "carries_state", False):
                     continue
                 row = {"model": name, "path": path, "length": length or 1, "batch_size": batch, "items": items}
@@ -104,10 +100,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                     measured = {**dict.fromkeys(MEASURED), "note": model}
                 else:
                     measured = bench.row(model, costs[name, path], length, batch, items)
-                rows.append({**row, **measured})
-    if done < total:
-        print(f"interrupted after {done} of {total} rows; these were measured:")
-    return rows
+                yield {**row, **measured}
 
 
 def conclude(options: argparse.Namespace, rows: list[Row]) -> str:
@@ -270,13 +263,14 @@ class _Bench:
             calls.once()
         parts = np.array(calls.seconds)
         encode, score, top_k, whole = np.median(parts, axis=0).tolist()
-        p50, p95, p99 = np.percentile(parts[:, 3], (50, 95, 99)).tolist()
+        percentiles = {
+            f"p{share}_s": float(np.percentile(parts[:, 3], share)) if len(parts) * (100 - share) >= 100 else None
+            for share in (50, 95, 99)
+        }
         costs.note(calls, encode, score, top_k, whole)
         return {
             "calls": len(parts),
-            "p50_s": p50,
-            "p95_s": p95,
-            "p99_s": p99,
+            **percentiles,
             "users_per_s": calls.batch * len(parts) / float(parts[:, 3].sum()),
             "encode_s": encode or None,
             "score_s": score,
@@ -366,6 +360,7 @@ def _draw(path: Path, rows: list[Row]) -> None:
     """Seconds of a call against length, a panel for each batch and catalogue; one event as a dashed line."""
     panels = sorted({(row["batch_size"], row["items"]) for row in rows if row["p50_s"]})
     names = list(dict.fromkeys(row["model"] for row in rows))
+    handles: dict[str, Any] = {}
     with figure(path, (4 * len(panels) + 2, 4)) as drawn:
         for axes, panel in zip(drawn.subplots(1, max(len(panels), 1), squeeze=False)[0], panels):
             here = [row for row in rows if (row["batch_size"], row["items"]) == panel and row["p50_s"]]
@@ -379,5 +374,6 @@ def _draw(path: Path, rows: list[Row]) -> None:
                         axes.axhline(row["p50_s"], ls="--", color=f"C{number}", label=f"{name}, one event")
             axes.set(xscale="log", yscale="log", xlabel="events in the history", ylabel="seconds (p50)")
             axes.set_title(f"batch of {panel[0]:,}, {panel[1]:,} items")
-        if panels:
-            drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+            handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+        if handles:
+            drawn.legend(handles.values(), handles, loc="outside right upper", fontsize="small")

@@ -1,16 +1,16 @@
 """Milliseconds and memory of the loss over all items and of the target's rank, beside PyTorch's with the whole matrix.
 
 A shape is rows x numbers x items. ``pytorch`` is ``cross_entropy(output @ items.T, target)`` and, for ranks, comparing
-all scores with the target's; ``auto`` is what a model gets. x_pytorch is a ratio of medians of this run: how many times
-faster than PyTorch. Processor time counts on one thread, wall time on several, where the ratios of a busy machine mean
-little. GFLOP_s counts the products alone: one forward, three with the gradients.
+all scores with the target's; ``auto`` is what a model gets. speedup_over_pytorch is PyTorch's median in this run over
+the row's own: above 1 is faster. Processor time counts on one thread, wall time on several, where the ratios of a busy
+machine mean little. GFLOP_s counts the products alone: one forward, three with the gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -72,7 +72,7 @@ def op_ranks(backend: str, output: Tensor, items: Tensor, target: Tensor) -> Ten
         return ops.rank_targets(output, items, target).higher
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """Measure; one row a shape, task and way to do it."""
     torch.manual_seed(0)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
@@ -80,10 +80,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, load {load:.1f}; native kernels: {kernels}")
     backends = [b for b in backends_on(options.device) if b != "reference"]
     backends = [b for b in backends if b in ops.available_backends("linear_cross_entropy")]
-    found: list[Row] = []
     for shape in options.shapes:
-        found += _rows(shape, backends, options.rounds, options.device, load)
-    return found
+        yield from _rows(shape, backends, options.rounds, options.device, load)
 
 
 def _rows(
@@ -120,7 +118,7 @@ def _rows(
                     "way": way,
                     "threads": torch.get_num_threads(),
                     "ms": value * 1e3,
-                    "x_pytorch": seconds["pytorch"] / value,
+                    "speedup_over_pytorch": seconds["pytorch"] / value,
                     "MiB": "" if memory is None else memory / 2**20,
                     "GFLOP_s": 2 * products * n * d * V / value / 1e9,
                     "GFLOP_s_roof": rate / 1e9,

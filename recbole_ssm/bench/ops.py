@@ -1,16 +1,17 @@
 """Milliseconds and memory of every op on every backend, forward and forward + backward, over four lengths.
 
 Sizes are those of this field: 128 inner channels, states of 32 (selective scan) and 64 (SSD, two heads of 64). Each
-length has about the same number of tokens, so ns_token shows whether time grows with the length alone. x_native is a
-ratio of medians of this run. floor_share is the share of the machine's roof that is reached: the least time that the
-operations (at the rate of a large matrix product, measured beside it; an exponential counts as 14) and the bytes that
-must be moved (at the rate of a copy) allow, over the time taken. On a busy machine it can pass 1.
+length has about the same number of tokens, so ns_token shows whether time grows with the length alone.
+speedup_over_native is the median of the native backend in this run over the row's own: above 1 is faster. floor_share
+is the share of the machine's roof that is reached: the least time that the operations (at the rate of a large matrix
+product, measured beside it; an exponential counts as 14) and the bytes that must be moved (at the rate of a copy)
+allow, over the time taken. On a busy machine it can pass 1.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -176,16 +177,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """Measure; one row an op, length, direction and backend."""
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads; native kernels: {ops.native.unusable or ops.native.instruction_set}")
-    rows: list[Row] = []
     for name in options.ops:
         for L in options.lengths:
             B = max(1, options.tokens // L)
-            rows += _rows(name, B, L, CASES[name](B, L), options.rounds, options.device)
-    return rows
+            yield from _rows(name, B, L, CASES[name](B, L), options.rounds, options.device)
 
 
 def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: torch.device) -> list[Row]:
@@ -219,7 +218,7 @@ def _rows(name: str, B: int, L: int, case: Case, rounds: int, device: torch.devi
                     "direction": direction,
                     "backend": backend,
                     "ms": value * 1e3,
-                    "x_native": value / seconds["native"] if "native" in seconds else "",
+                    "speedup_over_native": seconds["native"] / value if "native" in seconds else "",
                     "ns_token": value / (B * L) * 1e9,
                     "MiB": "" if memory is None else memory / 2**20,
                     "floor_share": floor / value,

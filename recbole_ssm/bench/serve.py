@@ -3,8 +3,9 @@
 The server is a process of its own, with a store in a folder that holds many users already; the client is this process.
 Both eat of the same cores, so the server's processor time a call stands beside the rate. For rows with users ``any``
 each call takes one of all users at random, who has mostly not been there since the server began; with ``few`` it takes
-one of 1,000. The weights are random, since times do not depend on them; with ``--ann_above`` the vectors of items lie
-in groups, since the index needs that. The store lies under ``--folder``, whose disk decides what an fsync costs.
+one of 1,000. Calls that fail are counted apart. The weights are random, since times do not depend on them; with
+``--ann_above`` the vectors of items lie in groups, since the index needs that. The store lies under ``--folder``, whose
+disk decides what an fsync costs.
 """
 
 from __future__ import annotations
@@ -78,17 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where the store lies (default: the system's temporary folder)")
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each number of connections and choice of users.
 
     ``p50_ms``, ``p90_ms`` and ``p99_ms`` are of a call as the client sees it; ``server_cpu_ms`` is processor time of
-    the server a call, and ``store_ms`` and the following are the wall time of its parts a call.
+    the server a call, and ``store_ms`` and the following are the wall time of its parts a call. A row in which no call
+    was answered has a ``note`` in place of these.
     """
     for package in ("fastapi", "uvicorn", "prometheus_client", "lmdb"):
         require(package, f"bench serve: needs {package}; pip install 'recbole-ssm[serve]'")
     if options.folder is not None and not options.folder.is_dir():
         raise UserError(f"--folder: there is no folder {options.folder}")
-    rows: list[Row] = []
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         context = multiprocessing.get_context("spawn")
         reading, writing = context.Pipe(duplex=False)
@@ -100,26 +102,27 @@ def run(options: argparse.Namespace) -> list[Row]:
             print(f"store: {options.users:,} users, {_size(folder) / 2**20:,.0f} MiB, durability {options.durability}")
             _settle(psutil.Process(server.pid))
             for users, connections in itertools.product(("any", "few"), options.connections):
-                rows.append(_row(options, server.pid, port, users, connections))
+                yield _row(options, server.pid, port, users, connections, draw)
         except EOFError as error:
             raise UserError("bench serve: the server did not start; what it printed says why") from error
         finally:
             server.terminate()
             server.join()
-    return rows
 
 
-def _row(options: argparse.Namespace, pid: int | None, port: int, users: str, connections: int) -> Row:
-    client = _Client(options, port, options.users if users == "any" else min(FEW, options.users))
+def _row(
+    options: argparse.Namespace, pid: int | None, port: int, users: str, connections: int, draw: random.Random
+) -> Row:
+    client = _Client(options, port, options.users if users == "any" else min(FEW, options.users), draw)
     asyncio.run(client.load(connections, WARM_UP))
     process = psutil.Process(pid)
     processes = [process, *process.children()]
-    before, parts = _processor_time(processes), asyncio.run(client.parts())
+    parts, before = asyncio.run(client.parts()), _processor_time(processes)
     seconds = asyncio.run(client.load(connections, options.seconds))
     cpu, after = _processor_time(processes) - before, asyncio.run(client.parts())
     latencies = np.array(client.latencies)
     calls = len(latencies)
-    return {
+    row = {
         "model": options.model,
         "items": options.items,
         "in_store": options.users,
@@ -130,6 +133,11 @@ def _row(options: argparse.Namespace, pid: int | None, port: int, users: str, co
         "connections": connections,
         "calls": calls,
         "failed": client.failed,
+    }
+    if not calls:
+        return {**row, "note": "failed: no call was answered"}
+    return {
+        **row,
         "calls_per_s": calls / seconds,
         **{f"p{share}_ms": 1000 * float(np.percentile(latencies, share)) for share in (50, 90, 99)},
         "server_cpu_ms": 1000 * cpu / calls,
@@ -159,8 +167,8 @@ def _processor_time(processes: list[psutil.Process]) -> float:
 class _Client:
     """Keeps some connections busy: as soon as a call is answered, the next begins."""
 
-    def __init__(self, options: argparse.Namespace, port: int, users: int) -> None:
-        self._port, self._users, self._items = port, users, options.items
+    def __init__(self, options: argparse.Namespace, port: int, users: int, draw: random.Random) -> None:
+        self._port, self._users, self._items, self._draw = port, users, options.items, draw
         self._path = f"/v1/events?recommend={options.k}"
         if options.exclude_seen:
             self._path += "&exclude_seen=true"
@@ -169,9 +177,9 @@ class _Client:
 
     def bodies(self) -> Iterator[bytes]:
         """Calls without end."""
-        draw, run = random.Random(self._users), time.time_ns()
+        run = time.time_ns()
         for number in itertools.count():
-            user, item = draw.randrange(self._users), 1 + draw.randrange(self._items)
+            user, item = self._draw.randrange(self._users), 1 + self._draw.randrange(self._items)
             body = json.dumps({"user": f"user {user}", "item": f"item {item}", "id": f"{run}-{number}"}).encode()
             head = f"POST {self._path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
             yield f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
@@ -227,8 +235,10 @@ class _Connection(asyncio.Protocol):
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
         if len(body) < length:
             return
-        self._client.latencies.append(time.perf_counter() - self._begin)
-        self._client.failed += not head.startswith(b"HTTP/1.1 200")
+        if head.startswith(b"HTTP/1.1 200"):
+            self._client.latencies.append(time.perf_counter() - self._begin)
+        else:
+            self._client.failed += 1
         self._answer = b""
         self._call()
 

@@ -3,7 +3,8 @@
 Every row runs in a process of its own, one after the other, on the same threads, with the same targets and the same
 number of steps an epoch. A step's time is the median over the steps that fit --seconds, after a warm-up, and an epoch
 is that times its steps; RecBole's steps on long histories take most of a minute, so few of them are timed. RecBole's
-row has autograd anomaly detection off, which makes it faster than RecBole as shipped (second row).
+row has autograd anomaly detection off; RecBole as shipped has it on (second row). speedup_over_recbole is the time of
+RecBole's first row over the row's own: above 1 is faster.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 
 from recbole_ssm import clock
-from recbole_ssm.arguments import add_counts, at_least, names, positive, some_of
+from recbole_ssm.arguments import add_counts, at_least, each_once, positive, some_of
 from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import in_a_process
 from recbole_ssm.console import progress_bar
+from recbole_ssm.errors import first_line
 
 RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
 OURS = (
@@ -36,13 +38,13 @@ OURS = (
     ("GRU4Rec", "packed"),
 )
 MAX_LENGTH = {"ml-1m": 200}  # otherwise 50, RecBole's default
-WARM_UP = 2  # steps
+WARM_UP = 2  # steps, if they are quick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     models = list(dict.fromkeys(model for model, _ in OURS))
-    parser.add_argument("--datasets", type=names, default="ml-100k", help="separated by commas")
+    parser.add_argument("--datasets", type=each_once, default="ml-100k", help="separated by commas")
     parser.add_argument("--data_path", default="dataset/", help="folder of data sets")
     parser.add_argument("--length", type=at_least(1), help="events of the longest history; default 50, on ml-1m 200")
     add_counts(parser, batch_size=(2048, "targets of a step"))
@@ -50,26 +52,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=some_of(models), default=",".join(models), help="beside RecBole's SASRec")
 
 
-def run(options: argparse.Namespace) -> list[Row]:
-    """Rows with name, dataset, train_mode, seconds_per_epoch, positions, peak_memory_bytes, ratio_to_recbole."""
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    """Rows with name, dataset, train_mode, seconds_per_epoch, positions, peak_memory_bytes, speedup_over_recbole.
+
+    A row that could not be measured has the first three alone, and a ``note`` that says why.
+
+    Raises:
+        UserError: a data set cannot be read.
+    """
+    from recbole_ssm.data import create_dataset
+    from recbole_ssm.quick_start import configure
+
+    for dataset in options.datasets:
+        # What is wrong with it would be wrong in every row.
+        create_dataset(configure("SASRec", dataset, config_dict={"data_path": options.data_path, "state": "ERROR"}))
     jobs: list[tuple[str, str]] = [(RECBOLE, "prefix"), (AS_SHIPPED, "prefix")]
     jobs += [(model, mode) for model, mode in OURS if model in options.models]
-    rows: list[Row] = []
     with progress_bar(total=len(jobs) * len(options.datasets), desc="bench train", unit="row") as bar:
         for dataset in options.datasets:
             first: Row | None = None
             for name, mode in jobs:
                 bar.set_postfix_str(f"{dataset}: {name}, {mode}")
-                row = in_a_process(_measure, name, dataset, mode, vars(options))
-                first = first or row
-                row["ratio_to_recbole"] = first["seconds_per_epoch"] / row["seconds_per_epoch"]
-                rows.append(row)
+                row: Row = {"name": name, "dataset": dataset, "train_mode": mode}
+                try:
+                    row |= in_a_process(_measure, name, dataset, mode, vars(options))
+                    if name == RECBOLE:
+                        first = row
+                    if first:
+                        row["speedup_over_recbole"] = first["seconds_per_epoch"] / row["seconds_per_epoch"]
+                except Exception as error:  # a row that fails must not take the others with it
+                    row["note"] = f"failed: {first_line(error)}"
+                yield row
                 bar.update()
-    return rows
 
 
 def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row:
-    """One row, in this process."""
+    """The measured columns of one row, in this process."""
     from recbole_ssm.memory import peak_memory
     from recbole_ssm.quick_start import configure
 
@@ -88,13 +106,10 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
     with torch.autograd.set_detect_anomaly(name == AS_SHIPPED, check_nan=name == AS_SHIPPED):
         seconds = list(_timed(step, steps, options["seconds"], config["device"]))
     return {
-        "name": name,
-        "dataset": dataset,
-        "train_mode": mode,
         "seconds_per_epoch": statistics.median(seconds) * steps,
         "positions": positions,
         "peak_memory_bytes": peak_memory(config["device"]),
-        "ratio_to_recbole": 0.0,
+        "speedup_over_recbole": None,
         "steps": steps,
         "timed_steps": len(seconds),
         "max_length": length,
@@ -103,13 +118,15 @@ def _measure(name: str, dataset: str, mode: str, options: dict[str, Any]) -> Row
 
 
 def _timed(step: Callable[[], Any], steps: int, budget: float, device: torch.device) -> Iterator[float]:
-    """Seconds of single steps until they sum to the budget, but of two at least; the warm-up does not count."""
+    """Seconds of single steps until they sum to the budget, but of two at least; the warm-up, of one step or more, does
+    not count.
+    """
     warm_up, timed = 0.0, 0
     for number in range(WARM_UP + steps):
         begin = clock.now(device)
         step()
         seconds = clock.now(device) - begin
-        if number < WARM_UP and warm_up + seconds < budget:
+        if number == 0 or (number < WARM_UP and warm_up + seconds < budget):
             warm_up += seconds
             continue
         yield seconds

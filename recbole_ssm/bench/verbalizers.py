@@ -3,13 +3,14 @@
 Plain is: prompts padded to the longest, one batch after the other, the logits of the whole vocabulary at all positions;
 for titles, a row for every candidate. Ours computes letters at the last position, rows of like length together, the
 instruction once, and all titles of a user behind one prompt; `without` takes one of these away. Users and titles are
-made up; their histories have 1 to 20 titles.
+made up; their histories have 1 to 20 titles. speedup_over_plain is the plain one's median over the row's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     """Measure; one row a verbalizer and implementation.
 
     Raises:
@@ -63,7 +64,6 @@ def run(options: argparse.Namespace) -> list[Row]:
             )
         # From so few titles the tokenizer has learned fewer tokens.
         base.model.resize_token_embeddings(options.vocabulary, mean_resizing=False)
-    rows: list[Row] = []
     for kind in options.verbalizers:
         prompts = Prompts(
             base.tokenizer,
@@ -79,8 +79,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             items = rng.sample(range(1, len(titles)), options.candidates)
             history = rng.choices(range(1, len(titles)), k=rng.randint(1, 20))
             questions.append(Question(prompts.write(history, items), [prompts.titles[item] for item in items]))
-        rows += _rows(kind, base.model, prompts, questions, options)
-    return rows
+        yield from _rows(kind, base.model, prompts, questions, options)
 
 
 def _rows(kind: str, model: Any, prompts: Prompts, questions: list[Question], options: argparse.Namespace) -> list[Row]:
@@ -103,7 +102,7 @@ def _rows(kind: str, model: Any, prompts: Prompts, questions: list[Question], op
             "implementation": name,
             "candidates_per_second": options.users * options.candidates / value,
             "s_a_user": value / options.users,
-            "x_plain": seconds["plain"] / value,
+            "speedup_over_plain": seconds["plain"] / value,
         }
         for name, value in seconds.items()
     ]

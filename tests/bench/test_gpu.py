@@ -28,10 +28,10 @@ def verdicts(rows):
 
 def test_goals_are_met_missed_or_not_measured():
     rows = [
-        made("step: train 2048 x 50", "Mamba4Rec", x_rival=0.3, idle=0.2),
+        made("step: train 2048 x 50", "Mamba4Rec", speedup=4.0, idle=0.2),
         made("epoch: ml-1m, 2Mamba4Rec, 2048 targets", "2Mamba4Rec", note="1.75 s an epoch of 480 steps"),
-        made("op: ssd 2048 x 50 forward", "ours", x_rival=0.5),
-        made("op: ssd 4 x 16000 forward", "ours", x_rival=24.0),
+        made("op: ssd 2048 x 50 forward", "ours", speedup=2.0),
+        made("op: ssd 4 x 16000 forward", "ours", speedup=1 / 24),
     ]
     found = verdicts(rows)
     assert found["Mamba4Rec's training step over RecBole SASRec's"] == "met"
@@ -40,7 +40,18 @@ def test_goals_are_met_missed_or_not_measured():
     assert found["seconds of an ml-1m epoch of 2Mamba4Rec, 2048 targets a step"] == "met"
     assert found["ssd: worst wall time over the fastest rival's"] == "missed"
     assert found["selective_scan: worst wall time over the fastest rival's"] == "not measured"
-    assert found["every check passes"] == "met"
+    assert found["every check passes"] == "not measured"
+
+
+def test_checks_that_did_not_run_are_no_goal_that_is_met():
+    late = "not measured: the 6 minutes were over"
+    rows = [
+        made("check: numerics", "ssd", note="ok: largest error 1.0e-06, 0.1 s"),
+        made("check: CUDA graphs", "", note=late),
+    ]
+    (goal,) = [row["note"] for row in gpu._goals(rows) if row["what"] == "every check passes"]
+    assert goal == "not measured: check: CUDA graphs, check: training"
+    assert verdicts([made(case, "", note="ok: error 0.0") for case in gpu.CHECKS])["every check passes"] == "met"
 
 
 def test_a_replayed_step_stands_beside_the_launched_one(monkeypatch):
@@ -55,7 +66,7 @@ def test_a_replayed_step_stands_beside_the_launched_one(monkeypatch):
     monkeypatch.setattr(gpu, "measure", lambda step, rounds: gpu_work.Work(next(times), 1.9, 1, 0, 5.0))
     launched, replayed = gpu._replayed("Mamba4Rec", 3)
     assert taken == [False] * 6 + ["auto"] * 6
-    assert replayed["what"] == "Mamba4Rec, replayed" and replayed["x_rival"] == 0.25 and launched["x_rival"] == ""
+    assert replayed["what"] == "Mamba4Rec, replayed" and replayed["speedup"] == 4 and launched["speedup"] == ""
     found = verdicts([launched, replayed])
     assert found["idle share of Mamba4Rec's replayed training step"] == "met"
     assert found["idle share of 2Mamba4Rec's replayed training step"] == "not measured"
@@ -151,14 +162,14 @@ def test_a_rival_that_fails_or_computes_something_else_is_told_and_not_compared(
     assert notes["one"] == "not measured: RuntimeError: this Triton is too old"
     assert notes["two"] == "not measured: ArithmeticError: its results differ from ours by 1.0e+00 of the largest"
     assert {row["rival"] for row in rows if row["what"] == "ours"} == {"three"}
-    assert verdicts(rows)["every check passes"] == "met"
+    assert verdicts(rows)["every check passes"] == "not measured"
 
 
 def test_every_row_has_the_same_columns():
     work = gpu_work.Work(2.0, 1.5, 30, 1, 5.0)
     rows = gpu_work.compared("step", {"theirs": work, "ours": work._replace(wall_ms=1.0)}, "theirs")
     assert [tuple(row) for row in rows] == [(*gpu_work.COLUMNS,)] * 2
-    assert rows[1]["x_rival"] == 0.5 and rows[0]["x_rival"] == ""
+    assert rows[1]["speedup"] == 2 and rows[0]["speedup"] == ""
     assert rows[0]["idle"] == 0.25
 
 

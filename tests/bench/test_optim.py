@@ -5,7 +5,9 @@ import json
 import pytest
 
 from recbole_ssm import bench
+from recbole_ssm.bench import optim as bench_optim
 from recbole_ssm.errors import UserError
+from recbole_ssm.optim import USFGM
 
 
 def rows_of(arguments, tmp_path):
@@ -19,6 +21,20 @@ def test_the_cost_of_a_step(tmp_path, capsys):
     assert {"update: USGM", "update: Adam", "measured step", "measuring 1 step in 10, a step"} <= set(rows)
     assert all(row["ms"] > 0 for name, row in rows.items() if not name.startswith("measuring"))
     assert "update: USGM" in capsys.readouterr().out
+
+
+def test_both_halves_of_an_iteration_of_usfgm_are_timed(monkeypatch, tmp_path):
+    def medians(work, rounds, device):
+        work["step"]()
+        halves, half = [], USFGM.collect
+        monkeypatch.setattr(USFGM, "collect", lambda self, compare: halves.append(1) or half(self, compare))
+        work["update: USFGM"]()
+        assert len(halves) == 2
+        return dict.fromkeys(work, 1.0)
+
+    monkeypatch.setattr(bench_optim, "medians", medians)
+    rows = {row["what"]: row for row in rows_of(["optim", "--items=50", "--batch_size=8", "--length=4"], tmp_path)}
+    assert rows["update: USFGM"]["% of a step"] == 50
 
 
 def test_the_order_of_convergence(tmp_path):
