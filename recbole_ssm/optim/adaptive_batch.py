@@ -124,7 +124,7 @@ class AdaptiveBatchSize:
         batch_min, batch_max: bounds of the batch size.
         memory_size: samples that one process takes through the model at once; a larger batch is accumulated. It is
             halved when memory runs out. None: no limit is known.
-        growth: the largest factor of one change, up or down.
+        growth: the largest factor of one change, up or down; one sample a process may always come or go.
         every: one batch in so many is measured. It takes ``chunks`` + 2 passes over smaller parts in place of one: with
             4 chunks half as much work again, and more where batches are so small that any pass takes the same time.
         chunks: the parts of a measured batch, at least.
@@ -178,6 +178,9 @@ class AdaptiveBatchSize:
             if not fine:
                 raise UserError(f"{key}: {getattr(self, key)!r}{what}")
 
+        def number(key: str) -> bool:
+            return isinstance(getattr(self, key), (int, float)) and not isinstance(getattr(self, key), bool)
+
         if self.rule not in RULES:
             hint = did_you_mean(self.rule, RULES)
             raise UserError(f"adaptive_batch: '{self.rule}' is not one of {', '.join(RULES)}{hint}")
@@ -188,10 +191,11 @@ class AdaptiveBatchSize:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
             unlimited = key == "memory_size" and value is None
             require(key, whole or unlimited, f" is not a whole number from {low} up")
-        require("growth", self.growth > 1, "; give a factor above 1")
-        require("smoothing", 0 <= self.smoothing < 1, "; give a weight from 0 up and below 1")
+        require("growth", number("growth") and self.growth > 1, "; give a factor above 1")
+        fine = number("smoothing") and 0 <= self.smoothing < 1
+        require("smoothing", fine, "; give a weight from 0 up and below 1")
         for key in ("theta", "nu"):
-            require(key, getattr(self, key) > 0, "; give a positive number")
+            require(key, number(key) and getattr(self, key) > 0, "; give a positive number")
         size, low, high, processes = self.batch_size, self.batch_min, self.batch_max, self.processes
         require("batch_size", processes <= size, f" samples for {processes} processes; give at least one each")
         if not low <= size <= high:
@@ -201,9 +205,11 @@ class AdaptiveBatchSize:
             raise UserError(f"batch_min, batch_max: no multiple of {processes} processes is from {low} to {high}")
         if self.rule == "hoelder":
             for key in ("D", "budget"):
-                value = getattr(self, key)
-                positive = value is not None and 0 < value < math.inf
-                require(key, positive, "; adaptive_batch 'hoelder' needs a positive number")
+                require(
+                    key,
+                    number(key) and 0 < getattr(self, key) < math.inf,
+                    "; adaptive_batch 'hoelder' needs a positive number",
+                )
 
     # ---- a batch
 
@@ -338,8 +344,9 @@ class AdaptiveBatchSize:
 
     def _set(self, wanted: float, why: str) -> None:
         before = self.batch_size
-        bounded = min(max(wanted, before / self.growth), before * self.growth)
-        self.batch_size = self._whole(min(max(bounded, self.batch_min), self.batch_max))
+        least = min(before / self.growth, before - self.processes)
+        most = max(before * self.growth, before + self.processes)
+        self.batch_size = self._whole(min(max(wanted, least), most))
         self._stale = 0
         if self.batch_size != before:
             fit = f"; nu {self.fit.nu:.2f} +- {self.fit.nu_error:.2f}, L {self.fit.L:.3g}" if self.fit else ""
@@ -348,6 +355,8 @@ class AdaptiveBatchSize:
             )
 
     def _whole(self, size: float) -> int:
+        """The nearest possible size: a multiple of the processes within the bounds."""
+        size = min(max(size, self.batch_min), self.batch_max)
         return max(round(size) // self.processes, -(-self.batch_min // self.processes)) * self.processes
 
     # ---- state
@@ -361,11 +370,12 @@ class AdaptiveBatchSize:
         return {**state, "changes": [list(change) for change in self._changes]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, exactly."""
+        """Go on from a state, exactly; a batch size that the bounds here rule out comes back to them."""
         absent = {"variance": math.nan, "optimum": math.nan, "_lowest": math.inf}
         for name in self._STATE:
             value = state_dict[name.lstrip("_")]
             setattr(self, name, absent.get(name) if value is None else value)
+        self.batch_size = self._whole(self.batch_size)
         self._asked = list(self._asked)
         self._changes = [Change(*change) for change in state_dict["changes"]]
         self.fit = fit_holder(*zip(*self._changes)) if self._changes else None

@@ -216,4 +216,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([(t.to_dense() if t.is_sparse else t).detach().reshape(-1) for t in tensors])
+    """All numbers of tensors ``[n]``, in float32 where any of them has fewer bits: sums of 16 bits are of no use."""
+    flat = torch.cat([(t.to_dense() if t.is_sparse else t).detach().reshape(-1) for t in tensors])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))

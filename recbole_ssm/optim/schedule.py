@@ -20,8 +20,9 @@ class Schedule(LRScheduler):
 
     ``cosine`` rises linearly to the optimiser's rate and falls to 0 along half a cosine (Loshchilov and Hutter, ICLR
     2017, equation 5, without restarts). ``one_cycle`` rises along half a cosine from a 25th of the rate and falls so to
-    nearly 0, while the first of Adam's betas goes from 0.95 to 0.85 and back (Smith and Topin 2018, arXiv 1708.07120):
-    torch's OneCycleLR with its defaults.
+    nearly 0, while the first of Adam's betas goes from 0.95 to 0.85 and back (Smith and Topin 2018, arXiv 1708.07120).
+    For Adam this is torch's OneCycleLR with its defaults, which also moves the momentum of SGD and RMSprop; here that
+    stays as it is.
 
     Args:
         optimizer: whose rates are changed; those that it has are the highest.

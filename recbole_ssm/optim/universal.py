@@ -159,7 +159,7 @@ class UniversalMethod(Optimizer):
         """|v|^2 of each vector, in one synchronisation; 0 for an empty one."""
         if not vectors:
             return []
-        norms = [get_total_norm([t._values() if t.is_sparse else t for t in vector]) for vector in vectors]
+        norms = [get_total_norm(list(map(_precise, vector))) for vector in vectors]
         device = norms[0].device
         squares = [norm**2 for norm in torch.stack([norm.to(device) for norm in norms]).tolist()]
         if not all(map(math.isfinite, squares)):
@@ -186,7 +186,7 @@ class UniversalMethod(Optimizer):
         if group["projection"]:
             moved = torch._foreach_sub(work.params, self.buffers(work.params, "point"))
             products = torch._foreach_mul(work.differences, moved)
-            beta = sum(torch.stack([product.sum() for product in products]).tolist())
+            beta = sum(torch.stack([product.sum(dtype=_at_least_float32(product)) for product in products]).tolist())
             return beta, self._squares(list(moved))[0]
         reach, kept_square = group["reach"], group["gradient_square"]
         beta = reach * (kept_square - work.square + work.difference_square) / 2
@@ -242,6 +242,17 @@ class UniversalMethod(Optimizer):
 
 def _inverse(H: float) -> float:
     return math.inf if H == 0 else 1 / H
+
+
+def _at_least_float32(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _precise(t: Tensor) -> Tensor:
+    """A tensor of the same norm, which neither overflows nor is rounded to 16 bits: for halves, their norm itself."""
+    values = t._values() if t.is_sparse else t
+    wide = _at_least_float32(values)
+    return values if values.dtype == wide else torch.linalg.vector_norm(values, dtype=wide)
 
 
 def _subtract(a: Tensor, b: Tensor) -> Tensor:

@@ -115,6 +115,10 @@ class USGM(UniversalMethod):
         method = {"D": D, "H0": H0, "rho": rho, "rule": rule, "projection": projection, "weight_decay": weight_decay}
         super().__init__(params, passive_start=passive_start, **method)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As PyTorch's, for copies and pickles, with what is no option of a group."""
+        return {**super().__getstate__(), "same_batch": self.same_batch}  # type: ignore[no-untyped-call]
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group with a recursion of its own; a passive start is the group's own too.
 

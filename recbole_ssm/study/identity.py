@@ -42,6 +42,14 @@ def results_of(settings: Mapping[str, Any]) -> str:
             return "0.3.0"
     if settings["model"] == "GPT4Rec" and not settings["epochs"]:
         return "0.3.0"
+    # A batch size grows by one sample a process where its factor was too small to move it.
+    growth = (settings.get("adaptive_batch_args") or {}).get("growth", 2)
+    if settings.get("adaptive_batch") and isinstance(growth, (int, float)) and growth < 2:
+        return "0.3.0"
+    # Norms of gradients and steps of 16 bits were taken in 16 bits.
+    measured = settings.get("adaptive_batch") or settings.get("learner") in ("usgm", "usfgm")
+    if measured and settings.get("base_model_dtype") == "bfloat16" and not settings.get("lora_r"):
+        return "0.3.0"
     # Candidates are drawn in another way, and ranked in a list for each target.
     if any(mode.startswith(("uni", "pop")) for mode in settings["eval_args"]["mode"].values()):
         return "0.2.0"

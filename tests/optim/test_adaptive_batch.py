@@ -306,6 +306,38 @@ def test_the_tests_are_their_formulas_and_never_shrink():
     assert math.isnan(sizes.optimum)
 
 
+@pytest.mark.parametrize(("size", "growth", "processes", "grown"), [(2, 1.2, 1, [3, 4]), (8, 1.4, 8, [16, 24])])
+def test_a_small_growth_moves_by_a_sample_a_process(size, growth, processes, grown):
+    sizes = AdaptiveBatchSize(size, rule="norm_test", growth=growth, patience=1, every=1, processes=processes)
+    assert [sizes.observe(Measurement(2, 1.0, 1e6, 1.0)) for _ in grown] == grown
+
+
+def test_a_state_of_other_bounds_comes_back_to_them():
+    options = {"rule": "norm_test", "batch_min": 4}
+    state = AdaptiveBatchSize(300, **options).state_dict()
+    for bounds, size in (({"batch_max": 100}, 100), ({"batch_max": 100, "processes": 3}, 99), ({}, 300)):
+        sizes = AdaptiveBatchSize(50, **options, **bounds)
+        sizes.load_state_dict(state)
+        assert sizes.batch_size == size
+
+
+def test_halves_are_measured_in_float32():
+    """A gradient of which no half holds the square, and steps that a half would round."""
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        w = torch.zeros(4000, dtype=dtype, requires_grad=True)
+        probe, (slopes,) = GradientProbe([w]), (torch.full((4000,), 90.0),)
+
+        def backward(part, w=w, slopes=slopes):
+            (w.float() @ slopes * (part.stop - part.start) / 8).backward()
+
+        probe.start(8)
+        for start in range(0, 8, 4):
+            probe.run(backward, slice(start, start + 4))
+        found.append(probe.measure().gradient_square)
+    assert found[0] == pytest.approx(found[1]) == pytest.approx(4000 * 8100)
+
+
 @each_rule
 @example([(1e-3, 1.25, 0.1)] * 40, 3)  # down to the lower bound, which is no multiple of 3
 @given(
@@ -532,6 +564,11 @@ def test_other_errors_pass_and_one_sample_is_the_end():
         ({"chunks": 1}, "chunks: 1 is not a whole number from 2 up"),
         ({"window": 5}, "window: 5"),
         ({"growth": 1.0}, "growth: 1.0"),
+        ({"growth": "2"}, "growth: '2'; give a factor above 1"),
+        ({"smoothing": None}, "smoothing: None; give a weight"),
+        ({"theta": True}, "theta: True; give a positive number"),
+        ({"nu": math.nan}, "nu: nan; give a positive number"),
+        ({"D": "100"}, "D: '100'; adaptive_batch 'hoelder' needs a positive number"),
         ({"smoothing": 1.0}, "smoothing: 1.0"),
         ({"theta": 0}, "theta: 0"),
         ({"D": None}, "D: None; adaptive_batch 'hoelder' needs"),

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -370,6 +371,38 @@ def test_float32_follows_float64():
         p.grad = torch.tensor(gradient(p.detach().double().numpy(), k), dtype=torch.float32)
         optimizer.step()
     np.testing.assert_allclose(p.detach().numpy(), expected[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"D": 30.0, "H0": 1.0}, {"D": 300.0, "H0": 1.0, "projection": "start"}])
+def test_norms_of_halves_are_not_rounded_to_halves_and_do_not_overflow(dtype, options):
+    """Beside float64 on the same gradients and points: H, and a gradient whose square no half can hold."""
+    half = torch.zeros(20_000, dtype=dtype, requires_grad=True)
+    precise = torch.zeros(20_000, dtype=torch.float64, requires_grad=True)
+    ours, expected = USGM([half], **options), USGM([precise], **options)
+    generator = torch.Generator().manual_seed(0)
+    for scale in (*[1.0] * 6, 600.0):
+        half.grad = (scale * torch.randn(20_000, generator=generator)).to(dtype)
+        precise.grad = half.grad.double()
+        ours.step()
+        expected.step()
+        with torch.no_grad():
+            precise.copy_(half)
+    assert ours.param_groups[0]["H"] == pytest.approx(expected.param_groups[0]["H"], rel=0.01)
+
+
+def test_a_copy_and_a_pickle_step_as_the_original():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = USGM([p], D=1.0, same_batch=True)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (q,) = twin.param_groups[0]["params"]
+
+        def closure(q=q):
+            q.grad = 2 * q.detach()
+            return q.sum()
+
+        twin.step(closure)
+        assert twin.same_batch and not torch.equal(q, p)
 
 
 @each_method
