@@ -33,16 +33,21 @@ def join_values(arguments: list[str], flags: Collection[str] = ()) -> list[str]:
     """``["-m", "SASRec", "--a", "1", "--b=2"]`` -> ``["--model=SASRec", "--a=1", "--b=2"]``.
 
     The ``flags`` take no value, or take it after ``=`` alone.
+
+    Raises:
+        UserError: an option has no value. One that begins with ``--`` must stand behind ``=``.
     """
     short = {"-m": "--model", "-d": "--dataset"}
     joined: list[str] = []
     waiting = False
     for argument in arguments:
+        argument = short.get(argument, argument)
         if waiting:
+            if argument.startswith("--"):
+                break
             joined[-1] += f"={argument}"
             waiting = False
             continue
-        argument = short.get(argument, argument)
         joined.append(argument)
         waiting = argument.startswith("--") and "=" not in argument and argument not in flags
     if waiting:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from recbole_ssm import __version__, console
-from recbole_ssm.arguments import join_values
+from recbole_ssm.arguments import join_values, literal
 from recbole_ssm.errors import NO_RECBOLE, UserError, did_you_mean
 from recbole_ssm.memory import restart_with_allocator_settings
 
@@ -95,8 +95,10 @@ def train(arguments: list[str]) -> None:
     """Train and test a model on a data set."""
     options = join_values(arguments)
     files = _take(options, "config_files") or ""
-    resume, allow_pickle = _take(options, "resume"), _take(options, "allow_pickle")
-    init = _take(options, "init")
+    resume, init = _take(options, "resume"), _take(options, "init")
+    allow_pickle = literal(_take(options, "allow_pickle") or "False")
+    if not isinstance(allow_pickle, bool):
+        raise UserError(f"--allow_pickle: must be True or False, got {allow_pickle}")
 
     from recbole_ssm.quick_start import run_recbole_ssm
 
@@ -105,7 +107,7 @@ def train(arguments: list[str]) -> None:
         command_line=options,
         resume=resume,
         init=init,
-        allow_pickle=(allow_pickle or "").lower() == "true",
+        allow_pickle=allow_pickle,
     )
 
 

@@ -124,7 +124,8 @@ def closing(config: Any, result: Mapping[str, Any]) -> str:
     where = f" --data_path={shlex.quote(str(data_path))}" if data_path else ""
     if base_model := config.changed.get("base_model"):
         where += f" --{config['model']}.base_model={shlex.quote(str(base_model))}"
-    commands.append(f"compare --models={','.join(models)} --datasets={config['dataset']}{where} --seeds=3")
+    models_and_data = f"--models={shlex.quote(','.join(models))} --datasets={shlex.quote(config['dataset'])}"
+    commands.append(f"compare {models_and_data}{where} --seeds=3")
     for heading, command in itertools.zip_longest(["next"], commands, fillvalue=""):
         lines.append(f"{heading:6}recbole-ssm {command}")
     return "\n".join(lines)
@@ -138,7 +139,7 @@ def trained_in_words(loss: float, seconds: float, events: int) -> str:
 def run_on_command_line(config: Any, folder: Path | None) -> str:
     """How a command names a run: its folder, and the class of a model of one's own."""
     own_class = config.class_path
-    return shlex.quote(str(folder)) + (f" --model={own_class}" if own_class else "")
+    return shlex.quote(str(folder)) + (f" --model={shlex.quote(own_class)}" if own_class else "")
 
 
 class _Screen(logging.StreamHandler[Any]):

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from typing import Any
 
 from recbole_ssm import __version__
 from recbole_ssm.errors import INSTALL_RECBOLE, first_line, require
@@ -30,33 +31,48 @@ def report() -> str:
         f"recbole_ssm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "",
     ]
-    missing = []
+    missing, wanted = [], _wanted()
     for package in NEEDED:
         try:
-            lines.append(f"  {package:14} {importlib.metadata.version(package)}")
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"  {package:14} missing")
             missing.append(INSTALL_RECBOLE if package == "recbole" else f"pip install {package}")
+            continue
+        fits = package not in wanted or wanted[package].contains(version, prereleases=True)
+        lines.append(f"  {package:14} {version}{'' if fits else f', but {wanted[package]} is needed'}")
+        if not fits:
+            missing.append(f"pip install '{package}{wanted[package]}'")
     lines.append("")
     try:
-        found, lacking = _computing()
-        lines += found
-        missing += lacking
+        import torch  # noqa: F401
     except (ImportError, OSError) as error:
         # An OSError comes of a shared library that is damaged or made for another system.
         lines.append(f"  the device and the kernels are not known without PyTorch ({first_line(error)})")
         if not missing:
             missing.append("pip install --force-reinstall torch")
+    else:
+        found, lacking = _computing()
+        lines += found
+        missing += lacking
     lines += ["", "nothing is missing" if not missing else "to install what is missing:"]
     return "\n".join(lines + [f"  {line}" for line in missing])
 
 
-def _computing() -> tuple[list[str], list[str]]:
-    """Lines on the device and on the kernels, and the commands that install what is missing of them.
+def _wanted() -> dict[str, Any]:
+    """The versions that this package's own metadata asks for, by package; empty where they cannot be read."""
+    try:
+        from packaging.requirements import Requirement
 
-    Raises:
-        ImportError: PyTorch cannot be imported; OSError likewise.
-    """
+        found = [Requirement(text) for text in importlib.metadata.requires("recbole_ssm") or ()]
+    except ImportError:
+        # Of packaging; or of the metadata, where the package was not installed but found by its path.
+        return {}
+    return {one.name: one.specifier for one in found if one.marker is None}
+
+
+def _computing() -> tuple[list[str], list[str]]:
+    """Lines on the device and on the kernels, and the commands that install what is missing of them."""
     import torch
 
     # The layers add their steps to the self-test.
@@ -71,7 +87,7 @@ def _computing() -> tuple[list[str], list[str]]:
     lines.append(f"  native kernels {native.unusable or 'built; instruction set ' + native.instruction_set}")
     if native.unusable:
         missing.append(INSTALL_NATIVE)
-    lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + importlib.metadata.version('triton')}")
+    lines.append(f"  cuda kernels   {lacks('cuda') or 'Triton ' + _triton()}")
     if not lacks("cuda"):
         here = tiles.machine(torch.device("cuda", 0)) if torch.cuda.is_available() else "on no GPU"
         count = sum(kind.endswith(here) for kind in tiles.kept())
@@ -86,6 +102,13 @@ def _computing() -> tuple[list[str], list[str]]:
         have = "installed" if importlib.util.find_spec(module) else "not installed"
         lines.append(f"  {package} {have}; our ops do not use it")
     return lines, missing
+
+
+def _triton() -> str:
+    """Triton's version; its distribution is called ``triton``, ``pytorch-triton`` or ``triton-windows``."""
+    import triton
+
+    return str(triton.__version__)
 
 
 def numerics() -> tuple[str, bool]:

@@ -60,3 +60,10 @@ def test_flags_take_no_value():
     assert join_values(["--prune=5", "--prune"], {"--prune"}) == ["--prune=5", "--prune"]
     with pytest.raises(UserError, match="--prune has no value"):
         join_values(["--prune"])
+
+
+@pytest.mark.parametrize("following", ["--epochs=30", "--epochs", "-m"])
+def test_an_option_is_no_value_of_the_option_before_it(following):
+    with pytest.raises(UserError, match="--allow_pickle has no value; options look like --allow_pickle=VALUE"):
+        join_values(["--allow_pickle", following, "30"])
+    assert join_values(["--seed", "-1", "--name=--x"]) == ["--seed=-1", "--name=--x"]

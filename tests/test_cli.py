@@ -24,6 +24,30 @@ def test_doctor_names_versions_device_and_kernels(capsys):
         assert word in out
 
 
+def test_doctor_knows_a_triton_whose_distribution_has_another_name(monkeypatch):
+    import importlib.metadata
+    import types
+
+    from recbole_ssm.doctor import report
+    from recbole_ssm.ops import backend
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0" if name == "numpy" else real(name)
+
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.9.9"))
+    monkeypatch.setattr(backend, "_lacks", {"cuda": ""})
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=1.26", "torch<2; extra == 'old'"])
+    text = report()
+    assert "  cuda kernels   Triton 3.9.9" in text and "without PyTorch" not in text
+    # What is there and too old is told as well.
+    assert "  numpy          1.0, but >=1.26 is needed" in text and "\n  pip install 'numpy>=1.26'" in text
+
+
 def test_doctor_says_where_tile_sizes_are_kept(monkeypatch, tmp_path):
     from recbole_ssm.doctor import report
     from recbole_ssm.ops import backend
@@ -118,6 +142,8 @@ assert main(["doctor", "--numerics"]) == 2
         (["--resume=", "--epochs=3"], "resume: names no checkpoint; give a file, or the folder of a run"),
         (["--init", ""], "init: names no checkpoint"),
         (["--epochs"], "--epochs has no value; options look like --epochs=VALUE"),
+        (["--allow_pickle", "--epochs=30"], "--allow_pickle has no value"),
+        (["--resume=x.pth", "--allow_pickle=yes"], "--allow_pickle: must be True or False, got yes"),
         (["--epochz=3"], "epochz: there is no such key; did you mean 'epochs'?"),
         (["--config_files=absent.yaml"], "config file absent.yaml: No such file or directory"),
         (["--head_dim=24"], "head_dim: 24 does not divide expand * hidden_size = 128; try head_dim: 16"),

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_the_command_to_compare_a_ranker_names_its_base_model():
     config = configure("LlamaRec", "toy", config_dict={"base_model": "some/model"})
     block = console.closing(config, {"test_result": None, "checkpoint": None})
     assert block.endswith("--models=LlamaRec,SASRec --datasets=toy --LlamaRec.base_model=some/model --seeds=3")
+
+
+def test_names_in_the_next_commands_can_be_pasted():
+    class Mine(dict):
+        class_path, changed = "my models.mine:M", {}
+
+    config = Mine(model="M", dataset="my data", topk=[10])
+    text = console.closing(config, {"test_result": None, "checkpoint": "saved/a b/best.safetensors"})
+    recommend, _, compare = [shlex.split(line.partition("recbole-ssm ")[2]) for line in text.splitlines()[-3:]]
+    assert recommend[:3] == ["recommend", "saved/a b", "--model=my models.mine:M"]
+    assert compare[1:3] == ["--models=my models.mine:M,SASRec", "--datasets=my data"]
 
 
 def test_an_epoch_of_which_nothing_was_left_to_train_has_no_speed():
