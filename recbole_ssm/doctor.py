@@ -31,7 +31,8 @@ def report() -> str:
         f"recbole_ssm {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "",
     ]
-    missing, wanted = [], _wanted()
+    missing = []
+    wanted = _wanted()
     for package in NEEDED:
         try:
             version = importlib.metadata.version(package)

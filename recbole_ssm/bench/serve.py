@@ -122,7 +122,7 @@ def _row(
     cpu, after = _processor_time(processes) - before, asyncio.run(client.parts())
     latencies = np.array(client.latencies)
     calls = len(latencies)
-    row = {
+    row: Row = {
         "model": options.model,
         "items": options.items,
         "in_store": options.users,

@@ -252,7 +252,9 @@ def _precise(t: Tensor) -> Tensor:
     """A tensor of the same norm, which neither overflows nor is rounded to 16 bits: for halves, their norm itself."""
     values = t._values() if t.is_sparse else t
     wide = _at_least_float32(values)
-    return values if values.dtype == wide else torch.linalg.vector_norm(values, dtype=wide)
+    if values.dtype != wide:
+        values = torch.linalg.vector_norm(values, dtype=wide)
+    return values
 
 
 def _subtract(a: Tensor, b: Tensor) -> Tensor:

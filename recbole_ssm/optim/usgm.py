@@ -117,7 +117,7 @@ class USGM(UniversalMethod):
 
     def __getstate__(self) -> dict[str, Any]:
         """As PyTorch's, for copies and pickles, with what is no option of a group."""
-        return {**super().__getstate__(), "same_batch": self.same_batch}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "same_batch": self.same_batch}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group with a recursion of its own; a passive start is the group's own too.
