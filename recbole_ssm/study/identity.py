@@ -48,7 +48,9 @@ def results_of(settings: Mapping[str, Any]) -> str:
         return "0.3.0"
     # Norms of gradients and steps of 16 bits were taken in 16 bits.
     measured = settings.get("adaptive_batch") or settings.get("learner") in ("usgm", "usfgm")
-    if measured and settings.get("base_model_dtype") == "bfloat16" and not settings.get("lora_r"):
+    rank = settings.get("lora_r")
+    whole = rank == 0 or (rank is None and settings.get("base_model") == "random")
+    if measured and whole and settings.get("base_model_dtype") == "bfloat16":
         return "0.3.0"
     # Candidates are drawn in another way, and ranked in a list for each target.
     if any(mode.startswith(("uni", "pop")) for mode in settings["eval_args"]["mode"].values()):

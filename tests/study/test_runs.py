@@ -119,7 +119,7 @@ GROUPS = {"n_groups": 2, "head_dim": 32}
         ("SASRec", {"adaptive_batch": "norm_test", "adaptive_batch_args": {"growth": 1.5}}, "0.3.0"),
         ("SASRec", {"adaptive_batch": "norm_test", "adaptive_batch_args": {"growth": "2"}}, "0.1.0"),
         ("LlamaRec", {"learner": "usgm", "base_model_dtype": "bfloat16", "lora_r": 0}, "0.3.0"),
-        ("LlamaRec", {"learner": "usgm", "base_model_dtype": "bfloat16"}, "0.1.0"),
+        ("LlamaRec", {"learner": "usgm", "base_model_dtype": "bfloat16", "lora_r": 8}, "0.1.0"),
         ("SASRec", {"drop_cold_targets": True}, "0.1.0"),
         ("SASRec", {"train_rows": 5}, "0.1.0"),
         ("SASRec", {}, "0.1.0"),
