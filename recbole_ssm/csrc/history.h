@@ -154,7 +154,7 @@ void lay_out(const Step& a, Group& g, Arena& arena) {
   g.A = arena.floats(a.H ? a.H : a.D * a.N);
   g.x = arena.floats(max_of(widest, row_of_maps(a)) * WIDE);
   g.z = arena.floats(max_of(widest, row_of_maps(a)) * WIDE);
-  g.hidden = arena.floats(padded(a.F) * WIDE);
+  g.hidden = arena.floats(padded(max_of(max_of(a.F, a.M), a.H)) * WIDE);
   g.last_u = arena.floats(S * a.M);
   g.last_z = arena.floats(S * a.D);
   g.last_C = arena.floats(S * max_of(a.G, 1) * a.N);
@@ -172,11 +172,19 @@ void lay_out(const Step& a, Group& g, Arena& arena) {
 INLINE const float* rest_weight(const Step& a) { return a.in_weight + (a.H ? a.D * a.M : 0); }
 INLINE const float* gate_weight(const Step& a) { return a.in_weight + (a.H ? 0 : a.D * a.M); }
 
+// What the mixer reads of a panel of the block's input: that panel, or its norm, which is written to `normed`.
+const float* input_of(const Step& a, i64 width, const float* u, float* normed) {
+  if (!a.pre_norm) return u;
+  memcpy(normed, u, a.M * width * sizeof(float));
+  panel_norm(width, a.M, normed, a.norm, true);
+  return normed;
+}
+
 void project_in(const Step& a, const Group& g) {
   const i64 outer = widths_of(a).in - a.D;
   for (i64 first = 0; first < g.rows; first += WIDE) {
     const i64 width = width_of(g.rows, first);
-    panel_linear(width, a.M, g.u + first * a.M, outer, rest_weight(a), nullptr, g.x);
+    panel_linear(width, a.M, input_of(a, width, g.u + first * a.M, g.z), outer, rest_weight(a), nullptr, g.x);
     to_rows(width, outer, g.x, g.in + first * g.width, g.width);
   }
 }
@@ -249,7 +257,7 @@ void finish_panels(const Step& a, const Group& g) {
         store(y + at, load(y + at) + load(g.hidden + d / P * width + j) * load(g.z + at));
       }
     if (a.diagonal) panel_norm(width, a.D, y, a.gate_norm, false);
-    panel_linear(width, a.M, u, a.D, gate_weight(a), nullptr, g.z);
+    panel_linear(width, a.M, input_of(a, width, u, g.hidden), a.D, gate_weight(a), nullptr, g.z);
     gate(a.D * width, y, g.z);
     for (i64 k = 0, n = a.H && !a.diagonal ? a.D / a.G : 0; n && k < a.G; k++) {
       Norm of_group = a.gate_norm;
@@ -258,12 +266,17 @@ void finish_panels(const Step& a, const Group& g) {
     }
     panel_linear(width, a.D, y, a.M, a.out_weight, nullptr, out);
     for (i64 i = 0; a.residual && i < a.M * width; i += VL) store(out + i, load(out + i) + load(u + i));
-    panel_norm(width, a.M, out, a.norm, true);
-    panel_linear(width, a.M, out, a.F, a.w_1, a.b_1, g.hidden);
+    if (a.pre_norm) {
+      memcpy(u, out, a.M * width * sizeof(float));
+      panel_norm(width, a.M, u, a.last, true);
+    } else {
+      panel_norm(width, a.M, out, a.norm, true);
+    }
+    panel_linear(width, a.M, a.pre_norm ? u : out, a.F, a.w_1, a.b_1, g.hidden);
     for (i64 i = 0; i < a.F * width; i += VL) store(g.hidden + i, gelu(load(g.hidden + i)));
     panel_linear(width, a.F, g.hidden, a.M, a.w_2, a.b_2, u);
     for (i64 i = 0; i < a.M * width; i += VL) store(u + i, load(u + i) + load(out + i));
-    panel_norm(width, a.M, u, a.last, true);
+    if (!a.pre_norm) panel_norm(width, a.M, u, a.last, true);
   }
 }
 
@@ -282,7 +295,8 @@ void finish_last(const Step& a, const Group& g, float* result) {
     }
     if (a.diagonal) rms_norm(1, a.D, y, a.gate_norm);
   }
-  linear(g.S, a.M, g.last_u, a.M, a.D, gate_weight(a), nullptr, g.last_z, a.D);
+  for (i64 s = 0; a.pre_norm && s < g.S; s++) layer_norm(a.M, g.last_u + s * a.M, a.norm, g.out + s * a.M);
+  linear(g.S, a.M, a.pre_norm ? g.out : g.last_u, a.M, a.D, gate_weight(a), nullptr, g.last_z, a.D);
   gate(g.S * a.D, g.y, g.last_z);
   for (i64 s = 0; a.H && !a.diagonal && s < g.S; s++) rms_norm(a.G, a.D / a.G, g.y + s * a.D, a.gate_norm);
   finish_rows(a, g.S, g.last_u, g.y, g.out, g.last_hidden, result);
@@ -355,7 +369,7 @@ void history_task(void* context, i64 group, i64 thread) {
       const i64 width = width_of(g.rows, first);
       for (i64 i = 0; i < width; i++) {
         float* row = g.x + i * padded(a.M);
-        if (first + i < g.rows) layer_norm(a.M, a.table + a.items[begin + first + i] * a.M, a.first, row);
+        if (first + i < g.rows) normed(a.M, a.table + a.items[begin + first + i] * a.M, a.first, row);
         else zero(row, a.M);
       }
       to_panel(width, a.M, g.x, padded(a.M), g.z);

@@ -92,6 +92,7 @@ struct Norm { const float *weight, *bias; double eps; };
 // where F is 0. Weights are PyTorch's, [out, in]. States may be written where they were read.
 struct Step {
   i64 B, M, threads, D, N, K, R, H, G, F, residual;
+  i64 pre_norm;                              // norm and last stand before the two parts of the block, not behind them
   i64 items; const i64* rows;                // or null: u of user b is row rows[b] of that many
   const float* u;                            // [B, M]
   Norm first;                                // LayerNorm of u, or null
@@ -102,6 +103,7 @@ struct Step {
   Norm gate_norm;                            // of Mamba-2 and Hydra, without a bias
   const float* out_weight;
   Norm norm; const float *w_1, *b_1, *w_2, *b_2; Norm last;
+  Norm behind;                               // LayerNorm behind a block of pre_norm, or null
   const float *conv, *ssm;                   // [B, D (Mamba-2: D + 2 G N), K], [B, D, N]
   float *conv_after, *ssm_after, *y;
   char* workspace;
@@ -113,7 +115,7 @@ struct History {
   i64 S, L, V, M, threads, layers;           // L: events of all histories
   const i64 *offsets, *items;                // [S + 1], [L]
   const float* table;                        // [V, M]
-  Norm first;                                // LayerNorm of the rows of the table
+  Norm first;                                // LayerNorm of the rows of the table, or null
   const Step* blocks;
   float* y;                                  // [S, M]
   char* workspace;

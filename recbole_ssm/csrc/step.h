@@ -1,4 +1,5 @@
-// One event of each of B users through one block: mixer (Mamba or Mamba-2), residual, norm, feed-forward part, norm.
+// One event of each of B users through one block: mixer (Mamba or Mamba-2), residual, norm, feed-forward part, norm; or
+// each norm before its part.
 //
 // At one user all of it is reading weights and states once, so nothing is laid out anew: weights are used as PyTorch
 // holds them, [out, in], by VL dot products at a time. Up to USERS users pass through together and share what is read.
@@ -79,6 +80,12 @@ void layer_norm(i64 n, const float* x, const Norm& norm, float* y) {
     const i64 lanes = n - i;
     store(y + i, (load(x + i, lanes) - mean) * scale * load(norm.weight + i, lanes) + load(norm.bias + i, lanes), lanes);
   }
+}
+
+// LayerNorm of x where there is one, else x.
+INLINE void normed(i64 n, const float* x, const Norm& norm, float* y) {
+  if (norm.weight) layer_norm(n, x, norm, y);
+  else memcpy(y, x, n * sizeof(float));
 }
 
 // Each of some groups of n neighbouring channels by itself.
@@ -216,14 +223,16 @@ void finish_rows(const Step& a, i64 users, float* u, const float* y, float* out,
     float* row = out + i * M;
     if (a.residual)
       for (i64 m = 0; m < M; m++) row[m] += u[i * M + m];
-    layer_norm(M, row, a.norm, row);
+    if (a.pre_norm) layer_norm(M, row, a.last, u + i * M);
+    else layer_norm(M, row, a.norm, row);
   }
-  linear(users, M, out, M, F, a.w_1, a.b_1, hidden, F);
+  linear(users, M, a.pre_norm ? u : out, M, F, a.w_1, a.b_1, hidden, F);
   for (i64 i = 0; i < users * F; i += VL) store(hidden + i, gelu(load(hidden + i, users * F - i)), users * F - i);
   linear(users, F, hidden, F, M, a.w_2, a.b_2, u, M);
+  const Norm& end = a.pre_norm ? a.behind : a.last;
   for (i64 i = 0; i < users; i++) {
     for (i64 m = 0; m < M; m++) u[i * M + m] += out[i * M + m];
-    layer_norm(M, u + i * M, a.last, result + i * M);
+    normed(M, u + i * M, end, result + i * M);
   }
 }
 
@@ -246,11 +255,10 @@ void step_task(void* context, i64 task, i64 thread) {
   float *y = arena.floats(users * D), *out = arena.floats(users * M), *hidden = arena.floats(users * a.F);
 
   for (i64 i = 0; i < users; i++) {
-    const float* from = a.u + (a.rows ? a.rows[b0 + i] : b0 + i) * M;
-    if (a.first.weight) layer_norm(M, from, a.first, u + i * M);
-    else memcpy(u + i * M, from, M * sizeof(float));
+    normed(M, a.u + (a.rows ? a.rows[b0 + i] : b0 + i) * M, a.first, u + i * M);
+    if (a.pre_norm) layer_norm(M, u + i * M, a.norm, out + i * M);
   }
-  linear(users, M, u, M, w.in, a.in_weight, nullptr, in, w.in);
+  linear(users, M, a.pre_norm ? out : u, M, w.in, a.in_weight, nullptr, in, w.in);
   const float* x = in + (a.H ? D : 0);  // what enters the convolution
   for (i64 i = 0; i < users; i++) {
     if (a.K == 4) conv_step<4>(a, b0 + i, w.conv, x + i * w.in, conv + i * w.conv);

@@ -171,13 +171,13 @@ OPS: dict[str, Op] = {
         row(
             "step",
             "rows?:B:int64 u:BM first?:norm in_weight conv_weight conv_bias x_weight? dt_weight? dt_bias A_log D "
-            "diagonal? gate_norm?:norm out_weight norm?:norm w_1? b_1? w_2? b_2? last?:norm conv ssm",
+            "diagonal? gate_norm?:norm out_weight norm?:norm w_1? b_1? w_2? b_2? last?:norm behind?:norm conv ssm",
             "conv_after ssm_after y:BM",
-            "D:int N:int K:int R:int H:int G:int F:int residual:bool items:int",
+            "D:int N:int K:int R:int H:int G:int F:int residual:bool pre_norm:bool items:int",
         ),
         # Histories through all blocks of a model, to the output at the last event of each: run by
         # recbole_ssm.layers.history. The blocks are rows of step, one after the other in memory.
-        row("history", "items:L:int64 table:VM first:norm blocks cu_seqlens", "y:SM", "layers:int"),
+        row("history", "items:L:int64 table:VM first?:norm blocks cu_seqlens", "y:SM", "layers:int"),
     )
 }
 
