@@ -103,7 +103,7 @@ struct Step {
   Norm gate_norm;                            // of Mamba-2 and Hydra, without a bias
   const float* out_weight;
   Norm norm; const float *w_1, *b_1, *w_2, *b_2; Norm last;
-  Norm behind;                               // LayerNorm behind a block of pre_norm, or null
+  Norm behind;                               // LayerNorm behind the block, or null
   const float *conv, *ssm;                   // [B, D (Mamba-2: D + 2 G N), K], [B, D, N]
   float *conv_after, *ssm_after, *y;
   char* workspace;

@@ -229,10 +229,11 @@ void finish_rows(const Step& a, i64 users, float* u, const float* y, float* out,
   linear(users, M, a.pre_norm ? u : out, M, F, a.w_1, a.b_1, hidden, F);
   for (i64 i = 0; i < users * F; i += VL) store(hidden + i, gelu(load(hidden + i, users * F - i)), users * F - i);
   linear(users, F, hidden, F, M, a.w_2, a.b_2, u, M);
-  const Norm& end = a.pre_norm ? a.behind : a.last;
   for (i64 i = 0; i < users; i++) {
-    for (i64 m = 0; m < M; m++) u[i * M + m] += out[i * M + m];
-    normed(M, u + i * M, end, result + i * M);
+    float* row = u + i * M;
+    for (i64 m = 0; m < M; m++) row[m] += out[i * M + m];
+    if (!a.pre_norm) layer_norm(M, row, a.last, row);
+    normed(M, row, a.behind, result + i * M);
   }
 }
 

@@ -28,6 +28,8 @@ class Recipe(NamedTuple):
 
 
 PUBLISHED = Recipe()
+IN_KERNELS = (PUBLISHED, Recipe(pre_norm=True))
+"""The recipes of which the kernels of a step and of whole histories know the formula."""
 
 
 class Dropout(nn.Dropout):
@@ -100,7 +102,7 @@ class FeedForward(nn.Module):
 
     def kernel_weights(self) -> dict[str, Any]:
         """What the kernels of a block read of this part; nothing of one that they do not know."""
-        if self.recipe != PUBLISHED or self.activation is not F.gelu:
+        if self.recipe not in IN_KERNELS or self.activation is not F.gelu:
             return {}
         return {
             "F": self.w_1.out_features,
@@ -172,6 +174,8 @@ class Block(nn.Module):
         parts: list[dict[str, Any]] = [
             getattr(part, "kernel_weights", dict)() for part in (self.mixer, self.feed_forward)
         ]
-        if not all(parts) or self.recipe != PUBLISHED or parts[0].get("gap_rate") is not None:
+        one_recipe = self.recipe == getattr(self.feed_forward, "recipe", None)
+        if not all(parts) or not one_recipe or parts[0].get("gap_rate") is not None:
             return {}
-        return {**parts[0], **parts[1], "residual": self.residual, **norm_fields("norm", self.norm)}
+        settings = {"residual": self.residual, "pre_norm": self.recipe.pre_norm}
+        return {**parts[0], **parts[1], **settings, **norm_fields("norm", self.norm)}

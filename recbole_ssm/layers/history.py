@@ -38,10 +38,11 @@ Encode = Callable[..., Tensor]
 def in_one_call(formula: Encode) -> Encode:
     """Let the backend that is chosen for the item embeddings encode few short histories in place of the formula.
 
-    The decorated method belongs to a model of an ``item_embedding``, a ``norm`` behind it, and
-    ``blocks`` of :class:`recbole_ssm.layers.Block`, and computes no more than these one after
-    the other, with dropout and a ``last_norm`` of nothing. A model may have a method
-    ``embed(items_L, clock)`` that takes the place of the ``item_embedding``.
+    The decorated method belongs to a model of an ``item_embedding``, a ``norm`` behind it,
+    ``blocks`` of :class:`recbole_ssm.layers.Block`, and a ``last_norm`` behind them, of which
+    either norm may be nothing, and computes no more than these one after the other, with
+    dropout. A model may have a method ``embed(items_L, clock)`` that takes the place of the
+    ``item_embedding``.
     ``Model.encode.__wrapped__`` is the formula.
     """
 
@@ -87,30 +88,36 @@ class Chain(Weights):
         model: as :func:`in_one_call` says.
 
     Attributes:
+        layers: the structures.
+        first: fields of the norm before the first block; nothing where there is none.
+        behind: of the one behind the last block, likewise.
         most_events: how long histories may be on average.
     """
 
     def __init__(self, model: Any) -> None:
         self.layers = layers = [Prepared(block) for block in model.blocks]
-        known = all(layer.usable for layer in layers)
+        known = bool(layers) and all(layer.usable for layer in layers)
         table = model.item_embedding.weight
-        first = norm_fields("first", model.norm) if known else {}
+        ends = {"first": model.norm, "behind": getattr(model, "last_norm", None)}
+        norms = {name: norm for name, norm in ends.items() if norm is not None and type(norm) is not nn.Identity}
+        self.first, self.behind = (norm_fields(name, norms[name]) if name in norms else {} for name in ends)
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}
-        around = [getattr(model, name, None) for name in ("dropout", "last_norm")]
-        modules = [model.item_embedding, model.norm, model.blocks, *(module for module in around if module is not None)]
-        shapes = {"table": table.shape, "first_weight": table.shape[1:], "first_bias": table.shape[1:]}
-        super().__init__(modules, {"table": table, **first, **blocks}, shapes, within=model)
-        self.usable = self.usable and known and bool(layers)
+        dropout = [model.dropout] if hasattr(model, "dropout") else []
+        modules = [model.item_embedding, model.blocks, *norms.values(), *dropout]
+        shapes = {f"{name}_{part}": table.shape[1:] for name in norms for part in ("weight", "bias")}
+        super().__init__(modules, {"table": table, **self.first, **self.behind, **blocks}, shapes, within=model)
+        self.usable = self.usable and known
         if not self.usable:
             _say_unknown(type(model).__name__)
         self.most_events = 0
         if self.usable:
             self._blocks = (type(layers[0].fields) * len(layers))(*[layer.fields for layer in layers])
+            native.fill(self._blocks[-1], self.behind)
             scans = any(layer.fields.H == 0 for layer in layers)
             self.most_events = MOST_EVENTS["scan" if scans else "ssd"]
             V, M = table.shape
             blocks_at = {"layers": len(layers), "blocks": ctypes.addressof(self._blocks)}
-            self._fields = native.structure("history", V=V, M=M, table=table, **first, **blocks_at)
+            self._fields = native.structure("history", V=V, M=M, table=table, **self.first, **blocks_at)
 
     def takes(self) -> bool:
         """Whether the call computes what the model would: no dropout, no gradient."""

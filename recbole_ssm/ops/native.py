@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +200,16 @@ def structure(name: str, **fields: Any) -> Any:
     Of the fields it takes those that it has.
     """
     made = STRUCTURES[name](threads=torch.get_num_threads())
+    fill(made, fields)
+    return made
+
+
+def fill(made: Any, fields: Mapping[str, Any]) -> None:
+    """Give a structure those of the fields that it has, and that are not None."""
     for member, *_ in made._fields_:
         value = fields.get(member)
         if value is not None:
             setattr(made, member, value.data_ptr() if isinstance(value, Tensor) else value)
-    return made
 
 
 def step_workspace(call: Any) -> Tensor:

@@ -18,7 +18,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.graphs import Graphed
 from recbole_ssm.layers import MixerState
 from recbole_ssm.layers.history import chain_of
-from recbole_ssm.layers.step import norm_fields, runs_natively
+from recbole_ssm.layers.step import runs_natively
 from recbole_ssm.layers.time import NEVER, Clock, TimeEncoding
 from recbole_ssm.layers.weights import hooks_of, kernels_know
 from recbole_ssm.ops import native
@@ -256,14 +256,16 @@ class Stepper:
         self._native = runs_natively(table) and self._is_known()
         if not self._native:
             return
-        layers = chain_of(model).layers
+        chain = chain_of(model)
         B = len(self.state[0].ssm)
         self._output = table.new_empty(B, table.shape[1])
         self._rows: Any = (ctypes.c_int64 * B)()
-        calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(layers, self.state)]
+        calls = [layer.call(self._output, one, one, self._output) for layer, one in zip(chain.layers, self.state)]
         self._calls = (type(calls[0]) * len(calls))(*calls)
-        # The first layer reads its input from the table of embeddings, through the norm behind
-        # it; or, where times are added to an item's, from what is computed for each event.
+        native.fill(self._calls[0], chain.first)
+        native.fill(self._calls[-1], chain.behind)
+        # The first layer reads its input from the table of embeddings, or, where times are added
+        # to an item's, from what is computed for each event.
         first = self._calls[0]
         if self._encoding is None:
             first.rows, first.items, first.u = ctypes.addressof(self._rows), len(table), table.data_ptr()
@@ -271,12 +273,10 @@ class Stepper:
             self._tables = [weight.detach().numpy() for weight in (table, *self._encoding.input_tables())]
             self._inputs = np.empty((B, table.shape[1]), dtype=np.float32)
             first.u = self._inputs.ctypes.data
-        for name, value in norm_fields("first", model.norm).items():
-            setattr(first, name, value.data_ptr() if isinstance(value, Tensor) else value)
         spaces = [native.step_workspace(call) for call in self._calls]
         for call, space in zip(self._calls, spaces):
             call.workspace = space.data_ptr()
-        self._alive = table, layers, spaces, model.norm.weight.detach(), model.norm.bias.detach()
+        self._alive = table, chain, spaces
 
     def _is_known(self) -> bool:
         """Whether the kernels compute what the model's own step would."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recbole_ssm import ops
-from recbole_ssm.layers import Block, Hydra, Mamba, Mamba2, history, in_one_call
+from recbole_ssm.layers import Block, Hydra, Mamba, Mamba2, Recipe, history, in_one_call, outer_norms
 from recbole_ssm.ops import native
 from recbole_ssm.ops.backend import dispatch
 from recbole_ssm.ops.packing import cu_seqlens_of
@@ -24,10 +24,12 @@ ITEMS = 30
 class Model(nn.Module):
     """What the call reads of a model, and its formula."""
 
-    def __init__(self, mixers, d_model, residual, dropout=0.2):
+    def __init__(self, mixers, d_model, residual, pre_norm, dropout=0.2):
         super().__init__()
-        self.item_embedding, self.norm = nn.Embedding(ITEMS, d_model), nn.LayerNorm(d_model)
-        self.blocks = nn.ModuleList(Block(mixer, d_model, dropout, residual) for mixer in mixers)
+        recipe = Recipe(pre_norm)
+        self.item_embedding = nn.Embedding(ITEMS, d_model)
+        self.norm, self.last_norm = outer_norms(d_model, recipe)
+        self.blocks = nn.ModuleList(Block(mixer, d_model, dropout, residual, recipe) for mixer in mixers)
         for parameter in self.parameters():  # norms and biases of one and zero would hide a mistake
             nn.init.normal_(parameter, std=0.3)
         self.eval()
@@ -38,20 +40,20 @@ class Model(nn.Module):
         for block in self.blocks:
             at_last = last_only and block is self.blocks[-1]
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
-        return u if last_only else u[0]
+        return self.last_norm(u if last_only else u[0])
 
 
 def formula(model, items, bounds):
     return Model.encode.__wrapped__(model, items, bounds, last_only=True)
 
 
-def build(kinds=("Mamba", "Mamba2", "Hydra"), d_model=16, N=5, K=3, heads=4, groups=2, residual=True):
+def build(kinds=("Mamba", "Mamba2", "Hydra"), d_model=16, N=5, K=3, heads=4, groups=2, residual=True, pre_norm=False):
     makers = {
         "Mamba": lambda: Mamba(d_model, N, K, 2),
         "Mamba2": lambda: Mamba2(d_model, N, K, 2, 2 * d_model // heads, groups),
         "Hydra": lambda: Hydra(d_model, N, K | 1, 2, 2 * d_model // heads, groups),
     }
-    return Model([makers[kind]() for kind in kinds], d_model, residual)
+    return Model([makers[kind]() for kind in kinds], d_model, residual, pre_norm)
 
 
 def histories(*lengths):
@@ -86,6 +88,7 @@ def test_the_call_equals_the_formula(instruction_set, data):
         data.draw(st.integers(1, 6)),
         heads,
         groups,
+        data.draw(st.booleans()),
         data.draw(st.booleans()),
     )
     some = st.lists(st.sampled_from([0, 1, 2, 7, 8, 9, 16, 33, 64, 65, 130]), min_size=1, max_size=8)

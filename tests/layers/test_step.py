@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recbole_ssm import ops
-from recbole_ssm.layers import Block, Mamba, Mamba2, MixerState
+from recbole_ssm.layers import Block, Mamba, Mamba2, MixerState, Recipe
 from recbole_ssm.ops import native
 
 needs_kernels = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
@@ -31,14 +31,14 @@ def instruction_set(request):
     native.select("")
 
 
-def build(kind, d_model=16, N=5, K=4, expand=2, heads=4, groups=2, joint=False):
+def build(kind, d_model=16, N=5, K=4, expand=2, heads=4, groups=2, joint=False, pre_norm=False):
     if kind == "Mamba":
         mixer = Mamba(d_model, N, K, expand)
     else:
         mixer = Mamba2(d_model, N, K, expand, expand * d_model // heads, groups, joint_norm=joint)
     for parameter in mixer.parameters():  # norms and biases of one and zero would hide a mistake
         nn.init.normal_(parameter, std=0.3)
-    block = Block(mixer, d_model, dropout=0.2, residual=True)
+    block = Block(mixer, d_model, dropout=0.2, residual=True, recipe=Recipe(pre_norm))
     for norm in (block.norm, block.feed_forward.norm):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -73,7 +73,7 @@ def test_kernel_equals_the_formula(kind, instruction_set, data):
         heads,
         groups,
     )
-    block = build(kind, d_model, *sizes)
+    block = build(kind, d_model, *sizes, pre_norm=data.draw(st.booleans()))
     block.residual = data.draw(st.booleans())
     exact = copy.deepcopy(block).double()
     batch = data.draw(st.sampled_from([0, 1, 2, 4, 5, 16, 19, 130]))

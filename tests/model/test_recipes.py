@@ -15,6 +15,7 @@ from recbole_ssm.ops import native
 from recbole_ssm.ops.packing import cu_seqlens_of
 from recbole_ssm.quick_start import configure
 from recbole_ssm.serving import Recommender
+from recbole_ssm.serving.session import Stepper
 from tests.conftest import REPOSITORY
 from tests.model.test_models import HISTORIES, build, rows
 
@@ -166,7 +167,7 @@ def test_the_weights_of_the_default_recipe_are_those_of_before(toy):
 @pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
 def test_what_the_one_call_does_not_know_goes_layer_by_layer_and_the_log_says_so_once(toy, caplog):
     _say_unknown.cache_clear()
-    for stack, times in (({}, 0), (STACKS["pre"], 1)):
+    for stack, times in (({}, 0), (STACKS["pre"], 0), (STACKS["LiGR"], 1)):
         caplog.clear()
         model, _ = build("2Mamba4Rec", toy, **stack)
         with caplog.at_level(logging.INFO), torch.no_grad(), ops.use_backend("native"):
@@ -174,6 +175,25 @@ def test_what_the_one_call_does_not_know_goes_layer_by_layer_and_the_log_says_so
         assert sum("does not know these blocks of TwoMamba4Rec" in record.message for record in caplog.records) == times
         expected = model.double().full_sort_predict(rows(HISTORIES)).float()
         torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
+@pytest.mark.parametrize("name", ["Mamba4Rec", "2Mamba4Rec"])
+@pytest.mark.parametrize("stack", [{}, STACKS["pre"]], ids=["post", "pre"])
+def test_sessions_step_in_c_with_norms_before_or_behind(toy, monkeypatch, name, stack):
+    model, _ = build(name, toy, **stack)
+    calls, run = [], native.run_steps
+    monkeypatch.setattr(native, "run_steps", lambda *call: calls.append(1) or run(*call))
+    with torch.no_grad(), ops.use_backend("native"):
+        for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+        stepper = Stepper(model, model.alloc_state(1))
+        calls.clear()  # The self-test of the kernel makes some too.
+        found = [stepper([item]).clone() for item in (3, 1, 4, 1, 5)][-1]
+        assert len(calls) == 5
+        expected = model.double().read(torch.tensor([3, 1, 4, 1, 5]))[0].float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
