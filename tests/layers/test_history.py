@@ -24,11 +24,11 @@ ITEMS = 30
 class Model(nn.Module):
     """What the call reads of a model, and its formula."""
 
-    def __init__(self, mixers, d_model, residual, pre_norm, dropout=0.2):
+    def __init__(self, mixers, d_model, residual, pre_norm=False, dropout=0.2):
         super().__init__()
         recipe = Recipe(pre_norm)
         self.item_embedding = nn.Embedding(ITEMS, d_model)
-        self.norm, self.last_norm = outer_norms(d_model, recipe)
+        self.norm, self.last_norm = outer_norms(d_model, recipe, eps=1e-5)
         self.blocks = nn.ModuleList(Block(mixer, d_model, dropout, residual, recipe) for mixer in mixers)
         for parameter in self.parameters():  # norms and biases of one and zero would hide a mistake
             nn.init.normal_(parameter, std=0.3)
