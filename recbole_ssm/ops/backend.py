@@ -95,10 +95,10 @@ def available_backends(op: str | None = None) -> list[str]:
     return [backend for backend in BACKENDS if backend in present and not lacks(backend)]
 
 
-def switch_off(op: str, backend: str, why: str) -> None:
-    """Use the first implementation of ``op`` in ``backend`` no more, in this process."""
+def switch_off(op: str, backend: str, name: str, why: str) -> None:
+    """Use the implementation of ``op`` in ``backend`` that has this name no more, in this process."""
     global _selected
-    name = _implementations[op, backend].pop(0).name
+    _implementations[op, backend][:] = [i for i in _implementations[op, backend] if i.name != name]
     rest = [i.name for i in _implementations[op, backend]] or ["torch"]
     called = backend if name == backend else f"{backend} ({name})"
     logging.getLogger().warning(
@@ -212,4 +212,4 @@ def _test(op: str, backend: str, device: torch.device) -> None:
         why = self_test(op, found[0].function, device)
         if not why:
             return
-        switch_off(op, backend, why)
+        switch_off(op, backend, found[0].name, why)

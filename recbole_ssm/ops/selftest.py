@@ -126,7 +126,7 @@ def run(device: str = "cpu") -> list[Result]:
                     result = Result(op, found.name, torch.inf, torch.inf, torch.nan)
                 results.append(result)
                 if not result.passed and backend != "torch":
-                    switch_off(op, backend, "doctor finds it wrong on this machine")
+                    switch_off(op, backend, found.name, "doctor finds it wrong on this machine")
     return results
 
 

@@ -175,3 +175,11 @@ def test_what_a_backend_does_not_compute_is_computed_by_torch():
     x, dt, A, B, C, skip = arguments(ops.ssd, 1, 5, 1)[0]
     with ops.use_backend("native"):
         assert ops.ssd(x, dt.abs(), A, B, C, skip)[0].dtype == torch.float64
+
+
+def test_the_implementation_that_fails_is_switched_off(monkeypatch):
+    key = "ssd", "torch"
+    right = backend.implementations(*key)[0]
+    monkeypatch.setitem(backend._implementations, key, [right, right._replace(name="wrong")])
+    backend.switch_off(*key, "wrong", "a test")
+    assert backend.implementations(*key) == [right]
