@@ -129,7 +129,15 @@ bool fits(const Loss& a, i64) {
   return within(a.target, a.n, a.V) && (!a.candidates || within(a.candidates, a.K, a.V));
 }
 
-bool fits(const Ranks& a, i64) { return within(a.target, a.n, a.V) && (!a.seen || within(a.seen, a.E, a.V)); }
+bool fits(const Ranks& a, i64) {
+  if (!within(a.target, a.n, a.V)) return false;
+  if (!a.seen) return true;
+  if (!a.offsets || a.R != a.n + 1 || !offsets_fit(a.offsets, a.n, a.E) || !within(a.seen, a.E, a.V)) return false;
+  for (i64 r = 0; r < a.n; r++)
+    for (i64 e = a.offsets[r] + 1; e < a.offsets[r + 1]; e++)
+      if (a.seen[e] < a.seen[e - 1]) return false;
+  return true;
+}
 
 // 0, or 1 where the values do not fit.
 template <class Args>

@@ -37,9 +37,8 @@ def require_positive(**sizes: int) -> None:
     """Raise a ``UserError`` that names the first size below 1."""
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(
-                f"{key}: must be a whole number above 0, got {value!r}; try {key}: {max(1, int(value or 0))}"
-            )
+            near = int(value) if isinstance(value, float) and 1 <= value < 2**31 else 1
+            raise UserError(f"{key}: must be a whole number above 0, got {value!r}; try {key}: {near}")
 
 
 def require_divisor(key: str, divisor: int, whole: int, whole_name: str) -> None:

@@ -142,7 +142,9 @@ class Mamba2(nn.Module):
         assert gap is not None, "gap_decays: a mixer whose state decays through gaps must be given them"
         dt = F.softplus(dt + self.dt_bias)
         longer = dt + self._through(gap)
-        return x * (dt / longer).to(x.dtype)[..., None], longer
+        # A step may be so short that its size is 0; behind no gap it is the whole of the longer one all the same.
+        part = torch.where(longer > 0, dt / longer.clamp(min=torch.finfo(longer.dtype).tiny), 1.0)
+        return x * part.to(x.dtype)[..., None], longer
 
     def _through(self, gap: Tensor) -> Tensor:
         """What gaps ``[...]`` add to step sizes, r s ``[..., H]``."""

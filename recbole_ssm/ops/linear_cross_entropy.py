@@ -52,8 +52,8 @@ def linear_cross_entropy(
         A scalar, of type float32 at least; 0 where there are no rows.
 
     Raises:
-        ValueError: a shape does not fit, the temperature is not positive, label smoothing is not within [0, 1) or is
-            combined with candidates, or the weight or the bias requires a gradient.
+        ValueError: a shape does not fit, there are no candidates, the temperature is not positive, label smoothing is
+            not within [0, 1) or is combined with candidates, or the weight or the bias requires a gradient.
         IndexError: a target or a candidate is none of the items; on a GPU nothing checks it.
     """
     if not temperature > 0:
@@ -62,9 +62,11 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: label_smoothing must be within [0, 1), got {label_smoothing}")
     if label_smoothing and candidates_K is not None:
         raise ValueError("linear_cross_entropy: label smoothing needs all items, so it takes no candidates")
+    if candidates_K is not None and not candidates_K.numel():
+        raise ValueError("linear_cross_entropy: candidates_K is empty; give one candidate or more")
     plain = weight_n is bias_V is mask_V is candidates_K is None and temperature == 1 and not label_smoothing
     if plain and _fits_pytorch(output_nd, items_Vd, target_n):
-        return F.cross_entropy(output_nd @ items_Vd.T, target_n)
+        return F.cross_entropy(output_nd @ items_Vd.T, target_n, ignore_index=_NO_TARGET)
     if any(t is not None and t.requires_grad for t in (weight_n, bias_V)):
         raise ValueError("linear_cross_entropy: weight and bias get no gradient, so they must not require one")
     dtype = wide(output_nd, items_Vd)
@@ -82,6 +84,8 @@ def linear_cross_entropy(
     return loss
 
 
+_NO_TARGET = -(2**63)
+"""PyTorch's loss leaves rows out whose target is -100, unless another number is named; here every row counts."""
 SMALL = {"native": 2**17, "cpu": 2**21, "cuda": 2**26}
 """Fewer logits than this are not worth tiles, where no backend is asked for: with the kernels of C++, by PyTorch on a
 CPU, on a GPU.
@@ -132,17 +136,19 @@ def _reference(
     output, items = output.to(dtype), items.to(dtype)
     if temperature != 1:
         output = output / temperature
-    logits = output @ (items if candidates is None else items[candidates]).T  # [n, V]
+    logits = output @ (items if candidates is None else items.index_select(0, candidates)).T  # [n, V]
     if bias is not None:
         logits = logits + (bias if candidates is None else bias[candidates])
     if candidates is not None:
-        own = (output * items[target]).sum(1, keepdim=True)
+        own = (output * items.index_select(0, target)).sum(1, keepdim=True)
         others = logits.masked_fill(candidates == target[:, None], -torch.inf)
         losses = torch.cat([own, others], 1).logsumexp(1) - own[:, 0]
     elif bias is None:
         if weight is None and len(output):
-            return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
-        losses = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+            return F.cross_entropy(logits, target, label_smoothing=label_smoothing, ignore_index=_NO_TARGET)
+        losses = F.cross_entropy(
+            logits, target, label_smoothing=label_smoothing, reduction="none", ignore_index=_NO_TARGET
+        )
     else:
         log_p = logits.log_softmax(1)
         losses = -(1 - label_smoothing) * log_p.gather(1, target[:, None])[:, 0]
@@ -232,7 +238,7 @@ def tiled_loss(
     if candidates is None:
         loss, g_output, g_items, _ = tiles(o, items.to(dtype), target, w, bias, label_smoothing, wanted)
     else:
-        rows, own = items[candidates].to(dtype), items[target].to(dtype)
+        rows, own = items.index_select(0, candidates).to(dtype), items.index_select(0, target).to(dtype)
         sampled = (candidates, (o * own).sum(1))
         bias = None if bias is None else bias[candidates]
         loss, g_output, g_rows, g_own = tiles(o, rows, target, w, bias, 0.0, wanted, sampled)

@@ -406,7 +406,10 @@ def _loss(wanted: tuple[bool, bool], *arguments: Any) -> tuple[Tensor, Tensor | 
 def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
     higher, ties = (torch.empty(len(output), 2, dtype=torch.int64) for _ in range(2))
     values = values_of("rank_targets", output, items, target, *rest) | {"higher": higher, "ties": ties}
-    _run("ranks", False, values, IndexError(f"rank_targets: an item is none of the {len(items)}"))
+    refusal = (
+        f"rank_targets: an item is none of the {len(items)}, or the lists of what rows have seen do not rise or fit"
+    )
+    _run("ranks", False, values, IndexError(refusal))
     return higher, ties
 
 

@@ -68,7 +68,8 @@ def rank_targets(
             of each row (:class:`Seen`). A row's target always stays in its list. Without it both columns are alike.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or ``seen`` names a row or an item that is not there.
+        IndexError: the lists of a :class:`Seen` do not fit the rows and the items; on a GPU nothing checks it.
     """
     bias = None
     if mask_V is not None:
@@ -99,6 +100,9 @@ def _lists(seen: Seen | tuple[Tensor, Tensor] | None, target: Tensor, items: int
         return None, None
     if isinstance(seen, Seen):
         return seen
+    for ids, count, what in ((seen[0], len(target), "rows"), (seen[1], items, "items")):
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < count:
+            raise ValueError(f"rank_targets: seen names {what} from {ids.min()} to {ids.max()}, and there are {count}")
     pairs = torch.unique(seen[0] * items + seen[1])
     row, item = pairs // items, pairs % items
     others = item != target[row]

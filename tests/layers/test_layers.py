@@ -106,6 +106,14 @@ def test_mamba2_normalises_each_group_as_upstream_does(joint):
     close(mixer._gate_and_project(y.view(3, 5, 4, 8), z), expected)
 
 
+def test_a_step_of_no_size_behind_no_gap_is_finite():
+    mixer = Mamba2(16, 5, 4, 2, head_dim=8, gap_decays=True)
+    torch.nn.init.constant_(mixer.dt_bias, -120.0)
+    y, _ = mixer(torch.randn(2, 9, 16), gap=torch.zeros(2, 9, dtype=torch.long))
+    found = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
+    assert torch.isfinite(y).all() and all(torch.isfinite(gradient).all() for gradient in found)
+
+
 def test_the_state_of_mamba2_decays_through_gaps_as_it_is_written():
     """Values and gradients of the recurrence in the module's text; also in pieces, packed, and event by event."""
     torch.manual_seed(0)
@@ -211,6 +219,9 @@ def test_step_sizes_start_as_asked(kind):
         (lambda: Mamba2(16, 4, 4, 2, 8, n_groups=3), "n_groups: 3 does not divide .* = 4; try n_groups: 2"),
         (lambda: Hydra(16, 4, 4, 2, 8), "d_conv: a centred convolution needs an odd width, got 4; try d_conv: 5"),
         (lambda: Mamba(16, 0, 4, 2), "d_state: must be a whole number above 0, got 0; try d_state: 1"),
+        (lambda: Mamba(16, "x", 4, 2), "d_state: must be a whole number above 0, got 'x'; try d_state: 1"),
+        (lambda: Mamba(16, 8.0, 4, 2), "d_state: must be a whole number above 0, got 8.0; try d_state: 8"),
+        (lambda: Mamba(16, float("nan"), 4, 2), "d_state: must be a whole number above 0, got nan; try d_state: 1"),
         (lambda: Mamba(16, 4, 4, 2, "zero"), "dt_init: 'zero' is not one of log_uniform, zero_bias"),
     ],
 )

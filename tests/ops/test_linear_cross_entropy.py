@@ -265,13 +265,38 @@ def test_few_logits_are_left_to_pytorch():
     assert "_Loss" in str(ops.linear_cross_entropy(many, items, target.repeat(100)).grad_fn)
 
 
-@pytest.mark.parametrize("backend", [b for b in available_backends("linear_cross_entropy") if b != "torch"])
-def test_items_that_do_not_exist(backend):
-    output, items, _ = (t.float() for t in tensors(5, 4, 9))
-    for target, candidates in ((9, None), (-1, None), (0, 9)):
-        wrong = None if candidates is None else torch.tensor([candidates])
-        with ops.use_backend(backend), pytest.raises(IndexError):
-            ops.linear_cross_entropy(output, items, torch.full((5,), target), candidates_K=wrong)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", *available_backends("linear_cross_entropy")])
+def test_items_that_do_not_exist(backend, dtype):
+    """Also -100, whose rows PyTorch's loss leaves out."""
+    output, items, _ = (t.to(dtype) if t.is_floating_point() else t for t in tensors(5, 4, 9))
+    some = torch.tensor([1])
+    for target, candidates in ((9, None), (-1, None), (-100, None), (-100, some), (-1, some), (0, torch.tensor([9]))):
+        with ops.use_backend(backend), pytest.raises((IndexError, RuntimeError), match="ut of|none of"):
+            ops.linear_cross_entropy(output, items, torch.full((5,), target), candidates_K=candidates)
+    with ops.use_backend(backend), pytest.raises(ValueError, match="candidates_K is empty"):
+        ops.linear_cross_entropy(output, items, torch.zeros(5, dtype=torch.long), candidates_K=some[:0])
+
+
+@rank_backends
+def test_what_was_seen_must_be_there(backend):
+    output, items, target = (t.float() if t.is_floating_point() else t for t in tensors(3, 4, 9))
+    for rows, seen, what in (([0, 3], [1, 2], "rows from 0 to 3"), ([0, 1], [-1, 9], "items from -1 to 9")):
+        with ops.use_backend(backend), pytest.raises(ValueError, match=what):
+            ops.rank_targets(output, items, target, seen=(torch.tensor(rows), torch.tensor(seen)))
+
+
+@pytest.mark.skipif("native" not in available_backends("rank_targets"), reason="no kernels of C++")
+@pytest.mark.parametrize(
+    ("seen", "offsets"),
+    [([1, 2], [0, 1, 2]), ([1, 2], [0, 1, 2, 7]), ([1, 2], [0, 2, 1, 2]), ([7, 2], [0, 2, 2, 2]), ([9], [0, 1, 1, 1])],
+    ids=["too few bounds", "beyond the end", "falling bounds", "falling items", "no such item"],
+)
+def test_the_kernel_refuses_lists_that_do_not_fit(seen, offsets):
+    output, items, _ = (t.float() for t in tensors(3, 4, 9))
+    lists = ops.Seen(torch.tensor(seen), torch.tensor(offsets))
+    with ops.use_backend("native"), pytest.raises(IndexError, match="what rows have seen"):
+        ops.rank_targets(output, items, torch.zeros(3, dtype=torch.long), seen=lists)
 
 
 def a_list(data):
