@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments and (arguments[0] in ("bench", "train") or arguments[0].startswith("--")):
+        if _trains(arguments):
             restart_with_allocator_settings()
     console.set_quiet("--quiet" in arguments)
     arguments = [argument for argument in arguments if argument != "--quiet"]
@@ -236,6 +236,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 # These answer --help themselves.
 WITH_HELP = set(COMMANDS) - {"doctor", "keys", "pairs", "train"}
+
+
+def _trains(arguments: list[str]) -> bool:
+    """Whether a command trains in this process."""
+    first = arguments[0] if arguments else "--help"
+    return first in ("train", "pairs") or (first.startswith("-") and first not in ("-h", "--help", "--version"))
 
 
 def _take(options: list[str], key: str) -> str | None:

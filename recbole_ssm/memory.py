@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def allocator_settings() -> dict[str, str]:
     except (AttributeError, ValueError, OSError):
         # Another C library.
         return {}
-    gpu = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd"))
+    gpu = any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg"))
     needed = old and not gpu and TUNABLES not in os.environ
     return {TUNABLES: "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"} if needed else {}
 
@@ -40,13 +40,21 @@ def restart_with_allocator_settings() -> None:
     """Begin this process once more, in the environment that :func:`allocator_settings` says, where it says one.
 
     A notebook or console that runs the program within itself, a program that comes from standard input, and a process
-    that a debugger or profiler watches go on as they are.
+    that a debugger or profiler watches go on as they are. What a script did before it called this is done again.
     """
-    itself = sys.argv[0] != "-" and not {sys.argv[0], "recbole_ssm"}.isdisjoint(sys.orig_argv)
-    if itself and sys.gettrace() is None and sys.getprofile() is None and (more := allocator_settings()):
+    program = sys.argv[0]
+    as_module = ("-m", "recbole_ssm") in zip(sys.orig_argv, sys.orig_argv[1:])
+    itself = as_module or (program in sys.orig_argv and Path(program).is_file())
+    if itself and not _is_watched() and (more := allocator_settings()):
         # Without a new process training is slower, and no less right.
         with contextlib.suppress(OSError):
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **more})
+
+
+def _is_watched() -> bool:
+    monitoring: Any = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = map(monitoring.get_tool, range(6)) if monitoring else ()
+    return any((sys.gettrace(), sys.getprofile(), *tools))
 
 
 def peak_memory(device: torch.device) -> int:

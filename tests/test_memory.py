@@ -63,6 +63,7 @@ def test_a_process_begins_once_more_with_them(tmp_path):
 
 def test_who_keeps_its_process(monkeypatch):
     begun = []
+    Path("run.py").touch()
     monkeypatch.setattr(memory, "allocator_settings", lambda: {memory.TUNABLES: "x"})
     monkeypatch.setattr(os, "execve", lambda *arguments: begun.append(arguments))
     for program, command, again in (
@@ -70,6 +71,8 @@ def test_who_keeps_its_process(monkeypatch):
         ("/lib/recbole_ssm/__main__.py", ["python", "-m", "recbole_ssm", "train"], True),
         ("run.py", ["python", "-m", "ipykernel_launcher", "-f", "kernel.json"], False),
         ("-", ["python", "-", "train"], False),
+        ("/dev/null", ["python", "/dev/null", "train"], False),
+        ("recbole-ssm", ["python", "-m", "pytest", "recbole_ssm"], False),
     ):
         monkeypatch.setattr(sys, "argv", [program, "train"])
         monkeypatch.setattr(sys, "orig_argv", command)
@@ -85,7 +88,14 @@ def test_who_keeps_its_process(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "begun"),
-    [(["train", "--nokey"], 1), (["--nokey=1"], 1), (["keys", "seed"], 0), (["--version"], 1), ([], 0)],
+    [
+        (["train", "--nokey"], 1),
+        (["--nokey=1"], 1),
+        (["keys", "seed"], 0),
+        (["--version"], 0),
+        (["bench", "--help"], 0),
+        ([], 0),
+    ],
 )
 def test_commands_that_train_begin_once_more(monkeypatch, arguments, begun):
     calls = []

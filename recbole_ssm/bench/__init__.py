@@ -1,12 +1,14 @@
 """Benchmarks that anyone can run again: ``recbole-ssm bench NAME [--json=FILE] [--csv=FILE]``.
 
 A benchmark is one module of this package: ``add_arguments(parser)`` names its options, ``run(options)`` measures and
-gives rows one by one, and ``conclude(options, rows)``, where it has one, says what follows from them. Times on a shared
-machine are noise, so a row carries ratios within its own run, of medians.
+gives rows as they come (``step`` and ``optim`` all at the end), and ``conclude(options, rows)``, where it has one, says
+what follows from them. Times on a shared machine are noise, so a row carries ratios within its own run, of medians.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,16 +63,23 @@ def main(arguments: Sequence[str]) -> None:
     except BaseException:
         if rows:
             print(f"the benchmark ended early; {len(rows)} rows were measured:")
+            # What fails here must not hide why the benchmark ended.
+            with contextlib.suppress(OSError):
+                _keep(rows, options)
         raise
-    finally:
-        if rows:
-            print(table(rows))
-            if options.json:
-                write_json(options.json, rows)
-            if options.csv:
-                write_csv(options.csv, rows)
-            if hasattr(module, "conclude"):
-                print(module.conclude(options, rows))
+    if rows:
+        _keep(rows, options)
+        if hasattr(module, "conclude"):
+            print(module.conclude(options, rows))
+
+
+def _keep(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Print the rows, and write them where the options say."""
+    print(table(rows))
+    if options.json:
+        write_json(options.json, rows)
+    if options.csv:
+        write_csv(options.csv, rows)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -100,13 +102,24 @@ def roofs(rounds: int, device: torch.device) -> tuple[float, float]:
     return 2 * size**3 / found["product"], 2 * source.nbytes / found["copy"]
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process, so that its memory and settings are its own.
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """The result of a call in a new process, so that its memory, settings and environment are its own.
 
     Raises:
         UserError: the process was ended from outside, as a system does when memory runs out.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with _environment(environment or {}), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:

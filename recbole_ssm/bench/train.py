@@ -24,6 +24,7 @@ from recbole_ssm.bench import Row
 from recbole_ssm.bench.measure import in_a_process
 from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import first_line
+from recbole_ssm.memory import allocator_settings
 
 RECBOLE, AS_SHIPPED = "RecBole SASRec", "RecBole SASRec, as shipped"
 OURS = (
@@ -75,7 +76,9 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
                 bar.set_postfix_str(f"{dataset}: {name}, {mode}")
                 row: Row = {"name": name, "dataset": dataset, "train_mode": mode}
                 try:
-                    row |= in_a_process(_measure, name, dataset, mode, vars(options))
+                    # As recbole-ssm train starts, and RecBole does not.
+                    environment = {} if name in (RECBOLE, AS_SHIPPED) else allocator_settings()
+                    row |= in_a_process(_measure, name, dataset, mode, vars(options), environment=environment)
                     if name == RECBOLE:
                         first = row
                     if first:

@@ -121,7 +121,11 @@ bool fits(const Args& a, i64 rows) {
 
 bool fits(const Step& a, i64) { return !a.rows || within(a.rows, a.B, a.items); }
 
-bool fits(const History& a, i64) { return offsets_fit(a.offsets, a.S, a.L) && within(a.items, a.L, a.V); }
+bool fits(const History& a, i64) {
+  for (i64 i = 0; i < a.layers; i++)
+    if (!a.blocks[i].F) return false;  // a mixer alone
+  return offsets_fit(a.offsets, a.S, a.L) && within(a.items, a.L, a.V);
+}
 
 bool fits(const Dropout&, i64) { return true; }
 

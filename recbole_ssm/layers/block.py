@@ -172,7 +172,7 @@ class Block(nn.Module):
         its recipe is one that they do not know, or its state decays through gaps, which they are not told.
         """
         parts: list[dict[str, Any]] = [
-            getattr(part, "kernel_weights", dict)() for part in (self.mixer, self.feed_forward)
+            part.kernel_weights() if hasattr(part, "kernel_weights") else {} for part in (self.mixer, self.feed_forward)
         ]
         one_recipe = self.recipe == getattr(self.feed_forward, "recipe", None)
         if not all(parts) or not one_recipe or parts[0].get("gap_rate") is not None:

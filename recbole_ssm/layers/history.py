@@ -96,9 +96,11 @@ class Chain(Weights):
 
     def __init__(self, model: Any) -> None:
         self.layers = layers = [Prepared(block) for block in model.blocks]
-        known = bool(layers) and all(layer.usable for layer in layers)
         table = model.item_embedding.weight
-        ends = {"first": model.norm, "behind": getattr(model, "last_norm", None)}
+        # A mixer without the rest of a block is for single events.
+        sizes = [(layer.fields.F > 0, layer.fields.M) if layer.usable else None for layer in layers]
+        known = bool(layers) and all(size == (True, table.shape[1]) for size in sizes)
+        ends = {"first": getattr(model, "norm", None), "behind": getattr(model, "last_norm", None)}
         norms = {name: norm for name, norm in ends.items() if norm is not None and type(norm) is not nn.Identity}
         self.first, self.behind = (norm_fields(name, norms[name]) if name in norms else {} for name in ends)
         blocks = {f"{number}": p for number, p in enumerate(p for layer in layers for p in layer.weights)}

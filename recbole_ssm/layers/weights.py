@@ -46,16 +46,18 @@ class Weights:
         self.drops = any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules)
         self._hooks = hooks_of(modules)
         parameters = {id(p) for module in modules for p in module.parameters(recurse=False)}
+        known = all(map(_is_known, modules))
         self.usable = (
             bool(self.weights)
             and parameters == set(map(id, self.weights))
             and all(getattr(fields.get(name), "shape", None) == shape for name, shape in shapes.items())
             and all(type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_cpu for p in self.weights)
             and all(p.is_contiguous() for p in self.weights)
-            and all(map(_is_known, modules))
+            and known
             and not any(self._hooks)
         )
-        self._settings = [vars(module).values() for module in modules]
+        # No setting makes a class known.
+        self._settings = [vars(module).values() for module in modules] if known else []
         self._settings_then = list(chain(*self._settings))
         holders = modules if within is None else [within, *modules]
         self._members = [held.values() for m in holders for held in (m._modules, m._parameters) if held]
@@ -72,9 +74,13 @@ class Weights:
         """
         if any(self._hooks) or list(map(Tensor.data_ptr, self.weights)) != self._addresses:
             return False
-        members = list(chain(*self._members))
-        same = len(members) == len(self._members_then) and all(map(is_, members, self._members_then))
-        return same and list(chain(*self._settings)) == self._settings_then
+        return _same(self._members, self._members_then) and _same(self._settings, self._settings_then)
+
+
+def _same(now: Iterable[Iterable[Any]], then: list[Any]) -> bool:
+    """Whether these are the very objects of then."""
+    found = list(chain(*now))
+    return len(found) == len(then) and all(map(is_, found, then))
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:

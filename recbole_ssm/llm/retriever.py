@@ -4,6 +4,7 @@ come from.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
@@ -84,7 +85,8 @@ def _warn_of_unfinished(folder: Path) -> None:
         if left and newest.name != checkpoint.BEST:
             getLogger().warning(
                 f"retriever_checkpoint: the run in {folder} has ended {done['epoch']} of {options['epochs']} epochs; "
-                f"to train the others first, recbole-ssm train --resume={folder} --model={found.info['model']}"
+                "to train the others first, recbole-ssm train "
+                f"--resume={shlex.quote(str(folder))} --model={found.info['model']}"
             )
 
 
@@ -123,6 +125,10 @@ def _config_of(config: Any, options: Mapping[str, Any], configure: Callable[...,
     given["MAX_ITEM_LIST_LENGTH"] = config["MAX_ITEM_LIST_LENGTH"]
     own = configure(config["retriever"], None, config_dict={"dataset": config["dataset"], **given, **options})
     for key in ("data_path", *(key for key, row in KEYS.items() if row.scope == "data")):
+        if own[key] != config[key] and key == "load_col" and key not in options:
+            raise UserError(
+                f"retriever: {config['retriever']} reads columns that this run does not load; give load_col: {own[key]}"
+            )
         if own[key] != config[key]:
             raise UserError(
                 f"retriever_config: {key} is the ranker's too, as another one could show the retriever what is tested; "

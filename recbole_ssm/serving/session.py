@@ -280,11 +280,11 @@ class Stepper:
 
     def _is_known(self) -> bool:
         """Whether the kernels compute what the model's own step would."""
-        model, chain = self.model, chain_of(self.model)
-        blocks = chain.usable and not chain.drops and all(layer.steps for layer in chain.layers)
-        encoding = self._encoding
+        if not (kernels_know(self.model, "embed") and kernels_know(self.model, "step")):
+            return False
+        encoding, chain = self._encoding, chain_of(self.model)
         times = encoding is None or (type(encoding) is TimeEncoding and not any(hooks_of(encoding.modules())))
-        return blocks and times and kernels_know(model, "embed") and kernels_know(model, "step")
+        return times and chain.usable and not chain.drops and all(layer.steps for layer in chain.layers)
 
     def __call__(self, items: Sequence[int], moments: Sequence[Moments] = (), *, keep: bool = True) -> Tensor:
         """Ids of one item a user -> vectors ``[n, hidden_size]``, which the next call writes over.

@@ -90,8 +90,8 @@ class Hook:
         """Before an epoch's evaluation on the validation rows that ``loader`` gives."""
 
     def on_no_validation(self, trainer: Training, loader: Any) -> None:
-        """Before the first epoch of a fit that validates none, as ``loader`` gives no rows (or is None), or no epoch is
-        left to train.
+        """Before the first epoch of a fit that validates none: ``loader`` gives no rows (or is None), or fewer epochs
+        are left than ``eval_step`` asks for.
         """
 
     def on_evaluation_start(self, trainer: Training) -> None:

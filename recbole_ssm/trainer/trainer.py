@@ -83,7 +83,8 @@ class Trainer(SavingTrainer):
                 trains = self.position.epoch < self.epochs
                 folders.write_settings(self.folder, self.config, overwrite=trains)
         with self._folder_held(), self._signals.held(self._save_for_later):
-            if not valid_data or (self.position.epoch >= self.epochs and self.best_valid_result is None):
+            first, last = self.position.epoch // self.eval_step, self.epochs // self.eval_step
+            if not valid_data or (first >= last and self.best_valid_result is None):
                 with self.learner.evaluation_point():
                     self._notify("on_no_validation", valid_data)
             if self._random is not None:

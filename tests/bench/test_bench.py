@@ -44,7 +44,7 @@ def small_train(tmp_path, monkeypatch, *results):
     (tmp_path / "rows.json").write_text("[1]")
     left = iter(results)
 
-    def measured(*job):
+    def measured(*job, environment):
         result = next(left)
         if isinstance(result, BaseException):
             raise result

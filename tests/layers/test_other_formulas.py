@@ -13,7 +13,7 @@ from recbole_ssm.layers import Block, FeedForward, Mamba, Mamba2, in_one_call
 from recbole_ssm.layers.history import chain_of
 from recbole_ssm.layers.step import prepared_of
 from recbole_ssm.ops import native
-from tests.layers.test_history import Model, build, histories
+from tests.layers.test_history import Model, build, formula, histories
 from tests.layers.test_step import random_state
 
 pytestmark = pytest.mark.skipif(bool(native.unusable), reason=f"native kernels: {native.unusable}")
@@ -204,3 +204,33 @@ def test_a_method_may_call_its_parents(kind, gradients):
         expected = block.step(u, state)[0]
         block.__class__ = doubled(Block, "step")
         torch.testing.assert_close(block.step(u, state)[0], 2 * expected, rtol=1e-5, atol=1e-5)
+
+
+class Keeping(Block):
+    """A block of one's own that keeps what it has seen."""
+
+    def forward(self, u, *arguments, **options):
+        self.seen = u.detach()
+        return super().forward(u, *arguments, **options)
+
+
+@torch.no_grad()
+def test_a_layer_may_keep_tensors():
+    model, given = build(["Mamba2"]), histories(5, 9)
+    model.blocks[0] = Keeping(model.blocks[0].mixer, 16, 0.2, residual=True).eval()
+    for _ in range(3):
+        found = model.encode(*given, last_only=True)
+    torch.testing.assert_close(found, formula(model, *given))
+    block = build(["Mamba"]).blocks[0]
+    for _ in range(3):
+        block.seen = torch.randn(4)
+        assert prepared_of(block).steps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_mixers_in_the_place_of_blocks(count):
+    model, given = build(["Mamba2"], pre_norm=True), histories(5, 9)
+    model.blocks = nn.ModuleList(build(["Mamba2"]).blocks[0].mixer for _ in range(count))
+    found = model.encode(*given, last_only=True)
+    torch.testing.assert_close(found, formula(model, *given), rtol=1e-5, atol=1e-5)
