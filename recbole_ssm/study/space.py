@@ -300,11 +300,16 @@ class Search:
         return values(self.space, lambda parameter: parameter.from_optuna(found[parameter.name]))
 
 
+def _column(name: str) -> str:
+    """The column of a parameter in a table of trials; some keys are called as other columns are, such as ``score``."""
+    return f"key {name}" if name in ("trial", "status", "score", "seconds", "error") else name
+
+
 def write_trials(path: Path, trials: Sequence[Trial], space: Space) -> None:
     """The table of trials as comma-separated values, whole or not at all."""
     rows = [
         {"trial": trial.number, "status": trial.status, "score": trial.score}
-        | {name: cell(trial.params[name]) if name in trial.params else "" for name in space}
+        | {_column(name): cell(trial.params[name]) if name in trial.params else "" for name in space}
         | {f"valid {name}": value for name, value in trial.valid.items()}
         | {f"test {name}": value for name, value in trial.test.items()}
         | {"seconds": trial.seconds, "error": trial.error}
@@ -319,7 +324,7 @@ def read_trials(path: Path, space: Space) -> list[Trial]:
         return []
 
     def trial(row: dict[str, str]) -> Trial:
-        params = values(space, lambda parameter: parameter.from_cell(row[parameter.name]))
+        params = values(space, lambda parameter: parameter.from_cell(row[_column(parameter.name)]))
         score, seconds = (float(row[key]) if row[key] else None for key in ("score", "seconds"))
         valid, test = (
             {key.removeprefix(part): float(text) for key, text in row.items() if key.startswith(part) and text}

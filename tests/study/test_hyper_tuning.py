@@ -130,6 +130,14 @@ def test_a_table_of_0_1_0_goes_on(algo, tmp_path):
         assert again.calls[2:] == whole.calls[12:]
 
 
+def test_a_key_may_be_called_as_a_column_of_the_table_is(tmp_path):
+    space = space_of({"choice": {"score": ["dot", "cosine"], "seconds": [1, 2]}})
+    trials = [Trial(1, {"score": "dot", "seconds": 2}, "done", 0.25, {"hit@1": 0.25}, {"hit@1": 0.5}, 3.0, "")]
+    write_trials(tmp_path / "t.csv", trials, space)
+    assert "1,done,0.25,dot,2,0.25,0.5,3.0," in (tmp_path / "t.csv").read_text()
+    assert read_trials(tmp_path / "t.csv", space) == trials
+
+
 @pytest.mark.parametrize("algo", ["bayes", "random"])
 def test_no_test_metric_reaches_the_search(algo):
     def objective(params, files, factor=1.0):
