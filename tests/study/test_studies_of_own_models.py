@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -91,15 +92,16 @@ def test_its_interrupted_run_goes_on(tmp_path, monkeypatch, model, dataset, name
     os.utime(tmp_path / "checkpoints" / f"{name}-1", (1, 1))
     resumed = []
 
-    def damaged_but_for_the_first(folder):
-        if not folder.name.endswith("-1"):
+    def damaged_if_second(folder):
+        if folder.name.endswith("-2"):
             raise UserError("damaged")
+        return folder, SimpleNamespace(info={"model": folder.name.partition("-")[0]})
 
     def trained(*arguments, resume, **options):
         resumed.append(resume)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "newest", damaged_but_for_the_first)
+    monkeypatch.setattr(checkpoint, "newest", damaged_if_second)
     monkeypatch.setattr(child, "run_recbole_ssm", trained)
     with pytest.raises(KeyboardInterrupt):
         child._train(tmp_path, sys.stdout)
