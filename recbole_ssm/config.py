@@ -25,8 +25,9 @@ from recbole_ssm import __version__, compat
 from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, module_of, parse_options, read_yaml
 from recbole_ssm.declared import rows
 from recbole_ssm.errors import UserError, did_you_mean, shown
-from recbole_ssm.keys import ALIASES, KEYS, Key, nearest, plain, renamed, row
+from recbole_ssm.keys import KEYS, Key, plain, row
 from recbole_ssm.kinds import Anything
+from recbole_ssm.synonyms import ALIASES, nearest, renamed
 
 compat.install()
 

@@ -12,13 +12,13 @@ where the type and the size of the default do not say it, a range::
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
-from recbole_ssm.errors import UserError, did_you_mean, shown
+from recbole_ssm.errors import UserError, shown
 from recbole_ssm.kinds import (
     AT_LEAST_1,
     COLUMN,
@@ -474,48 +474,6 @@ OF_RANKS = ("hit", "recall", "precision", "mrr", "map", "ndcg", "gauc")
 MASKED = "masked "
 """Before the name of a metric: in lists without the items of the user's history."""
 
-ALIASES = {"learner_average": "average_power"}
-"""The names that keys had in earlier versions; what is given by one of them still counts."""
-OTHER_WORDS = {
-    "lr": ["learning_rate"],
-    "wd": ["weight_decay"],
-    "optimizer": ["learner"],
-    "optim": ["learner"],
-    "scheduler": ["lr_scheduler"],
-    "warmup": ["lr_warmup"],
-    "warmup_steps": ["lr_warmup"],
-    "batch_size": ["train_batch_size"],
-    "batch": ["train_batch_size"],
-    "bs": ["train_batch_size"],
-    "num_epochs": ["epochs"],
-    "n_epochs": ["epochs"],
-    "max_epochs": ["epochs"],
-    "patience": ["stopping_step"],
-    "grad_clip": ["clip_grad_norm"],
-    "max_grad_norm": ["clip_grad_norm"],
-    "loss": ["loss_type"],
-    "max_len": ["MAX_ITEM_LIST_LENGTH"],
-    "maxlen": ["MAX_ITEM_LIST_LENGTH"],
-    "max_length": ["MAX_ITEM_LIST_LENGTH"],
-    "max_seq_len": ["MAX_ITEM_LIST_LENGTH"],
-    "max_seq_length": ["MAX_ITEM_LIST_LENGTH"],
-    "dim": ["hidden_size", "embedding_size"],
-    "d_model": ["hidden_size", "embedding_size"],
-    "hidden_dim": ["hidden_size", "embedding_size"],
-    "embedding_dim": ["hidden_size", "embedding_size"],
-    "emb_dim": ["hidden_size", "embedding_size"],
-    "layers": ["num_layers", "n_layers"],
-    "num_blocks": ["num_layers", "n_layers"],
-    "dropout": ["dropout_prob", "hidden_dropout_prob"],
-    "k": ["topk"],
-    "top_k": ["topk"],
-    "metric": ["metrics"],
-    "random_seed": ["seed"],
-    "gpu": ["gpu_id"],
-    "num_workers": ["worker"],
-    "split": ["eval_args"],
-}
-"""What others call these keys, for the hint in an error; the first name that the model has is meant."""
 FREE_KEYS = {name for name, key in KEYS.items() if key.free}
 """What a resumed run may change without being another run."""
 MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
@@ -525,32 +483,6 @@ MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
 def row(name: str) -> Key | None:
     """The row of a name, of which there are many for ``alias_of_...``; None where there is none."""
     return KEYS.get("alias_of_item_id" if name.startswith("alias_of_") else name)
-
-
-def nearest(name: str, known: Collection[str], other_words: bool) -> str:
-    """Which known key a wrong name may mean, as :func:`recbole_ssm.errors.did_you_mean` says it.
-
-    ``other_words`` takes what others call a key too; a user's own model may read a key by such a name.
-    """
-    meant = next((key for key in OTHER_WORDS.get(name, ()) if other_words and key in known), None)
-    return f"; did you mean '{meant}'?" if meant else did_you_mean(name, known)
-
-
-def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by the names that keys have now; the retriever's options within them too.
-
-    Raises:
-        UserError: a key is there by its old name and by its new one.
-    """
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        new = ALIASES.get(name, name)
-        if new in found or (new != name and new in options):
-            raise UserError(f"{name}: its name is {new} now, and both are given; keep {new}")
-        if name in ("retriever_config", "retriever_settings") and isinstance(value, Mapping):
-            value = renamed(value)
-        found[new] = value
-    return found
 
 
 def plain(name: str, value: Any) -> Any:

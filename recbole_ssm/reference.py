@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from recbole_ssm.arguments import PROPERTIES, read_yaml
 from recbole_ssm.declared import rows
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.keys import ALIASES, KEYS, SCOPES, Key, row
+from recbole_ssm.keys import KEYS, SCOPES, Key, row
+from recbole_ssm.synonyms import ALIASES
 
 EFFECTS = {
     "result": "changes results; a resumed run must keep it",

@@ -11,9 +11,10 @@ from recbole_ssm.arguments import parse_options
 from recbole_ssm.config import Config
 from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, shown
-from recbole_ssm.keys import KEYS, Key, renamed
+from recbole_ssm.keys import KEYS, Key
 from recbole_ssm.model import get_model
 from recbole_ssm.model.registry import build_model, class_of, known_model
+from recbole_ssm.synonyms import renamed
 from recbole_ssm.trainer import checkpoint, known_items
 from recbole_ssm.trainer.transfer import require_same_shape, shaping_keys, transfer
 

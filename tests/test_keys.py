@@ -13,7 +13,7 @@ from recbole_ssm.cli import main
 from recbole_ssm.config import RECBOLE_PROPERTIES
 from recbole_ssm.data.loader import TRANSFORMS
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import ALIASES, FREE_KEYS, KEYS, MACHINE_KEYS, Span
+from recbole_ssm.keys import FREE_KEYS, KEYS, MACHINE_KEYS, Span
 from recbole_ssm.kinds import Choice, Number, Range
 from recbole_ssm.llm import preference
 from recbole_ssm.llm.verbalizer import VERBALIZERS
@@ -22,6 +22,7 @@ from recbole_ssm.ops.backend import BACKENDS
 from recbole_ssm.optim import LEARNERS, adaptive_batch
 from recbole_ssm.quick_start import configure, run_recbole_ssm
 from recbole_ssm.reference import page
+from recbole_ssm.synonyms import ALIASES
 from tests.conftest import REPOSITORY
 
 # What is no value of any key, what is one of few, and what another key would take.

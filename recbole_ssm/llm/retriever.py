@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError, shown
-from recbole_ssm.keys import KEYS, renamed
+from recbole_ssm.keys import KEYS
+from recbole_ssm.synonyms import renamed
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import Checkpoint, load_weights, plain, settings_of
 

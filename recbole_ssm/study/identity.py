@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from recbole_ssm.errors import UserError
 from recbole_ssm.files import digest_of_json
-from recbole_ssm.keys import ALIASES, renamed
+from recbole_ssm.synonyms import ALIASES, renamed
 
 READS_USERS = ("Caser", "DIEN", "DIN", "FOSSIL", "FPMC", "HGN", "HRM", "NPE", "SHAN", "TransRec")
 """RecBole's models whose scores depend on the user besides the history."""

@@ -37,8 +37,9 @@ from torch.nn.modules.module import (
 
 from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.files import whole
-from recbole_ssm.keys import MACHINE_KEYS, renamed
+from recbole_ssm.keys import MACHINE_KEYS
 from recbole_ssm.kinds import NONE, OPTIONS, Either, Fields, Flag, KindError, Many, Number, Table, Text
+from recbole_ssm.synonyms import renamed
 from recbole_ssm.trainer.tensorfile import bytes_of, digest, header, in_order
 
 FORMAT, FORMER = 3, 2
