@@ -140,7 +140,7 @@ class Config(recbole.config.Config):
         return YamlLoader
 
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
-        options = dict(self._base)
+        options: dict[str, Any] = {}
         for file in file_list or ():
             options.update(_by_new_names(read_yaml(Path(file))))
         return options
@@ -156,11 +156,11 @@ class Config(recbole.config.Config):
     def _merge_external_config_dict(self) -> None:
         super()._merge_external_config_dict()
         given = {key: plain(key, value) for key, value in self.external_config_dict.items()}
-        name = given.get("preset")
+        former = self._base.get("preset")
+        name = given.get("preset", former)
         # The options of a run that goes on hold those of its preset.
-        self._preset = {} if name == self._base.get("preset") else _preset(name)
-        own = {key: value for key, value in given.items() if key not in self._base or self._base[key] != value}
-        self.external_config_dict: dict[str, Any] = {**given, **self._preset, **own}
+        self._preset = {} if name == former else _preset(name)
+        self.external_config_dict: dict[str, Any] = {**self._base, **self._preset, **given}
 
     @property
     def class_path(self) -> str | None:

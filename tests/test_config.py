@@ -24,6 +24,16 @@ def test_priority(tmp_path):
     assert (found["d_state"], found["d_conv"], found["expand"], found["learning_rate"]) == (1, 3, 4, 0.001)
 
 
+def test_what_is_given_wins_over_a_preset_also_where_a_run_that_goes_on_has_the_same():
+    base = {"model": "2Mamba4Rec", "dataset": "toy", "epochs": 3, "d_state": 7}
+    given = {"preset": "ml-1m/2Mamba4Rec", "epochs": 3, "lr_scheduler": None}
+    found = configure("2Mamba4Rec", "toy", config_dict=given, base=base)
+    assert (found["epochs"], found["lr_scheduler"]) == (3, None)
+    assert found["d_state"] == 64, "the preset wins over what the run had"
+    kept = {**base, "preset": "ml-1m/2Mamba4Rec"}
+    assert configure("2Mamba4Rec", "toy", config_dict=given, base=kept)["d_state"] == 7
+
+
 def test_defaults_of_our_files_win_over_recboles():
     assert config(dataset="ml-1m")["MAX_ITEM_LIST_LENGTH"] == 200
     assert config(dataset="amazon-beauty")["MAX_ITEM_LIST_LENGTH"] == 50
