@@ -1,8 +1,8 @@
 """The rows of a table as a file names them: ``recbole-ssm compare --arms=FILE.yaml``.
 
 The file maps what a row is called to its config keys, a preset among them if it has one. Three entries are no config
-keys: ``datasets`` (one or a list, in place of ``--datasets``), ``ties`` (``file``, ``random`` or both, an arm each) and
-``seeds`` (how many, in place of ``--seeds``)::
+keys: ``datasets`` (one or a list, in place of ``--datasets`` and of the preset's own), ``ties`` (``file``, ``random``
+or both, an arm each) and ``seeds`` (how many, in place of ``--seeds``)::
 
     2Mamba4Rec: {model: 2Mamba4Rec, num_layers: 4, ties: [file, random], seeds: 3}
     eSASRec: {preset: ml-1m/eSASRec, datasets: ml-1m}
@@ -20,9 +20,11 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.keys import plain
 from recbole_ssm.kinds import AT_LEAST_1, NAME, Choice, Fields, KindError, Many
 from recbole_ssm.quick_start import configure
-from recbole_ssm.study.report import Entry
+from recbole_ssm.study.entry import Entry
 from recbole_ssm.study.runs import Run
 
+DATASET = "ml-100k"
+"""The data set of a row for which nobody names one; it comes along."""
 _ARM = Fields(
     {
         "datasets": Many(NAME, or_one=True, least=1),
@@ -36,13 +38,13 @@ _ARM = Fields(
 )
 
 
-def read_arms(path: Path, common: Mapping[str, Any], datasets: Sequence[str], seeds: int) -> list[Entry]:
+def read_arms(path: Path, common: Mapping[str, Any], datasets: Sequence[str] | None, seeds: int) -> list[Entry]:
     """The rows that a file names, data set by data set, in the order of the file.
 
     Args:
         path: the file.
         common: config keys of all rows; a row's own win.
-        datasets: where a row names none.
+        datasets: where a row names none; None takes that of the row's preset, and else ml-100k.
         seeds: likewise.
 
     Raises:
@@ -60,7 +62,7 @@ def read_arms(path: Path, common: Mapping[str, Any], datasets: Sequence[str], se
 
 
 def _rows(
-    path: Path, label: str, arm: Any, common: Mapping[str, Any], datasets: Sequence[str], seeds: int
+    path: Path, label: str, arm: Any, common: Mapping[str, Any], datasets: Sequence[str] | None, seeds: int
 ) -> Iterator[Entry]:
     try:
         keys: dict[str, Any] = _ARM.take(plain(label, arm))
@@ -72,10 +74,14 @@ def _rows(
     named = {key: keys.pop(key) for key in ("datasets", "ties", "seeds", "model") if key in keys}
     if "model" not in named and "preset" not in keys:
         raise UserError(f"--arms: {path}: {label}: names no model; add model: 2Mamba4Rec, or a preset")
-    model = named.get("model") or configure(config_dict={"preset": keys["preset"]})["model"]
+    try:
+        preset = configure(config_dict={"preset": keys["preset"]}) if "preset" in keys else {}
+    except UserError as error:
+        raise UserError(f"--arms: {path}: {label}: {error}") from error
+    model = named.get("model") or preset["model"]
     ties = named.get("ties", [None])
     ties = ties if isinstance(ties, list) else [ties]
-    where = named.get("datasets", datasets)
+    where = named.get("datasets") or datasets or (preset["dataset"] if preset else DATASET)
     for dataset, one in itertools.product([where] if isinstance(where, str) else where, ties):
         own = {} if one is None else {"ties": one}
         run = Run(model, dataset, {**common, **keys, **own})

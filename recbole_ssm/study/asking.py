@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from recbole_ssm.data.gaps import reads_times
 from recbole_ssm.evaluation.metrics import PAUSES, metric
 from recbole_ssm.study.cells import average, grid, mean, spread
-from recbole_ssm.study.report import Entry
+from recbole_ssm.study.entry import Entry
 
 METRIC = "NDCG@10"
 

@@ -19,8 +19,8 @@ from recbole_ssm.config import Config
 from recbole_ssm.errors import UserError, did_you_mean
 from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
 from recbole_ssm.study import asking, report
-from recbole_ssm.study.arms import read_arms
-from recbole_ssm.study.report import Entry
+from recbole_ssm.study.arms import DATASET, read_arms
+from recbole_ssm.study.entry import Entry, of_same_targets
 from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
 from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
@@ -31,7 +31,9 @@ UNTUNED = "none; every model has its defaults and what the command gives"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this study."""
-    add_common_arguments(parser, ",".join([*NEURAL_BASELINES, *STATE_SPACE]), "ml-100k", 5)
+    add_common_arguments(parser, ",".join([*NEURAL_BASELINES, *STATE_SPACE]), DATASET, 5)
+    # The presets of --arms name data sets too.
+    parser.set_defaults(datasets=None)
     add_ties(parser)
     what = "a YAML file of rows by name, each with its config keys, in place of --models (recbole_ssm.study.arms)"
     parser.add_argument("--arms", type=Path, metavar="FILE", help=what)
@@ -51,6 +53,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
     if options.arms:
         runs, entries, seeds = plan_arms(options, keys)
     else:
+        options.datasets = options.datasets or [DATASET]
         runs, todo, seeds = plan(options, keys)
         entries = [Entry(one, label_of(one, options.ties), seeds=seeds_of(runs.config(one), seeds)) for one in todo]
     todo = [entry.run for entry in entries]
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
         )
 
     def write() -> str:
-        compared, more = report.of_same_targets, asking.tables
+        compared, more = of_same_targets, asking.tables
         return report.write(options.folder, "compare", entries, seeds, tuning, compared, more=more)
 
     carry_out(runs, entries, seeds, write)
@@ -227,7 +230,8 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
     for entry, speed in zip(entries, speeds(runs, [entry.run for entry in entries])):
         entry.speed = speed
         try:
-            entry.settings = runs.content(entry.run)["settings"]
+            identity = runs.identity(entry.run)
+            entry.settings, entry.chosen = identity.content["settings"], identity.chosen
         except UserError:
             # Its runs say why.
             continue

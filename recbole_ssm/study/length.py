@@ -25,8 +25,9 @@ from recbole_ssm.study.compare import (
     plan,
     seeds_of,
 )
+from recbole_ssm.study.entry import Entry, of_same_targets
 from recbole_ssm.study.plots import panels
-from recbole_ssm.study.report import Entry, Row
+from recbole_ssm.study.report import Row
 from recbole_ssm.study.runs import Run
 
 KEY = "MAX_ITEM_LIST_LENGTH"
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace, keys: dict[str, Any]) -> str:
 def _one_thing_apart(one: Entry, other: Entry) -> bool:
     """Whether two entries of the same ties differ in their model or in their length, but not in both."""
     alike = one.run.model == other.run.model or one.run.options[KEY] == other.run.options[KEY]
-    return alike and report.of_same_targets(one, other)
+    return alike and of_same_targets(one, other)
 
 
 def _draw(drawn: Any, table: Sequence[Row]) -> None:

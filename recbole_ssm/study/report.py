@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,43 +18,14 @@ from recbole_ssm.figure import figure
 from recbole_ssm.files import write_csv, write_json, write_text
 from recbole_ssm.keys import KEYS
 from recbole_ssm.study.cells import average, grid, mean, spread
+from recbole_ssm.study.entry import TARGETS, Entry, chosen_keys, differing, targets_of
 from recbole_ssm.study.plots import quality_against_latency
 from recbole_ssm.study.published import published
-from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
-from recbole_ssm.study.speed import Speed
+from recbole_ssm.study.runs import Outcome
 
 Row = dict[str, Any]
-TARGETS = (
-    *("ties", "split", "eval_rows", "drop_cold_targets", "train_last", "train_newest", "train_rows", "ties_seed"),
-    *("legacy_time_order", "group_by", "benchmark_filename", "on_bad_lines", "rm_dup_inter", "val_interval"),
-    *("user_inter_num_interval", "item_inter_num_interval", "filter_inter_by_user_or_item"),
-    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "MAX_ITEM_LIST_LENGTH"),
-)
-"""What decides which targets of a data set are tested, and on which histories. A table says the first three."""
 Compared = Callable[["Entry", "Entry"], bool]
 """Whether two entries are tested against each other."""
-
-
-@dataclass
-class Entry:
-    """What becomes one row of a table: one configuration, its runs over seeds."""
-
-    run: Run
-    """Without a seed."""
-    label: str
-    """What the row is called: the model, and what else tells it from its neighbours."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved configuration; empty where it is refused."""
-    speed: Speed | None = None
-    seeds: int = 1
-    """How many runs there will be."""
-    outcomes: list[Outcome] = field(default_factory=list)
-    """One a seed, failed ones too."""
-
-    @property
-    def done(self) -> list[Outcome]:
-        """The runs that succeeded."""
-        return [outcome for outcome in self.outcomes if outcome.error is None]
 
 
 def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[Row]:
@@ -65,17 +35,18 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
     and so do others of :data:`TARGETS` in which the rows of a data set differ.
     ``hit``, ``ndcg`` and ``mrr`` at 10 are means over seeds, ``..._masked`` the same without the items of the history
     (where some run has them; those of 0.1.0 have not), ``..._sd`` their sample standard deviations (None for one seed),
-    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set and targets (None for the best),
+    ``p_best`` the Holm-corrected p of NDCG@10 against the best of its data set and targets (None for the best, and
+    where the mean over users, which is tested, is better than the best's),
     ``seconds`` and ``peak_memory_bytes`` means over seeds, ``latency_p50_s`` a call for one user.
     """
     found = []
     masked = any(outcome.test_masked for entry in entries for outcome in entry.done)
     stated = any(outcome.protocol for entry in entries for outcome in entry.done)
-    told = {*(TARGETS[:3] if stated else ()), *_differing(entries)}
+    told = {*(TARGETS[:3] if stated else ()), *differing(entries)}
     for entry in entries:
         done, speed = entry.done, entry.speed or {}
         row: Row = {"dataset": entry.run.dataset, "model": entry.label, "seeds": len(done), "of_seeds": entry.seeds}
-        row |= {key: value for key, value in _of_settings(entry).items() if key in told}
+        row |= {key: value for key, value in targets_of(entry).items() if key in told}
         for name in METRICS:
             values = [outcome.mean(name) for outcome in done]
             row |= spread(name.partition("@")[0].lower(), values)
@@ -99,7 +70,9 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
             best = max(alike, key=lambda model: alike[model]["ndcg"])
             for pair in pairs:
                 other = pair.second if pair.first == best else pair.first
-                if pair.metric == "NDCG@10" and best in (pair.first, pair.second) and other in alike:
+                # Where users have several rows, the mean over users may say that the other is better.
+                agrees = pair.difference >= 0 if pair.first == best else pair.difference <= 0
+                if pair.metric == "NDCG@10" and best in (pair.first, pair.second) and other in alike and agrees:
                     alike[other]["p_best"] = pair.holm_p
     return found
 
@@ -107,33 +80,6 @@ def rows(entries: Sequence[Entry], tests: Mapping[str, Sequence[Pair]]) -> list[
 def _targets(row: Row) -> tuple[str, ...]:
     """What decides which targets a row was tested on: rows are compared where they agree in this."""
     return tuple(str(row.get(key)) for key in TARGETS)
-
-
-def of_same_targets(one: Entry, other: Entry) -> bool:
-    """Whether two entries of a data set were tested on the same targets, as far as :data:`TARGETS` decide these."""
-    return _of_settings(one) == _of_settings(other)
-
-
-def _of_settings(entry: Entry) -> Row:
-    """The entry's :data:`TARGETS`; those that have no effect are None."""
-    settings = {**entry.run.options, **entry.settings}
-    settings |= {key: value for key, value in (settings.get("eval_args") or {}).items() if key != "mode"}
-    found = {key: settings.get(key) for key in TARGETS}
-    if found["ties"] != "random":
-        found["ties_seed"] = None
-    cuts = ("train_last", "train_newest", "train_rows")
-    if not (found["drop_cold_targets"] and any(found[key] for key in cuts)):
-        # What a model trains on, and of what histories, decides only which targets are cold.
-        found |= dict.fromkeys((*cuts, "MAX_ITEM_LIST_LENGTH"))
-    return found
-
-
-def _differing(entries: Sequence[Entry]) -> set[str]:
-    """The :data:`TARGETS` in which entries of a data set differ."""
-    found = [(entry.run.dataset, _of_settings(entry)) for entry in entries]
-    # Of each data set the last that is put there, which is its first entry.
-    first = dict(reversed(found))
-    return {key for dataset, row in found for key in TARGETS if row[key] != first[dataset][key]}
 
 
 def tests(entries: Sequence[Entry], compared: Compared = lambda one, other: True) -> dict[str, list[Pair]]:
@@ -286,7 +232,9 @@ MEANING = """\
   filters are: pairs are tested and the best is bold within each. What differs between ties stands on the file's order.
 - p: two-sided paired t-test over users, each user's metric averaged over the seeds, with Holm's correction over all
   pairs of a data set and metric; in the table against the best NDCG@10. The tests speak of other users under these
-  seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference.
+  seeds, the deviation of other seeds. Wilcoxon's signed-rank test leaves out users without a difference. Where users
+  have several rows, as in splits by shares or by time, the table's means are over rows, and a test averages the rows of
+  each user first; where the two disagree on which is better, the table has no p.
 - ms a user: median of encoding, scoring all items and choosing ten, one user a call; users/s: 256 a call (language
   models 8); all models in turns in one process (on one thread, its processor time).
 - Seconds: training without validations, a run; with other work on the machine read the ratios. MiB: the peak of the
@@ -316,14 +264,15 @@ def _split(split: Any) -> str:
 
 def _counts(entries: Sequence[Entry]) -> str:
     done = [outcome for entry in entries for outcome in entry.done]
-    if not done or len({str(_of_settings(entry)["split"]) for entry in entries}) > 1:
+    if not done or len({str(targets_of(entry)["split"]) for entry in entries}) > 1:
         return ""
-    return f" ({len(np.unique(done[0].ranks()[0])):,} users tested, {done[0].items:,} items)"
+    items = dict.fromkeys(targets_of(entry)["items"] for entry in entries if entry.done)
+    return f" ({len(np.unique(done[0].ranks()[0])):,} users tested, {' or '.join(items)} items)"
 
 
 def _common(entries: Sequence[Entry]) -> str:
     """The split, or several, and what all entries share."""
-    splits = {_split(_of_settings(entry)["split"]): None for entry in entries}
+    splits = {_split(targets_of(entry)["split"]): None for entry in entries}
     kind = " or ".join(LEAVE_ONE_OUT if split == "leave one out" else f"split {split}" for split in splits)
     alike = [key for key in _shown(entries) if not _differs(key, entries)]
     return "; ".join([kind, *(f"{key} {_value(entries[0], key)}" for key in alike)])
@@ -332,7 +281,10 @@ def _common(entries: Sequence[Entry]) -> str:
 def _own(entry: Entry, entries: Sequence[Entry]) -> str:
     """The settings of one entry in which the entries differ."""
     own = [key for key in _shown(entries) if _differs(key, entries) and key in entry.settings]
-    return ", ".join(f"{key} {_value(entry, key)}" for key in own) or "as above"
+    told = [f"{key} {_value(entry, key)}" for key in own]
+    if entry.done and "items" in differing(entries):
+        told.append(f"{targets_of(entry)['items']} items")
+    return ", ".join(told) or "as above"
 
 
 def _differs(key: str, entries: Sequence[Entry]) -> bool:
@@ -351,8 +303,7 @@ def _value(entry: Entry, key: str) -> Any:
 def _shown(entries: Sequence[Entry]) -> list[str]:
     """The keys that every table names, as far as they are set, targets that differ, and any other that is given."""
     named = [k for k, row in KEYS.items() if row.named and any(k in entry.settings for entry in entries)]
-    given = (key for entry in entries for outcome in entry.outcomes for key in outcome.run.options)
-    chosen = (key for key in given if key not in NOT_CACHED and key != "seed")
+    chosen = [key for entry in entries for key in chosen_keys(entry)]
     return list(dict.fromkeys([*named, *(key for key in TARGETS if _differs(key, entries)), *chosen]))
 
 
@@ -368,6 +319,7 @@ def of_runs(entry: Entry) -> Iterator[Row]:
             "model": entry.run.model,
             "dataset": entry.run.dataset,
             "options": outcome.run.options,
+            "settings": {key: entry.settings.get(key) for key in chosen_keys(entry)},
         }
         yield run | {key: getattr(outcome, key) for key in kept}
 

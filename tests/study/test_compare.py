@@ -16,6 +16,7 @@ from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.evaluation.metrics import protocol
 from recbole_ssm.study import compare, report
+from recbole_ssm.study.arms import read_arms
 from recbole_ssm.study.child import machine
 from recbole_ssm.study.runs import Outcome, Run, Runs
 from tests.conftest import REPOSITORY
@@ -125,6 +126,19 @@ def test_rows_that_a_file_names(tmp_path, capsys, trained):
     runs = json.loads((tmp_path / "compare.json").read_text())
     assert [one["row"] for one in runs] == ["Deep", "Deep", "Both, ties file", "Both, ties random", "eSASRec", "Later"]
     assert all(one["test_masked"] and one["protocol"]["split"] and one["valid"] for one in runs)
+
+
+def test_a_preset_names_a_data_set_too(tmp_path):
+    (tmp_path / "arms.yaml").write_text(
+        "A: {preset: ml-1m/SASRec}\nB: {preset: ml-1m/SASRec, datasets: toy}\nC: {model: SASRec}\n"
+    )
+
+    def datasets(given):
+        entries = read_arms(tmp_path / "arms.yaml", {}, given, 1)
+        return {entry.label: entry.run.dataset for entry in entries}
+
+    assert datasets(None) == {"A": "ml-1m", "B": "toy", "C": "ml-100k"}
+    assert datasets(["amazon-beauty"]) == {"A": "amazon-beauty", "B": "toy", "C": "amazon-beauty"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from scipy import stats
 from recbole_ssm.evaluation.significance import holm
 from recbole_ssm.study import report
 from recbole_ssm.study.asking import tables
+from recbole_ssm.study.entry import Entry, of_same_targets
 from recbole_ssm.study.published import PUBLISHED, published
-from recbole_ssm.study.report import Entry
 from recbole_ssm.study.runs import Outcome, Run
 
 MADE = {"date": "2026-01-02", "recbole_ssm": "0", "torch": "2", "python": "3", "system": "X", "cpu": "C", "threads": 1}
@@ -137,6 +138,38 @@ def test_keys_that_the_user_gave_are_in_the_protocol(entry):
     assert "d_state 16" in report.protocol([one], [1], "none")
 
 
+def test_what_a_preset_chose_is_told(entry):
+    one = entry("SASRec", [1, 2], inner_size=99, n_heads=7)
+    one.chosen = {"preset", "data_path", "dataset", "inner_size", "n_heads"}
+    words = report.protocol([one], [1], "none")
+    assert "inner_size 99" in words and "n_heads 7" in words and "preset" not in words and "data_path" not in words
+    assert next(report.of_runs(one))["settings"] == {"inner_size": 99, "n_heads": 7}
+
+
+def test_rows_among_other_numbers_of_items_stand_apart(two, entry):
+    assert "items" not in report.rows(two, {})[0]
+    two[1].outcomes = [replace(outcome, items=57) for outcome in two[1].outcomes]
+    not_run = entry("GRU4Rec")
+    assert report.tests([*two, not_run], of_same_targets) == {"ml-1m": []}
+    assert [row.get("items") for row in report.rows([*two, not_run], {})] == ["50", "57", None]
+    words = report.protocol([*two, not_run], [1], "none")
+    assert "(4 users tested, 50 or 57 items)" in words and "- Mamba4Rec: 57 items" in words
+
+
+def test_the_table_has_no_p_where_the_users_say_the_opposite_of_the_rows(entry):
+    """One user has most of the rows."""
+    users = np.array([*["a"] * 90, *"bcdefgh"])
+    one, other = entry("One", [*[1] * 90, *[30] * 7]), entry("Other", [*[2] * 90, *[1] * 7])
+    for entry_ in (one, other):
+        ranks = entry_.outcomes[0].ranks()[1]
+        np.savez(entry_.outcomes[0].folder / "ranks.npz", user=users, rank=ranks)
+    found = report.tests([one, other])
+    pair = next(pair for pair in found["ml-1m"] if pair.metric == "NDCG@10")
+    table = report.rows([one, other], found)
+    assert table[0]["ndcg"] > table[1]["ndcg"] and pair.difference < 0 and pair.holm_p < 0.05
+    assert table[1]["p_best"] is None
+
+
 def test_published_figures_have_a_source_and_a_protocol():
     every = list(csv.DictReader(PUBLISHED.open(newline="", encoding="utf-8")))
     assert all(row["source"] and row["protocol"] and row["hit"] and None not in row for row in every)
@@ -186,7 +219,7 @@ def test_rows_of_several_splits_stand_apart(two, entry):
         one.settings["ties"] = "file"
     for outcome in (outcome for one in entries for outcome in one.done):
         outcome.protocol["ties"] = "file"
-    found = report.tests(entries, report.of_same_targets)
+    found = report.tests(entries, of_same_targets)
     assert {(pair.first, pair.second) for pair in found["ml-1m"]} == {("SASRec", "Mamba4Rec")}
     table = report.rows(entries, found)
     assert [row["p_best"] is None for row in table] == [False, True, True]
@@ -213,7 +246,7 @@ def test_rows_of_other_targets_stand_apart(two, entry, apart, settings):
     """They are tested against their like alone, their best is bold, and the protocol says what they are."""
     entries = [*two, entry("GRU4Rec", [3, 3, 3, 40], **settings), entry("Pop", [3, 4, 4, 40], **settings)]
     others = {("SASRec", "Mamba4Rec"), ("GRU4Rec", "Pop")}
-    found = report.tests(entries, report.of_same_targets)
+    found = report.tests(entries, of_same_targets)
     assert ({(pair.first, pair.second) for pair in found["ml-1m"]} == others) is apart
     table = report.rows(entries, found)
     assert (table[2]["p_best"] is None) is apart
@@ -229,9 +262,9 @@ def test_what_is_cold_depends_on_what_trains_and_then_on_the_length_of_histories
         return entry(model, [1, 2], drop_cold_targets=True, MAX_ITEM_LIST_LENGTH=length, **options)
 
     five, six, shorter = made("A", 50, train_rows=5), made("B", 50, train_rows=6), made("C", 1, train_rows=5)
-    assert not report.of_same_targets(five, six)
-    assert not report.of_same_targets(five, shorter)
-    assert report.of_same_targets(made("D", 50), made("E", 1))
+    assert not of_same_targets(five, six)
+    assert not of_same_targets(five, shorter)
+    assert of_same_targets(made("D", 50), made("E", 1))
 
 
 def test_data_sets_may_differ_in_their_filters(two, entry):
