@@ -226,8 +226,10 @@ def _stop_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    # Whatever else is printed goes to the log.
-    own_lines, sys.stdout = sys.stdout, sys.stderr
+    # Whatever else is printed goes to the log, also by libraries and by other processes.
+    # The lines end with this process: where they end, the parent believes that it is over.
+    own_lines, sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", closefd=False), sys.stderr
+    os.dup2(2, 1)
     status = main(Path(sys.argv[1]), own_lines)
     with contextlib.suppress(OSError):
         own_lines.close()

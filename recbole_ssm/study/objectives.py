@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 from typing import Any
 
 import numpy as np
 
 from recbole_ssm.arguments import at_least, each_once, some_of
-from recbole_ssm.evaluation.significance import K, holm, over_users, paired
+from recbole_ssm.evaluation.significance import K, Pair, corrected, over_users, paired
 from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.llm.preference import OBJECTIVES
 from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
@@ -71,6 +72,8 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
     t-test with Holm's correction over all rows of the table that are no retriever's.
     """
     rows: list[Row] = []
+    tested: list[Row] = []
+    pairs: list[Pair] = []
     for (base, verbalizer, objective), outcomes in arms.items():
         done = [outcome for outcome in outcomes if outcome.error is None]
         values = {order: over_users("NDCG@10", [outcome.ranks(order) for outcome in done]) for order in ORDERS}
@@ -84,15 +87,16 @@ def table(arms: dict[tuple[str, str, str], list[Outcome]]) -> list[Row]:
             row |= {"difference": None, "low": None, "high": None, "p": None}
             if order != RETRIEVER:
                 pair = paired("NDCG@10", (order, values[order]), (RETRIEVER, values[RETRIEVER]))
-                row |= {"difference": pair.difference, "low": pair.low, "high": pair.high, "p": pair.t_p}
+                row |= {"difference": pair.difference, "low": pair.low, "high": pair.high}
+                tested.append(row)
+                pairs.append(pair)
             row["fusion_weight"] = float(np.mean([found["fusion_weight"] for found in measured]))
             row["seconds_per_user"] = float(np.mean([found["seconds_per_user"] or 0.0 for found in measured]))
             row["parameters"], row["seconds"] = done[0].parameters, float(np.mean([o.seconds for o in done]))
             row["users"], row["retrieved_users"] = reports[0]["users"], reports[0]["retrieved_users"]
             rows.append(row)
-    tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, holm([row["p"] for row in tested])):
-        row["p"] = p
+    for row, pair in zip(tested, corrected(pairs)):
+        row["p"] = pair.holm_p
     return rows
 
 
@@ -114,7 +118,9 @@ def markdown(rows: list[Row]) -> str:
         if row["order"] == RETRIEVER:
             cells += [""] * 4
         else:
-            cells += [f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", f"{row['p']:.3f}"]
+            # Fewer than two users say nothing.
+            said = f"{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})", f"{row['p']:.3f}"
+            cells += ["", ""] if math.isnan(row["p"]) else said
             cells += [f"{row['fusion_weight']:.2f}" if row["order"] == FUSED else "", f"{row['seconds_per_user']:.3f}"]
         lines.append(cells)
     return grid(titles, lines)

@@ -8,10 +8,12 @@ without harm to the others.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.evaluation.metrics import Result, metric
 from recbole_ssm.files import digest, write_json
 from recbole_ssm.keys import KEYS
+from recbole_ssm.llm.base import HUB_FILES
 from recbole_ssm.memory import allocator_settings
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.identity import Identity, Record, existing, reads, results_of
@@ -158,7 +161,10 @@ class Outcome:
             run = Run(**_known(Run, values["run"]))
             outcome = cls(**{**_known(cls, values), "run": run, "error": None, "folder": folder})
             if (folder / RANKS).is_file():
-                outcome.ranks()
+                with np.load(folder / RANKS, allow_pickle=False) as file:
+                    ranks = {name: file[name] for name in file}
+                if missing := {"user", "rank", *(["rank of masked"] if outcome.test_masked else [])} - ranks.keys():
+                    raise KeyError(*missing)
             return outcome
         except (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{folder}: damaged ({first_line(error)}); delete that folder") from error
@@ -233,8 +239,8 @@ class Runs:
                 raise UserError(f"retriever_checkpoint: there is no such file {retriever}")
             files["retriever_checkpoint"] = self._file_digest(retriever)
         if config["base_model"] is not None and (base := Path(str(config["base_model"])).expanduser()).exists():
-            parts = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.json")]
-            files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
+            parts = [base] if base.is_file() else [part for name in HUB_FILES for part in base.glob(name)]
+            files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(set(parts))}
         return files
 
     def config(self, run: Run) -> Config:
@@ -296,8 +302,7 @@ class Runs:
                 try:
                     return replace(Outcome.read(folder), run=run)
                 except UserError as error:
-                    aside = _set_aside(folder)
-                    getLogger().warning(f"{error}; it is trained again, and the damaged one is now {aside.name}")
+                    _set_aside(folder, error)
         except UserError as error:
             return Outcome(run, str(error), self.folder)
         except OSError as error:
@@ -306,6 +311,10 @@ class Runs:
         if failure is not None:
             return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
+
+    def give_up(self, run: Run) -> None:
+        """Delete the checkpoints of a run that was interrupted and will not go on; the same run then begins anew."""
+        shutil.rmtree(self.folder_of(run) / CHECKPOINTS, ignore_errors=True)
 
     def all(self, runs: Iterable[Run]) -> Iterator[Outcome]:
         """Get the outcomes of many runs, one after the other as they are asked for, with a line on standard error.
@@ -341,7 +350,8 @@ class Runs:
         """Train a run in a process of its own; return why it failed, or None."""
         folder.mkdir(parents=True, exist_ok=True)
         # The process works in the run's folder, where RecBole writes its logs.
-        options = {key: _absolute(key, value) for key, value in {**self.machine_options, **run.options}.items()}
+        given = {**self.machine_options, **run.options}
+        options = {key: _absolute(run.model, key, value) for key, value in given.items()}
         options |= {"show_progress": False, "checkpoint_dir": str(folder / CHECKPOINTS)}
         record = self._record(folder / RUN)
         if record is None:
@@ -395,16 +405,20 @@ class Runs:
         return self._files[key]
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename the folder of a run, so that nothing in it is lost; its new name."""
+def _set_aside(folder: Path, error: UserError) -> None:
+    """Rename the folder of a damaged run, so that nothing in it is lost, unless another process has just done so."""
     names = (folder.with_name(f"damaged-{number}-{folder.name}") for number in itertools.count(1))
-    return folder.rename(next(name for name in names if not name.exists()))
+    with contextlib.suppress(FileNotFoundError):
+        aside = folder.rename(next(name for name in names if not name.exists()))
+        getLogger().warning(f"{error}; it is trained again, and the damaged one is now {aside.name}")
 
 
-def _absolute(key: str, value: Any) -> Any:
+def _absolute(model: str, key: str, value: Any) -> Any:
     """An option that names a path as an absolute path, for a process in another folder; other values as they are."""
-    named = isinstance(value, str) and (key == "data_path" or Path(value).is_file() or "/" in value)
-    return str(Path(value).absolute()) if named and (key == "data_path" or Path(value).exists()) else value
+    # Nobody says which keys of a user's own model name paths.
+    path = key in ("data_path", "retriever_checkpoint", "base_model") or (":" in model and key not in KEYS)
+    named = path and isinstance(value, str) and value != "random" and (key == "data_path" or Path(value).exists())
+    return str(Path(value).absolute()) if named else value
 
 
 def _show(bar: Any, run: Run, state: Mapping[str, Any]) -> None:

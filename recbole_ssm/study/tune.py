@@ -16,6 +16,7 @@ also with more --max_evals, and runs no trial twice; given several times at once
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,17 +129,23 @@ def kept_objective(runs: Runs, base: Run, metric: str) -> Objective:
     def objective(params: dict[str, Any], files: Any, trial: Any = None, progress: Progress = ignore) -> dict[str, Any]:
         # A run that was interrupted tells its earlier validations again.
         reported = trial and len(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        pruned = False
 
         def watch(state: dict[str, Any]) -> None:
-            nonlocal reported
+            nonlocal reported, pruned
             progress(state)
             for score in state.get("validations", ())[reported:] if trial else ():
                 reported += 1
                 trial.report(score, reported)
-                if trial.should_prune():
+                if pruned := trial.should_prune():
                     raise optuna().TrialPruned
 
-        outcome = runs.get(Run(base.model, base.dataset, {**base.options, **params}), watch)
+        run = Run(base.model, base.dataset, {**base.options, **params})
+        try:
+            outcome = runs.get(run, watch)
+        finally:
+            if pruned:
+                runs.give_up(run)
         if outcome.error is not None:
             raise UserError(outcome.error)
         if not outcome.valid:
@@ -172,12 +179,11 @@ def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) ->
 
     def with_its_trials(content: dict[str, Any]) -> list[Any]:
         # The table keeps the scores of trials, so it is as old as the results of the newest of them.
-        versions = [
-            results_of({**content["settings"], parameter.name: value})
-            for parameter in space.values()
-            for value in parameter.values
-        ]
-        return [*search, {**content, "version": max(versions)}, *([options.prune] if options.prune else [])]
+        tuned = [{parameter.name: value} for parameter in space.values() for value in parameter.values]
+        # A condition of results_of that more than two tuned keys decide together is not found.
+        settings = ({**content["settings"], **one, **other} for one, other in itertools.product(tuned, tuned))
+        version = max(map(results_of, settings), key=lambda text: [*map(int, text.split("."))])
+        return [*search, {**content, "version": version}, *([options.prune] if options.prune else [])]
 
     searches = map(with_its_trials, runs.contents(base))
     folder = existing(options.folder / base.stem, 8, searches)

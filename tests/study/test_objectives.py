@@ -39,6 +39,15 @@ def test_each_order_is_paired_with_the_retriever(tmp_path):
     assert "| random | 7 | letters | sft | language model | 0.5000 | 0.5000 | 1.0000 | +0.2500 (" in text
 
 
+def test_one_user_says_nothing(tmp_path):
+    only = outcome(tmp_path / "a", np.ones(20), np.full(20, 3.0))
+    with np.load(only.folder / RANKS) as file:
+        ranks = {**file, "user": np.full(40, "u0")}
+    np.savez(only.folder / RANKS, **ranks)
+    text = markdown(table({("random", "letters", "sft"): [only]}))
+    assert "| language model |" in text and "nan" not in text and "1.000 |" not in text
+
+
 def test_failed_arms_have_no_rows(tmp_path):
     assert table({("random", "letters", "sft"): [Outcome(Run("LlamaRec", "made"), "no titles", tmp_path)]}) == []
 

@@ -305,6 +305,23 @@ def test_a_damaged_outcome_is_one_line(tmp_path, text):
         Outcome.read(tmp_path)
 
 
+def test_all_ranks_are_looked_at(done, tmp_path):
+    folder = shutil.copytree(done[1].folder, tmp_path / "r")
+    whole = (folder / RANKS).read_bytes()
+    with np.load(folder / RANKS) as file:
+        ranks = dict(file)
+    assert set(ranks) == {"user", "rank", "rank of masked"}
+    for name in ranks:
+        place = whole.index(f"{name}.npy".encode()) + len(name) + 30
+        (folder / RANKS).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="damaged"):
+            Outcome.read(folder)
+    del ranks["rank of masked"]
+    np.savez(folder / RANKS, **ranks)
+    with pytest.raises(UserError, match="damaged"):
+        Outcome.read(folder)
+
+
 @pytest.mark.parametrize("name", [OUTCOME, RANKS])
 def test_what_is_damaged_is_trained_again(done, tmp_path, monkeypatch, caplog, name):
     runs = Runs(tmp_path / "r", DATA)
@@ -355,6 +372,33 @@ def test_what_a_later_version_wrote_is_read(done, tmp_path, monkeypatch):
     (folder / OUTCOME).write_text(json.dumps(values))
     monkeypatch.setattr(Runs, "_train", never)
     assert runs.get(SHORT) == replace(done[1], folder=folder)
+
+
+def test_paths_hold_in_another_folder_and_nothing_else_is_one(tmp_path, monkeypatch):
+    """A run trains in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("saved", "random", "ml-1m/2Mamba4Rec", "pre", "weights"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def absolute(key, value, model="LlamaRec"):
+        return module._absolute(model, key, value) == str(tmp_path / value)
+
+    assert (
+        absolute("retriever_checkpoint", "saved") and absolute("base_model", "saved") and absolute("data_path", "new")
+    )
+    assert absolute("my_file", "weights", "my_models:Mine")
+    assert not absolute("base_model", "random") and not absolute("base_model", "some/hub-name")
+    assert not absolute("preset", "ml-1m/2Mamba4Rec") and not absolute("norm_position", "pre")
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"])
+def test_every_file_of_a_base_model_counts(tmp_path, name):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / name).write_text("one")
+    runs, run = Runs(tmp_path / "r", DATA), Run("LlamaRec", "toy", {"base_model": str(tmp_path / "base")})
+    before = runs.folder_of(run)
+    (tmp_path / "base" / name).write_text("another")
+    assert runs.folder_of(run) != before
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"content": {"settings": 3}}'])

@@ -65,6 +65,15 @@ def test_the_process_of_a_run_finds_it(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", look], cwd=cwd, env=env, check=True)
 
 
+def test_what_it_prints_is_in_the_log_alone(tmp_path):
+    """By whatever way; the lines of its process say how far the run is."""
+    with open(f"{MINE}.py", "a") as file:
+        file.write("import os\n\nprint(3)\nos.write(1, b'4\\n')\n")
+    outcome = Runs(tmp_path / "r", DATA).get(RUN_OF_MINE)
+    assert outcome.error is None and outcome.epochs == 1
+    assert {"3", "4"} <= set((outcome.folder / "log.txt").read_text().splitlines())
+
+
 def test_it_is_tuned_by_its_path(tmp_path, monkeypatch):
     def get(self, run, progress):
         self.config(run)

@@ -312,14 +312,20 @@ def test_runs_tell_optuna_of_their_validations_and_stop_where_it_says(tmp_path):
                 progress({"validations": scores[:count]})
             return Outcome(run, None, tmp_path, valid={"hit@1": max(scores)}, test={"hit@1": 0.0}, seconds=1.0)
 
+        def give_up(self, run):
+            given_up.append(run.options)
+
+    given_up = []
     objective = kept_objective(Stub(), Run("SASRec", "toy", {"epochs": 3}), "hit@1")
     trial, scores = study.ask(), [0.3, 0.4, 0.5, 0.4]
     trial.report(0.3, 1)
     assert objective({"a": 1}, None, trial)["best_valid_score"] == objective({"a": 1}, None)["best_valid_score"] == 0.5
     assert study.trials[0].intermediate_values == {1: 0.3, 2: 0.4, 3: 0.5, 4: 0.4}
     trial, scores = study.ask(), [0.3, 0.1, 0.5, 0.4]
+    assert given_up == []
     with pytest.raises(optuna.TrialPruned):
         objective({"a": 1}, None, trial)
+    assert given_up == [{"epochs": 3, "a": 1}]
     assert study.trials[1].intermediate_values == {1: 0.3, 2: 0.1}
 
 
