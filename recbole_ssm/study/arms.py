@@ -74,14 +74,17 @@ def _rows(
     named = {key: keys.pop(key) for key in ("datasets", "ties", "seeds", "model") if key in keys}
     if "model" not in named and "preset" not in keys:
         raise UserError(f"--arms: {path}: {label}: names no model; add model: 2Mamba4Rec, or a preset")
-    try:
-        preset = configure(config_dict={"preset": keys["preset"]}) if "preset" in keys else {}
-    except UserError as error:
-        raise UserError(f"--arms: {path}: {label}: {error}") from error
-    model = named.get("model") or preset["model"]
+    default = {"model": "", "dataset": DATASET}
+    if "preset" in keys:
+        try:
+            preset = configure(config_dict={"preset": keys["preset"]})
+        except UserError as error:
+            raise UserError(f"--arms: {path}: {label}: {error}") from error
+        default = {key: preset[key] for key in default}
+    model = named.get("model", default["model"])
     ties = named.get("ties", [None])
     ties = ties if isinstance(ties, list) else [ties]
-    where = named.get("datasets") or datasets or (preset["dataset"] if preset else DATASET)
+    where = named.get("datasets") or datasets or default["dataset"]
     for dataset, one in itertools.product([where] if isinstance(where, str) else where, ties):
         own = {} if one is None else {"ties": one}
         run = Run(model, dataset, {**common, **keys, **own})
