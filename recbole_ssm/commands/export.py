@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from recbole_ssm.commands.histories import ALL_EVENTS, histories_of
 from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
-from recbole_ssm.data.lines import progress
+from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import ArgumentParser, UserError
 from recbole_ssm.files import digest, whole
 from recbole_ssm.model.registry import class_of
@@ -26,7 +24,6 @@ from recbole_ssm.serving import portable, recommender_of
 from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint
 
-USERS_AT_ONCE = 1024
 NOT_TAKEN = {
     "items": ("users", "now", "format", "overwrite"),
     "users": ("format", "overwrite"),
@@ -79,13 +76,9 @@ def export_vectors(
     else:
         config = configure_data((path, saved), model, config_dict=ALL_EVENTS, command_line=command_line)
         histories = histories_of(users, config)
-        ids, waiting, times = histories.users, iter(histories), histories.times
-        parts = [recommender.user_vectors([])]
-        with progress("Encode", len(ids), "user") as bar:
-            while piece := list(islice(waiting, USERS_AT_ONCE)):
-                parts.append(recommender.user_vectors(piece, skip_unknown=True, times=times, now=now))
-                bar.update(len(piece))
-        vectors = torch.cat(parts)
+        ids = histories.users
+        bar = progress_bar(iter(histories), total=len(ids), desc="Encode", unit="user", unit_scale=True, delay=1)
+        vectors = recommender.user_vectors(bar, True, histories.times, now, called=histories.called)
     _write(out, ids, vectors.numpy())
     return len(ids)
 

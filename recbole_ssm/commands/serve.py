@@ -137,9 +137,9 @@ def add_state_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--forget_days", type=positive, help="forget who had no event for so long (default: never)")
 
 
-def state_options(options: Namespace) -> tuple[Store, dict[str, Any]]:
+def state_options(options: Namespace, create: bool = True) -> tuple[Store, dict[str, Any]]:
     """The store that the options name, and those of :class:`~recbole_ssm.serving.engine.Engine` among them."""
-    store = open_store(options.state, durability=options.durability, most_bytes=options.state_bytes)
+    store = open_store(options.state, durability=options.durability, most_bytes=options.state_bytes, create=create)
     return store, {
         "state_history": options.state_history,
         "state_type": options.state_type,

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     options, command_line = parse(parser, arguments)
     if options.state is None or (options.file is None) == (options.export is None):
         raise UserError("state: name a store and one file: --state=PLACE --import=FILE, or --state=PLACE --export=FILE")
-    store, settings = state_options(options)
+    store, settings = state_options(options, create=options.export is None)
     try:
         if options.export is not None:
             print(f"wrote {options.export}: {export_events(store, options.export):,} events")

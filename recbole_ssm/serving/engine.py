@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,7 +297,7 @@ class Engine:
         """Place, item and time in seconds of each event that is there, of those of known items."""
         items = served.catalogue.places(record.items.texts(), "history", True)
         every = enumerate(zip(items, record.moments()))
-        return [(place, item, int(time)) for place, (item, time) in every if item is not None]
+        return [(place, item, math.floor(time)) for place, (item, time) in every if item is not None]
 
     def _ids(self, served: Served, record: Record, newest: int | None = None) -> Ids:
         """The items of the events that are there, or of so many of the newest."""

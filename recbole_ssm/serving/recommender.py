@@ -46,6 +46,7 @@ class Recommender:
 
     - ``allow``: tokens of items; no others are recommended.
     - ``deny``: tokens of items that are never recommended.
+    - ``refused``: in place of both, which item ids are never recommended, as of :meth:`Catalogue.refused`.
     - ``exclude``: tokens of items that are not recommended after this history.
     - ``skip_unknown``: leave unknown items of a history out, and count them, in place of an error.
     - ``times``: when the events of a history were, one for each of its items: seconds since 1970,
@@ -114,7 +115,7 @@ class Recommender:
             exclude: tokens of further items to leave out.
             times: when the events were; see the class.
             now: the moment of asking; see the class.
-            **choice: ``allow``, ``deny``, ``skip_unknown``; see the class.
+            **choice: ``allow``, ``deny``, ``refused``, ``skip_unknown``; see the class.
 
         Returns:
             ``[(item token, score), ...]``, best first.
@@ -164,9 +165,10 @@ class Recommender:
         now: Any = None,
         allow: Iterable[str] | None = None,
         deny: Iterable[str] | None = None,
+        refused: Tensor | None = None,
         skip_unknown: bool = False,
     ) -> Iterator[Recommendations]:
-        refused = self.catalogue.refused(allow, deny)
+        refused = self.catalogue.refused(allow, deny) if refused is None else refused
         read = self._reader.histories(histories, times, now, called, skip_unknown)
         numbered = enumerate(aligned(read, "exclude", exclude, otherwise=()))
         while part := list(itertools.islice(numbered, self._rows_at_once())):
@@ -210,17 +212,20 @@ class Recommender:
         Args:
             item: its token.
             k: how many.
-            **choice: ``allow`` and ``deny``; see the class.
+            **choice: ``allow``, ``deny`` and ``refused``; see the class.
 
         Raises:
             UserError: the item is unknown, or the model has no vectors of items.
         """
         (index,) = self.catalogue.ids([item], "item")
-        vectors = torch.nn.functional.normalize(self._table(), dim=1)
-        cosines = (vectors @ vectors[index])[None]
-        refused = self.catalogue.refused(choice.pop("allow", None), choice.pop("deny", None))
+        refused, by_tokens = choice.pop("refused", None), (choice.pop("allow", None), choice.pop("deny", None))
+        refused = self.catalogue.refused(*by_tokens) if refused is None else refused
         if choice:
-            raise UserError(f"similar_items: takes allow and deny, got {', '.join(choice)}")
+            raise UserError(f"similar_items: takes allow, deny and refused, got {', '.join(choice)}")
+        vectors = self._table()
+        # Products and lengths take two walks through the table and no room; unit vectors would take its room again.
+        lengths = vectors.norm(dim=1).clamp_min(1e-12)
+        cosines = (vectors @ vectors[index])[None] / (lengths * lengths[index])
         return self.catalogue.best(cosines, k, [[index]], refused)[0]
 
     def item_vectors(self) -> Tensor:
@@ -234,32 +239,37 @@ class Recommender:
     @torch.inference_mode()
     def user_vectors(
         self,
-        histories: Sequence[Iterable[str]],
+        histories: Iterable[Iterable[str]],
         skip_unknown: bool = False,
         times: Iterable[Iterable[Any]] | None = None,
         now: Any = None,
+        *,
+        called: Callable[[str, int], str] = by_number,
     ) -> Tensor:
-        """The vectors ``[B, d]`` of users by their histories, on the CPU; a history without a known item has zeros.
+        """The vectors ``[B, d]`` of users by their histories, which may come one after the other as in :meth:`stream`,
+        on the CPU; a history without a known item has zeros.
 
         Raises:
             UserError: a history holds an unknown item, the model reads times and there are none, or it makes no vector
                 of a history.
         """
-        asked = list(self._reader.histories(histories, times, now, by_number, skip_unknown))
-        rows = [number for number, one in enumerate(asked) if one.ids]
-        found = torch.zeros(len(asked), self._table().shape[1])
+        read = self._reader.histories(histories, times, now, called, skip_unknown)
+        found = [torch.zeros(0, self._table().shape[1])]
         fields = self._list_field, self._length_field
-        for start in range(0, len(rows), self._rows_at_once()):
-            part = rows[start : start + self._rows_at_once()]
-            batch = self._batch([asked[number] for number in part])
+        while part := list(itertools.islice(read, self._rows_at_once())):
+            found.append(torch.zeros(len(part), found[0].shape[1]))
+            rows = [number for number, one in enumerate(part) if one.ids]
+            if not rows:
+                continue
+            batch = self._batch([part[number] for number in rows])
             try:
                 # Those whose products with the items' are the scores, where the model tells them.
                 ours = isinstance(self.model, PackedRecommender)
                 vectors = self.model.factors(batch)[0] if ours else self.model.forward(*(batch[f] for f in fields))
-                found[part] = vectors.float().cpu()
+                found[-1][rows] = vectors.float().cpu()
             except (TypeError, AttributeError, RuntimeError) as error:
                 raise UserError(f"{self._name}: makes no vector of a history of items ({error})") from error
-        return found
+        return torch.cat(found)
 
     def _table(self) -> Tensor:
         table = getattr(getattr(self.model, "item_embedding", None), "weight", None)

@@ -3,6 +3,7 @@
 # FastAPI evaluates these annotations, so they are not postponed.
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Sequence
 from logging import getLogger
@@ -192,7 +193,6 @@ async def recommend_after(request: Request, body: schema.HistoriesBody) -> Respo
 
     def work(engine: Engine) -> Any:
         served = engine.served
-        choice = served.choice(Rules(body.allow, body.deny, body.categories))
         found = served.recommender.recommend_many(
             body.histories,
             body.k,
@@ -200,7 +200,7 @@ async def recommend_after(request: Request, body: schema.HistoriesBody) -> Respo
             skip_unknown=True,
             times=body.times,
             now=time.time() if body.now is None else body.now,
-            **choice,
+            refused=served.refused(Rules(body.allow, body.deny, body.categories)),
         )
         return {
             "model": served.digest,
@@ -216,6 +216,8 @@ async def score(request: Request, body: schema.ScoreBody) -> Response:
     server = server_of(request)
     if (body.user is None) == (body.history is None):
         raise UserError("give either user or history")
+    if body.user is not None and body.times is not None:
+        raise UserError("times: belong to history; the events of a user have their own, so leave them out")
     if body.user is not None:
         found = await server.visit(Visit(body.user, candidates=body.items, now=body.now))
         digest, scores = found.model, found.scores or []
@@ -233,7 +235,7 @@ async def similar_items(request: Request, item: InPath, k: schema.K = 10, catego
 
     def work(engine: Engine) -> Any:
         served = engine.served
-        found = served.recommender.similar_items(item, k, **served.choice(Rules(categories=category)))
+        found = served.recommender.similar_items(item, k, refused=served.refused(Rules(categories=category)))
         return {"model": served.digest, **recommended(served, found)}
 
     return answer(await server_of(request).call(work))
@@ -268,6 +270,7 @@ async def serve_model(request: Request, body: schema.ModelBody) -> Response:
         raise HTTPException(403, "start the server with --models and a token, and models can be chosen")
     folder = server.models.resolve()
     place = (folder / body.name).resolve() if "\0" not in body.name else folder
-    if place.parent != folder or not place.exists():
+    # Of a name that is too long, pathlib raises an error.
+    if place.parent != folder or not os.path.exists(place):
         raise UserError(f"name: there is no {body.name!r} in the folder of models")
     return answer({"model": await server.choose(place), "name": body.name})

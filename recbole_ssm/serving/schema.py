@@ -4,8 +4,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+from recbole_ssm.data.times import LATEST
+from recbole_ssm.errors import shown
 from recbole_ssm.serving.record import LONGEST_ID
 
 MOST_EVENTS = 1000
@@ -29,8 +31,24 @@ def checked_id(text: str) -> str:
     return text
 
 
+def checked_seconds(moment: float) -> float:
+    """A time within the bounds of :func:`~recbole_ssm.data.times.second_of`.
+
+    Raises:
+        ValueError: it is beyond them.
+    """
+    if abs(moment) >= LATEST:
+        raise ValueError(f"must be seconds since 1970, got {shown(moment)}, which is beyond the year 5000")
+    return moment
+
+
 Id = Annotated[str, Field(min_length=1, max_length=LONGEST_ID), AfterValidator(checked_id)]
-Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
+Seconds = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    AfterValidator(checked_seconds),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": -LATEST, "exclusiveMaximum": LATEST}),
+]
 Items = Annotated[list[Id], Field(max_length=MOST_ITEMS)]
 Times = Annotated[list[Seconds], Field(max_length=MOST_ITEMS)]
 NOW = "The moment of asking in seconds since 1970, for a model that reads it; by default now."

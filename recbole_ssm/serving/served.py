@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,24 +73,21 @@ class Served:
         """Which items the rules rule out ``[V]``; None where they rule out nothing.
 
         Raises:
-            UserError: there is no such category, or no item of ``allow`` is known.
+            UserError: there is no such category, or none is named, or no item of ``allow`` is known.
         """
         if rules is None:
             return None
         refused = self.catalogue.refused(rules.allow, rules.deny)
         if rules.categories is None:
             return refused
+        if not rules.categories:
+            raise UserError("categories: names none; name one at least, or leave it out for items of all")
         allowed = torch.zeros(len(self.catalogue.items), dtype=torch.bool)
         for name in rules.categories:
             if name not in self._categories:
                 raise UserError(f"categories: there is no {name!r} among the {len(self._categories):,} of this data")
             allowed[self._categories[name]] = True
         return ~allowed if refused is None else refused | ~allowed
-
-    def choice(self, rules: Rules) -> dict[str, Any]:
-        """The rules as options of :class:`~recbole_ssm.serving.recommender.Recommender`."""
-        refused = self.refused(rules)
-        return {} if refused is None else {"deny": [self.catalogue.items[item] for item in refused.nonzero()]}
 
     def find(self, text: str, k: int) -> list[str]:
         """The first items, by their ids, whose token or title holds a text, in any case of its letters."""

@@ -32,7 +32,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         # The place begins with query, path or body; an event and many of them are told apart by a name of our own.
         begin = 2 if first["loc"][:2] in (("body", schema.ONE), ("body", schema.MANY)) else 1
         place = ".".join(str(part) for part in first["loc"][begin:]) or "body"
-        return answer({"error": f"{place}: {first['msg']}"}, UNPROCESSABLE)
+        return answer({"error": f"{place}: {first['msg'].removeprefix('Value error, ')}"}, UNPROCESSABLE)
     if isinstance(error, HTTPException):
         found = answer({"error": str(error.detail)}, error.status_code)
         # A method that is not allowed comes with those that are.

@@ -102,7 +102,7 @@ class Store(Protocol):
         """
 
 
-def open_store(place: str | None, *, durability: str = "each", most_bytes: int = 1 << 36) -> Store:
+def open_store(place: str | None, *, durability: str = "each", most_bytes: int = 1 << 36, create: bool = True) -> Store:
     """The store at a place.
 
     Args:
@@ -110,6 +110,7 @@ def open_store(place: str | None, *, durability: str = "each", most_bytes: int =
         durability: of a folder. ``each``: an update is on the disk when it returns. ``batched``: it outlives a crash of
             the process when it returns, and a crash of the machine after the next :meth:`Store.sync`.
         most_bytes: a folder never takes more; an update that would is refused.
+        create: make a folder that is not there; without it, that is an error.
 
     Raises:
         UserError: a package is missing, or there is no store there that can be opened.
@@ -120,7 +121,7 @@ def open_store(place: str | None, *, durability: str = "each", most_bytes: int =
         return MemoryStore()
     if place.startswith(("redis://", "rediss://", "unix://")):
         return RedisStore(place)
-    return LmdbStore(Path(place), durability, most_bytes)
+    return LmdbStore(Path(place), durability, most_bytes, create)
 
 
 class MemoryStore:
@@ -179,9 +180,12 @@ class LmdbStore:
     A process opens a folder once; several processes may have it open, on one machine.
     """
 
-    def __init__(self, folder: Path, durability: str, most_bytes: int) -> None:
+    def __init__(self, folder: Path, durability: str, most_bytes: int, create: bool = True) -> None:
         self._lmdb = require("lmdb", "state: a folder needs lmdb; pip install 'recbole-ssm[serve]'")
         self._folder, self._place = folder, f"state {folder}"
+        file = folder / "data.mdb"
+        if not create and not file.is_file():
+            raise UserError(f"{self._place}: holds no store; name the folder that a server or an import has filled")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._env = self._lmdb.open(
@@ -193,7 +197,7 @@ class LmdbStore:
             self._env.reader_check()
         except (OSError, self._lmdb.Error) as error:
             raise UserError(f"{self._place}: cannot be opened ({error}); name another folder, or restore it") from error
-        self._check_length(folder / "data.mdb")
+        self._check_length(file)
         self._dirty, self._open, self._failed = threading.Event(), True, ""
         self._syncer = threading.Thread(target=self._sync_later, daemon=True) if durability == "batched" else None
         if self._syncer:
@@ -201,12 +205,15 @@ class LmdbStore:
 
     def _check_length(self, file: Path) -> None:
         """See to it that the file is as long as its pages are; reading behind its end would end the process."""
-        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        missing = needed - file.stat().st_size
-        if missing > UNWRITTEN:
-            raise UserError(f"{self._place}: data.mdb is {missing:,} bytes short; restore it, or name another folder")
-        if missing > 0:
-            os.truncate(file, needed)
+        # As long as this transaction writes, no other process does, and makes it longer.
+        with self._env.begin(write=True):
+            needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+            missing = needed - file.stat().st_size
+            if missing > UNWRITTEN:
+                line = f"{self._place}: data.mdb is {missing:,} bytes short; restore it, or name another folder"
+                raise UserError(line)
+            if missing > 0:
+                os.truncate(file, needed)
 
     def _tree(self, key: bytes) -> Any:
         return self._parts if PART in key else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ class Visit:
 
     def moment(self, now: float) -> int:
         """The moment of asking in whole seconds, where it is asked ``now`` unless it says otherwise."""
-        return int(now if self.now is None else self.now)
+        return math.floor(now if self.now is None else self.now)
 
 
 @dataclass(slots=True)

@@ -64,11 +64,13 @@ def test_mistakes_are_one_line(checkpoint, capsys):
         (["--state=s", "--import=none.jsonl"], "there is no file none.jsonl"),
         (["--state=s", "--import=users.txt"], "users.txt: name its columns by --user, --item, --time"),
         (["--state=s", "--export=none/out.jsonl"], "there is no folder"),
+        (["--state=sttae", "--export=out.jsonl"], "state sttae: holds no store; name the folder"),
     ]
     Path("users.txt").write_text("u1\nu2\n")
     for options, line in cases:
         assert main(["state", str(checkpoint), "--device=cpu", *options]) == 2
         assert line in capsys.readouterr().err
+    assert not Path("sttae").exists() and not Path("out.jsonl").exists()
 
 
 def written(users):

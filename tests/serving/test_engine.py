@@ -294,9 +294,15 @@ def test_rules(models):
             events = [Event("i5")] if user == "u" else []
             (found,) = visit(engine, Visit(user, events, k=20, rules=rules))
             assert {item for item, _ in found.recommended} == expected
-        assert set(served.choice(rules)["deny"]) == {*served.catalogue.items} - expected
-    wrong, right = engine.visit([Visit("u", k=1, rules=Rules(categories=["green"])), Visit("v", k=1)])
+        for answer in (
+            served.recommender.recommend(["i5"], 20, refused=served.refused(rules)),
+            served.recommender.similar_items("i5", 20, refused=served.refused(rules)),
+        ):
+            assert {item for item, _ in answer} == expected
+    visits = [Visit(user, k=1, rules=Rules(categories=names)) for user, names in (("u", ["green"]), ("w", []))]
+    wrong, empty, right = engine.visit([*visits, Visit("v", k=1)])
     assert "categories: there is no 'green' among the 2" in str(wrong) and right.recommended
+    assert "categories: names none" in str(empty)
 
 
 @pytest.mark.parametrize("name", ["2Mamba4Rec", "cosine"])
@@ -546,6 +552,16 @@ def test_more_events_than_are_kept_and_none_of_them_known(models):
         found = visit(engine, Visit("u", k=3), Visit("other", [Event("j1")], k=3))
         assert [one.recommended.source for one in found] == ["popularity", "model"]
     assert list(engine.tidy())
+
+
+@pytest.mark.parametrize("name", ["2Mamba4Rec", "SASRec"])
+def test_fractions_of_a_second_are_rounded_down_before_1970_too(name):
+    options = {"train_neg_sample_args": None} if name == "SASRec" else {}
+    engine = Engine(untrained(name, 5, time="query", **options), MemoryStore())
+    items, times = ["i1", "i2"], [-10.0, -0.5]
+    events = [Event(item, time) for item, time in zip(items, times)]
+    (found,) = visit(engine, Visit("u", events, k=20, now=-0.25))
+    assert_same(found.recommended, engine.served.recommender.recommend(items, 20, times=times, now=-0.25))
 
 
 def test_a_model_of_times_without_a_state_is_told_when_events_were_and_when_it_is_asked():

@@ -25,9 +25,10 @@ from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import command_parser, load_served, server_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.states import Unread
-from recbole_ssm.serving.store import open_store
+from recbole_ssm.serving.store import MemoryStore, open_store
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import record_of, row_of
+from tests.serving.test_engine import untrained
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("lmdb", reason="the extra serve is not installed")
@@ -35,7 +36,7 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 
 from recbole_ssm.serving import server as serving
 from recbole_ssm.serving.hot import Hot
-from recbole_ssm.serving.service import Limits
+from recbole_ssm.serving.service import Limits, Server
 
 TOKEN = "a-secret"
 
@@ -313,6 +314,18 @@ def test_health_metrics_and_the_page(client):
     assert status == 200 and "/v1/users/{user}/recommendations" in openapi["paths"]
 
 
+def test_the_call_of_the_page_suits_a_model_that_reads_times(tmp_path):
+    served = untrained("2Mamba4Rec", 5, time="query")
+    with started(lambda: Server(load=None, place=tmp_path, served=served, store=MemoryStore())) as (_, port):
+        client = Client(port)
+        (names,) = re.findall(r'call\("v1/recommend", \{ (.*) \}\)', client.get("/")[1])
+        now = time.time()
+        body = {"histories": [["i1", "i2"]], "times": [[now - 9.5, now]], "exclude_seen": True}
+        assert {name.partition(":")[0] for name in names.split(", ")} == set(body)
+        status, found = client.post("/v1/recommend", body)
+        assert status == 200 and found["answers"][0]["source"] == "model"
+
+
 def test_nobody_waits_for_a_store_that_takes_its_time_to_be_counted(runs):
     def page():
         file, until = Path("answered"), time.monotonic() + 5
@@ -361,6 +374,16 @@ LONG = "x" * 501
         (422, "POST", "/v1/events", {"user": LONG, "item": "i1"}, "user"),
         (422, "POST", "/v1/events", {"user": "é" * 251, "item": "i1"}, "an id has at most 500 bytes"),
         (422, "POST", "/v1/events", {"user": "u", "item": "i1", "time": 1e300}, "time"),
+        *(
+            (422, "POST", path, body, "must be seconds since 1970, got 978300760000.0, which is beyond the year 5000")
+            for path, body in (
+                ("/v1/events", {"user": "u", "item": "i1", "time": 978300760000}),
+                ("/v1/events", {"events": [{"user": "u", "item": "i1", "time": 978300760000}]}),
+                ("/v1/recommend", {"histories": [["i1"]], "times": [[978300760000]]}),
+                ("/v1/score", {"user": "u", "items": ["i1"], "now": 978300760000}),
+                ("/v1/events?now=978300760000", {"user": "u", "item": "i1"}),
+            )
+        ),
         (422, "POST", "/v1/events", {"user": "u", "item": "i1", "tme": 1}, "tme"),
         (422, "POST", "/v1/events", {"user": "u", "item": "i1", "time": False}, "time"),
         (422, "POST", "/v1/events", {"user": "u", "item": 1}, "item"),
@@ -383,6 +406,8 @@ LONG = "x" * 501
         (422, "POST", "/v1/score", {"items": ["i1"]}, "give either user or history"),
         (422, "POST", "/v1/score", {"items": ["i1"], "user": "nobody"}, "user 'nobody': has no event"),
         (422, "POST", "/v1/score", {"items": ["none"], "history": ["i1"]}, "items: item 'none' is not"),
+        (422, "POST", "/v1/score", {"items": ["i1"], "user": "u", "times": [1]}, "times: belong to history"),
+        (422, "POST", "/v1/recommend", {"histories": [["i1"]], "categories": []}, "categories: names none"),
         (404, "GET", "/v1/none", None, "Not Found"),
         (405, "GET", "/v1/events", None, "Method Not Allowed"),
         (413, "POST", "/v1/events", b"x" * (1 << 20) + b"x", "the body is larger than 1,048,576 bytes"),
@@ -391,6 +416,7 @@ LONG = "x" * 501
         (422, "POST", "/v1/model", {"name": "."}, "name: there is no"),
         (422, "POST", "/v1/model", {"name": "a\0b"}, "name: there is no"),
         (422, "POST", "/v1/model", {"name": "link"}, "name: there is no"),
+        (422, "POST", "/v1/model", {"name": "é" * 250}, "name: there is no"),
     ],
 )
 def test_what_is_wrong_is_one_line_of_json(shared, runs, status, method, path, body, line):

@@ -187,6 +187,23 @@ def test_many_histories_equal_one_by_one(recommenders):
         assert not vectors[1].any()
 
 
+def test_vectors_of_users_in_pieces_are_those_of_all(trained, recommenders, monkeypatch):
+    """Each history with its own times, whatever piece it comes in; an error names the history."""
+    folder, recommender = Path(trained["query"]["checkpoint"]).parent, recommenders["query"]
+    now = START + 10**7
+    monkeypatch.setattr("recbole_ssm.serving.recommender.MOST_EVENTS", 2 * recommender.max_length)
+    assert main(["export", str(folder), "--what=users", "--out=v.npy", "--device=cpu", f"--now={now}"]) == 0
+    users, vectors = Path("v.npy.ids.txt").read_text().split(), np.load("v.npy")
+    assert sorted(users) == sorted(f"u{number}" for number in range(30))
+    for user, vector in zip(users, vectors):
+        number = int(user[1:])
+        history = [f"i{(number + n) % 20}" for n in range(8)]
+        expected = recommender.user_vectors([history], times=[times_of(number, 8)], now=now)[0]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"histories\[5\]: item 'x' is not in the catalogue"):
+        recommender.user_vectors([*[HISTORY] * 5, ["x"]], times=[*[TIMES] * 5, [START]], now=now)
+
+
 def test_what_is_missing_is_one_line(recommenders):
     timed, gaps = recommenders["query"], recommenders["gaps"]
     with pytest.raises(UserError, match="times: this model reads the times of events; give one for each item of hist"):
