@@ -315,7 +315,7 @@ class Times(Floats):
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
         """Parse the cells of a block; the faults by row."""
         try:
-            self._parsed = pc.replace_substring_regex(cells, r"^(-?[0-9]+)\.0+$", r"\1").cast(pa.int64()).to_numpy()
+            self._parsed = whole_numbers(pc.replace_substring_regex(cells, r"^(-?[0-9]+)\.0+$", r"\1")).to_numpy()
             return {}
         except pa.ArrowInvalid:
             faults = super().parse(cells, required)
@@ -386,6 +386,17 @@ BUILDERS: dict[str, type[Words] | type[Values]] = {
     "float_seq": FloatLists,
     "time": Times,
 }
+
+
+def whole_numbers(cells: pa.StringArray) -> pa.Int64Array:
+    """The whole numbers that cells spell in decimal digits.
+
+    Raises:
+        pyarrow.ArrowInvalid: a cell spells none. Arrow itself would read 0x5F as 95.
+    """
+    if pc.any(pc.or_(pc.starts_with(cells, "0x"), pc.starts_with(cells, "0X"))).as_py():
+        raise pa.ArrowInvalid("hexadecimal digits")
+    return cells.cast(pa.int64())
 
 
 def _rows(mask: pa.BooleanArray) -> list[int]:

@@ -10,6 +10,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,7 @@ def convert(
         first = next(raw.events.rows({"time": raw.fields["time"]}, BadLines(str(raw.events.file), "skip")), None)
         check_form("--time_format", time_format, first.cells["time"].to_pylist() if first else ())
     kept = columns_to_keep(raw, keep)
+    check_descriptions(raw, kept, "--text" if "text" in asked else "--meta")
     if inside := [file for file in raw.files if target.resolve() in file.path.resolve().parents]:
         raise UserError(f"--overwrite: {inside[0]} is read, and would go with {target}; choose another --name")
 
@@ -208,6 +210,9 @@ def convert(
         with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
             events, digits = read_events(raw, bad, kept, time_format)
         events, steps = filtered(events, duplicates, *cores)
+        if "time" not in raw.fields:
+            # Counted again, because the filters left gaps.
+            events = replace(events, times=places(events.users.codes))
         if not len(events):
             raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
@@ -284,8 +289,30 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
         if colon and kind not in TYPES:
             raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
         kept[column] = kind if colon else "token_seq" if column in lists else ""
-    check_names("--keep", [*kept, "user_id", "item_id", "timestamp", *(["rating"] if "rating" in raw.fields else [])])
+    check_names("--keep", [*_own_columns(raw), *kept])
     return kept
+
+
+def check_descriptions(raw: Raw, kept: Mapping[str, str], option: str) -> None:
+    """Make sure that no column of ``.item`` is called as one of ``.inter``: RecBole would put the item's value there.
+
+    Raises:
+        UserError: one is; ``option`` says where the items are described.
+    """
+    if raw.items is None:
+        return
+    events, columns = {*_own_columns(raw), *kept} - {"item_id"}, raw.items.columns
+    if both := [name for name in columns if name in events]:
+        raise UserError(
+            f"{option}: {excerpt(both[0])} would be a column of the items and of the events, and RecBole would put the "
+            f"items' in place of the events'; rename it in {raw.items.file}"
+        )
+    check_names(option, ["item_id", *columns])
+
+
+def _own_columns(raw: Raw) -> list[str]:
+    """The columns of ``.inter`` but for those that are kept."""
+    return ["user_id", "item_id", "timestamp", *(["rating"] if "rating" in raw.fields else [])]
 
 
 def filtered(events: Events, duplicates: str, user_core: int, item_core: int) -> tuple[Events, list[dict[str, Any]]]:
@@ -385,27 +412,28 @@ def _words(column: Tokens, rows: slice) -> pa.StringArray:
 
 
 def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> tuple[int, int]:
-    """Write the descriptions of those items that events have; the first one of an item counts.
+    """Write the descriptions of those items that events have; of each column the first that is not empty counts.
 
     RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
 
     Returns:
-        How many items are described, and how many of them again in another way.
+        How many items are described, and how many of them again in other words.
     """
     wanted = set(events.items.names.take(pa.array(np.unique(events.items.codes))).to_pylist())
-    written: dict[str, int] = {}
+    lines: dict[str, str] = {}
     contradicting = set()
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write("\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in items.columns.items())]) + "\n")
-        for item, cells in items.read(bad):
-            if item in wanted:
-                line = "\t".join([item, *(_one_line(cells[name]) for name in items.columns)]) + "\n"
-                if item not in written:
-                    written[item] = hash(line)
-                    file.write(line)
-                elif written[item] != hash(line):
+    for item, cells in items.read(bad):
+        if item in wanted:
+            line = "\t".join([item, *(_one_line(cells[name]) for name in items.columns)])
+            if (first := lines.setdefault(item, line)) != line:
+                pairs = list(zip(first.split("\t"), line.split("\t")))
+                lines[item] = "\t".join(former or later for former, later in pairs)
+                if any(former and later and former != later for former, later in pairs):
                     contradicting.add(item)
-    return len(written), len(contradicting)
+    header = "\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in items.columns.items())])
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in [header, *lines.values()])
+    return len(lines), len(contradicting)
 
 
 def _spelt(values: np.ndarray) -> pa.StringArray:

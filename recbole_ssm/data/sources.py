@@ -327,7 +327,6 @@ def _described(table: Table, item: str) -> Descriptions:
         there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
         raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
     names = {name: name for name in columns if name != item}
-    check_names("--meta", [*names, "item_id"])
     kinds = dict.fromkeys(names, 0)
     for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
         for name in names:

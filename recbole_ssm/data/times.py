@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.atomic import Values
+from recbole_ssm.data.atomic import Values, whole_numbers
 from recbole_ssm.errors import UserError, excerpt, shown
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -32,6 +32,11 @@ FORMS = [
 EXAMPLES = "%d.%m.%Y %H:%M:%S or %m/%d/%Y %I:%M %p"
 # Cells of a column that tell how its dates are written.
 SAMPLE = 1000
+# Dates of 1900 to 2099 in digits alone: to the day, as 20230127, or to the hour, the minute or the second.
+DIGITS_ALONE = (
+    "(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"
+    "(?:(?:[01][0-9]|2[0-3])(?:[0-5][0-9](?:[0-5][0-9])?)?)?"
+)
 
 
 class Moments(Values):
@@ -50,8 +55,8 @@ class Moments(Values):
         super().__init__()
         self._form = form
         self._kind = ""
-        # Whether all cells so far are whole numbers of eight digits, as 20230127 is.
-        self._eight_digits = True
+        # Whether all cells so far are numbers that may be dates, as 20230127 is.
+        self._perhaps_dates = True
         self.digits = 0
 
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
@@ -62,8 +67,8 @@ class Moments(Values):
             try:
                 self._parsed = _numbers(cells)
                 self._kind = "numbers"
-                if self._eight_digits:
-                    self._eight_digits = bool(pc.all(pc.match_substring_regex(cells, "^[0-9]{8}$")).as_py())
+                if self._perhaps_dates:
+                    self._perhaps_dates = pc.all(pc.match_substring_regex(cells, f"^{DIGITS_ALONE}$")).as_py()
                 return {}
             except pa.ArrowInvalid:
                 # A date, a number in another form than Arrow's, or neither.
@@ -76,6 +81,8 @@ class Moments(Values):
             only_numbers = [number is not None and date is None for number, date in zip(*read.values())]
             self._kind = "dates" if sum(only_dates) > sum(only_numbers) else "numbers"
         others = read["numbers" if self._kind == "dates" else "dates"]
+        numbers = [cell for cell, number in zip(spelt, read["numbers"]) if number is not None]
+        self._perhaps_dates &= all(re.fullmatch(DIGITS_ALONE, cell) for cell in numbers)
         self._parsed = np.zeros((len(cells), 2), dtype=np.int64)
         faults = {}
         for row, (cell, time, other) in enumerate(zip(spelt, read[self._kind], others)):
@@ -119,14 +126,10 @@ class Moments(Values):
             ValueError: the times do not fit into 64 bits with their fractions, or may be seconds and may be dates.
         """
         whole, nanoseconds = super().finish().T
-        if (
-            len(whole)
-            and self._kind == "numbers"
-            and self._eight_digits
-            and all(date_of(str(day)) for day in np.unique(whole))
-        ):
+        if len(whole) and self._kind == "numbers" and self._perhaps_dates:
+            form = "%Y%m%d%H%M%S"[: len(str(whole[0])) - 2]
             raise ValueError(
-                f"holds numbers such as {whole[0]}, which may be dates: give --time_format=%Y%m%d, or write seconds "
+                f"holds numbers such as {whole[0]}, which may be dates: give --time_format={form}, or write seconds "
                 f"as {whole[0]}.0"
             )
         while self.digits < DIGITS and np.any(nanoseconds % 10 ** (DIGITS - self.digits)):
@@ -143,9 +146,12 @@ def is_time(cell: str) -> bool:
 
 
 def date_of(cell: str) -> tuple[int, int] | None:
-    """Seconds since 1970 of a date of ISO 8601, and the nanoseconds above them; None for anything else."""
+    """Seconds since 1970 of a date of ISO 8601, and the nanoseconds above them; None for anything else.
+
+    ``UTC`` behind a blank is as good as ``Z``; databases write it so.
+    """
     compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
-    text = "-".join(compact.groups()) if compact else re.sub("Z$", "+00:00", cell)
+    text = "-".join(compact.groups()) if compact else re.sub("Z$| UTC$", "+00:00", cell)
     fraction = ""
     # Python from 3.11 on takes any row of digits for a date with its time.
     if text.isdigit():
@@ -273,7 +279,7 @@ def _numbers(cells: pa.StringArray) -> np.ndarray:
         pyarrow.ArrowInvalid: a cell is no decimal number, or too large, or has more digits.
     """
     try:
-        whole = cells.cast(pa.int64())
+        whole = whole_numbers(cells)
         nanoseconds = np.zeros(len(cells), dtype=np.int64)
     except pa.ArrowInvalid:
         if (pc.max(pc.utf8_length(cells)).as_py() or 0) > LONGEST:

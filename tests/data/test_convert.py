@@ -148,7 +148,7 @@ def test_metadata_of_odd_shapes(tmp_path):
     (tmp_path / "other.json").write_text("".join(json.dumps(one) + "\n" for one in meta))
     convert(tmp_path / "B.csv", "b", tmp_path / "out", meta=tmp_path / "other.json")
     found = [(" ".join(row[1]), " ".join(row[2])) for row in written(tmp_path / "out" / "b", "item")]
-    assert found == [("", ""), ("", ""), ("", "1, y, None"), ("", ""), ("7", "")]
+    assert found == [("again", ""), ("", ""), ("", "1, y, None"), ("", ""), ("7", "")]
     (tmp_path / "other.json").write_text('{"asin": 5}\n')
     with pytest.raises(UserError, match="other.json, line 1: neither parent_asin nor asin"):
         convert(tmp_path / "B.csv", "c", tmp_path / "out", meta=tmp_path / "other.json")
@@ -380,6 +380,10 @@ TIMES = [
     # What may be dates is asked for; these are none.
     (["20230127.0", "20230128"], ["20230127", "20230128"]),
     (["20230127", "20230199"], ["20230127", "20230199"]),
+    (["1674841555", "2023012717"], ["1674841555", "2023012717"]),
+    (["1674841555000", "1674841556000"], ["1674841555000", "1674841556000"]),
+    (["19700101", "15000101"], ["15000101", "19700101"]),
+    (["2023-01-27 17:55:00 UTC", "2023-01-27 17:55:00.25 UTC"], ["1674842100", "1674842100.25"]),
 ]
 
 
@@ -403,6 +407,10 @@ MIXED = [
         "timestamp holds numbers such as 20230127, which may be dates: give --time_format=%Y%m%d",
     ),
     (["2020-13-01"], "line 2: timestamp is '2020-13-01', which is no finite number and no date"),
+    (["2023012717"], "numbers such as 2023012717, which may be dates: give --time_format=%Y%m%d%H, or write seconds"),
+    ([" 202301271755"], "numbers such as 202301271755, which may be dates: give --time_format=%Y%m%d%H%M, or write"),
+    (["20230127175500", "20230128000000"], "may be dates: give --time_format=%Y%m%d%H%M%S, or write seconds as"),
+    (["1", "0x5F"], "line 3: timestamp is '0x5F', which is no finite number"),
 ]
 
 
@@ -450,6 +458,31 @@ def test_contradicting_descriptions_are_counted(tmp_path, capsys):
     assert "2 of the items are described\n1 of them again in other words; the first description counts" in out
     card = json.loads((tmp_path / "dataset" / "made" / "made.card.json").read_text())
     assert (card["described_items"], card["contradicting_descriptions"]) == (2, 1)
+
+
+@pytest.mark.parametrize("form", ["text", "meta"])
+def test_of_each_column_of_an_item_the_first_cell_that_is_not_empty_counts(tmp_path, form):
+    lines = ["u,i,1,,", "u,j,2,,red", "v,i,3,One,", "v,j,4,Two,blue", "w,i,5,One,green"]
+    (tmp_path / "x.csv").write_text("\n".join(["user_id,item_id,timestamp,words,colour", *lines]))
+    (tmp_path / "m.csv").write_text("\n".join(["item_id,words,colour", *(line[2:3] + line[5:] for line in lines)]))
+    how = {"text": "words"} if form == "text" else {"meta": tmp_path / "m.csv"}
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", **how)
+    found = (tmp_path / "out" / "made" / "made.item").read_text().splitlines()[1:]
+    assert found == (["i\tOne", "j\tTwo"] if form == "text" else ["i\tOne\tgreen", "j\tTwo\tred"])
+    assert card["contradicting_descriptions"] == (form == "meta")
+
+
+@pytest.mark.parametrize("name", ["timestamp", "rating", "user_id", "shop"])
+def test_no_column_of_the_items_takes_the_place_of_one_of_the_events(tmp_path, name):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,rating,shop\nu,i,1,2,s\n")
+    (tmp_path / "m.csv").write_text(f"item_id,title,{name}\ni,One,9\n")
+    with pytest.raises(
+        UserError, match=f"^--meta: '{name}' would be a column of the items and of the events, .*m.csv$"
+    ):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", meta=tmp_path / "m.csv", keep="shop")
+    with pytest.raises(UserError, match="^--text: 'title' would be a column of the items and of the events"):
+        (tmp_path / "y.csv").write_text("user_id,item_id,timestamp,title\nu,i,1,One\n")
+        convert(tmp_path / "y.csv", "made", tmp_path / "out", text="title", keep="title")
 
 
 def test_only_doubled_events_go_where_real_repeats_are_meant_to_stay(tmp_path):
@@ -528,6 +561,19 @@ def test_faulty_sequences(tmp_path):
         [b"4", b"3 \xff"],
         [b"5", b"4 [PAD] 5"],
     ]
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_without_times_events_are_counted_after_the_filters(tmp_path, sequences):
+    """Gaps in the count would be taken for times."""
+    items = [["a", "b", "a", f"only-{user}", "c"] for user in "uvw"]
+    pairs = "".join(f"{user} {item}\n" for user, row in zip("uvw", items) for item in row)
+    lines = "".join(" ".join([user, *row]) + "\n" for user, row in zip("uvw", items))
+    (tmp_path / "x.txt").write_text(lines if sequences else pairs)
+    how = {"sequences": True} if sequences else {"file_order": True, "user": "1", "item": "2"}
+    convert(tmp_path / "x.txt", "made", tmp_path / "out", k_core=3, duplicates="last", **how)
+    left = [(user, item, time) for user in "uvw" for time, item in enumerate("bac", 1)]
+    assert written(tmp_path / "out" / "made") == left
 
 
 def test_without_times_the_order_is_the_files(tmp_path):
