@@ -69,6 +69,11 @@ def literal(text: str) -> Any:
         return text
 
 
+def value_of(key: str, text: str) -> Any:
+    """The value of a key that is given as text: a :func:`literal`, but a data set may be called 2020 or None."""
+    return text if key == "dataset" else literal(text)
+
+
 def names(text: str) -> list[str]:
     """``"SASRec, Mamba4Rec"`` -> ``["SASRec", "Mamba4Rec"]``; blanks around a name and empty names do not count."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -87,7 +92,7 @@ def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"'{argument}' is not an option; options look like --learning_rate=0.001")
         if options.setdefault(key, value) != value:
             raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
-    return {key: literal(value) for key, value in options.items()}
+    return {key: value_of(key, value) for key, value in options.items()}
 
 
 class YamlLoader(yaml.SafeLoader):

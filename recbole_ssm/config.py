@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from recbole_ssm import __version__, compat
-from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, literal, module_of, parse_options, read_yaml
+from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, module_of, parse_options, read_yaml, value_of
 from recbole_ssm.declared import rows
 from recbole_ssm.errors import UserError, did_you_mean, shown
 from recbole_ssm.keys import KEYS, Key, plain, row
@@ -147,7 +147,7 @@ class Config(recbole.config.Config):
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
         # RecBole calls eval on every string.
-        values = {key: literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+        values = {key: value_of(key, value) if isinstance(value, str) else value for key, value in config_dict.items()}
         return _by_new_names(values)
 
     def _load_cmd_line(self) -> dict[str, Any]:
@@ -201,7 +201,8 @@ class Config(recbole.config.Config):
     def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, Any, str]:
         named = {**_shipped(PROPERTIES / "overall.yaml"), **self.external_config_dict}
         model, dataset = model or named["model"], KEYS["dataset"].take("dataset", dataset or named["dataset"])
-        assert isinstance(dataset, str)
+        if dataset is None:
+            raise UserError("dataset: must be the name of a data set, got None")
         if Path(dataset).name != dataset:
             raise UserError(f"dataset: '{dataset}' is a path; give its folder as data_path and its name as dataset")
         of = self._preset.get("model", model)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from recbole_ssm.errors import UserError
@@ -67,6 +70,34 @@ def exchange(new: Path, target: Path, former: Path | None) -> None:
         if former is not None:
             os.replace(former, target)
         raise
+
+
+FORMER = "former"
+"""What :func:`folder_beside` calls the folder that another takes the place of."""
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A hidden temporary folder beside ``target``, in which to prepare that; held by this process until it goes.
+
+    A kill leaves it there, and perhaps the former target in it as :data:`FORMER`; see :func:`recover`.
+    """
+    with (
+        TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as temporary,
+        locked(Path(temporary)),
+    ):
+        yield Path(temporary)
+
+
+def recover(target: Path) -> None:
+    """Remove what killed processes left of :func:`folder_beside`, and put a target back that one had moved away."""
+    # The names end in eight characters; so nothing of target-2 is taken for target's.
+    for lock_file in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}/lock"):
+        left = lock_file.parent
+        with suppress(OSError), locked(left, wait=False):
+            if not target.exists() and (left / FORMER).is_dir():
+                os.replace(left / FORMER, target)
+            shutil.rmtree(left)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -236,6 +236,13 @@ def test_the_main_job_needs_no_name():
     assert (found["model"], found["dataset"]) == ("2Mamba4Rec", "ml-100k")
 
 
+@pytest.mark.parametrize("name", ["2020", "1.10", "true", "1e5", "None"])
+def test_a_data_set_may_be_called_as_a_number_is(name):
+    assert config(dataset=None, command_line=[f"--dataset={name}"])["dataset"] == name
+    with pytest.raises(UserError, match="dataset: must be the name of a data set, got None"):
+        configure("Mamba4Rec", None, None, {"dataset": None})
+
+
 def test_dataset_must_be_a_name():
     with pytest.raises(UserError, match="'../data/x' is a path; give its folder as data_path"):
         config(dataset="../data/x")

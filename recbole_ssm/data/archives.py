@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import gzip
 import io
 import lzma
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from recbole_ssm.data.lines import BLOCK, Block, first_line, progress, read_blocks
+from recbole_ssm.data.lines import BLOCK, Block, first_line, is_utf8, progress, read_blocks
 from recbole_ssm.errors import UserError
 
 LARGEST_DICTIONARY = 1 << 28
@@ -38,7 +40,7 @@ class File:
     @property
     def name(self) -> str:
         """Its name without folders and without ``.gz``."""
-        return PurePosixPath(self.member or self.path.name).name.removesuffix(".gz")
+        return re.sub(r"\.gz$", "", PurePosixPath(self.member or self.path.name).name, flags=re.IGNORECASE)
 
     @property
     def suffix(self) -> str:
@@ -74,7 +76,7 @@ class File:
                         # The member is encrypted.
                         raise UserError(f"{self}: {error}") from error
                 position = raw.tell
-                if (self.member or self.path.name).endswith(".gz"):
+                if (self.member or self.path.name).lower().endswith(".gz"):
                     raw = stack.enter_context(io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK))
                 yield raw, position, size
         except FileNotFoundError as error:
@@ -112,6 +114,20 @@ class File:
         """Its first line, "" for an empty file."""
         with self.open() as (file, _, _):
             return first_line(file, str(self), encoding)
+
+    def utf8_or(self, encoding: str) -> str:
+        """``utf-8`` where the file is that, and else the encoding."""
+        if is_utf8(encoding):
+            return encoding
+        with self.open() as (file, _, _):
+            try:
+                for text in codecs.iterdecode(iter(lambda: file.read(BLOCK), b""), "utf-8"):
+                    if "\0" in text:
+                        # So UTF-16 looks that is read as UTF-8.
+                        return encoding
+            except UnicodeDecodeError:
+                return encoding
+        return "utf-8"
 
 
 def members(archive: Path) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,11 @@ from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Va
 from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, check_separator, progress
-from recbole_ssm.data.names import name_titles, title_column
-from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, check_names, kind_of, open_raw
+from recbole_ssm.data.names import check_names, name_titles, title_column
+from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, kind_of, open_raw
 from recbole_ssm.data.times import Moments, check_form, decimals
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
-from recbole_ssm.files import digest, exchange, write_json
+from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json
 
 # Rows that are written at once.
 WRITTEN_AT_ONCE = 1 << 20
@@ -187,6 +186,7 @@ def convert(
     if time_format and (sequences or file_order):
         raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
+    recover(target)
     check_target(target, overwrite)
     asked = {field: column for field, column in named.items() if column is not None}
     reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
@@ -204,8 +204,8 @@ def convert(
         raise UserError(f"--overwrite: {inside[0]} is read, and would go with {target}; choose another --name")
 
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out, ignore_cleanup_errors=True) as temporary:
-        scratch = Path(temporary, name)
+    with folder_beside(target) as temporary:
+        scratch = temporary / name
         scratch.mkdir()
         with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
             events, digits = read_events(raw, bad, kept, time_format)
@@ -256,7 +256,7 @@ def convert(
         write_json(scratch / f"{name}.card.json", card)
         # Another process may have made a data set of that name meanwhile.
         check_target(target, overwrite)
-        exchange(scratch, target, Path(temporary, "former") if overwrite else None)
+        exchange(scratch, target, temporary / FORMER if overwrite else None)
     return card
 
 
@@ -279,7 +279,7 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
         UserError: the source has no such column, there is no such type, or the header would hold a name twice.
     """
     kept: dict[str, str] = {}
-    columns, lists = raw.events.columns(), raw.events.lists()
+    columns, nested = raw.events.columns(), raw.events.nested()
     for entry in filter(None, keep.split(",")):
         column, colon, kind = entry.rpartition(":") if entry not in columns else (entry, "", "")
         column = column if colon else entry
@@ -288,8 +288,8 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
             raise UserError(f"--keep: {raw.events.file} has no column '{column}' ({there})")
         if colon and kind not in TYPES:
             raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
-        kept[column] = kind if colon else "token_seq" if column in lists else ""
-    check_names("--keep", [*_own_columns(raw), *kept])
+        kept[column] = kind if colon else "token_seq" if column in nested else ""
+    check_names("--keep", [*raw.columns, *kept])
     return kept
 
 
@@ -301,18 +301,13 @@ def check_descriptions(raw: Raw, kept: Mapping[str, str], option: str) -> None:
     """
     if raw.items is None:
         return
-    events, columns = {*_own_columns(raw), *kept} - {"item_id"}, raw.items.columns
+    events, columns = {*raw.columns, *kept} - {"item_id"}, raw.items.columns
     if both := [name for name in columns if name in events]:
         raise UserError(
             f"{option}: {excerpt(both[0])} would be a column of the items and of the events, and RecBole would put the "
             f"items' in place of the events'; rename it in {raw.items.file}"
         )
     check_names(option, ["item_id", *columns])
-
-
-def _own_columns(raw: Raw) -> list[str]:
-    """The columns of ``.inter`` but for those that are kept."""
-    return ["user_id", "item_id", "timestamp", *(["rating"] if "rating" in raw.fields else [])]
 
 
 def filtered(events: Events, duplicates: str, user_core: int, item_core: int) -> tuple[Events, list[dict[str, Any]]]:

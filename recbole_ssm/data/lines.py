@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,6 +80,9 @@ class BadLines:
         """
         if self.mode == "error":
             raise UserError(f"{self.path}, line {line}: {fault}")
+        if line in self.numbers[-1:]:
+            # One line of a sequence holds many events, and so may hold many faults.
+            return
         self.first = self.first or f"line {line}: {fault}"
         lines = raw.split(b"\n")
         self.numbers.extend(range(line, line + len(lines)))
@@ -160,18 +164,22 @@ def first_line(source: Source, path: Path | str, encoding: str = "utf-8") -> str
     try:
         return block.data.partition(b"\n")[0].decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line 1: {not_text(encoding)}") from error
+        wide = block.data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise UserError(f"{path}, line 1: {not_text(encoding, 'utf-16' if wide else 'latin-1')}") from error
 
 
-def split_header(line: str, separator: str, path: Path | str) -> list[str]:
-    """The cells of a first line.
+def split_header(line: str, separator: str, path: Path | str, quoted: bool = False) -> list[str]:
+    """The cells of a first line; ``quoted`` ones may hold the separator.
 
     Raises:
-        UserError: there are more than anybody names.
+        UserError: there are more than anybody names, or a quotation mark stands wrong.
     """
     if line.count(separator) >= MOST_COLUMNS:
         raise UserError(f"{path}, line 1: more than {MOST_COLUMNS:,} columns; is the separator right?")
-    return line.split(separator)
+    try:
+        return next(csv.reader([line], delimiter=separator)) if quoted and line else line.split(separator)
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
 
 
 def check_separator(key: str, separator: str) -> None:
@@ -312,9 +320,9 @@ def _is_wide(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
-def not_text(encoding: str) -> str:
-    """The fault of bytes that are no text in an encoding."""
-    return f"not {encoding} text; set encoding to what the file is written in, such as --encoding=latin-1"
+def not_text(encoding: str, other: str = "latin-1") -> str:
+    """The fault of bytes that are no text in an encoding, but perhaps in another."""
+    return f"not {encoding} text; set encoding to what the file is written in, such as --encoding={other}"
 
 
 def _lines_with(data: np.ndarray, characters: bytes, ends: np.ndarray) -> np.ndarray:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from recbole_ssm.errors import UserError, excerpt
 
 WHAT = {
     "user": "user customer client buyer member account kunde kundin käufer nutzer benutzer",
@@ -38,3 +41,17 @@ def title_column(columns: Collection[str]) -> str | None:
 def name_titles(columns: Collection[str]) -> str:
     """What a user does whose table of items has its titles under another name, for a message."""
     return "add --title_field=COLUMN" if columns else "add a column title"
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    """Make sure that names can stand in the header of an atomic file, each once.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name in names:
+        if not name or re.search(r"[:\t\r\n\0]", name):
+            raise UserError(f"{option}: {excerpt(name)} cannot name a column of an atomic file; rename it")
+    twice, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{option}: there would be two columns {excerpt(twice)}; rename one in the source")

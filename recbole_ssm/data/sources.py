@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -14,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.archives import File, members
-from recbole_ssm.data.atomic import EXACT
+from recbole_ssm.data.atomic import EXACT, Floats
 from recbole_ssm.data.lines import BadLines, split_header
-from recbole_ssm.data.names import only_column
+from recbole_ssm.data.names import WHAT, only_column
 from recbole_ssm.data.tables import JsonLines, Parquet, Sequences, Table, Text, cell_of
 from recbole_ssm.data.times import is_time
 from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
@@ -78,6 +77,11 @@ class Raw:
     items: Descriptions | None = None
 
     @property
+    def columns(self) -> list[str]:
+        """The columns of ``.inter`` that are made of the fields."""
+        return ["user_id", "item_id", "timestamp", *(["rating"] if "rating" in self.fields else [])]
+
+    @property
     def files(self) -> list[File]:
         """All files that are read, the events first."""
         return list(dict.fromkeys([self.events.file, *([self.items.file] if self.items else [])]))
@@ -124,6 +128,13 @@ def open_raw(
         return _movielens(file)
     table = _table(file, reading, positions=bool(named) and all(column.isdecimal() for column in named.values()))
     kind, fields = _events(table, named, file_order)
+    if kind == "a table" and "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
+        getLogger().warning(
+            f"{table.file}: column {excerpt(fields.pop('rating'))} is left out, because it is no rating in numbers; "
+            "another one is named by --rating"
+        )
+    if isinstance(table, JsonLines):
+        table.single = fields.values()
     if "text" in named and (meta or meta_item):
         given = f"--meta {meta}" if meta else f"--meta_item {meta_item}"
         raise UserError(f"--text {named['text']} and {given} both describe the items; give one of them")
@@ -140,18 +151,21 @@ def _find(source: Path, what: str = "interactions") -> File:
         raise UserError(f"{source}: No such file or directory")
     if source.is_dir():
         found = [File(path) for path in sorted(source.rglob("*")) if path.is_file()]
-    elif source.suffix == ".zip":
+    elif source.suffix.lower() == ".zip":
         found = [File(source, name) for name in members(source)]
     else:
         return File(source)
     found = [file for file in found if not file.name.startswith((".", "meta_")) and "__MACOSX" not in str(file)]
-    likely = [file for file in found if file.name in MOVIELENS] or [
-        file for file in found if file.suffix in (*JSON, *PARQUET, ".csv", ".tsv", ".inter")
-    ]
+    # A text without further ending may be a note beside the data.
+    kinds = (*JSON, *PARQUET, ".csv", ".tsv", ".inter"), TEXT
+    likely = [file for file in found if file.name in MOVIELENS]
+    for endings in kinds:
+        likely = likely or [file for file in found if file.suffix in endings]
     if len(likely) != 1:
         several = [file.name for file in likely or found]
         names = ", ".join(several[:8] + ["..."] * (len(several) > 8)) or "nothing"
-        raise UserError(f"{source}: which file holds the {what}? it has {names}; name one as the source")
+        mend = "name" if source.is_dir() else "unpack it and name"
+        raise UserError(f"{source}: which file holds the {what}? it has {names}; {mend} one as the source")
     return likely[0]
 
 
@@ -188,15 +202,23 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
         if isinstance(table, Text) and any(map(is_time, columns)):
             hint += "; without a header, give their places, as --user=1 --item=2; lines of many items are --sequences"
         raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there}){hint}")
-    lists = table.lists()
+    nested = table.nested()
     for part, name in fields.items():
-        if name in lists:
+        # A rating that is only guessed is left out where it is no number.
+        if name in nested and (part in named or part != "rating"):
             raise UserError(
-                f"--{part}: column '{name}' of {table.file} holds lists, and each row must be one event; write a row "
-                "for each entry, as explode of pandas does"
+                f"--{part}: column '{name}' of {table.file} holds lists or objects, and each row must be one event; "
+                "with pandas, explode writes a row for each entry, json_normalize a column for each key, and "
+                "to_json(orient='records', lines=True) an event a line"
             )
     known = not named and not file_order and whole
     return whole[0] if known else "a table", {part: fields[part] for part in EVENT if part in fields}
+
+
+def _are_numbers(table: Table, column: str) -> bool:
+    """Whether half of a column's first cells, or more, are numbers or empty."""
+    rows = next(table.rows({"": column}, BadLines(str(table.file), "skip")), None)
+    return rows is None or 2 * len(Floats().parse(rows.cells[""].combine_chunks(), False)) <= len(rows.numbers)
 
 
 def _table(file: File, reading: Mapping[str, str], positions: bool = False) -> Table:
@@ -204,17 +226,19 @@ def _table(file: File, reading: Mapping[str, str], positions: bool = False) -> T
     if file.suffix in PARQUET:
         return Parquet(file)
     if file.suffix in JSON:
-        return JsonLines(file, encoding)
+        return JsonLines(file, file.utf8_or(encoding))
     if file.suffix not in TEXT:
         kinds = ", ".join((*TEXT, *JSON, *PARQUET))
         raise UserError(f"{file}: what file is this? known are {kinds}, each also as .gz or within a .zip")
     line = file.first_line(encoding)
-    guess = max(SEPARATORS, key=line.count)
+    between = re.sub('"[^"]*"', "", line)
+    guess = max(SEPARATORS, key=lambda mark: (between.count(mark), line.count(mark)))
     separator = reading.get("separator") or (guess if guess in line or " " not in line else " ")
     quoted = file.suffix != ".inter" and len(separator) == 1 and separator != '"'
-    cells = split_header(line, separator, str(file))
+    cells = split_header(line, separator, str(file), quoted)
     if positions:
-        if header := [cell for cell in cells if any(cell in names for names in KNOWN.values())]:
+        known = {name for names in KNOWN.values() for name in names}
+        if header := [cell for cell in cells if cell in known or any(only_column(part, [cell]) for part in WHAT)]:
             raise UserError(
                 f"{file}, line 1: a header, with {header[0]}; name the columns as it does, not by their places"
             )
@@ -242,20 +266,9 @@ def _movielens(file: File) -> Raw:
     raw = Raw("MovieLens", events, dict(zip(EVENT, names)))
     if described:
         # 100K and 1M are in latin-1.
-        encoding = "utf-8" if _is_text(described) else "latin-1"
+        encoding = described.utf8_or("latin-1")
         raw.items = _movies(Text(described, cut, columns, quoted=columns is None, encoding=encoding))
     return raw
-
-
-def _is_text(file: File) -> bool:
-    """Whether a file is UTF-8."""
-    with file.open() as (content, _, _):
-        try:
-            for _ in codecs.iterdecode(iter(lambda: content.read(1 << 20), b""), "utf-8"):
-                pass
-        except UnicodeDecodeError:
-            return False
-    return True
 
 
 def _movies(table: Text) -> Descriptions:
@@ -310,7 +323,8 @@ def _meta(
         if meta_item:
             raise UserError(f"--meta_item: {meta_item} is a column of --meta, and there is none; name that file")
         return None
-    table = _table(described, {"encoding": reading.get("encoding", "")})
+    # The encoding is that of the events, and a table of items from elsewhere may have its own.
+    table = _table(described, {"encoding": described.utf8_or(reading.get("encoding") or "utf-8")})
     columns = table.columns()
     if isinstance(table, JsonLines) and not meta_item and {"parent_asin", "asin"} & set(columns):
         return _amazon_items(table)
@@ -326,12 +340,17 @@ def _described(table: Table, item: str) -> Descriptions:
     if item not in columns:
         there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
         raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
-    names = {name: name for name in columns if name != item}
+    index = [name for name in columns if re.fullmatch(r"(Unnamed: \d+)?", name)]
+    if index:
+        getLogger().warning(f"{table.file}: column {excerpt(index[0])}, as pandas writes its index, is left out")
+    names = {name: name for name in columns if name not in (item, *index)}
+    if isinstance(table, JsonLines):
+        table.single = (item,)
     kinds = dict.fromkeys(names, 0)
     for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
         for name in names:
             kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
-    kinds |= dict.fromkeys(table.lists() & set(names), KINDS.index("token_seq"))
+    kinds |= dict.fromkeys(table.nested() & set(names), KINDS.index("token_seq"))
 
     def read(bad: BadLines) -> Iterator[Described]:
         for rows in table.rows({"": item, **names}, bad):
@@ -361,22 +380,9 @@ def kind_of(cells: pa.StringArray) -> int:
         sizes = np.abs(cells.cast(pa.float64()).to_numpy())
     except pa.ArrowInvalid:
         return 2
-    padded = pc.any(pc.match_substring_regex(cells, "^[+-]?0[0-9]")).as_py()
-    return 2 if padded or np.any(sizes >= EXACT) else 1
-
-
-def check_names(option: str, names: Sequence[str]) -> None:
-    """Make sure that names can stand in the header of an atomic file, each once.
-
-    Raises:
-        UserError: one cannot.
-    """
-    for name in names:
-        if not name or re.search(r"[:\t\r\n\0]", name):
-            raise UserError(f"{option}: {excerpt(name)} cannot name a column of an atomic file; rename it")
-    twice, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{option}: there would be two columns {excerpt(twice)}; rename one in the source")
+    # Of what Arrow takes for a number, the reader of atomic files knows no -nan.
+    other = pc.any(pc.match_substring_regex(cells, "^[+-]?0[0-9]|[+-]nan", ignore_case=True)).as_py()
+    return 2 if other or np.any(sizes >= EXACT) else 1
 
 
 def _amazon_items(table: JsonLines) -> Descriptions:

@@ -10,9 +10,8 @@ import csv
 import io
 import itertools
 import json
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,17 +80,12 @@ class Text:
         line = self.file.first_line(self.encoding)
         if not line:
             raise UserError(f"{self.file}: the file is empty")
-        try:
-            cells = split_header(line, self.separator, str(self.file))
-            if self.quoted:
-                cells = next(csv.reader([line], delimiter=self.separator))
-        except csv.Error as error:
-            raise UserError(f"{self.file}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
+        cells = split_header(line, self.separator, str(self.file), self.quoted)
         names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
         return _distinct(names, f"{self.file}, line 1")
 
-    def lists(self) -> set[str]:
-        """The columns that hold lists: none that is known as such."""
+    def nested(self) -> set[str]:
+        """The columns that hold lists or objects: none that is known as such."""
         return set()
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
@@ -148,10 +142,14 @@ class Text:
 
 @dataclass
 class JsonLines:
-    """One JSON object a line; Amazon's metadata of 2014 are Python's literals instead, which are read too, as data."""
+    """One JSON object a line; Amazon's metadata of 2014 are Python's literals instead, which are read too, as data.
+
+    Under the keys ``single`` a list or an object is a fault of its line.
+    """
 
     file: File
     encoding: str = "utf-8"
+    single: Collection[str] = ()
 
     def columns(self) -> tuple[str, ...]:
         """The keys of its first object."""
@@ -159,12 +157,15 @@ class JsonLines:
         try:
             return tuple(_object(line))
         except ValueError as error:
-            raise UserError(f"{self.file}, line 1: no JSON object: {line[:60]!r}") from error
+            raise UserError(
+                f"{self.file}, line 1: no JSON object: {line[:60]!r}; write one a line, as pandas does by "
+                "to_json(orient='records', lines=True)"
+            ) from error
 
-    def lists(self) -> set[str]:
-        """The keys under which its first object has lists."""
+    def nested(self) -> set[str]:
+        """The keys under which its first object has lists or objects."""
         found = _object(self.file.first_line(self.encoding))
-        return {key for key, value in found.items() if isinstance(value, list)}
+        return {key for key, value in found.items() if isinstance(value, CONTAINERS)}
 
     def objects(self, bad: BadLines) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         """``(line number, line, object)`` of each line."""
@@ -184,10 +185,14 @@ class JsonLines:
         yield from _batches(self._sound(fields, bad), fields)
 
     def _sound(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[_Row]:
-        lists = self.lists()
         for number, line, found in self.objects(bad):
-            cells = [(_joined if key in lists else cell_of)(found.get(key)) for key in fields.values()]
-            if any(map(_broken, cells)):
+            cells = [cell_of(found.get(key)) for key in fields.values()]
+            wrong = [key for key in self.single if isinstance(found.get(key), CONTAINERS)]
+            if wrong:
+                value = excerpt(cell_of(found[wrong[0]]))
+                fault = f"{wrong[0]} is a list or an object, {value}, where one value must stand"
+                bad.add(number, f"{fault}; correct the line or drop it", line)
+            elif any(map(_broken, cells)):
                 bad.add(number, f"half a character (a lone surrogate): {line[:60]!r}; drop the line", line)
             else:
                 yield number, line, cells
@@ -212,26 +217,37 @@ class Parquet:
         with self._open() as parquet:
             return _distinct(tuple(parquet.schema_arrow.names), str(self.file))
 
-    def lists(self) -> set[str]:
-        """The columns that hold lists."""
+    def nested(self) -> set[str]:
+        """The columns that hold lists or objects."""
         with self._open() as parquet:
-            return {field.name for field in parquet.schema_arrow if _is_list(field.type)}
+            return {field.name for field in parquet.schema_arrow if pa.types.is_nested(field.type)}
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows, counted from 1; ``fields`` is ``{field: column}``."""
-        start = 1
+        start, rows = 1, ROWS
         with self._open() as parquet, progress(f"Read {self.file.name}", parquet.metadata.num_rows, "rows") as bar:
             for number in range(parquet.num_row_groups):
                 group = parquet.metadata.row_group(number)
                 if group.total_byte_size > LONGEST_ROW * max(group.num_rows, 1):
                     raise UserError(f"{self.file}: rows of more than {LONGEST_ROW >> 20} MB; is it a table of events?")
-            for batch in parquet.iter_batches(ROWS, columns=list(dict.fromkeys(fields.values()))):
-                # That text is UTF-8, which Arrow takes on trust.
-                batch.validate(full=True)
-                cells = pa.table({name: _strings(batch.column(column)) for name, column in fields.items()})
+                rows = min(rows, max(BYTES * group.num_rows // max(group.total_byte_size, 1), 1))
+            for batch in parquet.iter_batches(rows, columns=list(dict.fromkeys(fields.values()))):
+                cells = pa.table({name: self._cells(batch, column) for name, column in fields.items()})
                 yield Rows(cells, np.arange(start, start + len(batch)), partial(_shown, cells))
                 start += len(batch)
                 bar.update(len(batch))
+
+    def _cells(self, batch: pa.RecordBatch, name: str) -> pa.StringArray:
+        column = batch.column(name)
+        try:
+            # That text is UTF-8, which Arrow takes on trust.
+            column.validate(full=True)
+            return _strings(column)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.file}: column {excerpt(name)} ({column.type}) cannot be read as text ({error}); write it as "
+                "strings in UTF-8"
+            ) from error
 
 
 @dataclass
@@ -246,7 +262,7 @@ class Sequences:
         """``user`` and ``item``."""
         return ("user", "item")
 
-    def lists(self) -> set[str]:
+    def nested(self) -> set[str]:
         """None: each entry of a line is an event."""
         return set()
 
@@ -279,25 +295,28 @@ Table = Text | JsonLines | Parquet | Sequences
 _Row = tuple[int, bytes, Sequence[str]]
 
 
+# What JSON and Parquet hold beside single values; a tuple is an entry of Arrow's maps.
+CONTAINERS = (list, tuple, dict)
+
+
 def cell_of(value: Any) -> str:
-    """A value as a cell: text as it is, numbers as they are spelt, whole ones without a point, nothing as "".
+    """A value as a cell: text as it is, numbers as they are spelt, whole ones without a point, nothing and NaN as "".
 
-    NaN is nothing, as are containers and true and false.
+    True and false are words, the entries of a list have spaces between them, and what lies deeper is JSON.
     """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return repr(value).removesuffix(".0") if isinstance(value, float) and not math.isnan(value) else ""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, list):
+        return " ".join(filter(None, (_json(one) if isinstance(one, CONTAINERS) else cell_of(one) for one in value)))
+    if isinstance(value, CONTAINERS):
+        return _json(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def _joined(value: Any) -> str:
-    """A list as a cell: its entries with spaces between them."""
-    return " ".join(filter(None, map(cell_of, value))) if isinstance(value, list) else cell_of(value)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str, skipkeys=True)
 
 
 def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
@@ -346,8 +365,8 @@ def _object(line: str) -> dict[str, Any]:
             found = ast.literal_eval(line.strip())
         except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ValueError("neither JSON nor a Python literal") from error
-    if not isinstance(found, dict):
-        raise ValueError("no object")
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError("no object whose keys are text")
     return found
 
 
@@ -365,11 +384,7 @@ def _strings(column: pa.Array) -> pa.StringArray:
         return _decimals(pc.multiply(days, 86_400), 0)
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
-    if _is_list(column.type):
-        return pa.array(map(_joined, column.to_pylist()), pa.string())
-    if pa.types.is_nested(column.type):
-        return pa.array([""] * len(column), pa.string())
-    if pa.types.is_floating(column.type):
+    if pa.types.is_nested(column.type) or pa.types.is_floating(column.type):
         return pa.array(list(map(cell_of, column.to_pylist())), pa.string())
     return column.cast(pa.string()).fill_null("")
 

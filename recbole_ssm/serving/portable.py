@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from recbole_ssm import __version__
 from recbole_ssm.errors import UserError, first_line, require
-from recbole_ssm.files import exchange, write_json, write_text
+from recbole_ssm.files import FORMER, exchange, folder_beside, write_json, write_text
 from recbole_ssm.layers import Clock, MixerState
 from recbole_ssm.layers.time import NEVER
 from recbole_ssm.llm.model import LanguageModelRecommender
@@ -168,8 +167,8 @@ def write_model(
         UserError: a part cannot be written, or does not compute what the model does; or :func:`check_out`'s.
     """
     model, found = recommender.model.requires_grad_(False), parts_of(recommender)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        scratch = Path(temporary, out.name)
+    with folder_beside(out) as temporary:
+        scratch = temporary / out.name
         scratch.mkdir()
         described = {}
         for name, part in found.items():
@@ -205,7 +204,7 @@ def write_model(
         write_json(scratch / DESCRIPTION, description)
         # Another process may have made such a folder meanwhile.
         check_out(out, overwrite)
-        exchange(scratch, out, Path(temporary, "former") if overwrite else None)
+        exchange(scratch, out, temporary / FORMER if overwrite else None)
     return description
 
 

@@ -13,8 +13,11 @@ import pytest
 
 from recbole_ssm.cli import main
 from recbole_ssm.data import create_dataset
+from recbole_ssm.data.archives import File
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.convert import convert
+from recbole_ssm.data.lines import BadLines
+from recbole_ssm.data.tables import Parquet
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure
 
@@ -148,7 +151,7 @@ def test_metadata_of_odd_shapes(tmp_path):
     (tmp_path / "other.json").write_text("".join(json.dumps(one) + "\n" for one in meta))
     convert(tmp_path / "B.csv", "b", tmp_path / "out", meta=tmp_path / "other.json")
     found = [(" ".join(row[1]), " ".join(row[2])) for row in written(tmp_path / "out" / "b", "item")]
-    assert found == [("again", ""), ("", ""), ("", "1, y, None"), ("", ""), ("7", "")]
+    assert found == [("again", ""), ("", ""), ("", "1, y, None"), ("1", ""), ("7", "")]
     (tmp_path / "other.json").write_text('{"asin": 5}\n')
     with pytest.raises(UserError, match="other.json, line 1: neither parent_asin nor asin"):
         convert(tmp_path / "B.csv", "c", tmp_path / "out", meta=tmp_path / "other.json")
@@ -234,6 +237,29 @@ BAD = [
     ),
     ("x.jsonl", '{"user_id": "\\ud800", "parent_asin": "i", "timestamp": 1}\n', "x.jsonl, line 1: half a character"),
     ("x.jsonl", "[" * 100_000, "x.jsonl, line 1: no JSON object"),
+    ("x.jsonl", "{1: 2}\n", "x.jsonl, line 1: no JSON object"),
+    ("x.json", '[{"user_id": "u"}]', "write one a line, as pandas does by to_json(orient='records', lines=True)"),
+    (
+        "x.json",
+        '{"user_id": {"0": "u"}, "item_id": {"0": "i"}, "timestamp": {"0": 1}}',
+        "lists or objects, and each row",
+    ),
+    (
+        "x.jsonl",
+        '{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n{"user_id": "u", "parent_asin": ["i"]}\n',
+        "line 2: parent_asin is a list or an object, 'i', where one value must stand",
+    ),
+    (
+        "x.jsonl",
+        '{"user_id": "u", "parent_asin": "i", "timestamp": 1}\n'
+        '{"user_id": "u", "parent_asin": "i", "timestamp": {"$date": 2}}\n',
+        """line 2: timestamp is a list or an object, '{"$date":2}', where one value must stand""",
+    ),
+    (
+        "x.csv",
+        "user_id,item_id,timestamp\nu,i,1\n".encode("utf-16"),
+        "not utf-8 text; set encoding to what the file is written in, such as --encoding=utf-16",
+    ),
     ("x.jsonl", "__import__('os').mkdir('went-off')\n", "x.jsonl, line 1: no JSON object"),
     ("x.parquet", "PAR1 no", "x.parquet: no readable Parquet file"),
     (
@@ -327,6 +353,46 @@ def test_one_description_of_the_items(tmp_path):
     with pytest.raises(UserError, match="strange.json: describes none of the items"):
         convert(tmp_path / "x.csv", "none", tmp_path / "out", meta=tmp_path / "strange.json")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_nothing_of_a_nested_cell_is_lost(tmp_path, form):
+    """The first line decides nothing: its cells are empty here."""
+    columns = {"user_id": ["u"] * 3, "item_id": ["i", "j", "k"], "timestamp": [1, 2, 3], "new": [None, True, False]}
+    columns |= {"tags": [None, ["x", "y"], []], "where": [None, {"at": "a b"}, None]}
+    columns |= {"paths": [None, [["p", "q"], ["r"]], []]}
+    if form == "parquet":
+        pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    else:
+        rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(tmp_path / f"x.{form}", "made", tmp_path / "out", keep="new,tags,where,paths")
+    lines = (tmp_path / "out" / "made" / "made.inter").read_text().splitlines()
+    assert [line.split("\t")[3:] for line in lines[1:]] == [
+        ["", "", "", ""],
+        ["true", "x y", '{"at":"a b"}', '["p","q"] ["r"]'],
+        ["false", "", "", ""],
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.binary(2), pa.string()])
+def test_a_column_of_parquet_that_is_no_text_is_named(tmp_path, kind):
+    users = pa.array([b"ab", b"\xff\xff"], pa.binary() if kind == pa.string() else kind)
+    if kind == pa.string():
+        users = pa.Array.from_buffers(kind, 2, users.buffers())
+    columns = {"user_id": users, "item_id": ["i", "j"], "timestamp": [1, 2]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="column 'user_id' .* cannot be read as text .*; write it as strings in UTF-8"):
+        convert(tmp_path / "x.parquet", "made", tmp_path / "out")
+
+
+def test_long_cells_of_parquet_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("recbole_ssm.data.tables.BYTES", 10_000)
+    columns = {"item_id": [f"i{k}" for k in range(50)], "html": [f"{k:01000d}" for k in range(50)]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet", use_dictionary=False)
+    table = Parquet(File(tmp_path / "x.parquet"))
+    sizes = [len(rows.numbers) for rows in table.rows({name: name for name in columns}, BadLines("x"))]
+    assert sum(sizes) == 50 and max(sizes) <= 10
 
 
 def test_parquet_of_nanoseconds_and_bytes(tmp_path):
@@ -493,6 +559,33 @@ def test_only_doubled_events_go_where_real_repeats_are_meant_to_stay(tmp_path):
     assert card["steps"][1] == {"step": "first of each user, item and time", "users": 2, "items": 2, "interactions": 4}
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.dat", "X.DATA", "x.CSV.GZ"])
+def test_the_only_table_of_an_archive_is_taken(tmp_path, name):
+    content = b"user_id,item_id,timestamp\nu,i,1\n"
+    content = gzip.compress(content) if name.endswith("GZ") else content
+    convert(zipped(tmp_path / "X.ZIP", {name: content}), "made", tmp_path / "out")
+    assert written(tmp_path / "out" / "made") == [("u", "i", 1)]
+    two = zipped(tmp_path / "two.zip", {name: content, f"2{name}": content})
+    with pytest.raises(UserError, match="which file holds the interactions.*; unpack it and name one as the source"):
+        convert(two, "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["meta.csv", "meta.jsonl", "x.jsonl"])
+def test_the_encoding_of_the_events_is_not_that_of_a_table_in_utf_8(tmp_path, form):
+    """JSON is UTF-8 by its standard, and where a table of items is, it shows."""
+    (tmp_path / "meta.csv").write_text("item_id,title\ni,Crème\n", "utf-8")
+    (tmp_path / "meta.jsonl").write_text('{"item_id": "i", "title": "Crème"}\n', "utf-8")
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nKäufer,i,1\n", "latin-1")
+    (tmp_path / "x.jsonl").write_text('{"user_id": "Käufer", "item_id": "i", "timestamp": 1}\n', "utf-8")
+    source, meta = ("x.jsonl", "meta.csv") if form == "x.jsonl" else ("x.csv", form)
+    convert(tmp_path / source, "made", tmp_path / "out", meta=tmp_path / meta, encoding="latin-1")
+    assert written(tmp_path / "out" / "made") == [("Käufer", "i", 1)]
+    assert written(tmp_path / "out" / "made", "item") == [("i", "Crème")]
+    (tmp_path / meta).write_text((tmp_path / meta).read_text("utf-8"), "latin-1")
+    convert(tmp_path / source, "other", tmp_path / "out", meta=tmp_path / meta, encoding="latin-1")
+    assert written(tmp_path / "out" / "other", "item") == [("i", "Crème")]
+
+
 def test_damaged_and_ambiguous_archives(tmp_path):
     good = zipped(tmp_path / "ml.zip", movielens("20m", ratings())).read_bytes()
     (tmp_path / "cut.zip").write_bytes(good[:-40])
@@ -508,7 +601,7 @@ def test_damaged_and_ambiguous_archives(tmp_path):
     with pytest.raises(UserError, match="--meta: MovieLens describes its items itself, in movies.csv"):
         convert(tmp_path / "ml.zip", "made", tmp_path / "out", meta=tmp_path / "absent.json")
     many = zipped(tmp_path / "many.zip", {f"{k}.csv": "x" for k in range(999)})
-    with pytest.raises(UserError, match="it has 0.csv, .*, 7.csv, ...; name one"):
+    with pytest.raises(UserError, match="it has 0.csv, .*, 7.csv, ...; unpack it and name one"):
         convert(many, "made", tmp_path / "out")
     two = zipped(tmp_path / "two.zip", {"a.csv": "x", "b.csv": "y"})
     with pytest.raises(UserError, match="which file holds the interactions.* it has a.csv, b.csv"):
@@ -524,6 +617,14 @@ def test_columns_by_their_places_and_separators_that_are_guessed(tmp_path, separ
     (tmp_path / "x.dat").write_text("\n".join(lines) + "\n")
     convert(tmp_path / "x.dat", "made", tmp_path / "out", user="3", item="4", time="1", rating="5")
     assert written(tmp_path / "out" / "made") == expected(rows)
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_columns_by_their_places_where_the_first_line_has_a_quoted_separator(tmp_path, separator):
+    lines = [separator.join(cells) for cells in (('"u"', '"a, b; c, d; e"', "1"), ("u", "j", "2"))]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", user="1", item="2", time="3")
+    assert written(tmp_path / "out" / "made") == [("u", "a, b; c, d; e", 1), ("u", "j", 2)]
 
 
 @pytest.mark.parametrize("separator", [None, ",", "\t"])
@@ -550,7 +651,7 @@ def test_faulty_sequences(tmp_path):
         (tmp_path / "x.txt").write_bytes(b"\n".join(content))
     with pytest.raises(UserError, match="x.txt, line 5: item is '.PAD.', RecBole's padding"):
         convert(tmp_path / "x.txt", "made", tmp_path / "out", sequences=True)
-    (tmp_path / "x.txt").write_bytes(b"1 12 7\n\n2\n3 \xff\n4 [PAD] 5\n")
+    (tmp_path / "x.txt").write_bytes(b"1 12 7\n\n2\n3 \xff\n4 [PAD] 5 [PAD]\n")
     card = convert(tmp_path / "x.txt", "made", tmp_path / "out", sequences=True, on_bad_lines="skip")
     assert written(tmp_path / "out" / "made") == [("1", "12", 1), ("1", "7", 2), ("4", "5", 1)]
     assert card["skipped_lines"] == 4
@@ -559,7 +660,7 @@ def test_faulty_sequences(tmp_path):
         [b"2", b""],
         [b"3", b"2"],
         [b"4", b"3 \xff"],
-        [b"5", b"4 [PAD] 5"],
+        [b"5", b"4 [PAD] 5 [PAD]"],
     ]
 
 
@@ -811,6 +912,7 @@ def test_what_is_there_stays(tmp_path):
             ["h.csv", "--name=a", "--user=1", "--item=2", "--time=3"],
             "h.csv, line 1: column 3 is 'x', which is no finite",
         ),
+        (["p.csv", "--name=a", "--user=1", "--item=2", "--file_order"], "p.csv, line 1: a header, with product; name"),
         (["x.csv", "--name=a", "--meta=d"], "d: which file holds the items? it has nothing; name one as the source"),
         (["x.csv", "--name=a", "--text=item_id", "--meta_item=x"], "--text item_id and --meta_item x both describe"),
         (["h.txt", "--name=a", "--sequences", "--time_format=%Y%j"], "--time_format: with --sequences there are no"),
@@ -818,13 +920,17 @@ def test_what_is_there_stays(tmp_path):
             ["h.txt", "--name=a"],
             "h.txt: name its columns by --user, --item, --time (there are 1, 7, 8); without times, ",
         ),
-        (["l.jsonl", "--name=a"], "--item: column 'item_id' of l.jsonl holds lists, and each row must be one event; "),
+        (
+            ["l.jsonl", "--name=a"],
+            "--item: column 'item_id' of l.jsonl holds lists or objects, and each row must be one event; ",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
     (tmp_path / "m.csv").write_text("sku,a:b\ni,1\n")
     (tmp_path / "h.txt").write_text("1 7 8\n2 8\n")
+    (tmp_path / "p.csv").write_text("visitor,product\nv,p\n")
     (tmp_path / "d").mkdir()
     (tmp_path / "h.csv").write_text("1,7,x\n2,8,5\n")
     (tmp_path / "l.jsonl").write_text('{"user_id": "u", "item_id": ["i", "j"], "timestamp": 1}\n')

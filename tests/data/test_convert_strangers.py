@@ -6,6 +6,7 @@ from recbole_ssm.cli import main
 from recbole_ssm.data.convert import convert, filtered
 from recbole_ssm.data.names import only_column
 from recbole_ssm.errors import UserError
+from recbole_ssm.files import locked
 
 ORDERS = "Order Date|Quantity|Product|Customer\n" + "".join(
     f"2023-01-{day:02d}|1|SKU{(user * day) % 7}|cust-{user}\n" for user in range(1, 5) for day in range(1, 2 + user)
@@ -62,6 +63,19 @@ def test_items_without_titles_are_told_before_anything_is_trained(tmp_path, caps
     assert message in out and "left out" not in out
 
 
+def test_columns_that_nobody_named_and_that_do_not_fit_are_left_out_with_a_note(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,rating\nu,i,1,PG-13\nu,j,2,G\n")
+    (tmp_path / "items.csv").write_text(",item_id,price,title\n0,i,-nan,One\n1,j,5,Two\n")
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", meta=tmp_path / "items.csv")
+    assert "rating" not in card["columns"]
+    header = (tmp_path / "out" / "made" / "made.item").read_text().splitlines()[0]
+    assert header == "item_id:token\tprice:token\ttitle:token"
+    assert "x.csv: column 'rating' is left out, because it is no rating in numbers" in caplog.text
+    assert "items.csv: column '', as pandas writes its index, is left out" in caplog.text
+    with pytest.raises(UserError, match="line 2: rating is 'PG-13', which is no finite number"):
+        convert(tmp_path / "x.csv", "named", tmp_path / "out", rating="rating")
+
+
 def test_columns_of_two_meanings_are_asked_for(tmp_path):
     (tmp_path / "x.csv").write_text("Kunde,Artikel,Datum,Uhrzeit\nu,i,2020-01-01,12:00\n")
     with pytest.raises(UserError, match="name its columns by --time .there are Kunde, Artikel, Datum, Uhrzeit"):
@@ -86,6 +100,25 @@ def test_a_data_set_is_put_in_the_place_of_another(tmp_path, monkeypatch):
     assert card["steps"][0]["interactions"] == 15
     assert (out / "shop" / "shop.inter").read_bytes().count(b"\n") == 16
     assert [path.name for path in out.iterdir()] == ["shop"]
+
+
+def test_what_a_killed_conversion_left_is_mended_by_the_next(tmp_path):
+    """Also where the former data set had just made room for the new one."""
+    source, out = tmp_path / "orders.csv", tmp_path / "out"
+    source.write_text(ORDERS)
+    convert(source, "shop", out)
+    left, foreign = out / ".shop-abcd_123", out / ".shop-2-abcd_123"
+    for folder in (left, foreign):
+        folder.mkdir()
+        (folder / "lock").touch()
+    (out / "shop").rename(left / "former")
+    with locked(left):
+        convert(source, "other", out)
+        assert left.is_dir()
+    with pytest.raises(UserError, match="shop is there already"):
+        convert(source, "shop", out)
+    convert(source, "shop", out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [foreign.name, "other", "shop"]
 
 
 def test_nothing_but_a_data_set_of_converts_is_overwritten(tmp_path):
