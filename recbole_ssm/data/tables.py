@@ -304,6 +304,8 @@ def cell_of(value: Any) -> str:
 
     True and false are words, the entries of a list have spaces between them, and what lies deeper is JSON.
     """
+    if isinstance(value, str):
+        return value
     if value is None or value != value:
         return ""
     if isinstance(value, list):

@@ -58,6 +58,7 @@ def test_sequences_and_missing_features(tmp_path):
         (HEADER + "u\ti\t1\n\nu\ti\t2\n", "line 3: the line is empty; drop it"),
         (HEADER + "u\ti\t1\nu\ti\tyesterday\n", "line 3: timestamp is 'yesterday', which is no finite number"),
         (HEADER + "u\ti\tinf\n", "line 2: timestamp is 'inf', which is no finite number"),
+        (HEADER + "u\ti\t0x5F\n", "line 2: timestamp is '0x5F', which is no finite number"),
         (HEADER + "u\ti\tnan\n", "line 2: timestamp is 'nan', which is no finite number"),
         (HEADER + "u\ti\t\n", "line 2: timestamp is empty; fill it in or drop the line"),
         (HEADER + "u\t\t1\n", "line 2: item_id is empty; fill it in or drop the line"),
