@@ -18,7 +18,7 @@ from recbole_ssm.commands.options import add_arguments, add_now, parse
 from recbole_ssm.commands.tables import check_table, write_table
 from recbole_ssm.console import progress_bar
 from recbole_ssm.errors import ArgumentParser, UserError
-from recbole_ssm.files import digest, recover, whole
+from recbole_ssm.files import recover, whole
 from recbole_ssm.model.registry import class_of
 from recbole_ssm.serving import portable, recommender_of
 from recbole_ssm.starting import configure_data
@@ -110,13 +110,13 @@ def export_model(
     if form not in portable.SUFFIXES:
         raise UserError(f"format: must be onnx or torch, got {form}")
     file = checkpoint.best_file(Path(model_file))
-    saved = checkpoint.read(file)
+    saved, digest = checkpoint.read_with_digest(file)
     name = saved.info["model"]
     portable.check_exportable(name, class_of(saved.info, file, model), form)
     recover(out)
     portable.check_out(out, overwrite)
     recommender = recommender_of(file, saved, "cpu", model=model)
-    return portable.write_model(recommender, out, form, {"model": name, "checkpoint_sha256": digest(file)}, overwrite)
+    return portable.write_model(recommender, out, form, {"model": name, "checkpoint_sha256": digest}, overwrite)
 
 
 def _write(out: Path, ids: Sequence[str], vectors: np.ndarray) -> None:

@@ -17,7 +17,6 @@ from recbole_ssm.arguments import at_least, parse_options, positive
 from recbole_ssm.commands.items import categories_of, titles_of
 from recbole_ssm.commands.options import add_arguments, graphs_asked, parse
 from recbole_ssm.errors import ArgumentParser, UserError, require
-from recbole_ssm.files import digest
 from recbole_ssm.serving import recommender_of
 from recbole_ssm.serving.engine import FEWEST
 from recbole_ssm.serving.record import STATE_TYPES
@@ -49,7 +48,7 @@ def load_served(
         UserError: the file is missing, damaged or of another kind.
     """
     file = checkpoint.best_file(Path(place))
-    saved = checkpoint.read(file)
+    saved, digest = checkpoint.read_with_digest(file)
     recommender = recommender_of(file, saved, device, model=model, cuda_graphs=graphs_asked(command_line))
     titles, categories = None, None
     try:
@@ -61,7 +60,7 @@ def load_served(
         if parse_options(command_line).keys() - {"cuda_graphs"} or category_field:
             raise
         getLogger().warning(f"no titles and no categories: {error}")
-    served = Served(recommender, digest(file), titles, categories, ann_above)
+    served = Served(recommender, digest, titles, categories, ann_above)
     if found := served.nearest:
         getLogger().warning(
             f"recommendations come from an index: {found.probes} probes find {found.recall:.1%} of the ten best items"

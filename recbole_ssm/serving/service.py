@@ -139,7 +139,7 @@ class Server:
             digest = await self._serve(place)
             if self.team is None:
                 return digest
-            choice = self.choice = self.team.choose(place)
+            choice = self.choice = self.team.choose(place, digest)
             self.team.note(self.number, choice)
         try:
             await self.team.follow(choice)
@@ -158,7 +158,8 @@ class Server:
         assert self.team is not None
         choice, place = self.team.chosen
         if choice:
-            self.engine.served, self.place, self.choice = self.load(place), place, choice
+            self.engine.served, self.place = self.load(place), place
+            self.choice = self.team.choose(place, self.engine.served.digest, after=choice)
 
     async def _serve(self, place: Path) -> str:
         """Load a model, and serve it in this process."""
@@ -180,7 +181,7 @@ class Server:
         async with self._swapping:
             while (chosen := self.team.chosen)[0] != self.choice:
                 try:
-                    getLogger().warning(f"serving {chosen[1]}, digest {await self._serve(chosen[1])}")
+                    digest = await self._serve(chosen[1])
                 except BusyError:
                     await asyncio.sleep(0.1)
                     continue
@@ -189,7 +190,8 @@ class Server:
                     getLogger().error(f"{chosen[1]} cannot be loaded, so this worker ends; {first_line(error)}")
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
-                self.choice = chosen[0]
+                getLogger().warning(f"serving {chosen[1]}, digest {digest}")
+                self.choice = self.team.choose(chosen[1], digest, after=chosen[0])
                 self.team.note(self.number, self.choice)
 
     async def _reload(self) -> None:

@@ -50,7 +50,7 @@ class Team:
         count: how many workers there are.
     """
 
-    _CHOSEN = struct.Struct("<QH4094s")
+    _CHOSEN = struct.Struct("<QH4094s64s")
     _MEMBER = struct.Struct("<qQ")
 
     def __init__(self, count: int) -> None:
@@ -62,15 +62,26 @@ class Team:
     def chosen(self) -> tuple[int, Path]:
         """The number of the last choice, and the place of its model."""
         with self._lock:
-            number, length, name = self._CHOSEN.unpack_from(self._memory)
+            number, length, name, _ = self._CHOSEN.unpack_from(self._memory)
         return number, Path(os.fsdecode(name[:length]))
 
-    def choose(self, place: Path) -> int:
-        """Tell all other workers to serve a model that this one serves already; the number of the choice."""
+    def choose(self, place: Path, digest: str, after: int | None = None) -> int:
+        """Tell all other workers to serve a model that this one serves already; the number of the choice.
+
+        Args:
+            place: of the model.
+            digest: of the file that was loaded from there, in hexadecimal.
+            after: the choice that this worker follows, which stays where that is the file that was chosen. Where a
+                run that still trains has put another in its place, all workers follow to that one; but another choice
+                that came meanwhile stays.
+        """
         name = os.fsencode(place)
         with self._lock:
-            choice = self._CHOSEN.unpack_from(self._memory)[0] + 1
-            self._CHOSEN.pack_into(self._memory, 0, choice, len(name), name)
+            last, _, _, wanted = self._CHOSEN.unpack_from(self._memory)
+            if after is not None and (last != after or wanted == digest.encode()):
+                return after
+            choice = last + 1
+            self._CHOSEN.pack_into(self._memory, 0, choice, len(name), name, digest.encode())
         for pid, _ in self._members():
             if pid not in (0, os.getpid()):
                 with suppress(ProcessLookupError):

@@ -36,6 +36,7 @@ from torch.nn.modules.module import (
 )
 
 from recbole_ssm.errors import UserError, first_line
+from recbole_ssm.files import digest as file_digest
 from recbole_ssm.files import whole
 from recbole_ssm.keys import MACHINE_KEYS
 from recbole_ssm.kinds import NONE, OPTIONS, Either, Fields, Flag, KindError, Many, Number, Table, Text
@@ -205,6 +206,16 @@ def _keep_former_norm(info: dict[str, Any]) -> None:
             settings["joint_norm"] = True
             if settings is config:
                 options["joint_norm"] = True
+
+
+def read_with_digest(path: Path) -> tuple[Checkpoint, str]:
+    """:func:`read`, and the SHA-256 of the file that was read: a run that still trains may put another in its place."""
+    former = file_digest(path) if path.is_file() else ""
+    while True:
+        found, now = read(path), file_digest(path)
+        if now == former:
+            return found, now
+        former = now
 
 
 def read_pickle(path: Path) -> Checkpoint:

@@ -1,5 +1,6 @@
 """Several processes behind one port: one model, one store, one end."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import http.client
@@ -21,13 +22,16 @@ from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import load_served
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import workers
-from recbole_ssm.serving.store import open_store
+from recbole_ssm.serving.store import MemoryStore, open_store
 from recbole_ssm.serving.workers import Team
 from tests.children import in_child
 from tests.serving.conftest import record_of
+from tests.serving.test_engine import untrained
 from tests.serving.test_server import TOKEN, Client, runs  # noqa: F401
 
 pytest.importorskip("lmdb", reason="the package lmdb is not installed")
+
+from recbole_ssm.serving.service import Server
 
 
 @contextlib.contextmanager
@@ -144,6 +148,36 @@ def test_a_worker_that_begins_later_serves_what_was_chosen(runs, tmp_path):  # n
         assert found <= {digests["second"]}
         shutil.move(models / "hidden", models / "second")
         wait_for(lambda: served(port) == {digests["second"]})
+
+
+def test_workers_that_find_a_newer_file_all_serve_that_one(tmp_path):
+    """A run that still trains puts another file in the place of the one that was chosen, before a worker loads it."""
+    place, team, loaded = tmp_path / "model", Team(2), []
+
+    def load(place):
+        loaded.append(place)
+        return newer
+
+    old, newer = untrained("2Mamba4Rec", 1), untrained("2Mamba4Rec", 2)
+    first, second = (
+        Server(load=load, place=place, served=old, store=MemoryStore(), team=team, number=number) for number in (0, 1)
+    )
+    choice = team.choose(place, old.digest)
+    second.begin_with_choice()
+    assert second.engine.served is newer and second.choice == team.chosen[0] == choice + 1
+
+    async def follow():
+        async with first.running(None):
+            while first.choice != second.choice:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(follow())
+    # The first one loads what the second has chosen, and chooses nothing itself.
+    assert first.engine.served is newer and loaded == [place] * 2 and team.chosen == (choice + 1, place)
+    # A choice that came meanwhile stays.
+    team.choose(tmp_path / "other", old.digest)
+    assert team.choose(place, old.digest, after=choice + 1) == choice + 1
+    assert team.chosen == (choice + 2, tmp_path / "other")
 
 
 def test_workers_end_with_the_process_that_forked_them(runs):  # noqa: F811

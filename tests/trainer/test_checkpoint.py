@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm import files, load_recommender, run_recbole_ssm
 from recbole_ssm.arguments import PROPERTIES, read_yaml
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError
@@ -29,14 +29,34 @@ def trained(toy):
 
 
 def test_a_run_leaves_its_best_and_its_newest(trained, tmp_path):
-    files = sorted(p for p in (tmp_path / "saved").rglob("*") if p.is_file())
-    assert [f.name for f in files] == ["best.safetensors", "config.yaml", "step-000000005.safetensors"]
-    assert files[0] == tmp_path / trained["checkpoint"]
-    saved = checkpoint.read(files[0])
+    left = sorted(p for p in (tmp_path / "saved").rglob("*") if p.is_file())
+    assert [f.name for f in left] == ["best.safetensors", "config.yaml", "step-000000005.safetensors"]
+    assert left[0] == tmp_path / trained["checkpoint"]
+    saved = checkpoint.read(left[0])
     assert saved.info["model"] == "Mamba4Rec"
-    assert known_items.texts_in(saved, files[0], "items") == ["[PAD]", *(f"i{n}" for n in range(20))]
+    assert known_items.texts_in(saved, left[0], "items") == ["[PAD]", *(f"i{n}" for n in range(20))]
     assert saved.info["config"]["d_state"] == 32
     assert "data_path" not in saved.info["config"]
+
+
+def test_a_digest_is_of_the_file_that_was_read(trained, monkeypatch):
+    """A run that still trains puts a better one in its place meanwhile."""
+    path = pathlib.Path(trained["checkpoint"])
+    saved, read, newer = checkpoint.read(path), checkpoint.read, path.with_name("newer.safetensors")
+    weight = saved.tensors["model.item_embedding.weight"]
+    tensors = saved.tensors | {"model.item_embedding.weight": 2 * weight}
+    checkpoint.write(newer, tensors, {key: value for key, value in saved.info.items() if key != "format"})
+
+    def replaced(path):
+        found = read(path)
+        if newer.exists():
+            newer.replace(path)
+        return found
+
+    monkeypatch.setattr(checkpoint, "read", replaced)
+    found, digest = checkpoint.read_with_digest(path)
+    assert not newer.exists() and digest == files.digest(path)
+    torch.testing.assert_close(found.tensors["model.item_embedding.weight"], 2 * weight)
 
 
 def test_runs_of_one_second_have_folders_of_their_own(toy):
