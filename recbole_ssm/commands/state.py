@@ -6,6 +6,7 @@ Both work beside a server that runs on the same store.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, repeat
@@ -23,7 +24,7 @@ from recbole_ssm.files import check_writable, digest, whole
 from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.record import LONGEST_ID, PART, DamagedError, whole_record
 from recbole_ssm.serving.store import Store, StoreError
-from recbole_ssm.serving.visits import Event, Visit
+from recbole_ssm.serving.visits import Event, Visit, in_time
 
 USERS_AT_ONCE = 64
 IMPORT = PART + b"import"
@@ -46,13 +47,16 @@ def import_events(engine: Engine, file: str | Path) -> tuple[int, int]:
         How many events were taken by this call, and how many were of items that the model does not know.
 
     Raises:
-        UserError: the file cannot be read, or an id is too long, and nothing was taken; or the store takes no more, and
-            the line says how many users were taken.
+        UserError: the file cannot be read, an id is too long, or a time has not come yet, and nothing was taken; or the
+            store takes no more, and the line says how many users were taken.
     """
     histories = events_of(Path(file))
     for name in chain(histories.users, histories.items):
         if len(str(name).encode()) > LONGEST_ID:
             raise UserError(f"--import: the id {str(name)[:60]!r}... has more than {LONGEST_ID} bytes of UTF-8")
+    now = time.time()
+    for user, seconds in zip(histories.users, histories.times or ()):
+        in_time(max(seconds, default=now), user, now)
     key = IMPORT + bytes.fromhex(digest(Path(file)))
     total, done = len(histories.users), int(engine.store.read(lambda get: get([key]))[key] or 0)
     if done:

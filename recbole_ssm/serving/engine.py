@@ -32,7 +32,7 @@ from recbole_ssm.serving.served import Served
 from recbole_ssm.serving.session import moments_of
 from recbole_ssm.serving.states import Unread
 from recbole_ssm.serving.store import Store, StoreError
-from recbole_ssm.serving.visits import Event, Guest, Visit, Visited
+from recbole_ssm.serving.visits import Guest, Visit, Visited, in_time
 
 LOOKED_AT_AT_ONCE, REBUILT_AT_ONCE = 64, 8
 """Users whose records are looked at, and whose states are computed again, before callers have their turn."""
@@ -148,7 +148,12 @@ class Engine:
             if writes or self.store.read(change):
                 self.store.update(change)
         except StoreError as error:
-            return [error] * len(visits)
+            forgetting = [visit for visit in visits if visit.forget]
+            if not error.full or beside or len(forgetting) in (0, len(visits)):
+                return [error] * len(visits)
+            # There is room to forget where there is none for what came with it.
+            forgotten = iter(self._visit_once(forgetting))
+            return [next(forgotten) if visit.forget else error for visit in visits]
         self._observe("store", time.perf_counter() - begin - self._stepping)
         self._answer(served, [guest for guest in guests if guest.error is None])
         return [guest.error or guest.found for guest in guests]
@@ -170,8 +175,7 @@ class Engine:
                 guest.record.clear()
                 guest.changed = value is not None
             guest.had_state = bool(guest.record.digest)
-            for event in visit.events:
-                self._take(served, guest, event, get, now)
+            self._take(served, guest, get, now)
             asks = visit.k or visit.candidates is not None
             if asks and (visit.exclude_seen or served.states is None):
                 guest.record.load_older(visit.user, get)
@@ -182,28 +186,33 @@ class Engine:
         guest.found.events = guest.record.total
         return guest
 
-    def _take(self, served: Served, guest: Guest, event: Event, get: Get, now: float) -> None:
-        record, found = guest.record, guest.found
-        if event.id is not None and event.id in record.event_ids:
-            found.repeated += 1
-            return
-        ids, skipped = served.catalogue.known([event.item], "item", skip_unknown=True)
-        found.skipped += skipped
-        if not ids:
-            return
+    def _take(self, served: Served, guest: Guest, get: Get, now: float) -> None:
+        """Take the events of a visit into the record, but for unknown items and for those that were taken before."""
+        record, found, events = guest.record, guest.found, guest.visit.events
+        items: list[str] = []
+        times: list[float] = []
         newest = record.newest
-        moment = max(now, newest) if event.time is None else event.time
-        if moment < newest:
-            record.load_older(guest.visit.user, get)
-            record.insert(event.item, moment)
-        else:
-            record.append(event.item, moment)
-        if event.id is not None:
-            # A call that is sent again finds all of its ids, however many they are.
-            kept = max(EVENT_IDS, len(guest.visit.events))
-            record.event_ids = [*record.event_ids[1 - kept :], event.id]
-        found.taken += 1
-        guest.changed = True
+        for event in events:
+            if event.id is not None and event.id in record.event_ids:
+                found.repeated += 1
+                continue
+            ids, skipped = served.catalogue.known([event.item], "item", skip_unknown=True)
+            found.skipped += skipped
+            if not ids:
+                continue
+            moment = max(now, newest) if event.time is None else in_time(event.time, guest.visit.user, now)
+            newest = max(newest, moment)
+            items.append(event.item)
+            times.append(moment)
+            if event.id is not None:
+                # A call that is sent again finds all of its ids, however many they are.
+                kept = max(EVENT_IDS, len(events))
+                record.event_ids = [*record.event_ids[1 - kept :], event.id]
+        if items:
+            if min(times) < record.oldest:
+                record.load_older(guest.visit.user, get)
+            record.add(items, times)
+            found.taken, guest.changed = len(items), True
 
     def _bring_up(self, served: Served, guests: Sequence[Guest], get: Get, now: float) -> None:
         """Let the state of each guest have read every event, and ask it at its moment."""

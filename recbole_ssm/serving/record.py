@@ -148,6 +148,11 @@ class Record:
         """The time of the newest event; minus infinity where there is none."""
         return struct.unpack_from("<d", self.times, len(self.times) - 8)[0] if self.times else -float("inf")
 
+    @property
+    def oldest(self) -> float:
+        """The time of the oldest event that is here; infinity where there is none."""
+        return struct.unpack_from("<d", self.times)[0] if self.times else float("inf")
+
     def moments(self) -> list[float]:
         """The times of the events in seconds."""
         return np.frombuffer(self.times, "<f8").tolist()
@@ -158,17 +163,29 @@ class Record:
         self.times += struct.pack("<d", time)
         self.total += 1
 
-    def insert(self, item: str, time: float) -> None:
-        """Take an event behind all that are as old as it or older, where older ones are loaded; the state does not fit
-        the events any more, and all chunks are written again.
+    def add(self, items: Sequence[str], times: Sequence[float]) -> None:
+        """Take events, each behind all that are as old as it or older.
+
+        Where one belongs before the events of the head, those of the chunks are loaded, and all chunks are written
+        again. A state that has read what is behind the first of them, or that waits for the event there, is given up.
         """
-        place = int(np.searchsorted(np.frombuffer(self.times, "<f8"), time, side="right"))
-        texts = self.items.texts()
-        texts.insert(place, item)
-        self.items = Texts.of(texts)
-        self.times = self.times[: 8 * place] + struct.pack("<d", time) + self.times[8 * place :]
-        self.total += 1
-        self._give_up_chunks()
+        if all(before <= after for before, after in pairwise([self.newest, *times])):
+            for item, time in zip(items, times):
+                self.append(item, time)
+            return
+        known = np.frombuffer(self.times, "<f8")
+        place = int(np.searchsorted(known, min(times), side="right"))
+        before, behind = self.items.cut(place)
+        texts, moments = [*behind.texts(), *items], np.concatenate([known[place:], times])
+        order = np.argsort(moments, kind="stable")
+        after = Texts.of([texts[number] for number in order])
+        self.items = Texts(before.lengths + after.lengths, before.content + after.content)
+        self.times = self.times[: 8 * place] + moments[order].astype("<f8").tobytes()
+        if place < self.older:
+            self._give_up_chunks()
+        elif place < len(known) and self.total - len(known) + place <= self.read:
+            self._give_up_state()
+        self.total += len(items)
 
     def clear(self) -> None:
         """Forget all events."""
@@ -178,6 +195,9 @@ class Record:
     def _give_up_chunks(self) -> None:
         self.gone = [*self.gone, *range(self.first, self.sealed)]
         self.first, self.older = self.sealed, 0
+        self._give_up_state()
+
+    def _give_up_state(self) -> None:
         self.digest, self.read, self.state = b"", 0, b""
 
     def load_older(self, user: str, get: Get) -> None:

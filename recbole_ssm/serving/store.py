@@ -35,8 +35,6 @@ LEAST_ROOM = 1 << 20
 """A disk with fewer bytes free is full: a change may need as many."""
 PARTS = PART + b"parts"
 """The name of lmdb's tree of states and older events; no user has it, since it is no UTF-8."""
-KNOWN_FOR = 3600
-"""Seconds for which a Redis server knows the last update of a store; it is asked within one call."""
 AT_ONCE = 256
 """The names of so many users are read at once."""
 
@@ -120,6 +118,8 @@ def open_store(place: str | None, *, durability: str = "each", most_bytes: int =
     if place is None:
         return MemoryStore()
     if place.startswith(("redis://", "rediss://", "unix://")):
+        from recbole_ssm.serving.redis_store import RedisStore
+
         return RedisStore(place)
     return LmdbStore(Path(place), durability, most_bytes, create)
 
@@ -199,6 +199,7 @@ class LmdbStore:
             raise UserError(f"{self._place}: cannot be opened ({error}); name another folder, or restore it") from error
         self._check_length(file)
         self._dirty, self._open, self._failed = threading.Event(), True, ""
+        self._lock = threading.RLock()
         self._syncer = threading.Thread(target=self._sync_later, daemon=True) if durability == "batched" else None
         if self._syncer:
             self._syncer.start()
@@ -221,14 +222,28 @@ class LmdbStore:
     def _getting(self, transaction: Any) -> Get:
         return lambda keys: {key: transaction.get(key, db=self._tree(key)) for key in keys}
 
+    @contextmanager
+    def _transaction(self, write: bool = False) -> Iterator[Any]:
+        """A transaction of lmdb, whose errors are raised as those of a store."""
+        # One at a time: a larger map may lie elsewhere, where another transaction would not look for it.
+        with self._telling(write), self._lock:
+            try:
+                begun = self._env.begin(write=write)
+            except self._lmdb.MapResizedError:
+                # Another process may fill the folder further than this one; from now on this one may too.
+                self._env.set_mapsize(0)
+                begun = self._env.begin(write=write)
+            with begun as transaction:
+                yield transaction
+
     def read(self, work: Callable[[Get], T]) -> T:
         """As of :class:`Store`."""
-        with self._telling(), self._env.begin() as transaction:
+        with self._transaction() as transaction:
             return work(self._getting(transaction))
 
     def update(self, change: Change) -> None:
         """As of :class:`Store`."""
-        with self._telling(writing=True), self._env.begin(write=True) as transaction:
+        with self._transaction(write=True) as transaction:
             if self._failed:
                 raise StoreError(errno.EIO, f"{self._place}: failed ({self._failed})")
             for key, value in change(self._getting(transaction)).items():
@@ -241,7 +256,7 @@ class LmdbStore:
     def parts(self, user: str) -> list[bytes]:
         """As of :class:`Store`."""
         begin = user.encode() + PART
-        with self._telling(), self._env.begin() as transaction, transaction.cursor(self._parts) as cursor:
+        with self._transaction() as transaction, transaction.cursor(self._parts) as cursor:
             if not cursor.set_range(begin):
                 return []
             return list(itertools.takewhile(lambda key: key.startswith(begin), cursor.iternext(values=False)))
@@ -266,7 +281,7 @@ class LmdbStore:
 
     def _piece(self, after: bytes) -> list[bytes]:
         """The next keys behind one."""
-        with self._telling(), self._env.begin() as transaction, transaction.cursor() as cursor:
+        with self._transaction() as transaction, transaction.cursor() as cursor:
             if not (cursor.set_range(after) if after else cursor.first()):
                 return []
             keys = itertools.islice(cursor.iternext(values=False), AT_ONCE)
@@ -310,142 +325,14 @@ class LmdbStore:
 
     def __len__(self) -> int:
         # The name of the other tree is no user.
-        with self._telling():
-            return self._env.stat()["entries"] - 1
+        with self._transaction() as transaction:
+            return int(transaction.stat()["entries"]) - 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pages in use."""
-        with self._telling(), self._env.begin() as transaction:
+        with self._transaction() as transaction:
             trees = [transaction.stat(tree) for tree in (None, self._parts)]
         return sum(
             (about["branch_pages"] + about["leaf_pages"] + about["overflow_pages"]) * about["psize"] for about in trees
         )
-
-
-class RedisStore:
-    """Values on a Redis server, which several servers on several machines may share.
-
-    How durable a write is the Redis server decides, by its own ``appendfsync``.
-    """
-
-    PREFIX, PARTS = b"recbole_ssm:user:", b"recbole_ssm:part:"
-    WRITTEN = b"recbole_ssm:written:"
-    """Before the name of a store, the key of its last update that was written."""
-    COUNT = b"recbole_ssm:users"
-    """The key of how many users there are; to count them, Redis must go through all of its keys."""
-
-    def __init__(self, address: str) -> None:
-        self._written = self.WRITTEN + os.urandom(8).hex().encode()
-        self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
-        try:
-            self._client = self._redis.Redis.from_url(address, socket_timeout=5.0, socket_connect_timeout=5.0)
-            if not self._client.exists(self.COUNT):
-                # It is a new store, or one of a former version.
-                self._client.set(self.COUNT, sum(1 for _ in self.users()), nx=True)
-        except (ValueError, StoreError, self._redis.RedisError) as error:
-            raise UserError(f"state {address.rpartition('@')[2]}: no Redis server answers ({error})") from error
-
-    def _name(self, key: bytes) -> bytes:
-        return (self.PARTS if PART in key else self.PREFIX) + key
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Raise errors of Redis as those of a store."""
-        try:
-            yield
-        except self._redis.RedisError as error:
-            raise StoreError(errno.EIO, f"state: the Redis server failed ({error})") from error
-
-    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T, Values], None]) -> T:
-        """Read and write; where another server wrote meanwhile what was read, once more.
-
-        Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls
-        once more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
-        """
-        made: list[T] = []
-        found: Values = {}
-        number = os.urandom(16)
-
-        def once(pipe: Any) -> None:
-            if made:
-                pipe.watch(self._written)
-                if pipe.get(self._written) == number:
-                    return
-
-            def get(keys: Sequence[bytes]) -> Values:
-                if not keys:
-                    return {}
-                names = [self._name(key) for key in keys]
-                pipe.watch(*names)
-                values = dict(zip(keys, pipe.mget(names)))
-                found.update(values)
-                return values
-
-            found.clear()
-            made[:] = [work(get)]
-            pipe.multi()
-            write(pipe, made[0], found)
-            if pipe.command_stack:
-                pipe.set(self._written, number, ex=KNOWN_FOR)
-
-        with self._telling():
-            self._client.transaction(once)
-        return made[0]
-
-    def read(self, work: Callable[[Get], T]) -> T:
-        """As of :class:`Store`."""
-        return self._transact(work, lambda pipe, made, found: None)
-
-    def update(self, change: Change) -> None:
-        """As of :class:`Store`."""
-
-        def write(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
-            come = 0
-            for key, value in changed.items():
-                if PART not in key:
-                    come += (value is not None) - (found.get(key) is not None)
-                if value is None:
-                    pipe.delete(self._name(key))
-                else:
-                    pipe.set(self._name(key), value)
-            if come:
-                pipe.incrby(self.COUNT, come)
-
-        self._transact(change, write)
-
-    def parts(self, user: str) -> list[bytes]:
-        """As of :class:`Store`."""
-        begin = self.PARTS + user.encode() + PART
-        names = self._scan(self.PARTS)
-        return [name[len(self.PARTS) :] for name in names if name.startswith(begin)]
-
-    def users(self) -> Iterator[str]:
-        """As of :class:`Store`."""
-        return (name[len(self.PREFIX) :].decode() for name in self._scan(self.PREFIX))
-
-    def _scan(self, prefix: bytes) -> Iterator[bytes]:
-        given = set()
-        with self._telling():
-            for name in self._client.scan_iter(match=prefix + b"*", count=AT_ONCE):
-                # SCAN may give a name several times.
-                if name not in given:
-                    given.add(name)
-                    yield name
-
-    def sync(self) -> None:
-        """The Redis server does that."""
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
-    def __len__(self) -> int:
-        with self._telling():
-            return int(self._client.get(self.COUNT) or 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory of the whole Redis server."""
-        with self._telling():
-            return int(self._client.info("memory")["used_memory"])

@@ -9,11 +9,29 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from recbole_ssm.errors import UserError
 from recbole_ssm.serving.catalogue import Ids, Recommendations
 from recbole_ssm.serving.record import DamagedError, Record
 from recbole_ssm.serving.served import Rules
 from recbole_ssm.serving.session import Moments
 from recbole_ssm.serving.store import StoreError
+
+MOST_AHEAD = 86_400.0
+"""Seconds by which an event's time may be beyond this machine's clock, whose zone another clock may have mistaken."""
+
+
+def in_time(moment: float, user: str, now: float) -> float:
+    """The time of an event.
+
+    Raises:
+        UserError: it has not come yet, so that all events until then would be late ones.
+    """
+    if moment > now + MOST_AHEAD:
+        raise UserError(
+            f"time: {moment:.0f}, of user {user!r}, is more than a day beyond the clock of this machine; give seconds "
+            "since 1970, and set the clock right that they come from"
+        )
+    return moment
 
 
 @dataclass(slots=True)

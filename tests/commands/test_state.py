@@ -91,6 +91,14 @@ def test_a_file_with_an_id_that_is_too_long_is_refused_as_a_whole(checkpoint, li
     assert not engine.store._values
 
 
+def test_a_file_with_an_event_that_has_not_come_yet_is_refused_as_a_whole(checkpoint):
+    Path("log.csv").write_text(f"user_id,item_id,timestamp\nu,i1,{int(T)}\nv,i1,{int(T)}\nv,i2,9999999999\n")
+    engine = Engine(load_served(checkpoint, device="cpu"), MemoryStore())
+    with pytest.raises(UserError, match="time: 9999999999, of user 'v', is more than a day beyond the clock"):
+        import_events(engine, "log.csv")
+    assert not engine.store._values
+
+
 def test_an_import_that_was_cut_short_goes_on_where_it_ended(checkpoint):
     """By a full store, a kill right after a transaction, and a user whose record is damaged."""
     file, store = written(users=200), MemoryStore()

@@ -1,5 +1,6 @@
 """The engine: whatever comes in whatever order, a state is what its events give, and an answer what recommend gives."""
 
+import errno
 import random
 import struct
 import time
@@ -238,6 +239,38 @@ def test_long_histories_lie_in_chunks(models, name, history):
     assert not engine.store._values
 
 
+@pytest.mark.parametrize("way", [{}, {"time": "gaps"}, {"time": "query"}, {"time": "query", "query_enters": "output"}])
+def test_a_late_event_that_belongs_into_the_head_leaves_the_chunks(way):
+    """Those of a sender whose clock was ahead for a moment: all events until then are late."""
+    engine = Engine(untrained("2Mamba4Rec", 5, **way), MemoryStore())
+    now = time.time()
+    happened = [(f"i{n * n % 20}", float(int(now) - 3000 + 7 * n)) for n in range(100)]
+    visit(engine, Visit("u", [Event(*event) for event in happened]))
+    happened.append(("i1", float(int(now) + 80_000)))
+    visit(engine, Visit("u", [Event(*happened[-1])]))
+    update, written = engine.store.update, []
+    engine.store.update = lambda change: update(lambda get: written.append(found := change(get)) or found)
+    for number in range(20):
+        events = [(f"i{number}", float(int(now) + number)), ("i3", float(int(now) - 2330 + number))][: 1 + number % 2]
+        happened = sorted([*happened, *events], key=lambda event: event[1])
+        (found,) = visit(engine, Visit("u", [Event(*event) for event in events], k=20, now=now + 90_000))
+        items, times = zip(*happened)
+        assert record_of(engine.store, "u").items.texts() == list(items)
+        expected = engine.served.recommender.session(items, times=times if way else None)
+        assert_same(found.recommended, expected.top(20, **({"now": now + 90_000} if way else {})))
+    # One chunk is new, as the head grows; none is written again.
+    chunks = [key for found in written for key in found if key not in (b"u", state_key("u"))]
+    assert len(chunks) == len(set(chunks)) == 1
+
+
+def test_an_event_that_has_not_come_yet_is_refused(models):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    ahead = [Event("i1"), Event("i2", time.time() + 90_000)]
+    wrong, right = engine.visit([Visit("u", ahead), Visit("v", [Event("i1", time.time() + 80_000)])])
+    assert isinstance(wrong, UserError) and right.taken == 1 and list(engine.store.users()) == ["v"]
+    assert "of user 'u', is more than a day beyond the clock of this machine" in str(wrong)
+
+
 def test_a_state_is_written_every_few_events_and_read_again(models):
     store = MemoryStore()
     written = []
@@ -441,6 +474,22 @@ def test_a_store_that_fails_takes_nothing(models, monkeypatch):
     found = engine.visit([Visit("a", [Event("i2")]), Visit("b", [Event("i2")])])
     assert all(isinstance(one, StoreError) for one in found)
     assert record_of(engine.store, "a").total == 1
+
+
+def test_a_full_store_forgets_whom_it_is_told_to_beside_others(models, monkeypatch):
+    engine = Engine(models["2Mamba4Rec"], MemoryStore())
+    visit(engine, Visit("a", [Event("i1")]), Visit("b", [Event("i1")]))
+    update = engine.store.update
+
+    def full(change):
+        if any(value is not None for value in engine.store.read(change).values()):
+            raise StoreError(errno.ENOSPC, "state: is full")
+        update(change)
+
+    monkeypatch.setattr(engine.store, "update", full)
+    found = engine.visit([Visit("a", [Event("i2")]), Visit("b", forget=True), Visit("c", forget=True)])
+    assert isinstance(found[0], StoreError) and [one.forgotten for one in found[1:]] == [True, False]
+    assert list(engine.store.users()) == ["a"] and record_of(engine.store, "a").total == 1
 
 
 def test_a_change_that_is_made_twice_counts_once(models, monkeypatch):

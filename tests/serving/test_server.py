@@ -384,6 +384,7 @@ LONG = "x" * 501
                 ("/v1/events?now=978300760000", {"user": "u", "item": "i1"}),
             )
         ),
+        (422, "POST", "/v1/events", {"user": "u", "item": "i1", "time": 9e10}, "is more than a day beyond the clock"),
         (422, "POST", "/v1/events", {"user": "u", "item": "i1", "tme": 1}, "tme"),
         (422, "POST", "/v1/events", {"user": "u", "item": "i1", "time": False}, "time"),
         (422, "POST", "/v1/events", {"user": "u", "item": 1}, "item"),

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -192,6 +194,25 @@ def test_a_redis_is_counted_once_and_then_with_each_user_who_comes_or_goes(redis
     found._client.connection_pool.disconnect()
 
 
+def test_a_full_redis_takes_nothing_but_forgets_whom_it_is_told_to(redis_address, caplog):
+    """And a caller is told what the server says, not what others write in the same transaction."""
+    found = open_store(redis_address)
+    found._client.flushall()
+    found = open_store(redis_address)
+    put(found, alice=bytes(1 << 21), bob=b"1", carol=b"1")
+    found._client.config_set("maxmemory", int(found.nbytes) - (1 << 20))
+    try:
+        for change in ({b"bob": b"private"}, {b"bob": None, b"dave": b"private"}):
+            with pytest.raises(StoreError, match=r"full \(.*not allowed when used.*delete users or raise") as caught:
+                found.update(lambda get, change=change: get(list(change)) and change)
+            assert caught.value.full and "private" not in caught.value.strerror
+        assert "private" in caplog.text and values_of(found, "bob") == [b"1"]
+        found.update(lambda get: get([b"alice"]) and {b"alice": None, state_key("alice"): None})
+        assert sorted(found.users()) == ["bob", "carol"] and len(found) == 2
+    finally:
+        found._client.config_set("maxmemory", 0)
+
+
 def test_no_redis_server_is_one_line():
     pytest.importorskip("redis")
     with pytest.raises(UserError, match=r"state .*: no Redis server answers"):
@@ -228,6 +249,30 @@ def test_a_full_folder_takes_nothing_and_goes_on(tmp_path):
     assert values_of(found, "a", "b", "c") == [b"1", None, None]
     put(found, a=None, d=b"4")
     assert list(found.users()) == ["d"]
+
+
+FILL = """
+import lmdb
+environment = lmdb.open("state", map_size=1 << 26, max_dbs=1)
+with environment.begin(write=True) as transaction:
+    for number in range({begin}, {begin} + 20):
+        transaction.put(b"u%d" % number, bytes(100_000))
+"""
+
+
+def test_a_folder_that_another_process_fills_further_is_read_on():
+    """An import with a larger --state_bytes beside a server, whose map of the file is then too small."""
+    found = open_store("state", most_bytes=1 << 20)
+    works = (
+        lambda: values_of(found, "u0") == [bytes(100_000)],
+        lambda: put(found, v=b"1") is None,
+        lambda: len(found) == 61,
+        lambda: "u79" in found.users(),
+    )
+    for number, work in enumerate(works):
+        subprocess.run([sys.executable, "-c", FILL.format(begin=20 * number)], check=True)
+        assert work()
+    assert len(found) == 81 and found.nbytes > 8_000_000
 
 
 @pytest.mark.parametrize(
@@ -314,16 +359,17 @@ IDS = st.sampled_from(["a", "é", "🦉" * 9, "\0", "x" * 500, "1", "2", "3"])
 
 @given(
     st.lists(st.tuples(IDS, st.floats(-1e9, 1e9)), max_size=30).flatmap(lambda some: st.sampled_from([some, some * 5])),
-    st.lists(IDS, max_size=80), st.binary(max_size=9), st.integers(1, 150), st.integers(0, 150),
+    st.lists(IDS, max_size=80), st.binary(max_size=9), st.integers(1, 150), st.integers(0, 150), st.integers(1, 4),
 )  # fmt: skip
-def test_a_record_is_what_it_was(events, event_ids, state, kept, written):
+def test_a_record_is_what_it_was(events, event_ids, state, kept, written, at_once):
     record = Record()
     expected, values = [], {}
-    for number, (item, moment) in enumerate(events):
-        (record.append if moment >= record.newest else record.insert)(item, moment)
-        place = sum(other <= moment for other, _ in expected)
-        expected.insert(place, (moment, item))
-        if number == written:
+    for number in range(0, len(events), at_once):
+        record.add(*zip(*events[number : number + at_once]))
+        for item, moment in events[number : number + at_once]:
+            place = sum(other <= moment for other, _ in expected)
+            expected.insert(place, (moment, item))
+        if number <= written < number + at_once:
             values = {key: value for key, value in record.writings("u", kept).items() if value is not None}
             record = whole_record("u", lambda keys, values=values: {key: values.get(key) for key in keys})
             expected = expected[-len(record.items) :]
