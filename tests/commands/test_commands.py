@@ -304,6 +304,8 @@ def test_a_command_of_the_pages(run, tmp_path, command):
         (tmp_path / place / name).mkdir(parents=True)
         rows = "".join(f"v{u}\ti{(u + j) % 20}\t{j}\n" for u in range(12) for j in range(6))
         (tmp_path / place / name / f"{name}.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
+    if "--export=" in command:
+        assert main(["state", "saved", "--state=state", "--import=events.parquet"]) == 0
     more = ["--epochs=1", "--show_progress=False", "--state=ERROR"] if command.startswith("train") else []
     assert main([*command.split(), *more]) == 0
 
