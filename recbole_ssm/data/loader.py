@@ -145,12 +145,12 @@ class Rows:
 class Windows:
     """An epoch's order over whole histories, for models that learn from every position.
 
-    Consecutive targets of a user form a run. A run whose inputs fit ``max_length`` is one window, and every target
-    sees exactly what RecBole's prefix would show it. A longer run is cut into windows of at most ``window`` targets, at
-    an offset that every epoch draws for itself; each window starts with the ``context`` events before its first target
-    (fewer at the start of the history), which carry no loss. So each target is predicted once an epoch, from at least
-    ``min(history, context)`` events and at most ``context + window - 1``. A step may end within a window: the rest of
-    it opens the next step, with its own context.
+    Consecutive targets of a user form a run. A run whose inputs fit ``max_length`` is one window with all of its
+    history, and every target sees exactly what RecBole's prefix would show it. A longer run is cut into windows of at
+    most ``window`` targets, at an offset that every epoch draws for itself; each window starts with the ``context``
+    events before its first target (fewer at the start of the history), which carry no loss. So each target is predicted
+    once an epoch, from at least ``min(history, context)`` events and at most ``context + window - 1``. A step may end
+    within a window: the rest of it opens the next step, with ``context`` events of its own.
 
     Args:
         prefixes: the rows of the training set.
@@ -171,8 +171,9 @@ class Windows:
         self.shuffle = shuffle
         self._run_starts = np.flatnonzero(np.diff(self.target, prepend=np.int32(-2)) != 1)
         self._run_sizes = np.diff(np.append(self._run_starts, self.total))
-        inputs = length[self._run_starts] + self._run_sizes - 1
-        self._whole = inputs <= prefixes.max_length
+        self._whole = length[self._run_starts] + self._run_sizes - 1 <= prefixes.max_length
+        whole = self._run_starts[self._whole]
+        self.context[whole] = length[whole]
         self._events = prefixes.events
 
     def epoch(self, generator: np.random.Generator) -> np.ndarray:

@@ -28,6 +28,14 @@ def results_of(settings: Mapping[str, Any]) -> str:
     changes the results of some settings adds a condition for exactly these above the others, which returns the version
     to come, and a line to CHANGELOG.md.
     """
+    retriever = settings.get("retriever"), settings.get("retriever_config") or {}
+    stages = ((settings["model"], settings), retriever)
+    for model, options in stages:
+        mode = options.get("train_mode")
+        # Where the oldest events of a history are no targets, packed training left out all but a few of them.
+        few = mode == "masked" or (model == "SASRec" and mode in (None, "packed"))
+        if few and (options.get("train_last") or options.get("train_rows")):
+            return "0.3.0"
     # What stood deeper in the histories of the rows that train was cold, and what the rows left out was not.
     if settings.get("drop_cold_targets") and any(settings.get(f"train_{cut}") for cut in ("last", "newest", "rows")):
         return "0.3.0"
@@ -64,8 +72,7 @@ def results_of(settings: Mapping[str, Any]) -> str:
     # The rows of all files were mixed by a sort by time.
     if settings.get("benchmark_filename") is not None:
         return "0.2.0"
-    retriever = settings.get("retriever"), settings.get("retriever_config") or {}
-    for model, options in ((settings["model"], settings), retriever):
+    for model, options in stages:
         # It reads the oldest event of a history.
         if model == "BERT4Rec":
             return "0.2.0"

@@ -60,18 +60,23 @@ def test_windows_give_each_target_once_with_its_context(lengths, max_length, win
     assert sorted(seen) == sorted(prefixes["item_id"].tolist())
 
 
-@given(lengths=histories, max_length=st.integers(1, 20))
-def test_histories_that_fit_are_recboles_prefixes_exactly(lengths, max_length):
-    prefixes = prefixes_of([min(n, max_length + 1) for n in lengths], max_length)
+@given(lengths=histories, max_length=st.integers(1, 20), data=st.data())
+def test_histories_that_fit_are_recboles_prefixes_exactly(lengths, max_length, data):
+    """Also where the oldest events are no targets, as train_last leaves it, and the context is short."""
+    lengths = [min(n, max_length + 1) for n in lengths]
+    keep = np.array(data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths))))
+    prefixes = prefixes_of(lengths, max_length, keep)
     if not len(prefixes):
         return
-    windows = Windows(prefixes, max_length, max_length, shuffle=True)
-    batch = windows.gather(windows.epoch(np.random.default_rng(0))[:, :2], "item_id")
+    windows = Windows(prefixes, max_length, data.draw(st.integers(1, max_length)), shuffle=True)
+    order = windows.epoch(np.random.default_rng(0))[:, :2]
+    batch = windows.gather(order, "item_id")
     starts = batch.cu_seqlens[torch.searchsorted(batch.cu_seqlens, batch.at, right=True) - 1]
     lengths_of = dict(zip(prefixes["item_id"].tolist(), prefixes["item_length"].tolist()))
     for at, target, start in zip(batch.at.tolist(), batch.target.tolist(), starts.tolist()):
         assert at + 1 - start == lengths_of[target]
-    assert batch.positions == len(prefixes)  # one position a target, nothing twice
+    # One position a target, nothing twice, and before the first of them its history.
+    assert batch.positions == len(prefixes) + sum(lengths_of[target + 1] - 1 for target in windows.target[order[:, 0]])
 
 
 @given(lengths=histories, size=st.integers(1, 50), stop=st.integers(0, 30), packed=st.booleans())
