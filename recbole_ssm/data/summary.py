@@ -133,7 +133,7 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
         the event before them), ``time``, ``order``, ``split`` and ``warnings``.
 
     Raises:
-        UserError: the k-core is empty, or the split has an empty part.
+        UserError: the k-core is empty, or the split has a part without events or targets.
     """
     if k > 1:
         events = events.take(k_core(events.users.codes, events.items.codes, k, k))
@@ -148,8 +148,10 @@ def inspect(events: Events, k: int = 0, parts: Sequence[float] | None = None) ->
     tied = ties.are_tied(users, times)
     part_of_event = None if parts is None else temporal.split_by_time(times, parts)
     # Leave-one-out tests the last event of each user who has three; a split by time all of its part but first events.
-    tested = (starts + lengths - 1)[lengths >= 3] if part_of_event is None else np.flatnonzero(part_of_event == 2)
-    targets = np.setdiff1d(tested, starts, assume_unique=True)
+    if part_of_event is None:
+        targets = (starts + lengths - 1)[lengths >= 3]
+    else:
+        targets = np.flatnonzero(same)[temporal.parts_of_targets(part_of_event, users, times) == 2] + 1
     repeated = np.setdiff1d(np.arange(len(events)), without_repeats(sorted_events, "first"), assume_unique=True)
     positions = temporal.is_position(users, times)
     found: dict[str, Any] = {
@@ -218,8 +220,8 @@ def text(found: dict[str, Any]) -> str:
 
 def _verdict(found: dict[str, Any]) -> str:
     """Whether a model can be trained on it, and what to look at first."""
-    if not found["repeats"]["targets"]:
-        return "not fit to train: no event is left to test on; leave-one-out takes users of 3 events and more"
+    if found["length"]["max"] < 3:
+        return "not fit to train: no user has 3 events, one each to train, validate and test"
     # What leave-one-out leaks concerns how the test is read, not the data.
     doubts = [warning for warning in found["warnings"] if not warning.startswith("leave-one-out")]
     return "it can be trained on; look at the warnings above first" if doubts else "fit to train"

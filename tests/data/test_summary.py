@@ -5,11 +5,15 @@ import json
 import os
 import random
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from recbole_ssm.cli import main
+from recbole_ssm.data import create_dataset
+from recbole_ssm.errors import UserError
+from recbole_ssm.quick_start import configure
 from tests.conftest import REPOSITORY
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
@@ -123,6 +127,32 @@ def test_how_many_targets_are_in_the_history(tmp_path, capsys):
     assert found["repeats"] == {"targets": 4, "in_history": 0.5, "newest": 0.25}
     found = look(tmp_path, HEADER + "u\ti\t1\nu\ti\t2\n")
     assert found["repeats"] == {"targets": 0, "in_history": 0.0, "newest": 0.0}
+
+
+HISTORY = [("a", 0), ("a", 1), ("a", 2)]
+STRANGERS = [("b", 10), ("c", 11), ("d", 12), ("a", 20), ("b", 21), ("c", 22)]
+
+
+@pytest.mark.parametrize(
+    ("events", "split", "told"),
+    [
+        (HISTORY, {"LS": "valid_and_test"}, "  fit to train"),
+        (HISTORY[:2], {"LS": "valid_and_test"}, "not fit to train: no user has 3 events"),
+        (HISTORY + STRANGERS, {"GTS": [5, 2, 2]}, "  fit to train"),
+        (HISTORY + STRANGERS, {"GTS": [1, 1, 1]}, "GTS leaves validation with nothing but first events of users"),
+        (STRANGERS, {"GTS": [1, 1, 1]}, "GTS leaves training with nothing but first events"),
+    ],
+)
+def test_a_verdict_is_what_the_loader_does(tmp_path, capsys, events, split, told):
+    rows = "".join(f"{user}\ti{time % 5}\t{978300000 + time}\n" for user, time in events)
+    (tmp_path / "data" / "made").mkdir(parents=True)
+    (tmp_path / "data" / "made" / "made.inter").write_text(HEADER + rows)
+    asked = "LS" if "LS" in split else str(split)
+    main(["inspect", "made", f"--data_path={tmp_path / 'data'}", f"--split={asked}"])
+    assert told in "".join(capsys.readouterr())
+    options = {"data_path": str(tmp_path / "data"), "topk": 1, "valid_metric": "NDCG@1", "eval_args": {"split": split}}
+    with nullcontext() if "  fit" in told else pytest.raises(UserError):
+        create_dataset(configure("GRU4Rec", "made", config_dict=options)).build()
 
 
 def test_positions_are_no_times(tmp_path):
