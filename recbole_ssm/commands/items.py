@@ -7,9 +7,9 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.data.atomic import Tokens, read_columns, read_header
+from recbole_ssm.data.atomic import read_header
 from recbole_ssm.errors import UserError, did_you_mean
-from recbole_ssm.llm.titles import read_titles
+from recbole_ssm.llm.titles import entries_of_items, read_titles
 
 CATEGORY_FIELDS = ("categories", "category", "genres", "genre", "class")
 """Names of columns that may hold categories, in the order in which they are looked for."""
@@ -64,19 +64,12 @@ def categories_of(config: Any, field: str | None = None) -> dict[str, list[str]]
             return {}
     if field not in names:
         raise UserError(f"--category_field: {path} has no column {field} of text{did_you_mean(field, names)}")
-    columns = read_columns(
-        path, {item_field: "token", field: header[field]}, required=(item_field,),
-        separator=config["field_separator"], seq_separator=config["seq_separator"], encoding=encoding,
-    )  # fmt: skip
     separator = config["seq_separator"]
-    cells = columns[field]
-    if isinstance(cells, Tokens):
-        texts = ["" if isinstance(cell, float) else cell for cell in cells.objects()]
-    else:
-        texts = [separator.join(cell) for cell in cells]
-    mark = "," if any("," in text for text in texts) else separator
+    entries = entries_of_items(path, field, header[field], config)
+    texts = {item: separator.join(parts) for item, parts in entries.items()}
+    mark = "," if any("," in text for text in texts.values()) else separator
     found: dict[str, list[str]] = {}
-    for item, text in zip(columns[item_field].objects(), texts):
+    for item, text in texts.items():
         for name in dict.fromkeys(part.strip() for part in text.split(mark)):
             if name:
                 found.setdefault(name, []).append(item)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,54 @@ def read_columns(
             if len(lines.numbers):
                 found.add(lines.columns(names, list(columns)), lines.numbers, lines.raw, bad)
     return found.finish(path, bad, "there is a header but no line below it")
+
+
+def read_configured(
+    path: Path, columns: dict[str, str], config: Any, required: Container[str] = ()
+) -> tuple[dict[str, Any], BadLines]:
+    """:func:`read_columns` with the separators, the encoding and the ``on_bad_lines`` of a configuration, and the lines
+    that were skipped, which are counted in the log and kept in ``checkpoint_dir``.
+    """
+    side = Path(config["checkpoint_dir"]) / f"{path.name}.skipped"
+    with BadLines(path, config["on_bad_lines"], side) as bad:
+        found = read_columns(
+            path,
+            columns,
+            required=required,
+            separator=config["field_separator"],
+            seq_separator=config["seq_separator"],
+            encoding=config["encoding"] or "utf-8",
+            bad=bad,
+        )
+    if len(bad):
+        getLogger().warning(bad)
+    return found, bad
+
+
+def contradictions(frame: pd.DataFrame, field: str, bad: BadLines) -> str:
+    """One line on the ids of ``field`` that are described again in another way; "" without any.
+
+    Args:
+        frame: what was read, one row for each line that was not skipped.
+        field: the column of the ids, none of them empty.
+        bad: the lines that were skipped on the way.
+    """
+    again = frame[frame[field].duplicated()]
+    first = frame[frame[field].isin(again[field])].drop_duplicates(field).set_index(field)
+    contradicting: dict[str, int] = {}
+    for row, values in zip(again.index, again.to_dict("records")):
+        former = first.loc[values.pop(field)]
+        # What is missing, which is NaN, contradicts nothing.
+        told = {name: value for name, value in values.items() if not np.all(pd.isna(value))}
+        if not all(np.array_equal(former[name], value) for name, value in told.items()):
+            contradicting.setdefault(former.name, row)
+    if not contradicting:
+        return ""
+    who, row = next(iter(contradicting.items()))
+    return (
+        f"{bad.path}, line {bad.line_of(row)}: {field} {excerpt(who)} again, with other values, and "
+        f"{len(contradicting):,} such ids in all; the first line of each counts"
+    )
 
 
 def require_column(path: Path, header: dict[str, str], key: str, name: str, kind: str) -> None:

@@ -18,11 +18,10 @@ import torch
 
 from recbole_ssm import compat
 from recbole_ssm.data import readymade, temporal, ties
-from recbole_ssm.data.atomic import as_frame, read_columns, read_header, require_column
+from recbole_ssm.data.atomic import as_frame, contradictions, read_configured, read_header, require_column
 from recbole_ssm.data.download import download
 from recbole_ssm.data.events import Events, k_core, oddities
-from recbole_ssm.data.lines import BadLines
-from recbole_ssm.errors import UserError, did_you_mean, excerpt
+from recbole_ssm.errors import UserError, did_you_mean
 
 compat.install()
 
@@ -96,87 +95,71 @@ class SequentialDataset(SplitDataset):
             raise UserError(f"{where}, and the download failed ({reason}); get {url} and unpack it there") from error
 
     def _load_feat(self, filepath: str, source: Any) -> Any:
-        load, unload = self._get_load_and_unload_col(source)
-        if load == set():
+        path = Path(filepath)
+        if self._get_load_and_unload_col(source)[0] == set():
             return None
-        path, encoding = Path(filepath), self.config["encoding"] or "utf-8"
-        separator = self.config["field_separator"]
-        header = read_header(path, separator, encoding)
-        required: list[str] = []
-        if source == FeatureSource.INTERACTION:
-            needed = {"USER_ID_FIELD": (self.uid_field, "token"), "ITEM_ID_FIELD": (self.iid_field, "token")}
-            if self.benchmark_filename_list is None:
-                needed["TIME_FIELD"] = (self.time_field, "float")
-            else:
-                needed["LIST_SUFFIX"] = (self.iid_field + self.config["LIST_SUFFIX"], "token_seq")
-            for key, (name, kind) in needed.items():
-                require_column(path, header, key, name, kind)
-                required.append(name)
-            if load is not None and self.benchmark_filename_list is not None:
-                # The histories are what such files are made for.
-                load = load | set(required)
-        if load is not None:
-            absent = sorted(load - set(header))
-            if absent and source == FeatureSource.INTERACTION:
-                raise UserError(
-                    f"{path}, line 1: no column {absent[0]}, which load_col asks for; drop it from load_col"
-                )
-        columns = {
-            name: kind
-            for name, kind in header.items()
-            if (load is None or name in load) and (unload is None or name not in unload)
-        }
-        for name in required:
-            if name not in columns:
-                raise UserError(f"load_col and unload_col leave out {name} of {path.name}, which must be loaded")
+        header = read_header(path, self.config["field_separator"], self.config["encoding"] or "utf-8")
+        columns, required = self._columns(path, header, source)
         if not columns:
             self.logger.warning(f"No columns has been loaded from [{source}]")
             return None
         time_field = self.time_field if source == FeatureSource.INTERACTION else None
-        side = Path(self.config["checkpoint_dir"]) / f"{path.name}.skipped"
-        with BadLines(path, self.config["on_bad_lines"], side) as bad:
-            found = read_columns(
-                path,
-                {name: "time" if name == time_field else kind for name, kind in columns.items()},
-                required=required,
-                separator=separator,
-                seq_separator=self.config["seq_separator"],
-                encoding=encoding,
-                bad=bad,
-            )
-        if len(bad):
-            self.logger.warning(bad)
-        if required and self.benchmark_filename_list is None:
+        kinds = {name: "time" if name == time_field else kind for name, kind in columns.items()}
+        found, bad = read_configured(path, kinds, self.config, required)
+        if source == FeatureSource.INTERACTION and self.benchmark_filename_list is None:
             user, item, time = required
             events = Events(found[user], found[item], found[time])
             for level, oddity in oddities(events, (user, item, time), bad, self.config["rm_dup_inter"]):
                 self.logger.log(level, oddity)
         frame = as_frame(found)
-        if source in (FeatureSource.ITEM, FeatureSource.USER):
-            self._look_at_repeats(path, frame, self.iid_field if source == FeatureSource.ITEM else self.uid_field, bad)
+        if source in (FeatureSource.ITEM, FeatureSource.USER) and (note := contradictions(frame, required[0], bad)):
+            self.logger.warning(note)
         for name, kind in columns.items():
             self._register(name, FeatureType(kind), source, frame)
         return frame
 
-    def _look_at_repeats(self, path: Path, frame: Any, field: str, bad: BadLines) -> None:
-        """Count the ids that are described again in another way; RecBole takes the first line of each."""
-        if field not in frame:
-            return
-        again = frame[frame[field].duplicated()]
-        first = frame[frame[field].isin(again[field])].drop_duplicates(field).set_index(field)
-        contradicting: dict[str, int] = {}
-        for row, values in zip(again.index, again.to_dict("records")):
-            former = first.loc[values.pop(field)]
-            # What is missing, which is NaN, contradicts nothing.
-            told = {name: value for name, value in values.items() if not np.all(pd.isna(value))}
-            if not all(np.array_equal(former[name], value) for name, value in told.items()):
-                contradicting.setdefault(former.name, row)
-        if contradicting:
-            who, row = next(iter(contradicting.items()))
-            self.logger.warning(
-                f"{path}, line {bad.line_of(row)}: {field} {excerpt(who)} again, with other values, and "
-                f"{len(contradicting):,} such ids in all; the first line of each counts"
-            )
+    def _columns(self, path: Path, header: dict[str, str], source: Any) -> tuple[dict[str, str], list[str]]:
+        """What to load of a file, ``{name: type}``, and the columns in which no cell may be empty.
+
+        Raises:
+            UserError: a column is missing, or stands in a file that was loaded before.
+        """
+        load, unload = self._get_load_and_unload_col(source)
+        needed: dict[str, tuple[str, str]] = {}
+        if source in (FeatureSource.INTERACTION, FeatureSource.USER):
+            needed["USER_ID_FIELD"] = self.uid_field, "token"
+        if source in (FeatureSource.INTERACTION, FeatureSource.ITEM):
+            needed["ITEM_ID_FIELD"] = self.iid_field, "token"
+        if source == FeatureSource.INTERACTION and self.benchmark_filename_list is None:
+            needed["TIME_FIELD"] = self.time_field, "float"
+        elif source == FeatureSource.INTERACTION:
+            needed["LIST_SUFFIX"] = self.iid_field + self.config["LIST_SUFFIX"], "token_seq"
+            # The histories are what such files are made for.
+            load = load and load | {name for name, _ in needed.values()}
+        for key, (name, kind) in needed.items():
+            require_column(path, header, key, name, kind)
+        absent = sorted((load or set()) - set(header))
+        if absent and source == FeatureSource.INTERACTION:
+            raise UserError(f"{path}, line 1: no column {absent[0]}, which load_col asks for; drop it from load_col")
+        columns = {
+            name: kind
+            for name, kind in header.items()
+            if (load is None or name in load) and (unload is None or name not in unload)
+        }
+        required = [name for name, _ in needed.values()]
+        for name in required:
+            if name not in columns:
+                raise UserError(f"load_col and unload_col leave out {name} of {path.name}, which must be loaded")
+        for name in columns:
+            other = self.field2source.get(name, source)
+            if other != source and name not in required:
+                # An id may stand in a second file, which RecBole then notes; the first is that of the events.
+                suffix = "inter" if name in (self.uid_field, self.iid_field) else getattr(other, "value", other)
+                raise UserError(
+                    f"{path}, line 1: {self.dataset_name}.{suffix} has a column {name} too, and one would take the "
+                    "place of the other; rename one, or load one alone (load_col, unload_col)"
+                )
+        return columns, required
 
     def _register(self, name: str, kind: Any, source: Any, frame: Any) -> None:
         """What RecBole's reader notes of each field."""

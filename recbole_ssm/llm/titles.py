@@ -13,7 +13,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.data.atomic import Tokens, read_columns, read_header
+from recbole_ssm.data.atomic import Tokens, read_configured, read_header
 from recbole_ssm.data.names import name_titles, title_column
 from recbole_ssm.data.outline import item_tokens
 from recbole_ssm.errors import UserError, did_you_mean
@@ -60,16 +60,8 @@ def read_titles(config: Any, tokens: Sequence[str], title_field: str | None = No
     if item_field not in header:
         raise UserError(f"{path}, line 1: no column {item_field}:token (there are {', '.join(header)})")
     field = _title_field(path, header, title_field or config["title_field"], item_field)
-    columns = read_columns(
-        path,
-        {item_field: "token", field: header[field]},
-        required=(item_field,),
-        separator=separator,
-        seq_separator=config["seq_separator"],
-        encoding=encoding,
-    )
-    found = dict(zip(columns[item_field].objects(), _texts(columns[field])))
-    titles = [found.get(token, "") for token in tokens[1:]]
+    found = entries_of_items(path, field, header[field], config)
+    titles = [" ".join(html.unescape(" ".join(found.get(token, ()))).split()) for token in tokens[1:]]
     missing = titles.count("")
     if missing == len(titles):
         raise UserError(
@@ -94,9 +86,21 @@ def _title_field(path: Path, header: dict[str, str], wanted: str | None, item_fi
     return wanted
 
 
-def _texts(column: Any) -> list[str]:
-    if isinstance(column, Tokens):
-        cells = ["" if isinstance(cell, float) else cell for cell in column.objects()]
-    else:
-        cells = [" ".join(entries) for entries in column]
-    return [" ".join(html.unescape(cell).split()) for cell in cells]
+def entries_of_items(path: Path, field: str, kind: str, config: Any) -> dict[str, list[str]]:
+    """``{item token: entries}`` of a column of text; the first line of each item counts, as where models read features.
+
+    Args:
+        path: the .item file.
+        field: the column.
+        kind: its type, ``token`` or ``token_seq``; a token is one entry, and an empty cell has none.
+        config: names the column of the items, and says how files are read.
+    """
+    item_field = config["ITEM_ID_FIELD"]
+    columns, _ = read_configured(path, {item_field: "token", field: kind}, config, required=(item_field,))
+    cells = columns[field]
+    if isinstance(cells, Tokens):
+        cells = [[] if isinstance(cell, float) else [cell] for cell in cells.objects()]
+    found: dict[str, list[str]] = {}
+    for item, entries in zip(columns[item_field].objects(), cells):
+        found.setdefault(item, list(entries))
+    return found

@@ -162,6 +162,45 @@ def test_contradicting_descriptions_are_counted(data, write_dataset, caplog):
     assert found.item_feat["price"][found.token2id("item_id", "i2")] == 2
 
 
+FILES = {
+    "item": "item_id:token\t{}\n" + "".join(f"i{k}\t{k}\n" for k in range(15)),
+    "user": "user_id:token\t{}\n" + "".join(f"u{k}\t{k}\n" for k in range(20)),
+}
+
+
+@pytest.mark.parametrize("load_col", [None, {"inter": "*", "user": "*", "item": "*"}])
+@pytest.mark.parametrize(
+    ("of_users", "of_items", "message"),
+    [
+        ("age:float", "timestamp:float", "made.item, line 1: made.inter has a column timestamp too"),
+        ("age:float", "rating:token", "made.item, line 1: made.inter has a column rating too"),
+        ("age:float", "user_id:token", "made.item, line 1: made.inter has a column user_id too"),
+        ("item_id:token", "price:float", "made.user, line 1: made.inter has a column item_id too"),
+        ("stars:float", "stars:float", "made.item, line 1: made.user has a column stars too"),
+    ],
+)
+def test_a_column_of_two_files_is_refused(data, write_dataset, load_col, of_users, of_items, message):
+    """RecBole joins users and items to events by name: the time of an event would be that of its item."""
+    for suffix, column in (("user", of_users), ("item", of_items)):
+        write_dataset(FILES[suffix].format(column), suffix=suffix)
+    with pytest.raises(UserError, match=message) as caught:
+        create(data, load_col=load_col)
+    assert "rename one, or load one alone (load_col, unload_col)" in str(caught.value)
+    more = {"item": of_items.split(":")[:1], "user": of_users.split(":")[:1]}
+    assert create(data, load_col=None, unload_col=more).item_num == 16
+
+
+@pytest.mark.parametrize("suffix", ["item", "user"])
+def test_lines_without_an_id_are_faulty(data, write_dataset, suffix, caplog):
+    write_dataset(FILES[suffix].format("price:float") + "\t1\n\t2\n", suffix=suffix)
+    line = {"item": 17, "user": 22}[suffix]
+    load = {"inter": INTER, suffix: [f"{suffix}_id", "price"]}
+    with pytest.raises(UserError, match=f"made.{suffix}, line {line}: {suffix}_id is empty; fill it in or drop the"):
+        create(data, load_col=load)
+    assert create(data, load_col=load, on_bad_lines="skip").item_num == 16
+    assert f"made.{suffix}: 2 lines skipped, the first because line {line}" in caplog.text
+
+
 @pytest.mark.parametrize("drop", [False, True])
 def test_targets_that_training_never_saw_are_counted_and_may_go(write_dataset, caplog, drop):
     """u0 to u3 meet i0 to i7; then two of them test on an item that nobody trained on, and one validates on it."""

@@ -45,6 +45,15 @@ def test_a_column_of_single_tokens_and_another_name(titles):
     assert titles(file, title_field="label")["i3"] == "L 3"
 
 
+def test_the_first_line_of_an_item_counts_and_faulty_ones_are_skipped(titles, caplog):
+    """As where models read features, and as convert writes them."""
+    file = "item_id:token\ttitle:token\n" + "".join(f"i{i}\tT {i}\n" for i in range(12)) + "i3\tagain\n\tnothing\n"
+    with pytest.raises(UserError, match="made.item, line 15: item_id is empty"):
+        titles(file)
+    assert titles(file, on_bad_lines="skip")["i3"] == "T 3"
+    assert "made.item: 1 lines skipped, the first because line 15" in caplog.text
+
+
 def test_movie_titles_are_found_without_a_word():
     config = configure("GPT4Rec", "ml-100k")
     dataset = create_dataset(config)
