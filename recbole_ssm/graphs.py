@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +42,13 @@ def capture(function: Callable[..., Any], inputs: list[Tensor], structure: Any) 
     def call() -> Any:
         return function(*pytree.tree_unflatten(inputs, structure))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             call()
         _refuse_waits(call)
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     outputs, replay = record(call, device)
     return Recording(inputs, outputs, replay)
 
@@ -67,7 +67,8 @@ def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> t
     graph = torch.cuda.CUDAGraph()
     before = torch.cuda.get_rng_state(device)
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        how = {"pool": pool, "stream": _side_stream(device), "capture_error_mode": "thread_local"}
+        with torch.cuda.device(device), torch.cuda.graph(graph, **how):
             outputs = call()
     except RuntimeError as error:
         # The generator still believes that it is recorded, and every later random number would be an error. One in
@@ -78,6 +79,12 @@ def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> t
         # What PyTorch raises last says only that something failed before.
         raise error.__context__ or error from None
     return outputs, graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a GPU, which share memory within a stream alone; PyTorch's is that of the first GPU."""
+    return torch.cuda.Stream(device)
 
 
 def _refuse_waits(call: Callable[[], Any]) -> None:

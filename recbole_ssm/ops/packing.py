@@ -100,6 +100,8 @@ def buckets(cu_seqlens: Tensor) -> list[Bucket]:
     """
     lengths = cu_seqlens.diff()
     filled = torch.nonzero(lengths).squeeze(1)
+    if not filled.numel():
+        return []
     total, longest = int(cu_seqlens[-1]), int(lengths.max())
     if filled.numel() * longest * 3 <= total * 4:
         groups = [filled]

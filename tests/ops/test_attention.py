@@ -42,6 +42,14 @@ def test_it_is_the_formula(last_only):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("sequences", [0, 3])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_empty_histories_alone_give_zeros(sequences, last_only):
+    q, k = torch.randn(sequences if last_only else 0, 2, 8), torch.randn(0, 2, 8)
+    y = packed_attention(q, k, k, torch.zeros(sequences + 1, dtype=torch.int64), 5, last_only=last_only)
+    assert torch.equal(y, torch.zeros_like(q))
+
+
 def kernel(query, key, value, *, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
            custom_mask_type, compute_log_sumexp):  # fmt: skip
     """What PyTorch's kernel computes, with NaN where nothing is said of it."""
