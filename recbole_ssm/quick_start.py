@@ -302,6 +302,7 @@ def _prepare(
     if stage:
         # It comes last, so that whatever is wrong with the model is found before another one is
         # trained for it.
+        recommender.check_validation(loaders[1])
         stage.load_into(recommender)
         set_backend(config["ssm_backend"])
     return recommender, *loaders

@@ -267,21 +267,29 @@ class LlamaRec(LanguageModelRecommender):
             for history, items in zip(histories, candidates.tolist())
         ]
 
+    def check_validation(self, valid_data: Any) -> None:
+        """Refuse to tune without validation rows, before a retriever is trained for it.
+
+        Raises:
+            UserError: there are none, and the fusion weight is to be tuned.
+        """
+        if self.fusion_tuned and not valid_data:
+            raise UserError(
+                "fusion_weight: there are no validation rows by which it could be tuned; give a number such as 0.5, or "
+                "another split in eval_args"
+            )
+
     @torch.no_grad()
     def tune(self, valid_data: Any) -> None:
         """Choose the fusion weight with the highest NDCG on the validation rows, the smallest
         of equal ones.
 
         Raises:
-            UserError: there are no validation rows, and it is to be tuned.
+            UserError: as of :meth:`check_validation`.
         """
+        self.check_validation(valid_data)
         if not self.fusion_tuned:
             return
-        if not valid_data:
-            raise UserError(
-                "fusion_weight: there are no validation rows by which it could be tuned; give a number such as 0.5, or "
-                "another split in eval_args"
-            )
         self.records = []
         scorer = Scorer(self, valid_data._dataset, valid_data.step)
         with self.remembering():

@@ -12,7 +12,7 @@ import transformers
 from recbole.data.interaction import Interaction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recbole_ssm import load_recommender, run_recbole_ssm
+from recbole_ssm import load_recommender, quick_start, run_recbole_ssm
 from recbole_ssm.commands import evaluate
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
@@ -463,6 +463,7 @@ def test_what_is_tuned_is_tuned_where_no_epoch_is_validated(circle, monkeypatch)
         assert calls == [60] and found["reranking"]["fusion_weight"] == 0.25
         assert run_recbole_ssm(resume=found["checkpoint"])["reranking"]["fusion_weight"] == 0.25
     options |= {"epochs": 1, "eval_args": {"split": {"LS": "test_only"}}}
+    monkeypatch.setattr(quick_start, "Trainer", lambda *_: pytest.fail("the retriever was trained"))
     with pytest.raises(UserError, match="fusion_weight: there are no validation rows by which it could be tuned"):
         run_recbole_ssm("LlamaRec", "circle", config_dict=options)
 
