@@ -169,12 +169,9 @@ def read_configured(
 
 
 def contradictions(frame: pd.DataFrame, field: str, bad: BadLines) -> str:
-    """One line on the ids of ``field`` that are described again in another way; "" without any.
+    """One line on the ids, in column ``field``, that a later line describes in another way; "" without any.
 
-    Args:
-        frame: what was read, one row for each line that was not skipped.
-        field: the column of the ids, none of them empty.
-        bad: the lines that were skipped on the way.
+    The frame has a row for each line that was read, and ``bad`` has the others.
     """
     again = frame[frame[field].duplicated()]
     first = frame[frame[field].isin(again[field])].drop_duplicates(field).set_index(field)
