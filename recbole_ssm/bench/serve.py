@@ -44,7 +44,8 @@ from recbole_ssm.serving import Recommender  # noqa: E402
 from recbole_ssm.serving.record import STATE_TYPES, Record, Values  # noqa: E402
 from recbole_ssm.serving.served import Served  # noqa: E402
 from recbole_ssm.serving.states import Unread  # noqa: E402
-from recbole_ssm.serving.store import DURABILITIES, Store, open_store  # noqa: E402
+from recbole_ssm.serving.store import Store  # noqa: E402
+from recbole_ssm.serving.stores import DURABILITIES, open_store  # noqa: E402
 from recbole_ssm.serving.workers import COUNTS, Team, supervise  # noqa: E402
 
 FEW = 1000

@@ -21,7 +21,8 @@ from recbole_ssm.serving import recommender_of
 from recbole_ssm.serving.engine import FEWEST
 from recbole_ssm.serving.record import STATE_TYPES
 from recbole_ssm.serving.served import Served
-from recbole_ssm.serving.store import DURABILITIES, Store, open_store
+from recbole_ssm.serving.store import Store
+from recbole_ssm.serving.stores import DURABILITIES, open_store
 from recbole_ssm.serving.workers import COUNTS, Team, supervise
 from recbole_ssm.starting import configure_data
 from recbole_ssm.trainer import checkpoint

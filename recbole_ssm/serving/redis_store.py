@@ -60,12 +60,11 @@ class RedisStore:
                 raise StoreError(errno.ENOSPC, line) from error
             raise StoreError(errno.EIO, f"state: the Redis server failed ({told})") from error
 
-    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T, Values], None], numbered: bool = True) -> T:
+    def _transact(self, work: Callable[[Get], T], write: Callable[[Any, T, Values], None]) -> T:
         """Read and write; where another server wrote meanwhile what was read, once more.
 
         Where the connection is lost before the answer comes, redis-py cannot know whether it was written, and calls
-        once more too. So an update writes its own number with the rest, and looks for it before it does anything twice;
-        one that only deletes can do without.
+        once more too. So an update writes its own number with the rest, and looks for it before it does anything twice.
         """
         made: list[T] = []
         found: Values = {}
@@ -90,7 +89,7 @@ class RedisStore:
             made[:] = [work(get)]
             pipe.multi()
             write(pipe, made[0], found)
-            if pipe.command_stack and numbered:
+            if pipe.command_stack:
                 pipe.set(self._written, number, ex=KNOWN_FOR)
 
         with self._telling():
@@ -103,10 +102,8 @@ class RedisStore:
 
     def update(self, change: Change) -> None:
         """As of :class:`Store`."""
-        come = 0
 
         def write(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
-            nonlocal come
             come = 0
             for key, value in changed.items():
                 if PART not in key:
@@ -115,28 +112,40 @@ class RedisStore:
                     pipe.delete(self._name(key))
                 else:
                     pipe.set(self._name(key), value)
-
-        def write_and_count(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
-            write(pipe, changed, found)
             if come:
                 pipe.incrby(self.COUNT, come)
 
         try:
-            self._transact(change, write_and_count)
+            self._transact(change, write)
         except StoreError as error:
-            if not error.full:
+            if not error.full or not self._deleted(change):
                 raise
-            full = error
 
-            def delete(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
-                if any(value is not None for value in changed.values()):
-                    raise full
-                write(pipe, changed, found)
+    def _deleted(self, change: Change) -> bool:
+        """Whether a change does nothing but delete, and has been carried out on a server that is full.
 
-            # A full server deletes, where nothing else is asked with it. Then it may have room for the count again.
-            self._transact(change, delete, numbered=False)
-            with suppress(self._redis.RedisError):
-                self._client.incrby(self.COUNT, come)
+        Such a server refuses every command of a transaction. By itself one that deletes is carried out, and nobody can
+        have written meanwhile.
+        """
+        found: Values = {}
+
+        def read(get: Get) -> Mapping[bytes, bytes | None]:
+            def noted(keys: Sequence[bytes]) -> Values:
+                values = get(keys)
+                found.update(values)
+                return values
+
+            return change(noted)
+
+        changed = self.read(read)
+        if any(value is not None for value in changed.values()):
+            return False
+        with self._telling():
+            self._client.delete(*map(self._name, changed))
+        # Now it may have room for the count again.
+        with suppress(self._redis.RedisError):
+            self._client.decrby(self.COUNT, sum(found.get(key) is not None for key in changed if PART not in key))
+        return True
 
     def parts(self, user: str) -> list[bytes]:
         """As of :class:`Store`."""

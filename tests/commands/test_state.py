@@ -13,7 +13,8 @@ from recbole_ssm.commands.state import import_events
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.engine import Engine
 from recbole_ssm.serving.record import PART, whole_record
-from recbole_ssm.serving.store import MemoryStore, StoreError, open_store
+from recbole_ssm.serving.store import MemoryStore, StoreError
+from recbole_ssm.serving.stores import open_store
 from recbole_ssm.serving.visits import Visit
 from tests.conftest import REPOSITORY
 

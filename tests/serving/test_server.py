@@ -25,7 +25,8 @@ from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import command_parser, load_served, server_of
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving.states import Unread
-from recbole_ssm.serving.store import MemoryStore, open_store
+from recbole_ssm.serving.store import MemoryStore
+from recbole_ssm.serving.stores import open_store
 from tests.conftest import REPOSITORY
 from tests.serving.conftest import record_of, row_of
 from tests.serving.test_engine import untrained

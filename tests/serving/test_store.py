@@ -24,7 +24,8 @@ from recbole_ssm.serving.record import (
     unpacked_state,
     whole_record,
 )
-from recbole_ssm.serving.store import StoreError, open_store
+from recbole_ssm.serving.store import StoreError
+from recbole_ssm.serving.stores import open_store
 
 lmdb = pytest.importorskip("lmdb", reason="the extra serve is not installed")
 

@@ -22,7 +22,8 @@ from recbole_ssm.cli import main
 from recbole_ssm.commands.serve import load_served
 from recbole_ssm.errors import UserError
 from recbole_ssm.serving import workers
-from recbole_ssm.serving.store import MemoryStore, open_store
+from recbole_ssm.serving.store import MemoryStore
+from recbole_ssm.serving.stores import open_store
 from recbole_ssm.serving.workers import Team
 from tests.children import in_child
 from tests.serving.conftest import record_of
