@@ -56,7 +56,10 @@ def import_events(engine: Engine, file: str | Path) -> tuple[int, int]:
             raise UserError(f"--import: the id {str(name)[:60]!r}... has more than {LONGEST_ID} bytes of UTF-8")
     now = time.time()
     for user, seconds in zip(histories.users, histories.times or ()):
-        in_time(max(seconds, default=now), user, now)
+        try:
+            in_time(max(seconds, default=now), user, now)
+        except UserError as error:
+            raise UserError(f"--import: {file}: {error}, or drop the event") from error
     key = IMPORT + bytes.fromhex(digest(Path(file)))
     total, done = len(histories.users), int(engine.store.read(lambda get: get([key]))[key] or 0)
     if done:

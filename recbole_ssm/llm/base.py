@@ -51,7 +51,8 @@ SMALLEST_VOCABULARY = 400
 """Room for all bytes, both tokens above, the letters with a space, and the merges that may come
 before those.
 """
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.txt", "*.jinja")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+"""What decides what a base model answers: weights, settings and tokenizer."""
 SECOND_COPY = "consolidated*.safetensors"
 """The same weights once more, in the form of the publisher's own program."""
 

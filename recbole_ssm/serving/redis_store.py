@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from logging import getLogger
 from typing import Any, TypeVar
 
@@ -33,6 +33,8 @@ class RedisStore:
 
     def __init__(self, address: str) -> None:
         self._written = self.WRITTEN + os.urandom(8).hex().encode()
+        # By how many the count of users is too high, because a full server took deletions alone.
+        self._owed = 0
         self._redis = require("redis", "state: redis:// needs the package redis; pip install redis")
         try:
             self._client = self._redis.Redis.from_url(address, socket_timeout=5.0, socket_connect_timeout=5.0)
@@ -40,7 +42,9 @@ class RedisStore:
                 # It is a new store, or one of a former version.
                 self._client.set(self.COUNT, sum(1 for _ in self.users()), nx=True)
         except (ValueError, StoreError, self._redis.RedisError) as error:
-            raise UserError(f"state {address.rpartition('@')[2]}: no Redis server answers ({error})") from error
+            full = FULL in str(error)
+            fault = "the server is full; raise its maxmemory" if full else f"no Redis server answers ({error})"
+            raise UserError(f"state {address.rpartition('@')[2]}: {fault}") from error
 
     def _name(self, key: bytes) -> bytes:
         return (self.PARTS if PART in key else self.PREFIX) + key
@@ -104,7 +108,7 @@ class RedisStore:
         """As of :class:`Store`."""
 
         def write(pipe: Any, changed: Mapping[bytes, bytes | None], found: Values) -> None:
-            come = 0
+            come = -self._owed
             for key, value in changed.items():
                 if PART not in key:
                     come += (value is not None) - (found.get(key) is not None)
@@ -117,6 +121,7 @@ class RedisStore:
 
         try:
             self._transact(change, write)
+            self._owed = 0
         except StoreError as error:
             if not error.full or not self._deleted(change):
                 raise
@@ -140,11 +145,10 @@ class RedisStore:
         changed = self.read(read)
         if any(value is not None for value in changed.values()):
             return False
-        with self._telling():
-            self._client.delete(*map(self._name, changed))
-        # Now it may have room for the count again.
-        with suppress(self._redis.RedisError):
-            self._client.decrby(self.COUNT, sum(found.get(key) is not None for key in changed if PART not in key))
+        if changed:
+            with self._telling():
+                self._client.delete(*map(self._name, changed))
+        self._owed += sum(found.get(key) is not None for key in changed if PART not in key)
         return True
 
     def parts(self, user: str) -> list[bytes]:
@@ -175,7 +179,7 @@ class RedisStore:
 
     def __len__(self) -> int:
         with self._telling():
-            return int(self._client.get(self.COUNT) or 0)
+            return int(self._client.get(self.COUNT) or 0) - self._owed
 
     @property
     def nbytes(self) -> int:

@@ -141,13 +141,18 @@ class Server:
                 return digest
             choice = self.choice = self.team.choose(place, digest)
             self.team.note(self.number, choice)
-        try:
-            await self.team.follow(choice)
-        except TimeoutError:
-            raise BusyError("a worker does not serve this model yet; the log says more") from None
-        if self.team.chosen[0] != choice:
-            raise BusyError("another model was chosen at the same moment, and is served")
-        return digest
+        while True:
+            try:
+                await self.team.follow(choice)
+            except TimeoutError:
+                raise BusyError("a worker does not serve this model yet; the log says more") from None
+            last, chosen = self.team.chosen
+            if chosen != place:
+                raise BusyError("another model was chosen at the same moment, and is served")
+            if last == choice:
+                return self.engine.served.digest
+            # A run that still trains has put a newer file there, and a worker that found it told all others.
+            choice = last
 
     def begin_with_choice(self) -> None:
         """Serve the model that was chosen before this worker was forked, if one was.

@@ -71,9 +71,9 @@ class Team:
         Args:
             place: of the model.
             digest: of the file that was loaded from there, in hexadecimal.
-            after: the choice that this worker follows, which stays where that is the file that was chosen. Where a
-                run that still trains has put another in its place, all workers follow to that one; but another choice
-                that came meanwhile stays.
+            after: the choice that this worker follows. It stays the last one where the file is the same; where a run
+                that still trains has put a newer file there, this is a new choice, and all workers follow to it. A
+                choice that another worker made meanwhile stays too.
         """
         name = os.fsencode(place)
         with self._lock:

@@ -38,3 +38,9 @@ def _part(value: float) -> str:
 def grid(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, for a line of a log."""
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

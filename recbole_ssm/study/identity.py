@@ -7,6 +7,7 @@ Versions differ in the keys that they know and in how they call them, so that on
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,10 @@ def results_of(settings: Mapping[str, Any]) -> str:
     for model, options in stages:
         mode = options.get("train_mode")
         # Where the oldest events of a history are no targets, packed training left out all but a few of them.
-        few = mode == "masked" or (model == "SASRec" and mode in (None, "packed"))
+        short = model == "SASRec" or (options.get("packed_context") or math.inf) < options.get(
+            "MAX_ITEM_LIST_LENGTH", 0
+        )
+        few = mode == "masked" or (short and mode in (None, "packed"))
         if few and (options.get("train_last") or options.get("train_rows")):
             return "0.3.0"
     # What stood deeper in the histories of the rows that train was cold, and what the rows left out was not.
@@ -153,7 +157,11 @@ class Identity(NamedTuple):
                 settings[names.get(key, key)] = value
         # Up to 0.2.0 all files of the data set were digested.
         files = former.content["files"]
-        same = {name: digest for name, digest in files.items() if self.reads(name)} == self.content["files"]
+        # Up to 0.2.0 of a base model its weights and JSON files.
+        late = {name for name in self.content["files"] if name.startswith("base_model/") and name not in files}
+        late -= {name for name in late if name.endswith((".safetensors", ".json"))}
+        now = {name: digest for name, digest in self.content["files"].items() if name not in late}
+        same = {name: digest for name, digest in files.items() if self.reads(name)} == now
         return {**self.content, "settings": settings, "files": files if same else self.content["files"]}
 
 

@@ -33,11 +33,12 @@ from recbole_ssm.console import progress_bar
 from recbole_ssm.data import create_dataset
 from recbole_ssm.errors import UserError, first_line
 from recbole_ssm.evaluation.metrics import Result, metric
-from recbole_ssm.files import digest, write_json
+from recbole_ssm.files import digest, locked, write_json
 from recbole_ssm.keys import KEYS
 from recbole_ssm.llm.base import HUB_FILES
 from recbole_ssm.memory import allocator_settings
 from recbole_ssm.quick_start import configure
+from recbole_ssm.study.cells import duration
 from recbole_ssm.study.identity import Identity, Record, existing, reads, results_of
 from recbole_ssm.trainer import checkpoint
 from recbole_ssm.trainer.checkpoint import settings_of
@@ -240,7 +241,7 @@ class Runs:
             files["retriever_checkpoint"] = self._file_digest(retriever)
         if config["base_model"] is not None and (base := Path(str(config["base_model"])).expanduser()).exists():
             parts = [base] if base.is_file() else [part for name in HUB_FILES for part in base.glob(name)]
-            files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(set(parts))}
+            files |= {f"base_model/{part.name}": self._file_digest(part) for part in sorted(parts)}
         return files
 
     def config(self, run: Run) -> Config:
@@ -313,8 +314,10 @@ class Runs:
         return replace(Outcome.read(folder), run=run)
 
     def give_up(self, run: Run) -> None:
-        """Delete the checkpoints of a run that was interrupted and will not go on; the same run then begins anew."""
-        shutil.rmtree(self.folder_of(run) / CHECKPOINTS, ignore_errors=True)
+        """Delete the checkpoints of an interrupted run that shall not go on, unless another process is at it."""
+        folder = self.folder_of(run)
+        with contextlib.suppress(OSError), locked(folder, wait=False):
+            shutil.rmtree(folder / CHECKPOINTS)
 
     def all(self, runs: Iterable[Run]) -> Iterator[Outcome]:
         """Get the outcomes of many runs, one after the other as they are asked for, with a line on standard error.
@@ -339,9 +342,9 @@ class Runs:
                 words = [f"[{number}/{len(todo)}] {run}: {_score(outcome)}", "done before"]
                 if outcome.error is not None or took > 2:
                     spent.append((run, took))
-                    words[1] = _clock(took)
+                    words[1] = duration(took)
                 if left := _left(spent, todo[number:]):
-                    words.append(f"about {_clock(left)} left")
+                    words.append(f"about {duration(left)} left")
                 bar.update()
                 bar.write("; ".join(words), file=sys.stderr)
                 yield outcome
@@ -415,10 +418,12 @@ def _set_aside(folder: Path, error: UserError) -> None:
 
 def _absolute(model: str, key: str, value: Any) -> Any:
     """An option that names a path as an absolute path, for a process in another folder; other values as they are."""
+    if not isinstance(value, str) or value in ("", "random"):
+        return value
     # Nobody says which keys of a user's own model name paths.
-    path = key in ("data_path", "retriever_checkpoint", "base_model") or (":" in model and key not in KEYS)
-    named = path and isinstance(value, str) and value != "random" and (key == "data_path" or Path(value).exists())
-    return str(Path(value).absolute()) if named else value
+    own = ":" in model and key not in KEYS and (Path(value).is_file() or "/" in value)
+    named = (own or key in ("retriever_checkpoint", "base_model")) and Path(value).exists()
+    return str(Path(value).absolute()) if named or key == "data_path" else value
 
 
 def _show(bar: Any, run: Run, state: Mapping[str, Any]) -> None:
@@ -443,8 +448,3 @@ def _left(spent: list[tuple[Run, float]], todo: list[Run]) -> float:
         alike = alike or [seconds for done, seconds in spent if done.dataset == run.dataset] or [s for _, s in spent]
         total += sum(alike) / len(alike)
     return total
-
-
-def _clock(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -210,8 +210,11 @@ def test_a_full_redis_takes_nothing_but_forgets_whom_it_is_told_to(redis_address
         assert "private" in caplog.text and values_of(found, "bob") == [b"1"]
         found.update(lambda get: get([b"alice"]) and {b"alice": None, state_key("alice"): None})
         assert sorted(found.users()) == ["bob", "carol"] and len(found) == 2
+        found.update(lambda get: {})
     finally:
         found._client.config_set("maxmemory", 0)
+    put(found, dave=b"1")
+    assert len(found) == len(open_store(redis_address)) == 3
 
 
 def test_no_redis_server_is_one_line():

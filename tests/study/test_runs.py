@@ -17,7 +17,7 @@ import yaml
 
 from recbole_ssm import config
 from recbole_ssm.errors import UserError
-from recbole_ssm.files import digest_of_json
+from recbole_ssm.files import digest_of_json, locked
 from recbole_ssm.ops import backend
 from recbole_ssm.study import child, speed
 from recbole_ssm.study import runs as module
@@ -123,6 +123,7 @@ GROUPS = {"n_groups": 2, "head_dim": 32}
         ("SASRec", {"drop_cold_targets": True}, "0.1.0"),
         ("SASRec", {"train_rows": 5}, "0.3.0"),
         ("SASRec", {"train_last": 2, "train_mode": "prefix"}, "0.1.0"),
+        ("2Mamba4Rec", {"train_last": 2, "train_mode": "packed", "packed_context": 9}, "0.3.0"),
         ("SASRec", {"train_newest": 2}, "0.1.0"),
         ("2Mamba4Rec", {"train_last": 2}, "0.1.0"),
         ("Hydra4Rec", {"train_last": 2}, "0.1.0"),
@@ -384,8 +385,9 @@ def test_what_a_later_version_wrote_is_read(done, tmp_path, monkeypatch):
 def test_paths_hold_in_another_folder_and_nothing_else_is_one(tmp_path, monkeypatch):
     """A run trains in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    for name in ("saved", "random", "ml-1m/2Mamba4Rec", "pre", "weights"):
+    for name in ("saved", "random", "ml-1m/2Mamba4Rec", "pre"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights").write_text("")
 
     def absolute(key, value, model="LlamaRec"):
         return module._absolute(model, key, value) == str(tmp_path / value)
@@ -394,8 +396,40 @@ def test_paths_hold_in_another_folder_and_nothing_else_is_one(tmp_path, monkeypa
         absolute("retriever_checkpoint", "saved") and absolute("base_model", "saved") and absolute("data_path", "new")
     )
     assert absolute("my_file", "weights", "my_models:Mine")
+    assert absolute("my_folder", "ml-1m/2Mamba4Rec", "my_models:Mine")
+    assert not absolute("pooling", "saved", "my_models:Mine") and not absolute("note", "", "my_models:Mine")
     assert not absolute("base_model", "random") and not absolute("base_model", "some/hub-name")
     assert not absolute("preset", "ml-1m/2Mamba4Rec") and not absolute("norm_position", "pre")
+
+
+def test_a_run_that_is_given_up_has_no_checkpoints_unless_another_process_is_at_it(tmp_path):
+    runs = Runs(tmp_path / "r", DATA)
+    runs.give_up(SHORT)
+    checkpoints = runs.folder_of(SHORT) / "checkpoints" / "one"
+    checkpoints.mkdir(parents=True)
+    with locked(runs.folder_of(SHORT)):
+        runs.give_up(SHORT)
+    assert checkpoints.is_dir()
+    runs.give_up(SHORT)
+    assert not checkpoints.parent.exists()
+
+
+def test_a_kept_run_of_a_base_model_is_found_whose_tokenizer_was_not_looked_at(tmp_path):
+    """Up to 0.2.0; a change of what was looked at is another run all the same."""
+    (tmp_path / "base").mkdir()
+    for name in ("merges.txt", "config.json", "LICENSE.txt"):
+        (tmp_path / "base" / name).write_text("one")
+    runs, run = Runs(tmp_path / "r", DATA), Run("LlamaRec", "toy", {"base_model": str(tmp_path / "base")})
+    now = runs.identity(run)
+    files = {name: digest for name, digest in now.content["files"].items() if not name.endswith(".txt")}
+    assert len(files) == len(now.content["files"]) - 1
+    kept = runs.folder / f"{run.stem}{digest_of_json({**now.content, 'files': files})[:16]}"
+    kept.mkdir(parents=True)
+    record = {"run": asdict(run), "options": {}, "content": {**now.content, "files": files}, "known": sorted(now.known)}
+    (kept / RUN).write_text(json.dumps(record))
+    assert runs.folder_of(run) == kept
+    (tmp_path / "base" / "config.json").write_text("another")
+    assert runs.folder_of(run) != kept
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "tokenizer.model", "chat_template.jinja", "config.json"])
