@@ -34,9 +34,8 @@ def results_of(settings: Mapping[str, Any]) -> str:
     for model, options in stages:
         mode = options.get("train_mode")
         # Where the oldest events of a history are no targets, packed training left out all but a few of them.
-        short = model == "SASRec" or (options.get("packed_context") or math.inf) < options.get(
-            "MAX_ITEM_LIST_LENGTH", 0
-        )
+        context = options.get("packed_context") or math.inf
+        short = model == "SASRec" or context < options.get("MAX_ITEM_LIST_LENGTH", 0)
         few = mode == "masked" or (short and mode in (None, "packed"))
         if few and (options.get("train_last") or options.get("train_rows")):
             return "0.3.0"

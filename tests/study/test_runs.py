@@ -21,6 +21,7 @@ from recbole_ssm.files import digest_of_json, locked
 from recbole_ssm.ops import backend
 from recbole_ssm.study import child, speed
 from recbole_ssm.study import runs as module
+from recbole_ssm.study.identity import results_of
 from recbole_ssm.study.runs import OUTCOME, RANKS, RUN, Outcome, Run, Runs
 from recbole_ssm.study.speed import speeds
 from recbole_ssm.trainer import checkpoint
@@ -123,7 +124,6 @@ GROUPS = {"n_groups": 2, "head_dim": 32}
         ("SASRec", {"drop_cold_targets": True}, "0.1.0"),
         ("SASRec", {"train_rows": 5}, "0.3.0"),
         ("SASRec", {"train_last": 2, "train_mode": "prefix"}, "0.1.0"),
-        ("2Mamba4Rec", {"train_last": 2, "train_mode": "packed", "packed_context": 9}, "0.3.0"),
         ("SASRec", {"train_newest": 2}, "0.1.0"),
         ("2Mamba4Rec", {"train_last": 2}, "0.1.0"),
         ("Hydra4Rec", {"train_last": 2}, "0.1.0"),
@@ -142,6 +142,17 @@ GROUPS = {"n_groups": 2, "head_dim": 32}
 )
 def test_runs_of_0_1_0_are_kept_where_their_results_have_not_changed(tmp_path, model, options, version):
     assert Runs(tmp_path, DATA).content(Run(model, "toy", options))["version"] == version
+
+
+def test_a_users_own_model_may_have_a_short_context_too():
+    options = {
+        "model": "Mine",
+        "train_mode": "packed",
+        "train_last": 2,
+        "MAX_ITEM_LIST_LENGTH": 50,
+        "packed_context": 26,
+    }
+    assert results_of(options) == "0.3.0"
 
 
 def test_another_retriever_makes_another_run(tmp_path):
