@@ -80,17 +80,27 @@ FORMER = "former"
 def folder_beside(target: Path) -> Iterator[Path]:
     """A hidden temporary folder beside ``target``, in which to prepare that; held by this process until it goes.
 
-    A kill leaves it there, and perhaps the former target in it as :data:`FORMER`; see :func:`recover`.
+    A kill leaves it there, and perhaps the former target in it as :data:`FORMER`; see :func:`recover`. Where the file
+    system has no locks, it is not recovered.
     """
     with (
         TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True) as temporary,
-        locked(Path(temporary)),
+        open(Path(temporary, "not_locked"), "w") as file,
     ):
+        with suppress(OSError):
+            lock(file)
+            # Only now recover may find it: a lock that nobody holds is that of a dead process.
+            os.replace(file.name, Path(temporary, "lock"))
         yield Path(temporary)
 
 
 def recover(target: Path) -> None:
-    """Remove what killed processes left of :func:`folder_beside`, and put a target back that one had moved away."""
+    """Remove what killed processes left of :func:`folder_beside`, and put a target back that one had moved away.
+
+    Without locks a process that lives cannot be told from a killed one, and nothing is removed.
+    """
+    if fcntl is None:
+        return
     # The names end in eight characters; so nothing of target-2 is taken for target's.
     for lock_file in target.parent.glob(f".{glob.escape(target.name)}-{'?' * 8}/lock"):
         left = lock_file.parent
