@@ -288,7 +288,7 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
             raise UserError(f"--keep: {raw.events.file} has no column '{column}' ({there})")
         if colon and kind not in TYPES:
             raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
-        kept[column] = kind if colon else "token_seq" if column in nested else ""
+        kept[column] = kind if colon else nested.get(column, "")
     check_names("--keep", [*raw.columns, *kept])
     return kept
 

@@ -126,7 +126,7 @@ def open_raw(
                 f"--meta: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop --meta {meta}"
             )
         return _movielens(file)
-    table = _table(file, reading, positions=bool(named) and all(column.isdecimal() for column in named.values()))
+    table = _table(file, reading, named if all(column.isdecimal() for column in named.values()) else {})
     kind, fields = _events(table, named, file_order)
     if kind == "a table" and "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
         getLogger().warning(
@@ -221,7 +221,8 @@ def _are_numbers(table: Table, column: str) -> bool:
     return rows is None or 2 * len(Floats().parse(rows.cells[""].combine_chunks(), False)) <= len(rows.numbers)
 
 
-def _table(file: File, reading: Mapping[str, str], positions: bool = False) -> Table:
+def _table(file: File, reading: Mapping[str, str], places: Mapping[str, str] | None = None) -> Table:
+    """The table that a file holds; with ``places``, which are ``{user, item, ...: place}``, it has no header."""
     encoding = reading.get("encoding") or "utf-8"
     if file.suffix in PARQUET:
         return Parquet(file)
@@ -236,16 +237,27 @@ def _table(file: File, reading: Mapping[str, str], positions: bool = False) -> T
     separator = reading.get("separator") or (guess if guess in line or " " not in line else " ")
     quoted = file.suffix != ".inter" and len(separator) == 1 and separator != '"'
     cells = split_header(line, separator, str(file), quoted)
-    if positions:
-        known = {name for names in KNOWN.values() for name in names}
-        if header := [cell for cell in cells if cell in known or any(only_column(part, [cell]) for part in WHAT)]:
+    if places:
+        columns = {str(place): cell for place, cell in enumerate(cells, 1)}
+        if header := _header({part: columns[place] for part, place in places.items() if place in columns}):
             raise UserError(
                 f"{file}, line 1: a header, with {header[0]}; name the columns as it does, not by their places"
             )
-        places = tuple(map(str, range(1, len(cells) + 1)))
-        return Text(file, separator, places, quoted=quoted, encoding=encoding)
+        return Text(file, separator, tuple(columns), quoted=quoted, encoding=encoding)
     headless = len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3])
     return Text(file, separator, _amazon_ratings(file, cells) if headless else None, quoted=quoted, encoding=encoding)
+
+
+def _header(first: Mapping[str, str]) -> list[str]:
+    """The names of columns among the cells of a first line, ``{user, item, time ...: cell}``; none if it is an event.
+
+    An item may be called ``product``. So where a time is asked for, its cell decides: that of an event has a digit,
+    however dates are written. Without a time one name may be chance, and two are a header.
+    """
+    known = {name for names in KNOWN.values() for name in names}
+    names = [cell for cell in first.values() if cell in known or any(only_column(part, [cell]) for part in WHAT)]
+    sound = re.search(r"\d", first["time"]) if "time" in first else len(names) < 2
+    return [] if sound else names
 
 
 # --- MovieLens ------------------------------------------------------------------------------------------------------
@@ -340,9 +352,9 @@ def _described(table: Table, item: str) -> Descriptions:
     if item not in columns:
         there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
         raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
-    index = [name for name in columns if re.fullmatch(r"(Unnamed: \d+)?", name)]
-    if index:
-        getLogger().warning(f"{table.file}: column {excerpt(index[0])}, as pandas writes its index, is left out")
+    index = [name for name in columns if re.fullmatch(r"(Unnamed: \d+(\.\d+)*)?", name)]
+    for name in index:
+        getLogger().warning(f"{table.file}: column {excerpt(name)}, as pandas writes its index, is left out")
     names = {name: name for name in columns if name not in (item, *index)}
     if isinstance(table, JsonLines):
         table.single = (item,)
@@ -350,7 +362,7 @@ def _described(table: Table, item: str) -> Descriptions:
     for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
         for name in names:
             kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
-    kinds |= dict.fromkeys(table.nested() & set(names), KINDS.index("token_seq"))
+    kinds |= {name: KINDS.index(kind) for name, kind in table.nested().items() if name in names}
 
     def read(bad: BadLines) -> Iterator[Described]:
         for rows in table.rows({"": item, **names}, bad):
@@ -368,13 +380,14 @@ def kind_of(cells: pa.StringArray) -> int:
     """What some cells of a column are, as an index of :data:`KINDS`.
 
     Numbers are ``float``, but not those with zeros before them, nor those that a float64 would merge; words with spaces
-    between them are ``token_seq``.
+    between them are ``token_seq``, but the JSON of an object is one ``token``.
     """
     cells = pc.utf8_trim_whitespace(cells)
     cells = cells.filter(pc.not_equal(cells, ""))
     if not len(cells):
         return 0
-    if pc.any(pc.match_substring_regex(cells, r"\s")).as_py():
+    words = pc.match_substring_regex(cells, r"\s")
+    if pc.any(pc.and_not(words, pc.match_substring_regex(cells, r'^\{".*\}$'))).as_py():
         return 3
     try:
         sizes = np.abs(cells.cast(pa.float64()).to_numpy())

@@ -84,9 +84,9 @@ class Text:
         names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
         return _distinct(names, f"{self.file}, line 1")
 
-    def nested(self) -> set[str]:
+    def nested(self) -> dict[str, str]:
         """The columns that hold lists or objects: none that is known as such."""
-        return set()
+        return {}
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows; ``fields`` is ``{field: column}``."""
@@ -162,10 +162,11 @@ class JsonLines:
                 "to_json(orient='records', lines=True)"
             ) from error
 
-    def nested(self) -> set[str]:
-        """The keys under which its first object has lists or objects."""
+    def nested(self) -> dict[str, str]:
+        """The keys under which its first object has lists, which become ``token_seq``, or objects: ``token``."""
         found = _object(self.file.first_line(self.encoding))
-        return {key for key, value in found.items() if isinstance(value, CONTAINERS)}
+        kinds = ((key, isinstance(value, list)) for key, value in found.items() if isinstance(value, CONTAINERS))
+        return {key: "token_seq" if lists else "token" for key, lists in kinds}
 
     def objects(self, bad: BadLines) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         """``(line number, line, object)`` of each line."""
@@ -217,10 +218,12 @@ class Parquet:
         with self._open() as parquet:
             return _distinct(tuple(parquet.schema_arrow.names), str(self.file))
 
-    def nested(self) -> set[str]:
-        """The columns that hold lists or objects."""
+    def nested(self) -> dict[str, str]:
+        """The columns that hold lists, which become ``token_seq``, or objects: ``token``."""
         with self._open() as parquet:
-            return {field.name for field in parquet.schema_arrow if pa.types.is_nested(field.type)}
+            nested = [field for field in parquet.schema_arrow if pa.types.is_nested(field.type)]
+        objects = (pa.StructType, pa.MapType)
+        return {field.name: "token" if isinstance(field.type, objects) else "token_seq" for field in nested}
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows, counted from 1; ``fields`` is ``{field: column}``."""
@@ -262,9 +265,9 @@ class Sequences:
         """``user`` and ``item``."""
         return ("user", "item")
 
-    def nested(self) -> set[str]:
+    def nested(self) -> dict[str, str]:
         """None: each entry of a line is an event."""
-        return set()
+        return {}
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """A row for each item; ``fields`` is ``{field: "user" or "item"}``."""

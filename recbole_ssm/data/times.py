@@ -68,7 +68,9 @@ class Moments(Values):
                 self._parsed = _numbers(cells)
                 self._kind = "numbers"
                 if self._perhaps_dates:
-                    self._perhaps_dates = pc.all(pc.match_substring_regex(cells, f"^{DIGITS_ALONE}$")).as_py()
+                    dates = pc.match_substring_regex(cells, f"^{DIGITS_ALONE}$")
+                    # Of no cells this is true.
+                    self._perhaps_dates = pc.all(dates, min_count=0).as_py()
                 return {}
             except pa.ArrowInvalid:
                 # A date, a number in another form than Arrow's, or neither.

@@ -7,6 +7,7 @@ import json
 import random
 import zipfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -18,6 +19,7 @@ from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.convert import convert
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.tables import Parquet
+from recbole_ssm.data.times import Moments
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure
 
@@ -368,11 +370,31 @@ def test_nothing_of_a_nested_cell_is_lost(tmp_path, form):
         (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     convert(tmp_path / f"x.{form}", "made", tmp_path / "out", keep="new,tags,where,paths")
     lines = (tmp_path / "out" / "made" / "made.inter").read_text().splitlines()
+    types = [column.partition(":")[2] for column in lines[0].split("\t")[3:]]
+    assert types[2:] == ["token", "token_seq"]
     assert [line.split("\t")[3:] for line in lines[1:]] == [
         ["", "", "", ""],
         ["true", "x y", '{"at":"a b"}', '["p","q"] ["r"]'],
         ["false", "", "", ""],
     ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "objects", [[{"brand": "Big Co"}, None], [None, {"brand": "Big Co"}], [{}, {"brand": "Big Co"}]]
+)
+def test_an_object_is_one_token(tmp_path, form, objects):
+    """A ``token_seq`` would cut its JSON at blanks."""
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\nu,j,2\n")
+    rows = [{"item_id": item, "maker": maker, "tags": ["a b"]} for item, maker in zip("ij", objects)]
+    if form == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    else:
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", meta=tmp_path / f"items.{form}")
+    path = tmp_path / "out" / "made" / "made.item"
+    assert read_header(path) == {"item_id": "token", "maker": "token", "tags": "token_seq"}
+    assert '{"brand":"Big Co"}' in {row[1] for row in written(tmp_path / "out" / "made", "item")}
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.binary(2), pa.string()])
@@ -609,6 +631,15 @@ def test_damaged_and_ambiguous_archives(tmp_path):
     assert not (tmp_path / "out" / "made").exists()
 
 
+def test_a_block_without_rows_does_not_decide_what_times_are():
+    times = Moments()
+    for cells in ([], ["20230127"]):
+        assert times.parse(pa.array(cells, pa.string()), True) == {}
+        times.take(np.full(len(cells), True))
+    with pytest.raises(ValueError, match="20230127, which may be dates"):
+        times.finish()
+
+
 @pytest.mark.parametrize("separator", ["\t", ",", ";", "|", "\x01", "::", " "])
 def test_columns_by_their_places_and_separators_that_are_guessed(tmp_path, separator):
     """Session logs have no header and all kinds of separators; the first line is an event like the others."""
@@ -617,6 +648,28 @@ def test_columns_by_their_places_and_separators_that_are_guessed(tmp_path, separ
     (tmp_path / "x.dat").write_text("\n".join(lines) + "\n")
     convert(tmp_path / "x.dat", "made", tmp_path / "out", user="3", item="4", time="1", rating="5")
     assert written(tmp_path / "out" / "made") == expected(rows)
+
+
+@pytest.mark.parametrize("item", ["product", "client", "date", "userId"])
+@pytest.mark.parametrize(
+    ("time", "how"),
+    [
+        ("1600000000", {}),
+        ("27. Jan 2023", {"time_format": "%d. %b %Y"}),
+        ("any", {"time": None, "file_order": True}),
+    ],
+)
+def test_an_item_may_be_called_as_a_column_is(tmp_path, item, time, how):
+    """Without a header; and what stands in a column that nobody names decides nothing."""
+    (tmp_path / "x.txt").write_text(f"u1\t{item}\t{time}\tproduct\tmember\n")
+    convert(tmp_path / "x.txt", "made", tmp_path / "out", **{"user": "1", "item": "2", "time": "3", **how})
+    assert written(tmp_path / "out" / "made")[0][:2] == ("u1", item)
+
+
+def test_a_header_is_told_by_the_cell_of_the_time(tmp_path):
+    (tmp_path / "x.txt").write_text("visitor\tproduct\tseen\n")
+    with pytest.raises(UserError, match="x.txt, line 1: a header, with product; name the columns as it does"):
+        convert(tmp_path / "x.txt", "made", tmp_path / "out", user="1", item="2", time="3")
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
@@ -930,7 +983,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, message):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
     (tmp_path / "m.csv").write_text("sku,a:b\ni,1\n")
     (tmp_path / "h.txt").write_text("1 7 8\n2 8\n")
-    (tmp_path / "p.csv").write_text("visitor,product\nv,p\n")
+    (tmp_path / "p.csv").write_text("product,client\nv,p\n")
     (tmp_path / "d").mkdir()
     (tmp_path / "h.csv").write_text("1,7,x\n2,8,5\n")
     (tmp_path / "l.jsonl").write_text('{"user_id": "u", "item_id": ["i", "j"], "timestamp": 1}\n')

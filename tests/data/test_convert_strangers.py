@@ -65,13 +65,16 @@ def test_items_without_titles_are_told_before_anything_is_trained(tmp_path, caps
 
 def test_columns_that_nobody_named_and_that_do_not_fit_are_left_out_with_a_note(tmp_path, caplog):
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,rating\nu,i,1,PG-13\nu,j,2,G\n")
-    (tmp_path / "items.csv").write_text(",item_id,price,title\n0,i,-nan,One\n1,j,5,Two\n")
+    (tmp_path / "items.csv").write_text(
+        ",Unnamed: 0,Unnamed: 0.1,item_id,price,title\n0,0,0,i,-nan,One\n1,1,1,j,5,Two\n"
+    )
     card = convert(tmp_path / "x.csv", "made", tmp_path / "out", meta=tmp_path / "items.csv")
     assert "rating" not in card["columns"]
     header = (tmp_path / "out" / "made" / "made.item").read_text().splitlines()[0]
     assert header == "item_id:token\tprice:token\ttitle:token"
     assert "x.csv: column 'rating' is left out, because it is no rating in numbers" in caplog.text
-    assert "items.csv: column '', as pandas writes its index, is left out" in caplog.text
+    for index in ("", "Unnamed: 0", "Unnamed: 0.1"):
+        assert f"items.csv: column '{index}', as pandas writes its index, is left out" in caplog.text
     with pytest.raises(UserError, match="line 2: rating is 'PG-13', which is no finite number"):
         convert(tmp_path / "x.csv", "named", tmp_path / "out", rating="rating")
 
