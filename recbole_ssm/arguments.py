@@ -7,13 +7,14 @@ import math
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import date
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from recbole_ssm.errors import UserError, did_you_mean
+from recbole_ssm.errors import UserError, did_you_mean, shown
 
 
 def shipped(folder: str) -> Path:
@@ -25,6 +26,10 @@ def shipped(folder: str) -> Path:
 PROPERTIES = shipped("properties")
 TOY = shipped("dataset") / "toy"
 """The data set that is used where data_path holds no folder ``toy``."""
+DEEPEST = 20
+"""How deeply mappings and lists may be nested in a value."""
+MOST_VALUES = 200_000
+"""How many numbers, texts, lists and mappings a value may hold in all."""
 MOST_MERGED = 10_000
 """No mapping of a YAML file may have more entries by ``<<``, so that a small file cannot become a large one."""
 
@@ -93,6 +98,37 @@ def parse_options(arguments: Iterable[str]) -> dict[str, Any]:
         if options.setdefault(key, value) != value:
             raise UserError(f"--{key} is given twice, as {options[key]} and as {value}; keep one")
     return {key: value_of(key, value) for key, value in options.items()}
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value in Python's own types: NumPy's scalars and arrays and PyTorch's tensors become numbers and lists.
+
+    Raises:
+        UserError: there is another type in it, or it is nested too deeply, or it never ends.
+    """
+    left = MOST_VALUES
+
+    def convert(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if depth > DEEPEST or left < 0:
+            raise UserError(
+                f"{name}: holds more than {DEEPEST} values one in the other, or more than {MOST_VALUES} in all"
+            )
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            return {key: convert(entry, depth + 1) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([convert(entry, depth + 1) for entry in value])
+        if isinstance(value, (PurePath, date)):
+            # YAML makes dates of some text.
+            return str(value)
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise UserError(f"{name}: must be text, a number, True, False, a list or a mapping, got {shown(value)}")
+
+    return convert(value, 0)
 
 
 class YamlLoader(yaml.SafeLoader):

@@ -22,10 +22,10 @@ import torch
 import yaml
 
 from recbole_ssm import __version__, compat
-from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, module_of, parse_options, read_yaml, value_of
+from recbole_ssm.arguments import PROPERTIES, TOY, YamlLoader, module_of, parse_options, plain, read_yaml, value_of
 from recbole_ssm.declared import rows
 from recbole_ssm.errors import UserError, did_you_mean, shown
-from recbole_ssm.keys import KEYS, Key, plain, row
+from recbole_ssm.keys import KEYS, Key, row
 from recbole_ssm.kinds import Anything
 from recbole_ssm.synonyms import ALIASES, nearest, renamed
 

@@ -12,13 +12,10 @@ where the type and the size of the default do not say it, a range::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
-from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
-from recbole_ssm.errors import UserError, shown
+from recbole_ssm.errors import UserError
 from recbole_ssm.kinds import (
     AT_LEAST_1,
     COLUMN,
@@ -47,11 +44,6 @@ from recbole_ssm.kinds import (
     Text,
     whole_number,
 )
-
-DEEPEST = 20
-"""How deeply mappings and lists may be nested in a value."""
-MOST_VALUES = 200_000
-"""How many numbers, texts, lists and mappings a value may hold in all."""
 
 # --- the rows ---
 
@@ -483,34 +475,3 @@ MACHINE_KEYS = {name for name, key in KEYS.items() if key.scope == "machine"}
 def row(name: str) -> Key | None:
     """The row of a name, of which there are many for ``alias_of_...``; None where there is none."""
     return KEYS.get("alias_of_item_id" if name.startswith("alias_of_") else name)
-
-
-def plain(name: str, value: Any) -> Any:
-    """A value in Python's own types: NumPy's scalars and arrays and PyTorch's tensors become numbers and lists.
-
-    Raises:
-        UserError: there is another type in it, or it is nested too deeply, or it never ends.
-    """
-    left = MOST_VALUES
-
-    def convert(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if depth > DEEPEST or left < 0:
-            raise UserError(
-                f"{name}: holds more than {DEEPEST} values one in the other, or more than {MOST_VALUES} in all"
-            )
-        if hasattr(value, "tolist"):
-            value = value.tolist()
-        if isinstance(value, Mapping):
-            return {key: convert(entry, depth + 1) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)([convert(entry, depth + 1) for entry in value])
-        if isinstance(value, (PurePath, date)):
-            # YAML makes dates of some text.
-            return str(value)
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        raise UserError(f"{name}: must be text, a number, True, False, a list or a mapping, got {shown(value)}")
-
-    return convert(value, 0)

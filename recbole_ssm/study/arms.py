@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_ssm.arguments import read_yaml
+from recbole_ssm.arguments import plain, read_yaml
 from recbole_ssm.errors import UserError
-from recbole_ssm.keys import plain
 from recbole_ssm.kinds import AT_LEAST_1, NAME, Choice, Fields, KindError, Many
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.entry import Entry
