@@ -191,8 +191,13 @@ def second_of(name: str, moment: Any) -> int:
             f"{name}: must be seconds since 1970, a datetime, or a date such as 2001-02-03T04:05, got {shown(moment)}"
         )
     if abs(found[0]) >= LATEST:
-        raise UserError(f"{name}: must be seconds since 1970, got {shown(moment)}, which is beyond the year 5000")
+        raise UserError(f"{name}: {beyond(moment)}")
     return found[0]
+
+
+def beyond(moment: Any) -> str:
+    """The fault of a time that is not below :data:`LATEST`."""
+    return f"must be seconds since 1970, got {shown(moment)}, which is beyond the year 5000"
 
 
 def check_form(key: str, form: str, cells: Sequence[str] = ()) -> None:

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
-from recbole_ssm.data.times import LATEST
-from recbole_ssm.errors import shown
+from recbole_ssm.data.times import LATEST, beyond
 from recbole_ssm.serving.record import LONGEST_ID
 
 MOST_EVENTS = 1000
@@ -38,7 +37,7 @@ def checked_seconds(moment: float) -> float:
         ValueError: it is beyond them.
     """
     if abs(moment) >= LATEST:
-        raise ValueError(f"must be seconds since 1970, got {shown(moment)}, which is beyond the year 5000")
+        raise ValueError(beyond(moment))
     return moment
 
 

@@ -157,9 +157,11 @@ class Identity(NamedTuple):
         # Up to 0.2.0 all files of the data set were digested.
         files = former.content["files"]
         # Up to 0.2.0 of a base model its weights and JSON files.
-        late = {name for name in self.content["files"] if name.startswith("base_model/") and name not in files}
-        late -= {name for name in late if name.endswith((".safetensors", ".json"))}
-        now = {name: digest for name, digest in self.content["files"].items() if name not in late}
+        now = {
+            name: digest
+            for name, digest in self.content["files"].items()
+            if name in files or not name.startswith("base_model/") or name.endswith((".safetensors", ".json"))
+        }
         same = {name: digest for name, digest in files.items() if self.reads(name)} == now
         return {**self.content, "settings": settings, "files": files if same else self.content["files"]}
 
