@@ -20,7 +20,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.kinds import AT_LEAST_1, NAME, Choice, Fields, KindError, Many
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.entry import Entry
-from recbole_ssm.study.runs import Run
+from recbole_ssm.study.outcome import Run
 
 DATASET = "ml-100k"
 """The data set of a row for which nobody names one; it comes along."""

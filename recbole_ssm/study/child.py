@@ -30,7 +30,8 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.files import locked, whole
 from recbole_ssm.llm.base import size_of
 from recbole_ssm.memory import peak_memory
-from recbole_ssm.study.runs import CHECKPOINTS, OUTCOME, RANKS, RUN, Outcome, Run
+from recbole_ssm.study.outcome import OUTCOME, RANKS, RUN, Outcome, Run
+from recbole_ssm.study.runs import CHECKPOINTS
 from recbole_ssm.trainer import Hook, Ranks, checkpoint
 from recbole_ssm.trainer.checkpoint import plain
 from recbole_ssm.trainer.hooks import Training

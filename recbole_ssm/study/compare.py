@@ -21,7 +21,8 @@ from recbole_ssm.model import NEURAL_BASELINES, STATE_SPACE, Pop, get_model
 from recbole_ssm.study import asking, report
 from recbole_ssm.study.arms import DATASET, read_arms
 from recbole_ssm.study.entry import Entry, of_same_targets
-from recbole_ssm.study.runs import Outcome, Run, Runs, runs_in
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import Runs, runs_in
 from recbole_ssm.study.space import Search, Trial, read_space, shipped_space
 from recbole_ssm.study.speed import speeds
 

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recbole_ssm.study.runs import NOT_CACHED, Outcome, Run
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import NOT_CACHED
 from recbole_ssm.study.speed import Speed
 
 TARGETS = (

@@ -26,9 +26,9 @@ from recbole_ssm.study.compare import (
     seeds_of,
 )
 from recbole_ssm.study.entry import Entry, of_same_targets
+from recbole_ssm.study.outcome import Run
 from recbole_ssm.study.plots import panels
 from recbole_ssm.study.report import Row
-from recbole_ssm.study.runs import Run
 
 KEY = "MAX_ITEM_LIST_LENGTH"
 

@@ -26,7 +26,8 @@ from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
 from recbole_ssm.llm.verbalizer import VERBALIZERS
 from recbole_ssm.study.cells import grid
 from recbole_ssm.study.compare import FIRST_SEED, check_rows, fetch, seeds_from
-from recbole_ssm.study.runs import Outcome, Run, runs_in
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import runs_in
 
 BASES = "random:32x1,random:64x2,random:128x4"
 ORDERS = (RETRIEVER, LANGUAGE_MODEL, FUSED)

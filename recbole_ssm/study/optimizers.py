@@ -23,8 +23,9 @@ from recbole_ssm.files import write_csv, write_text
 from recbole_ssm.study import compare
 from recbole_ssm.study.cells import average, grid, mean, spread
 from recbole_ssm.study.compare import add_common_arguments
+from recbole_ssm.study.outcome import Outcome, Run
 from recbole_ssm.study.report import closing, failures, machines
-from recbole_ssm.study.runs import Outcome, Run, Runs
+from recbole_ssm.study.runs import Runs
 
 METRICS = ("NDCG@10", "Hit@10", "MRR@10")
 Options = dict[str, Any]

@@ -19,9 +19,9 @@ from recbole_ssm.files import write_csv, write_json, write_text
 from recbole_ssm.keys import KEYS
 from recbole_ssm.study.cells import average, grid, mean, spread
 from recbole_ssm.study.entry import TARGETS, Entry, chosen_keys, differing, targets_of
+from recbole_ssm.study.outcome import Outcome
 from recbole_ssm.study.plots import quality_against_latency
 from recbole_ssm.study.published import published
-from recbole_ssm.study.runs import Outcome
 
 Row = dict[str, Any]
 Compared = Callable[["Entry", "Entry"], bool]

@@ -23,7 +23,8 @@ from recbole_ssm.model import get_model
 from recbole_ssm.ops import use_backend
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.child import machine
-from recbole_ssm.study.runs import Run, Runs
+from recbole_ssm.study.outcome import Run
+from recbole_ssm.study.runs import Runs
 
 # Users in a call where throughput is measured; language models are slow.
 BATCH, LANGUAGE_BATCH = 256, 8

@@ -36,7 +36,8 @@ from recbole_ssm.files import check_writable, write_csv, write_text
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
 from recbole_ssm.study.identity import existing, results_of
-from recbole_ssm.study.runs import Progress, Run, Runs, ignore
+from recbole_ssm.study.outcome import Run
+from recbole_ssm.study.runs import Progress, Runs, ignore
 from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, shipped_space
 
 

@@ -14,7 +14,8 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure, load_recommender, run_recbole_ssm
 from recbole_ssm.study import compare
-from recbole_ssm.study.runs import Run, Runs
+from recbole_ssm.study.outcome import Run
+from recbole_ssm.study.runs import Runs
 from tests.conftest import REPOSITORY
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"

@@ -18,7 +18,8 @@ from recbole_ssm.evaluation.metrics import protocol
 from recbole_ssm.study import compare, report
 from recbole_ssm.study.arms import read_arms
 from recbole_ssm.study.child import machine
-from recbole_ssm.study.runs import Outcome, Run, Runs
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import Runs
 from tests.conftest import REPOSITORY
 from tests.study.conftest import alive, process_of, wait_for
 

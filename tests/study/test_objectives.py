@@ -7,7 +7,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.llm.reranking import FUSED, LANGUAGE_MODEL, RETRIEVER, report
 from recbole_ssm.study import main
 from recbole_ssm.study.objectives import _options_of, markdown, table
-from recbole_ssm.study.runs import RANKS, Outcome, Run
+from recbole_ssm.study.outcome import RANKS, Outcome, Run
 
 
 def outcome(folder, language, fused):

@@ -11,7 +11,7 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.optim import LEARNERS
 from recbole_ssm.study import optimizers
 from recbole_ssm.study.optimizers import OPTIMIZERS, Cell, turns
-from recbole_ssm.study.runs import Outcome, Run
+from recbole_ssm.study.outcome import Outcome, Run
 from tests.conftest import REPOSITORY
 
 # of the first four values that are tried

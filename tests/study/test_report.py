@@ -14,8 +14,8 @@ from recbole_ssm.evaluation.significance import holm
 from recbole_ssm.study import report
 from recbole_ssm.study.asking import tables
 from recbole_ssm.study.entry import Entry, of_same_targets
+from recbole_ssm.study.outcome import Outcome, Run
 from recbole_ssm.study.published import PUBLISHED, published
-from recbole_ssm.study.runs import Outcome, Run
 
 MADE = {"date": "2026-01-02", "recbole_ssm": "0", "torch": "2", "python": "3", "system": "X", "cpu": "C", "threads": 1}
 SETTINGS = {"eval_args": {"split": {"LS": "valid_and_test"}}, "epochs": 3, "train_mode": "packed"}

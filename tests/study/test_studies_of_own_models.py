@@ -14,11 +14,11 @@ from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import child
 from recbole_ssm.study import runs as module
-from recbole_ssm.study.runs import RUN, Outcome, Run, Runs
+from recbole_ssm.study.outcome import RUN, Outcome, Run
+from recbole_ssm.study.runs import Runs
 from recbole_ssm.trainer import checkpoint
-from tests.conftest import REPOSITORY
+from tests.study.conftest import DATA
 
-DATA = {"data_path": str(REPOSITORY / "dataset")}
 MINE = "mine_of_studies"
 RUN_OF_MINE = Run(f"{MINE}:Mine", "toy", {"epochs": 1})
 

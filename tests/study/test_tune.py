@@ -16,7 +16,8 @@ from recbole_ssm import compat
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
 from recbole_ssm.study import tune
-from recbole_ssm.study.runs import Outcome, Run, Runs
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import Runs
 from recbole_ssm.study.space import Trial, read_space, read_trials, space_of, write_trials
 from recbole_ssm.study.tune import HyperTuning, _importance, kept_objective
 from tests.conftest import REPOSITORY

@@ -16,7 +16,8 @@ from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.evaluation.metrics import AFTER_AN_HOUR, PAUSES, SAME_MOMENT, WITHIN_AN_HOUR, metric
 from recbole_ssm.quick_start import configure
 from recbole_ssm.study import child
-from recbole_ssm.study.runs import Outcome, Run, Runs
+from recbole_ssm.study.outcome import Outcome, Run
+from recbole_ssm.study.runs import Runs
 from recbole_ssm.trainer import Hook, Ranks
 
 START = 978_300_000
