@@ -235,33 +235,41 @@ def _run(
             train_data, valid_data, saved=saved, show_progress=config["show_progress"]
         )
         test_result = trainer.test(test_data, load_best_model=saved, show_progress=config["show_progress"])
-    shuffled = test_result.shuffled_times if test_result else None
-    told = {"best valid": best_valid_result, "test result": test_result}
-    if shuffled:
-        told["test result, query times shuffled among users"] = shuffled
-    for name, found in told.items():
-        logger.debug(f"{name}:\n{found}" if found else f"{name}: there is none")
-    protocol = metrics.protocol(config)
-    logger.info(f"protocol: {protocol}")
+    result = _result(config, best_valid_score, best_valid_result, test_result)
     if not saved and best_valid_result:
         logger.info("saved=False: the best validation is of its epoch, the test of the last weights")
-    result = {
-        "model": config["model"],
-        "best_valid_score": float(best_valid_score),
-        "valid_score_bigger": config["valid_metric_bigger"],
-        **_both_lists("best_valid_result", best_valid_result),
-        **_both_lists("test_result", test_result),
-        "test_by_group": test_result.by_group if test_result else {},
-        **_both_lists("test_result_shuffled_times", shuffled),
-        "protocol": protocol,
-        "checkpoint": trainer.saved_model_file if saved else None,
-    }
+    result["checkpoint"] = trainer.saved_model_file if saved else None
     for hook in trainer.hooks:
         result |= hook.result()
+    shuffled = test_result.shuffled_times if test_result else None
     if shuffled and shuffled.ranking is not None:
         orders = ("shuffled times", "shuffled times masked")
         result["ranks"] = {**result.get("ranks", {}), **dict(zip(orders, shuffled.ranking.ranks.T))}
     return result
+
+
+def _result(
+    config: Config, best_score: float, valid: metrics.Result | None, test: metrics.Result | None
+) -> dict[str, Any]:
+    """What a run says of its figures, which are logged in full."""
+    shuffled = test.shuffled_times if test else None
+    protocol = metrics.protocol(config)
+    told = {"best valid": valid, "test result": test}
+    if shuffled:
+        told["test result, query times shuffled among users"] = shuffled
+    for name, found in told.items():
+        getLogger().debug(f"{name}:\n{found}" if found else f"{name}: there is none")
+    getLogger().info(f"protocol: {protocol}")
+    return {
+        "model": config["model"],
+        "best_valid_score": float(best_score),
+        "valid_score_bigger": config["valid_metric_bigger"],
+        **_both_lists("best_valid_result", valid),
+        **_both_lists("test_result", test),
+        "test_by_group": test.by_group if test else {},
+        **_both_lists("test_result_shuffled_times", shuffled),
+        "protocol": protocol,
+    }
 
 
 def _both_lists(name: str, found: metrics.Result | None) -> dict[str, Any]:

@@ -206,22 +206,27 @@ class Recommender:
         return found
 
     @torch.inference_mode()
-    def similar_items(self, item: str, k: int = 10, **choice: Any) -> Recommendations:
+    def similar_items(
+        self,
+        item: str,
+        k: int = 10,
+        *,
+        allow: Iterable[str] | None = None,
+        deny: Iterable[str] | None = None,
+        refused: Tensor | None = None,
+    ) -> Recommendations:
         """The k items whose vectors have the largest cosine with that of an item, which is not among them.
 
         Args:
             item: its token.
             k: how many.
-            **choice: ``allow``, ``deny`` and ``refused``; see the class.
+            allow, deny, refused: see the class.
 
         Raises:
             UserError: the item is unknown, or the model has no vectors of items.
         """
         (index,) = self.catalogue.ids([item], "item")
-        refused, by_tokens = choice.pop("refused", None), (choice.pop("allow", None), choice.pop("deny", None))
-        refused = self.catalogue.refused(*by_tokens) if refused is None else refused
-        if choice:
-            raise UserError(f"similar_items: takes allow, deny and refused, got {', '.join(choice)}")
+        refused = self.catalogue.refused(allow, deny) if refused is None else refused
         vectors = self._table()
         # Products and lengths take two walks through the table and no room; unit vectors would take its room again.
         lengths = vectors.norm(dim=1).clamp_min(1e-12)
