@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_evals", type=at_least(1), metavar="N", help="trials in all; default 100, exhaustive: all points")
     patience = "stop after N trials without progress; default 10, exhaustive: never"
     add("--early_stop", type=at_least(1), metavar="N", help=patience)
-    prune = "stop a trial that is behind the median of the others after N validations; N is 3 where it is not given"
+    prune = "stop a trial that is behind the median of the others after N validations, 3 where N is not given; "
+    prune += "the first five trials run to their end"
     add("--prune", type=at_least(1), nargs="?", const=3, metavar="N", help=prune)
     add("--workers", type=at_least(1), metavar="N", help="trials at a time; default 1, with Ray as many as fit")
     # RecBole calls the tool of one machine Hyperopt.
