@@ -41,8 +41,9 @@ class HyperTuning:
         bigger: whether a higher score is better.
         after: called with each trial that has ended, for one trial at a time.
         prune: stop a trial whose best score is behind the median of the others after so many reports; the first five
-            run to their end (``n_startup_trials`` of Optuna's ``MedianPruner``). The objective then takes Optuna's ``trial`` as third argument, calls ``trial.report(score, number)`` with numbers from 1
-            up, and raises ``optuna.TrialPruned`` when ``trial.should_prune()``.
+            run to their end (``n_startup_trials`` of Optuna's ``MedianPruner``). The objective then takes Optuna's
+            ``trial`` as third argument, calls ``trial.report(score, number)`` with numbers from 1 up, and raises
+            ``optuna.TrialPruned`` when ``trial.should_prune()``.
     """
 
     def __init__(
