@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 
 from recbole_ssm import __version__
 from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Values, Words, read_header
+from recbole_ssm.data.descriptions import KINDS, Descriptions, kind_of
 from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, check_separator, progress
-from recbole_ssm.data.names import check_names, name_titles, title_column
-from recbole_ssm.data.sources import EVENT, KINDS, Descriptions, Raw, kind_of, open_raw
+from recbole_ssm.data.names import EVENT, check_names, name_titles, title_column
+from recbole_ssm.data.sources import Raw, open_raw
 from recbole_ssm.data.times import Moments, check_form, decimals
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
 from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json

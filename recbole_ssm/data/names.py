@@ -8,6 +8,14 @@ from collections.abc import Collection, Iterable, Sequence
 
 from recbole_ssm.errors import UserError, excerpt
 
+EVENT = ("user", "item", "time", "rating")
+# Column names by which a source is known, in the order of EVENT.
+KNOWN = {
+    "MovieLens": ("userId", "movieId", "timestamp", "rating"),
+    "Amazon Reviews 2023": ("user_id", "parent_asin", "timestamp", "rating"),
+    "Amazon Reviews 2014 or 2018": ("reviewerID", "asin", "unixReviewTime", "overall"),
+    "a table": ("user_id", "item_id", "timestamp", "rating"),
+}
 WHAT = {
     "user": "user customer client buyer member account kunde kundin käufer nutzer benutzer",
     "item": "item product article sku artikel produkt ware",

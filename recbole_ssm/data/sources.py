@@ -3,61 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
+from recbole_ssm.data import movielens
 from recbole_ssm.data.archives import File, members
-from recbole_ssm.data.atomic import EXACT, Floats
+from recbole_ssm.data.atomic import Floats
+from recbole_ssm.data.descriptions import Descriptions, amazon_items, texts, whole_table
+from recbole_ssm.data.json_lines import JsonLines
 from recbole_ssm.data.lines import BadLines, split_header
-from recbole_ssm.data.names import WHAT, only_column
-from recbole_ssm.data.tables import JsonLines, Parquet, Sequences, Table, Text, cell_of
+from recbole_ssm.data.movielens import MOVIELENS
+from recbole_ssm.data.names import EVENT, KNOWN, WHAT, only_column
+from recbole_ssm.data.parquet import Parquet
+from recbole_ssm.data.tables import Table
+from recbole_ssm.data.text_tables import Sequences, Text
 from recbole_ssm.data.times import is_time
 from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
 
-EVENT = ("user", "item", "time", "rating")
-# Column names by which a source is known, in the order of EVENT.
-KNOWN = {
-    "MovieLens": ("userId", "movieId", "timestamp", "rating"),
-    "Amazon Reviews 2023": ("user_id", "parent_asin", "timestamp", "rating"),
-    "Amazon Reviews 2014 or 2018": ("reviewerID", "asin", "unixReviewTime", "overall"),
-    "a table": ("user_id", "item_id", "timestamp", "rating"),
-}
-ML_100K_ITEM = ("item", "title", "date", "video", "url")
-ML_100K_GENRES = (
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
-)  # fmt: skip
-# Names of MovieLens' files of ratings -> of items.
-MOVIELENS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
 # Separators in the order in which they are preferred; one that stands in no first line leaves white space.
 SEPARATORS = ("\t", ",", ";", "|", "\x01", "::")
 TEXT, JSON, PARQUET = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter"), (".json", ".jsonl", ".ndjson"), (".parquet",)
 ASIN = re.compile(r"[0-9A-Z]{10}")
 AMAZON_USER = re.compile(r"A[0-9A-Z]{9,27}")
-
-# An item's id, and what is said of it: ``{column: text}``.
-Described = tuple[str, dict[str, str]]
-
-
-@dataclass
-class Descriptions:
-    """What a raw data set says of its items.
-
-    Attributes:
-        file: where it stands.
-        columns: ``{name: type}``, as in the header of an atomic file.
-        read: gives each item that is described.
-    """
-
-    file: File
-    columns: dict[str, str]
-    read: Callable[[BadLines], Iterator[Described]]
 
 
 @dataclass
@@ -125,7 +94,8 @@ def open_raw(
             raise UserError(
                 f"--meta: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop --meta {meta}"
             )
-        return _movielens(file)
+        ratings, films = movielens.tables_of(file)
+        return Raw("MovieLens", ratings, dict(zip(EVENT, KNOWN["MovieLens"])), films)
     table = _table(file, reading, named if all(column.isdecimal() for column in named.values()) else {})
     kind, fields = _events(table, named, file_order)
     if kind == "a table" and "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
@@ -139,7 +109,7 @@ def open_raw(
         given = f"--meta {meta}" if meta else f"--meta_item {meta_item}"
         raise UserError(f"--text {named['text']} and {given} both describe the items; give one of them")
     if "text" in named:
-        items: Descriptions | None = _texts(table, fields["item"], named["text"])
+        items: Descriptions | None = texts(table, fields["item"], named["text"])
     else:
         items = _meta(file, fields["item"], meta, meta_item, reading)
     return Raw(kind, table, fields, items)
@@ -260,56 +230,6 @@ def _header(first: Mapping[str, str]) -> list[str]:
     return [] if sound else names
 
 
-# --- MovieLens ------------------------------------------------------------------------------------------------------
-
-
-def _movielens(file: File) -> Raw:
-    """MovieLens by the names of its files: 100K has u.data, 1M and 10M ratings.dat, all others ratings.csv."""
-    described = file.beside(MOVIELENS[file.name])
-    names = KNOWN["MovieLens"]
-    ordered = (names[0], names[1], names[3], names[2])
-    columns: tuple[str, ...] | None
-    if file.name == "u.data":
-        events, cut, columns = Text(file, "\t", ordered), "|", (*ML_100K_ITEM, *ML_100K_GENRES)
-    elif file.name == "ratings.dat":
-        events, cut, columns = Text(file, "::", ordered), "::", ("item", "title", "genres")
-    else:
-        events, cut, columns = Text(file, ",", quoted=True), ",", None
-    raw = Raw("MovieLens", events, dict(zip(EVENT, names)))
-    if described:
-        # 100K and 1M are in latin-1.
-        encoding = described.utf8_or("latin-1")
-        raw.items = _movies(Text(described, cut, columns, quoted=columns is None, encoding=encoding))
-    return raw
-
-
-def _movies(table: Text) -> Descriptions:
-    names = table.columns()
-    wanted = dict(zip(("item", "title", "genres"), names if table.names else ("movieId", "title", "genres")))
-    if "Western" in names:
-        # 100K has a column for each genre.
-        wanted = {name: name for name in (*ML_100K_ITEM[:2], *ML_100K_GENRES)}
-    if absent := [name for name in wanted.values() if name not in names]:
-        raise UserError(f"{table.file}, line 1: no column '{absent[0]}'; MovieLens has movieId,title,genres")
-
-    def read(bad: BadLines) -> Iterator[Described]:
-        for rows in table.rows(wanted, bad):
-            for item, title, *genres in zip(*(column.to_pylist() for column in rows.cells.columns)):
-                year, name = "", title.rstrip()
-                if re.fullmatch(r"\([0-9]{4}\)", name[-6:]) and name[:-6].strip():
-                    title, year = name[:-6].rstrip(), name[-5:-1]
-                if len(genres) > 1:
-                    genres = [genre for genre, flag in zip(ML_100K_GENRES, genres) if flag == "1"]
-                else:
-                    genres = genres[0].replace("(no genres listed)", "").split("|")
-                yield item, {"movie_title": title, "release_year": year, "genre": " ".join(genres)}
-
-    return Descriptions(table.file, {"movie_title": "token_seq", "release_year": "token", "genre": "token_seq"}, read)
-
-
-# --- Amazon, and any table ------------------------------------------------------------------------------------------
-
-
 def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
     """The columns of Amazon's ratings without a header: user first in 2014, item first in 2018."""
     _, _, time, rating = KNOWN["Amazon Reviews 2014 or 2018"]
@@ -339,92 +259,8 @@ def _meta(
     table = _table(described, {"encoding": described.utf8_or(reading.get("encoding") or "utf-8")})
     columns = table.columns()
     if isinstance(table, JsonLines) and not meta_item and {"parent_asin", "asin"} & set(columns):
-        return _amazon_items(table)
+        return amazon_items(table)
     likely = [name for name in (item, *(names[1] for names in KNOWN.values()), "item") if name in columns]
     if meta_item is None and not likely:
         raise UserError(f"--meta: {meta} has no column '{item}' (there are {listed(columns)}); name it by --meta_item")
-    return _described(table, meta_item or likely[0])
-
-
-def _described(table: Table, item: str) -> Descriptions:
-    """Any table of items; all of its columns are kept."""
-    columns = table.columns()
-    if item not in columns:
-        there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
-        raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
-    index = [name for name in columns if re.fullmatch(r"(Unnamed: \d+(\.\d+)*)?", name)]
-    for name in index:
-        getLogger().warning(f"{table.file}: column {excerpt(name)}, as pandas writes its index, is left out")
-    names = {name: name for name in columns if name not in (item, *index)}
-    if isinstance(table, JsonLines):
-        table.single = (item,)
-    kinds = dict.fromkeys(names, 0)
-    for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
-        for name in names:
-            kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
-    kinds |= {name: KINDS.index(kind) for name, kind in table.nested().items() if name in names}
-
-    def read(bad: BadLines) -> Iterator[Described]:
-        for rows in table.rows({"": item, **names}, bad):
-            for name, *cells in zip(*(column.to_pylist() for column in rows.cells.columns)):
-                yield name, dict(zip(names, cells))
-
-    return Descriptions(table.file, {name: KINDS[kind] or "token" for name, kind in kinds.items()}, read)
-
-
-# What a column may be, each the more general; "" is one without content.
-KINDS = ("", "float", "token", "token_seq")
-
-
-def kind_of(cells: pa.StringArray) -> int:
-    """What some cells of a column are, as an index of :data:`KINDS`.
-
-    Numbers are ``float``, but not those with zeros before them, nor those that a float64 would merge; words with spaces
-    between them are ``token_seq``, but the JSON of an object is one ``token``.
-    """
-    cells = pc.utf8_trim_whitespace(cells)
-    cells = cells.filter(pc.not_equal(cells, ""))
-    if not len(cells):
-        return 0
-    words = pc.match_substring_regex(cells, r"\s")
-    if pc.any(pc.and_not(words, pc.match_substring_regex(cells, r'^\{".*\}$'))).as_py():
-        return 3
-    try:
-        sizes = np.abs(cells.cast(pa.float64()).to_numpy())
-    except pa.ArrowInvalid:
-        return 2
-    # Of what Arrow takes for a number, the reader of atomic files knows no -nan.
-    other = pc.any(pc.match_substring_regex(cells, "^[+-]?0[0-9]|[+-]nan", ignore_case=True)).as_py()
-    return 2 if other or np.any(sizes >= EXACT) else 1
-
-
-def _amazon_items(table: JsonLines) -> Descriptions:
-    """Amazon's metadata of a category."""
-
-    def read(bad: BadLines) -> Iterator[Described]:
-        for number, line, found in table.objects(bad):
-            item = found.get("parent_asin") or found.get("asin")
-            if not isinstance(item, str):
-                bad.add(number, "neither parent_asin nor asin; correct the line or drop it", line)
-                continue
-            # In 2014 the categories are a list of paths, each of which is a list.
-            names: list[str] = []
-            groups = found.get("categories") or found.get("category")
-            for path in groups if isinstance(groups, list) else []:
-                names += map(str, path if isinstance(path, list) else [path])
-            brand = found.get("brand") or found.get("store")
-            categories = ", ".join(dict.fromkeys(names))
-            yield item, {"title": cell_of(found.get("title")), "categories": categories, "brand": cell_of(brand)}
-
-    return Descriptions(table.file, {"title": "token_seq", "categories": "token_seq", "brand": "token"}, read)
-
-
-def _texts(table: Table, item: str, text: str) -> Descriptions:
-    """The column of a table of events that describes the items."""
-
-    def read(bad: BadLines) -> Iterator[Described]:
-        for rows in table.rows({"item": item, "text": text}, bad):
-            for name, title in zip(*(rows.cells[column].to_pylist() for column in ("item", "text"))):
-                yield name, {"title": title}
-
-    return Descriptions(table.file, {"title": "token_seq"}, read)
+    return whole_table(table, meta_item or likely[0])

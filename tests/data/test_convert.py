@@ -18,7 +18,7 @@ from recbole_ssm.data.archives import File
 from recbole_ssm.data.atomic import as_frame, read_columns, read_header
 from recbole_ssm.data.convert import convert
 from recbole_ssm.data.lines import BadLines
-from recbole_ssm.data.tables import Parquet
+from recbole_ssm.data.parquet import Parquet
 from recbole_ssm.data.times import Moments
 from recbole_ssm.errors import UserError
 from recbole_ssm.quick_start import configure
@@ -316,7 +316,7 @@ def test_a_row_of_quoted_cells_is_not_read_without_bound(tmp_path):
 
 
 def test_lines_behind_stray_quotation_marks_are_not_read_again_without_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("recbole_ssm.data.tables.MOST_AGAIN", 10_000)
+    monkeypatch.setattr("recbole_ssm.data.text_tables.MOST_AGAIN", 10_000)
     (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\nu,i,1\n" + 'a","\n' * 2000)
     with pytest.raises(UserError, match=r"x.csv, line \d+: here as in many lines before, a quotation mark stands open"):
         convert(tmp_path / "x.csv", "made", tmp_path / "out", on_bad_lines="skip")
@@ -409,7 +409,7 @@ def test_a_column_of_parquet_that_is_no_text_is_named(tmp_path, kind):
 
 
 def test_long_cells_of_parquet_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("recbole_ssm.data.tables.BYTES", 10_000)
+    monkeypatch.setattr("recbole_ssm.data.parquet.BYTES", 10_000)
     columns = {"item_id": [f"i{k}" for k in range(50)], "html": [f"{k:01000d}" for k in range(50)]}
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "x.parquet", use_dictionary=False)
     table = Parquet(File(tmp_path / "x.parquet"))

@@ -1,0 +1,196 @@
+"""Separated text as a table: rows of columns, or sequences of items."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from recbole_ssm.data.archives import File
+from recbole_ssm.data.lines import (
+    BadLines,
+    Block,
+    below_header,
+    not_text,
+    original,
+    sound_lines,
+    split_header,
+)
+from recbole_ssm.data.tables import LONGEST_ROW, Row, Rows, batches, distinct
+from recbole_ssm.errors import UserError
+
+# Bytes that are read again behind stray quotation marks; a minute of lines of a few characters.
+MOST_AGAIN = 1 << 26
+
+
+@dataclass
+class Text:
+    """Separated text; ``names`` are its columns, or None if its first line names them."""
+
+    file: File
+    separator: str
+    names: tuple[str, ...] | None = None
+    quoted: bool = False
+    encoding: str = "utf-8"
+
+    def columns(self) -> tuple[str, ...]:
+        """The names of its columns; the types of an atomic file's are left out."""
+        if self.names is not None:
+            return self.names
+        line = self.file.first_line(self.encoding)
+        if not line:
+            raise UserError(f"{self.file}: the file is empty")
+        cells = split_header(line, self.separator, str(self.file), self.quoted)
+        names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
+        return distinct(names, f"{self.file}, line 1")
+
+    def nested(self) -> dict[str, str]:
+        """The columns that hold lists or objects: none that is known as such."""
+        return {}
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """All rows; ``fields`` is ``{field: column}``."""
+        names = self.columns()
+        blocks = self.file.blocks(self.encoding)
+        if self.names is None:
+            blocks = below_header(blocks)
+        for block in blocks:
+            if self.quoted and b'"' in block.data:
+                # A quoted cell may hold line ends: from here on the table is read row by row.
+                yield from batches(self._quoted(itertools.chain([block], blocks), names, fields, bad), fields)
+                return
+            lines = sound_lines(block, len(names), self.separator, self.encoding, bad)
+            if len(lines.numbers):
+                cells = lines.columns(names, list(dict.fromkeys(fields.values())))
+                yield Rows(_renamed(cells, fields), lines.numbers, lines.raw)
+
+    def _quoted(
+        self, blocks: Iterable[Block], names: tuple[str, ...], fields: Mapping[str, str], bad: BadLines
+    ) -> Iterator[Row]:
+        places = [names.index(column) for column in fields.values()]
+        lines = _Decoded(blocks)
+        reader = csv.reader(lines, delimiter=self.separator, strict=True)
+        while True:
+            fault = ""
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                fault = f"not a row of cells ({error}); correct it or drop it"
+                # A stray quotation mark takes sound lines along: only the line in which the row begins is refused.
+                lines.give_back()
+                if lines.again > MOST_AGAIN:
+                    raise UserError(
+                        f"{bad.path}, line {lines.taken()[0]}: here as in many lines before, a quotation mark stands "
+                        "open; correct them, or drop them all"
+                    ) from error
+            # A row may take several lines.
+            number, raw, foreign = lines.taken()
+            raw = original(raw, self.encoding)
+            if foreign:
+                fault = f"{not_text(self.encoding)}: {raw[:60]!r}"
+            elif not fault and not cells:
+                fault = "the line is empty; drop it"
+            elif not fault and len(cells) != len(names):
+                fault = f"{len(cells)} columns where the header has {len(names)}: {raw[:60]!r}; correct it or drop it"
+            if fault:
+                bad.add(number, fault, raw)
+            else:
+                yield number, raw, [cells[place] for place in places]
+
+
+@dataclass
+class Sequences:
+    """Text in which each line is a user and the items of the user, oldest first; no separator is any white space."""
+
+    file: File
+    separator: str | None = None
+    encoding: str = "utf-8"
+
+    def columns(self) -> tuple[str, ...]:
+        """``user`` and ``item``."""
+        return ("user", "item")
+
+    def nested(self) -> dict[str, str]:
+        """None: each entry of a line is an event."""
+        return {}
+
+    def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
+        """A row for each item; ``fields`` is ``{field: "user" or "item"}``."""
+        for block in self.file.blocks(self.encoding):
+            events: dict[str, list[str]] = {"user": [], "item": []}
+            numbers: list[int] = []
+            lines: list[bytes] = []
+            for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
+                raw = original(line, self.encoding)
+                try:
+                    user, *items = line.decode().strip().split(self.separator) or [""]
+                except UnicodeDecodeError:
+                    bad.add(number, f"{not_text(self.encoding)}: {raw[:60]!r}", raw)
+                    continue
+                if not items:
+                    bad.add(number, f"no user with items after it: {raw[:60]!r}; drop the line", raw)
+                events["user"] += [user] * len(items)
+                events["item"] += items
+                numbers += [number] * len(items)
+                lines += [raw] * len(items)
+            if numbers:
+                cells = {name: pa.array(events[column], pa.string()) for name, column in fields.items()}
+                yield Rows(pa.table(cells), np.array(numbers), partial(list, lines))
+
+
+def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
+    return pa.table({name: cells[column] for name, column in fields.items()})
+
+
+class _Decoded:
+    """Feeds lines to the csv module, and remembers those that the row at hand took.
+
+    The lines end within a row of more than :data:`LONGEST_ROW` bytes, which is then a row without its end.
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._lines = (
+            (number, line) for block in blocks for number, line in enumerate(io.BytesIO(block.data), block.first)
+        )
+        self._given_back: deque[tuple[int, bytes]] = deque()
+        self._taken: list[tuple[int, bytes]] = []
+        self._size = 0
+        self.again = 0
+        """Bytes that were given back until now."""
+
+    def __iter__(self) -> _Decoded:
+        return self
+
+    def __next__(self) -> str:
+        if self._size > LONGEST_ROW:
+            raise StopIteration
+        number, line = self._given_back.popleft() if self._given_back else next(self._lines)
+        self._taken.append((number, line))
+        self._size += len(line)
+        return line.decode(errors="replace")
+
+    def give_back(self) -> None:
+        """Let the lines of the row at hand come again, but for its first."""
+        self._given_back.extendleft(reversed(self._taken[1:]))
+        self.again += sum(len(line) for _, line in self._taken[1:])
+        del self._taken[1:]
+
+    def taken(self) -> tuple[int, bytes, bool]:
+        """The number of the first line since the last call, all those lines, and whether one of them is no text."""
+        number = self._taken[0][0]
+        raw = b"".join(line for _, line in self._taken).removesuffix(b"\n")
+        self._taken, self._size = [], 0
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            return number, raw, True
+        return number, raw, False
