@@ -15,8 +15,8 @@ USAGE = f"""recbole_ssm {__version__}: sequential recommendation with state-spac
   recbole-ssm train     train and test a model: train [--model=2Mamba4Rec] [--dataset=ml-100k] [--key=value ...]
                         python run_recbole_ssm.py [--key=value ...] is the same, and so is recbole-ssm --key=value ...
 
-      --model           Mamba4Rec, 2Mamba4Rec, Hydra4Rec, or any sequential model of RecBole's (SASRec, BERT4Rec ...),
-                        or a class of your own: --model=my_package.my_file:MyModel; Pop and RepeatNewest learn nothing
+      --model           Mamba4Rec, 2Mamba4Rec, Hydra4Rec, LlamaRec, GPT4Rec, Pop, RepeatNewest, any sequential model of
+                        RecBole's (SASRec, BERT4Rec ...), or a class of your own: --model=my_package.my_file:MyModel
       --dataset         toy and ml-100k (they come along), ml-1m, amazon-beauty, amazon-video-games,
                         amazon-beauty-personal-care-23, amazon-video-games-23, or a folder of atomic files in data_path
       --config_files    YAML files of settings: "a.yaml b.yaml"; a later one wins
