@@ -11,9 +11,9 @@ import numpy as np
 
 from recbole_ssm.arguments import names
 from recbole_ssm.data import create_dataset, temporal, ties
-from recbole_ssm.data.convert import read_events
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.names import KNOWN
+from recbole_ssm.data.reading import read_events
 from recbole_ssm.data.sources import open_raw
 from recbole_ssm.errors import UserError, did_you_mean, excerpt, shown
 from recbole_ssm.starting import require_data

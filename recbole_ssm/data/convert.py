@@ -6,31 +6,24 @@ Nothing of the source is changed, and the data set appears whole or not at all.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from recbole_ssm import __version__
-from recbole_ssm.data.atomic import BUILDERS, TYPES, Columns, Floats, Tokens, Values, Words, read_header
-from recbole_ssm.data.descriptions import KINDS, Descriptions, kind_of
+from recbole_ssm.data.atomic import TYPES, read_header
 from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
-from recbole_ssm.data.lines import BadLines, check_separator, progress
+from recbole_ssm.data.lines import BadLines, check_separator
 from recbole_ssm.data.names import EVENT, check_names, name_titles, title_column
+from recbole_ssm.data.reading import read_events
 from recbole_ssm.data.sources import Raw, open_raw
-from recbole_ssm.data.times import Moments, check_form, decimals
+from recbole_ssm.data.writing import write_descriptions, write_inter
 from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
 from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json
 
-# Rows that are written at once.
-WRITTEN_AT_ONCE = 1 << 20
 TIES = "events of one user and one time keep the order of the source"
 FILE_ORDER = "the source has no times; they count each user's events in the order of the file"
 
@@ -180,25 +173,20 @@ def convert(
     """
     if not re.fullmatch(r"[\w][\w.\-]*", name):
         raise UserError(f"--name: {name!r} is no name of a folder; use letters, digits, - and _")
-    cores = tuple(k_core if core is None else core for core in (user_core, item_core))
-    for key, core in (("k_core", k_core), ("user_core", cores[0]), ("item_core", cores[1])):
-        if core < 0:
-            raise UserError(f"--{key}: must be 0 or more, got {core}")
+    cores = checked_cores(k_core, user_core, item_core)
     if time_format and (sequences or file_order):
         raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
     target = out / name
     recover(target)
     check_target(target, overwrite)
     asked = {field: column for field, column in named.items() if column is not None}
-    reading = {"separator": separator.replace("\\t", "\t")} if separator else {}
+    reading = {}
     if separator is not None:
-        check_separator("--separator", reading.get("separator", ""))
+        reading["separator"] = separator.replace("\\t", "\t")
+        check_separator("--separator", reading["separator"])
     raw = open_raw(
         source, asked, meta, meta_item, sequences=sequences, file_order=file_order, encoding=encoding, **reading
     )
-    if time_format:
-        first = next(raw.events.rows({"time": raw.fields["time"]}, BadLines(str(raw.events.file), "skip")), None)
-        check_form("--time_format", time_format, first.cells["time"].to_pylist() if first else ())
     kept = columns_to_keep(raw, keep)
     check_descriptions(raw, kept, "--text" if "text" in asked else "--meta")
     if inside := [file for file in raw.files if target.resolve() in file.path.resolve().parents]:
@@ -211,54 +199,57 @@ def convert(
         with BadLines(str(raw.events.file), on_bad_lines, scratch / f"{name}.skipped") as bad:
             events, digits = read_events(raw, bad, kept, time_format)
         events, steps = filtered(events, duplicates, *cores)
+        if not len(events):
+            raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         if "time" not in raw.fields:
             # Counted again, because the filters left gaps.
             events = replace(events, times=places(events.users.codes))
-        if not len(events):
-            raise UserError(f"{raw.events.file}: {steps[-1]['step']} leaves nothing; choose a smaller --k_core")
         events = events.take(events.by_user_and_time())
         write_inter(scratch / f"{name}.inter", events, digits, kept)
-        skipped, described, contradicting = len(bad), 0, 0
-        if raw.items is not None:
-            # The faults of a table that describes its own items were told when its events were read.
-            again = raw.items.file == raw.events.file
-            side = scratch / f"{name}.item.skipped"
-            with BadLines(str(raw.items.file), *(("skip",) if again else (on_bad_lines, side))) as bad:
-                described, contradicting = write_items(scratch / f"{name}.item", raw.items, events, bad)
-            if not described:
-                raise UserError(
-                    f"{raw.items.file}: describes none of the items; is it of another data set? Name the right one by "
-                    "--meta, or move it away"
-                )
-            skipped += 0 if again else len(bad)
-
-        def as_written(time: Any) -> int | float:
-            return int(time) / 10**digits if digits else int(time)
-
-        card: dict[str, Any] = {
-            "name": name,
-            "source": [
-                {"file": str(file), "bytes": file.path.stat().st_size, "sha256": digest(file.path)}
-                for file in raw.files
-            ],
-            "kind": raw.kind,
-            "columns": raw.fields,
-            "steps": steps,
-            "described_items": described,
-            "contradicting_descriptions": contradicting,
-            "skipped_lines": skipped,
-            "ties": TIES if "time" in raw.fields else FILE_ORDER,
-            "time": {"first": as_written(events.times.min()), "last": as_written(events.times.max())},
-            "written": {
-                path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in sorted(scratch.iterdir())
-            },
-            "by": f"recbole_ssm {__version__}",
-        }
+        counts = write_descriptions(scratch, raw, events, on_bad_lines)
+        counts["skipped_lines"] += len(bad)
+        times = [int(time) / 10**digits if digits else int(time) for time in (events.times.min(), events.times.max())]
+        card = card_of(raw, scratch, steps, counts, times)
         write_json(scratch / f"{name}.card.json", card)
         # Another process may have made a data set of that name meanwhile.
         check_target(target, overwrite)
         exchange(scratch, target, temporary / FORMER if overwrite else None)
     return card
+
+
+def checked_cores(k_core: int, user_core: int | None, item_core: int | None) -> tuple[int, int]:
+    """How many events a user needs, and how many an item: ``k_core``, where there is no number of their own.
+
+    Raises:
+        UserError: one is negative.
+    """
+    cores = (k_core if user_core is None else user_core, k_core if item_core is None else item_core)
+    for key, core in (("k_core", k_core), ("user_core", cores[0]), ("item_core", cores[1])):
+        if core < 0:
+            raise UserError(f"--{key}: must be 0 or more, got {core}")
+    return cores
+
+
+def card_of(
+    raw: Raw, folder: Path, steps: list[dict[str, Any]], counts: Mapping[str, int], times: Sequence[float]
+) -> dict[str, Any]:
+    """The card of a data set: what its files in a folder were made of and how; ``times`` are the first and the last."""
+    return {
+        "name": folder.name,
+        "source": [{"file": str(file), **_content(file.path)} for file in raw.files],
+        "kind": raw.kind,
+        "columns": raw.fields,
+        "steps": steps,
+        **counts,
+        "ties": TIES if "time" in raw.fields else FILE_ORDER,
+        "time": dict(zip(("first", "last"), times)),
+        "written": {path.name: _content(path) for path in sorted(folder.iterdir())},
+        "by": f"recbole_ssm {__version__}",
+    }
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -326,121 +317,3 @@ def filtered(events: Events, duplicates: str, user_core: int, item_core: int) ->
         step = f"{user_core}-core" if user_core == item_core else own
         steps.append({"step": step, **events.counts()})
     return events, steps
-
-
-def read_events(
-    raw: Raw, bad: BadLines, kept: Mapping[str, str] | None = None, time_format: str = ""
-) -> tuple[Events, int]:
-    """All events of a source, checked, and how many digits behind the point their times have, which are whole here.
-
-    Raises:
-        UserError: the first faulty row (or none, if ``bad`` skips), or there is no row at all.
-    """
-    times = Moments(time_format)
-    known: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": Floats()}
-    # No column of a source is called as these are, because of the tab.
-    others = {f"\t{column}": column for column in kept or ()}
-    builders = {field: known[field] for field in raw.fields} | {key: Anything() for key in others}
-    shown = {field: f"column {name}" if name.isdecimal() else name for field, name in raw.fields.items()}
-    columns = Columns(builders, EVENT[:3], shown)
-    for rows in raw.events.rows({**raw.fields, **others}, bad):
-        columns.add(rows.cells, rows.numbers, rows.raw, bad)
-    found = columns.finish(str(raw.events.file), bad, "no event in it")
-    if "time" not in found:
-        found["time"] = places(found["user"].codes)
-    further = {column: found[key] for key, column in others.items()}
-    return Events(found["user"], found["item"], found["time"], found.get("rating"), further), times.digits
-
-
-class Anything(Words):
-    """A column whose cells are all taken."""
-
-    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
-        """No cell is a fault."""
-        self._parsed = cells
-        return {}
-
-
-class Ids(Words):
-    """A column of ids; what would break the lines of an atomic file is refused."""
-
-    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
-        """Look at the cells of a batch; the faults by row."""
-        faults = super().parse(cells, required)
-        for row in np.flatnonzero(pc.match_substring_regex(cells, "[\t\r\n\\x00]").to_numpy(zero_copy_only=False)):
-            faults[int(row)] = f"is {excerpt(cells[int(row)].as_py())}, with a character that no atomic file can hold"
-        return faults
-
-
-def write_inter(path: Path, events: Events, digits: int, kept: Mapping[str, str]) -> None:
-    """Write events, whose times count units of ``10 ** -digits``, as an atomic file; whole numbers have no point.
-
-    Raises:
-        UserError: a further column is not of the type that ``kept`` gives it.
-    """
-    columns = {"user_id:token": events.users, "item_id:token": events.items}
-    further = {}
-    for name, column in events.others.items():
-        words = pa.array([_one_line(word) for word in column.names.to_pylist()], pa.string())
-        kind = kept[name] or KINDS[kind_of(words)] or "token"
-        if fault := next(iter(BUILDERS[kind](" ").parse(words, False).values()), ""):
-            raise UserError(f"--keep: {name} {fault}, or keep it as {name}:token")
-        further[f"{name}:{kind}"] = Tokens(column.codes, words)
-    ratings = events.ratings
-    with open(path, "wb") as file, progress(f"Write {path.name}", len(events), "rows") as bar:
-        header = [*columns, *(["rating:float"] if ratings is not None else []), "timestamp:float", *further]
-        file.write("\t".join(header).encode() + b"\n")
-        for start in range(0, len(events), WRITTEN_AT_ONCE):
-            rows = slice(start, start + WRITTEN_AT_ONCE)
-            cells = [_words(ids, rows) for ids in columns.values()]
-            cells += [_spelt(ratings[rows])] if ratings is not None else []
-            cells += [decimals(events.times[rows], digits), *(_words(column, rows) for column in further.values())]
-            # Arrow's writer of CSV refuses quotation marks where it may not quote
-            lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*cells, "\t"), "", "\n")
-            _, ends, characters = lines.buffers()
-            file.write(memoryview(characters)[: np.frombuffer(ends, np.int32)[len(lines)]])
-            bar.update(len(cells[0]))
-
-
-def _words(column: Tokens, rows: slice) -> pa.StringArray:
-    codes = column.codes[rows]
-    return column.names.take(pa.array(codes, mask=codes < 0)).fill_null("")
-
-
-def write_items(path: Path, items: Descriptions, events: Events, bad: BadLines) -> tuple[int, int]:
-    """Write the descriptions of those items that events have; of each column the first that is not empty counts.
-
-    RecBole takes every line of .item into its catalogue, so an item that nobody met would be ranked with the others.
-
-    Returns:
-        How many items are described, and how many of them again in other words.
-    """
-    wanted = set(events.items.names.take(pa.array(np.unique(events.items.codes))).to_pylist())
-    lines: dict[str, str] = {}
-    contradicting = set()
-    for item, cells in items.read(bad):
-        if item in wanted:
-            line = "\t".join([item, *(_one_line(cells[name]) for name in items.columns)])
-            if (first := lines.setdefault(item, line)) != line:
-                pairs = list(zip(first.split("\t"), line.split("\t")))
-                lines[item] = "\t".join(former or later for former, later in pairs)
-                if any(former and later and former != later for former, later in pairs):
-                    contradicting.add(item)
-    header = "\t".join(["item_id:token", *(f"{name}:{kind}" for name, kind in items.columns.items())])
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in [header, *lines.values()])
-    return len(lines), len(contradicting)
-
-
-def _spelt(values: np.ndarray) -> pa.StringArray:
-    """Numbers as text: whole ones without a point, others in the fewest digits that give them back, missing as ""."""
-    if np.all(np.isfinite(values)) and np.all(values == np.round(values)) and np.all(np.abs(values) < 2**53):
-        return pa.array(values.astype(np.int64)).cast(pa.string())
-    text = ["" if math.isnan(value) else repr(value).removesuffix(".0") for value in values.tolist()]
-    return pa.array(text, pa.string())
-
-
-def _one_line(text: str) -> str:
-    """Text as a cell of an atomic file, without what its reader refuses: line ends, NUL, half characters and [PAD]."""
-    words = text.replace("\0", "").encode("utf-8", "replace").decode().split()
-    return " ".join(word for word in words if word != "[PAD]")
