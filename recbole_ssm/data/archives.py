@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from recbole_ssm.data.lines import BLOCK, Block, first_line, is_utf8, progress, read_blocks
+from recbole_ssm.data.lines import BLOCK, Block, first_line, is_utf8, is_wide, progress, read_blocks
 from recbole_ssm.errors import UserError
 
 LARGEST_DICTIONARY = 1 << 28
@@ -116,18 +116,23 @@ class File:
             return first_line(file, str(self), encoding)
 
     def utf8_or(self, encoding: str) -> str:
-        """``utf-8`` where the file is that, and else the encoding."""
+        """``utf-8`` where the file is that, and else the encoding.
+
+        A file of nothing but ASCII proves nothing: so texts in ISO-2022-JP look, and in other encodings of 7 bits.
+        """
         if is_utf8(encoding):
             return encoding
+        ascii = not is_wide(encoding)
         with self.open() as (file, _, _):
             try:
                 for text in codecs.iterdecode(iter(lambda: file.read(BLOCK), b""), "utf-8"):
+                    ascii = ascii and text.isascii()
                     if "\0" in text:
                         # So UTF-16 looks that is read as UTF-8.
                         return encoding
             except UnicodeDecodeError:
                 return encoding
-        return "utf-8"
+        return encoding if ascii else "utf-8"
 
 
 def members(archive: Path) -> list[str]:

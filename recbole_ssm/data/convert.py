@@ -185,7 +185,14 @@ def convert(
         reading["separator"] = separator.replace("\\t", "\t")
         check_separator("--separator", reading["separator"])
     raw = open_raw(
-        source, asked, meta, meta_item, sequences=sequences, file_order=file_order, encoding=encoding, **reading
+        source,
+        asked,
+        meta,
+        meta_item,
+        sequences=sequences,
+        file_order=file_order,
+        encoding=encoding,
+        separator=reading.get("separator"),
     )
     kept = columns_to_keep(raw, keep)
     check_descriptions(raw, kept, "--text" if "text" in asked else "--meta")

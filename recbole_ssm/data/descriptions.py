@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from logging import getLogger
 
 import numpy as np
@@ -16,8 +16,12 @@ from recbole_ssm.data.atomic import EXACT
 from recbole_ssm.data.json_lines import JsonLines
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.tables import Table, cell_of
-from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
+from recbole_ssm.errors import excerpt, listed
 
+# The columns that pandas writes for its index.
+INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*|__index_level_\d+__)?")
+# What is read of Amazon's metadata.
+AMAZON_ITEM = ("parent_asin", "asin", "title", "categories", "category", "brand", "store")
 # An item's id, and what is said of it: ``{column: text}``.
 Described = tuple[str, dict[str, str]]
 
@@ -38,44 +42,46 @@ class Descriptions:
 
 
 def whole_table(table: Table, item: str) -> Descriptions:
-    """Any table of items; all of its columns are kept."""
+    """Any table of items; all of its columns are kept.
+
+    Args:
+        table: the table.
+        item: its column of item ids.
+    """
+    if isinstance(table, JsonLines):
+        table = replace(table, single=(item,), whole=True)
     columns = table.columns()
-    if item not in columns:
-        there = f"there are {listed(columns)}{did_you_mean(item, columns)}"
-        raise UserError(f"--meta_item: {table.file} has no column '{item}' ({there})")
-    index = [name for name in columns if re.fullmatch(r"(Unnamed: \d+(\.\d+)*)?", name)]
+    index = [name for name in columns if INDEX.fullmatch(name) and name != item]
     for name in index:
         getLogger().warning(f"{table.file}: column {excerpt(name)}, as pandas writes its index, is left out")
     names = {name: name for name in columns if name not in (item, *index)}
-    if isinstance(table, JsonLines):
-        table.single = (item,)
     kinds = dict.fromkeys(names, 0)
     for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
         for name in names:
             kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
-    kinds |= {name: KINDS.index(kind) for name, kind in table.nested().items() if name in names}
+    types = {name: KINDS[kind] or "token" for name, kind in kinds.items()}
+    types |= {name: kind for name, kind in table.nested().items() if name in names}
+    return Descriptions(table.file, types, described_by(table, item, names))
+
+
+def described_by(table: Table, item: str, names: Mapping[str, str]) -> Callable[[BadLines], Iterator[Described]]:
+    """What reads the descriptions in a table; ``names`` is ``{column of .item: column of the table}``."""
 
     def read(bad: BadLines) -> Iterator[Described]:
         for rows in table.rows({"": item, **names}, bad):
             for name, *cells in zip(*(column.to_pylist() for column in rows.cells.columns)):
                 yield name, dict(zip(names, cells))
 
-    return Descriptions(table.file, {name: KINDS[kind] or "token" for name, kind in kinds.items()}, read)
-
-
-def texts(table: Table, item: str, text: str) -> Descriptions:
-    """The column of a table of events that describes the items."""
-
-    def read(bad: BadLines) -> Iterator[Described]:
-        for rows in table.rows({"item": item, "text": text}, bad):
-            for name, title in zip(*(rows.cells[column].to_pylist() for column in ("item", "text"))):
-                yield name, {"title": title}
-
-    return Descriptions(table.file, {"title": "token_seq"}, read)
+    return read
 
 
 def amazon_items(table: JsonLines) -> Descriptions:
-    """Amazon's metadata of a category."""
+    """Amazon's metadata of a category, of which title, categories and brand are kept."""
+    if others := [name for name in table.columns() if name not in AMAZON_ITEM]:
+        getLogger().warning(
+            f"{table.file}: of Amazon's metadata title, categories and brand are kept; {listed(others, 8)} go; with "
+            "--meta and --meta_item all columns stay as they are"
+        )
 
     def read(bad: BadLines) -> Iterator[Described]:
         for number, line, found in table.objects(bad):

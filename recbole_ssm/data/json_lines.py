@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from recbole_ssm.data.archives import File
-from recbole_ssm.data.lines import BadLines, original
+from recbole_ssm.data.lines import MOST_COLUMNS, BadLines, original
 from recbole_ssm.data.tables import CONTAINERS, Row, Rows, batches, cell_of
 from recbole_ssm.errors import UserError, excerpt
 
 # Bytes of a line of JSON, and of one of Python's literals, which take four hundred times their size to be read.
 LONGEST_OBJECT = 1 << 22
 LONGEST_LITERAL = 1 << 18
+# Objects of a table of events whose keys are its columns.
+FIRST = 10_000
 
 
 @dataclass
 class JsonLines:
     """One JSON object a line; Amazon's metadata of 2014 are Python's literals instead, which are read too, as data.
 
-    Under the keys ``single`` a list or an object is a fault of its line.
+    Attributes:
+        file: where it stands.
+        encoding: of the file.
+        single: keys under which a list or an object is a fault of its line.
+        whole: its columns are the keys of all objects, and not of the first :data:`FIRST` alone.
     """
 
     file: File
     encoding: str = "utf-8"
     single: Collection[str] = ()
+    whole: bool = False
 
     def columns(self) -> tuple[str, ...]:
-        """The keys of its first object."""
+        """Its keys, in the order in which they appear."""
+        return tuple(self._kinds)
+
+    def nested(self) -> dict[str, str]:
+        """The keys under which it has lists, which become ``token_seq``, or objects: ``token``."""
+        kinds = {key: kind for key, kind in self._kinds.items() if issubclass(kind, CONTAINERS)}
+        return {key: "token_seq" if kind is list else "token" for key, kind in kinds.items()}
+
+    @cached_property
+    def _kinds(self) -> dict[str, type]:
+        """Each key and the class of the first of its values that is not null."""
         line = self.file.first_line(self.encoding)
         try:
-            return tuple(_object(line))
+            _object(line)
         except ValueError as error:
             raise UserError(
                 f"{self.file}, line 1: no JSON object: {line[:60]!r}; write one a line, as pandas does by "
                 "to_json(orient='records', lines=True)"
             ) from error
-
-    def nested(self) -> dict[str, str]:
-        """The keys under which its first object has lists, which become ``token_seq``, or objects: ``token``."""
-        found = _object(self.file.first_line(self.encoding))
-        kinds = ((key, isinstance(value, list)) for key, value in found.items() if isinstance(value, CONTAINERS))
-        return {key: "token_seq" if lists else "token" for key, lists in kinds}
+        kinds: dict[str, type] = {}
+        objects = self.objects(BadLines(str(self.file), "skip"))
+        for _, _, found in itertools.islice(objects, None if self.whole else FIRST):
+            for key, value in found.items():
+                if kinds.setdefault(key, type(None)) is type(None):
+                    kinds[key] = type(value)
+            if len(kinds) > MOST_COLUMNS:
+                raise UserError(f"{self.file}: more than {MOST_COLUMNS:,} keys; a row must be an object, not a key")
+        return kinds
 
     def objects(self, bad: BadLines) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         """``(line number, line, object)`` of each line."""
@@ -96,7 +118,7 @@ def _object(line: str) -> dict[str, Any]:
             found = ast.literal_eval(line.strip())
         except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ValueError("neither JSON nor a Python literal") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(found, dict) or not all(isinstance(key, str) and not _broken(key) for key in found):
         raise ValueError("no object whose keys are text")
     return found
 

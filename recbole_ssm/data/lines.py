@@ -169,15 +169,18 @@ def first_line(source: Source, path: Path | str, encoding: str = "utf-8") -> str
 
 
 def split_header(line: str, separator: str, path: Path | str, quoted: bool = False) -> list[str]:
-    """The cells of a first line; ``quoted`` ones may hold the separator.
+    """The cells of a first line; ``quoted`` ones may hold the separator, and have no blanks around them.
 
     Raises:
         UserError: there are more than anybody names, or a quotation mark stands wrong.
     """
     if line.count(separator) >= MOST_COLUMNS:
         raise UserError(f"{path}, line 1: more than {MOST_COLUMNS:,} columns; is the separator right?")
+    if not (quoted and line):
+        return line.split(separator)
     try:
-        return next(csv.reader([line], delimiter=separator)) if quoted and line else line.split(separator)
+        cells = csv.reader([line], delimiter=separator, strict=True, skipinitialspace=separator != " ")
+        return [cell.strip() for cell in next(cells)]
     except csv.Error as error:
         raise UserError(f"{path}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
 
@@ -308,7 +311,7 @@ def is_utf8(encoding: str) -> bool:
 
 def original(line: bytes, encoding: str) -> bytes:
     """A line of a block in the encoding of its file, but UTF-16 and UTF-32 stay UTF-8."""
-    if is_utf8(encoding) or _is_wide(encoding):
+    if is_utf8(encoding) or is_wide(encoding):
         return line
     try:
         return line.decode("utf-8", "surrogatepass").encode(encoding, "surrogateescape")
@@ -316,7 +319,8 @@ def original(line: bytes, encoding: str) -> bytes:
         return line
 
 
-def _is_wide(encoding: str) -> bool:
+def is_wide(encoding: str) -> bool:
+    """Whether that is a name of UTF-16 or UTF-32."""
     return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
@@ -351,7 +355,7 @@ def _undecodable(data: bytes, lines: int) -> np.ndarray:
 def _as_utf8(pieces: Iterable[bytes], path: Path | str, encoding: str) -> Iterator[bytes]:
     """Text in another encoding as UTF-8; each byte that is no text becomes a lone surrogate, which is no UTF-8."""
     try:
-        for text in codecs.iterdecode(pieces, encoding, "strict" if _is_wide(encoding) else "surrogateescape"):
+        for text in codecs.iterdecode(pieces, encoding, "strict" if is_wide(encoding) else "surrogateescape"):
             yield text.encode("utf-8", "surrogatepass")
     except UnicodeError as error:
         raise UserError(f"{path}: {not_text(encoding)}") from error

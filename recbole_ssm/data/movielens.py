@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from recbole_ssm.data.archives import File
 from recbole_ssm.data.descriptions import Described, Descriptions
-from recbole_ssm.data.lines import BadLines
+from recbole_ssm.data.lines import BadLines, is_utf8
 from recbole_ssm.data.names import KNOWN
 from recbole_ssm.data.text_tables import Text
 from recbole_ssm.errors import UserError
@@ -18,10 +18,12 @@ ML_100K_GENRES = (
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
 # Names of MovieLens' files of ratings -> of items.
+# The places of its columns, where they have no names.
+PLACES = {"user": "1", "item": "2", "rating": "3", "time": "4"}
 MOVIELENS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
 
 
-def tables_of(file: File) -> tuple[Text, Descriptions | None]:
+def tables_of(file: File, encoding: str = "utf-8") -> tuple[Text, Descriptions | None]:
     """The events of a file that is called as one of :data:`MOVIELENS`, and what stands beside it of the films.
 
     100K has u.data, 1M and 10M ratings.dat, all others ratings.csv.
@@ -39,10 +41,11 @@ def tables_of(file: File) -> tuple[Text, Descriptions | None]:
         events, cut, columns = Text(file, "::", ordered), "::", ("item", "title", "genres")
     else:
         events, cut, columns = Text(file, ",", quoted=True), ",", None
+    events.encoding = file.utf8_or(encoding)
     if not described:
         return events, None
     # 100K and 1M are in latin-1.
-    encoding = described.utf8_or("latin-1")
+    encoding = described.utf8_or("latin-1" if is_utf8(encoding) else encoding)
     return events, _films(Text(described, cut, columns, quoted=columns is None, encoding=encoding))
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
-from recbole_ssm.errors import UserError, excerpt
+from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
 
 EVENT = ("user", "item", "time", "rating")
 # Column names by which a source is known, in the order of EVENT.
@@ -19,8 +19,9 @@ KNOWN = {
 WHAT = {
     "user": "user customer client buyer member account kunde kundin käufer nutzer benutzer",
     "item": "item product article sku artikel produkt ware",
-    "time": "time datetime date when orderdate ordertime orderdatetime orderedat ordered purchasedate purchasetime "
-    "purchasedat createdat eventtime eventdate ts datum zeit uhrzeit zeitpunkt zeitstempel bestelldatum kaufdatum",
+    "time": "time datetime timestamp eventtimestamp date when orderdate ordertime orderdatetime orderedat ordered "
+    "purchasedate purchasetime purchasedat createdat eventtime eventdate ts datum zeit "
+    "uhrzeit zeitpunkt zeitstempel bestelldatum kaufdatum",
 }
 """Names of columns, without blanks and in lower case; one of users or items may end in a word of :data:`NUMBER`."""
 NUMBER = "id|no|nr|num|number|nummer|key|code"
@@ -37,6 +38,12 @@ def only_column(part: str, columns: Iterable[str]) -> str | None:
     pattern = f"({'|'.join(WHAT[part].split())}){end}"
     found = [column for column in columns if re.fullmatch(pattern, re.sub(r"[\W_]", "", column.lower()))]
     return found[0] if len(found) == 1 else None
+
+
+def no_column(option: str, file: object, name: str, columns: Collection[str], mend: str = "") -> UserError:
+    """The error of an option that names a column which a file has not, with those that it has."""
+    there = f"there are {listed(columns)}{did_you_mean(name, columns)}"
+    return UserError(f"{option}: {file} has no column '{name}' ({there}){mend}")
 
 
 def title_column(columns: Collection[str]) -> str | None:

@@ -66,7 +66,7 @@ class Parquet:
             # That text is UTF-8, which Arrow takes on trust.
             column.validate(full=True)
             return _strings(column)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OverflowError) as error:
             raise UserError(
                 f"{self.file}: column {excerpt(name)} ({column.type}) cannot be read as text ({error}); write it as "
                 "strings in UTF-8"
@@ -84,7 +84,12 @@ def _strings(column: pa.Array) -> pa.StringArray:
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
     if pa.types.is_nested(column.type) or pa.types.is_floating(column.type):
-        return pa.array(list(map(cell_of, column.to_pylist())), pa.string())
+        values = column.to_pylist()
+        if pa.types.is_map(column.type):
+            values = [pairs and dict(pairs) for pairs in values]
+        return pa.array(list(map(cell_of, values)), pa.string())
+    if pa.types.is_decimal(kind):
+        return pc.replace_substring_regex(column.cast(pa.string()), r"\.0+$", "").fill_null("")
     return column.cast(pa.string()).fill_null("")
 
 

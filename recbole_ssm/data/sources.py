@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +12,21 @@ from pathlib import Path, PurePosixPath
 from recbole_ssm.data import movielens
 from recbole_ssm.data.archives import File, members
 from recbole_ssm.data.atomic import Floats
-from recbole_ssm.data.descriptions import Descriptions, amazon_items, texts, whole_table
+from recbole_ssm.data.descriptions import Descriptions, amazon_items, described_by, whole_table
 from recbole_ssm.data.json_lines import JsonLines
 from recbole_ssm.data.lines import BadLines, split_header
 from recbole_ssm.data.movielens import MOVIELENS
-from recbole_ssm.data.names import EVENT, KNOWN, WHAT, only_column
+from recbole_ssm.data.names import EVENT, KNOWN, WHAT, no_column, only_column
 from recbole_ssm.data.parquet import Parquet
 from recbole_ssm.data.tables import Table
-from recbole_ssm.data.text_tables import Sequences, Text
+from recbole_ssm.data.text_tables import ATOMIC, Sequences, Text
 from recbole_ssm.data.times import is_time
-from recbole_ssm.errors import UserError, did_you_mean, excerpt, listed
+from recbole_ssm.errors import UserError, excerpt, listed
 
 # Separators in the order in which they are preferred; one that stands in no first line leaves white space.
 SEPARATORS = ("\t", ",", ";", "|", "\x01", "::")
-TEXT, JSON, PARQUET = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter"), (".json", ".jsonl", ".ndjson"), (".parquet",)
+TEXT = (".csv", ".tsv", ".txt", ".dat", ".data", *ATOMIC)
+JSON, PARQUET = (".json", ".jsonl", ".ndjson"), (".parquet",)
 ASIN = re.compile(r"[0-9A-Z]{10}")
 AMAZON_USER = re.compile(r"A[0-9A-Z]{9,27}")
 
@@ -64,7 +66,9 @@ def open_raw(
     *,
     sequences: bool = False,
     file_order: bool = False,
-    **reading: str,
+    separator: str | None = None,
+    encoding: str = "utf-8",
+    items: bool = True,
 ) -> Raw:
     """Find out what a raw data set is.
 
@@ -76,43 +80,61 @@ def open_raw(
         meta_item: the column of item ids in that file.
         sequences: each line is a user and the items of the user.
         file_order: there are no times; events are in the order of the file.
-        reading: ``separator`` and ``encoding``, where they are not to be guessed.
+        separator: between the columns of the events; None guesses.
+        encoding: of each text that is not UTF-8.
+        items: what is said of the items is looked for.
 
     Raises:
         UserError: it is nothing that we know; the message says how to name its columns.
     """
     file = _find(source)
+    given = ("--meta", str(meta)) if meta else ("--meta_item", meta_item) if meta_item else ()
     if sequences:
         if named or file.suffix not in TEXT:
             raise UserError(f"--sequences: each line of a text file is a user and items, so no column is named: {file}")
-        lines = Sequences(file, reading.get("separator"), reading.get("encoding") or "utf-8")
-        fields = {"user": "user", "item": "item"}
-        return Raw("sequences", lines, fields, _meta(file, fields["item"], meta, meta_item, reading))
-    plain = not (named or file_order)
-    if file.name in MOVIELENS and plain and (file.suffix != ".csv" or "movieId" in file.first_line("utf-8")):
-        if meta:
+        raw = Raw("sequences", Sequences(file, separator, file.utf8_or(encoding)), {"user": "user", "item": "item"})
+    elif not file_order and _is_movielens(file, named, encoding):
+        if given:
             raise UserError(
-                f"--meta: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop --meta {meta}"
+                f"{given[0]}: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop {' '.join(given)}"
             )
-        ratings, films = movielens.tables_of(file)
-        return Raw("MovieLens", ratings, dict(zip(EVENT, KNOWN["MovieLens"])), films)
-    table = _table(file, reading, named if all(column.isdecimal() for column in named.values()) else {})
+        ratings, films = movielens.tables_of(file, encoding)
+        raw = Raw("MovieLens", ratings, dict(zip(EVENT, KNOWN["MovieLens"])), films)
+    else:
+        raw = _raw_table(file, named, file_order, separator, encoding)
+    if separator and separator != getattr(raw.events, "separator", None):
+        raise UserError(f"--separator: {file} is {raw.kind}, and its separator is known; drop --separator {separator}")
+    if "text" in named and given:
+        raise UserError(f"--text {named['text']} and {' '.join(given)} both describe the items; give one of them")
+    if "text" in named:
+        read = described_by(raw.events, raw.fields["item"], {"title": named["text"]})
+        raw.items = Descriptions(file, {"title": "token_seq"}, read)
+    elif items and raw.items is None:
+        raw.items = _meta(file, raw.fields["item"], meta, meta_item, encoding)
+    return raw
+
+
+def _is_movielens(file: File, named: Mapping[str, str], encoding: str) -> bool:
+    """Whether it is a file of MovieLens' ratings, whose columns are called as the caller calls them."""
+    own = dict(zip(EVENT, KNOWN["MovieLens"]))
+    if file.name not in MOVIELENS or not any(named.items() <= names.items() for names in (own, movielens.PLACES)):
+        return False
+    return file.suffix != ".csv" or own["item"] in file.first_line(file.utf8_or(encoding))
+
+
+def _raw_table(file: File, named: Mapping[str, str], file_order: bool, separator: str | None, encoding: str) -> Raw:
+    """A table of events, without what is said of its items."""
+    places = named if all(column.isdecimal() for column in named.values()) else {}
+    table = _table(file, separator, encoding, places)
     kind, fields = _events(table, named, file_order)
     if kind == "a table" and "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
         getLogger().warning(
-            f"{table.file}: column {excerpt(fields.pop('rating'))} is left out, because it is no rating in numbers; "
+            f"{file}: column {excerpt(fields.pop('rating'))} is left out, because it is no rating in numbers; "
             "another one is named by --rating"
         )
     if isinstance(table, JsonLines):
         table.single = fields.values()
-    if "text" in named and (meta or meta_item):
-        given = f"--meta {meta}" if meta else f"--meta_item {meta_item}"
-        raise UserError(f"--text {named['text']} and {given} both describe the items; give one of them")
-    if "text" in named:
-        items: Descriptions | None = texts(table, fields["item"], named["text"])
-    else:
-        items = _meta(file, fields["item"], meta, meta_item, reading)
-    return Raw(kind, table, fields, items)
+    return Raw(kind, table, fields)
 
 
 def _find(source: Path, what: str = "interactions") -> File:
@@ -120,38 +142,44 @@ def _find(source: Path, what: str = "interactions") -> File:
     if not source.exists():
         raise UserError(f"{source}: No such file or directory")
     if source.is_dir():
-        found = [File(path) for path in sorted(source.rglob("*")) if path.is_file()]
+        there = [(str(path.relative_to(source)), File(path)) for path in sorted(source.rglob("*")) if path.is_file()]
     elif source.suffix.lower() == ".zip":
-        found = [File(source, name) for name in members(source)]
+        there = [(name, File(source, name)) for name in members(source)]
     else:
         return File(source)
-    found = [file for file in found if not file.name.startswith((".", "meta_")) and "__MACOSX" not in str(file)]
+    # What is hidden, and what a Mac packs beside the files, is none of the data.
+    found = [file for name, file in there if not re.search(r"(^|/)(\.[^./]|__MACOSX/)", name)]
+    described = [file for file in found if file.name.startswith("meta_")]
+    if what == "interactions":
+        found = [file for file in found if file not in described]
+    likely = described if what == "items" else [file for file in found if file.name in MOVIELENS]
     # A text without further ending may be a note beside the data.
-    kinds = (*JSON, *PARQUET, ".csv", ".tsv", ".inter"), TEXT
-    likely = [file for file in found if file.name in MOVIELENS]
-    for endings in kinds:
+    for endings in ((*JSON, *PARQUET, ".csv", ".tsv", ".inter"), TEXT):
         likely = likely or [file for file in found if file.suffix in endings]
     if len(likely) != 1:
         several = [file.name for file in likely or found]
         names = ", ".join(several[:8] + ["..."] * (len(several) > 8)) or "nothing"
         mend = "name" if source.is_dir() else "unpack it and name"
-        raise UserError(f"{source}: which file holds the {what}? it has {names}; {mend} one as the source")
+        option = "the source" if what == "interactions" else "--meta"
+        raise UserError(f"{source}: which file holds the {what}? it has {names}; {mend} one as {option}")
     return likely[0]
 
 
 def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[str, dict[str, str]]:
     """What kind of table it is, and which of its columns are user, item, time and rating."""
     columns = table.columns()
-    there = f"there are {listed(columns)}"
     if file_order and "time" in named:
         raise UserError(f"--file_order: the events would be in the order of --time {named['time']}; give one of them")
     for part, name in named.items():
         if name not in columns:
-            raise UserError(f"--{part}: {table.file} has no column '{name}' ({there}{did_you_mean(name, columns)})")
+            raise no_column(f"--{part}", table.file, name, columns)
+    fields = {part: name for part, name in named.items() if part in EVENT}
+    for (part, name), (other, same) in itertools.combinations(fields.items(), 2):
+        if name == same:
+            raise UserError(f"--{part} and --{other} both name column '{name}' of {table.file}; name two columns")
     parts = EVENT[:2] if file_order else EVENT[:3]
     whole = [kind for kind, names in KNOWN.items() if set(names[: len(parts)]) <= set(columns)]
     guessed = EVENT if whole or not set(parts) <= set(named) else ()
-    fields = {part: name for part, name in named.items() if part in EVENT}
     for kind in [*whole[:1], *KNOWN]:
         for part, name in zip(EVENT, KNOWN[kind]):
             if part in guessed and name in columns and name not in fields.values():
@@ -171,7 +199,15 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
         hint = "" if "time" not in missing else "; without times, say --file_order"
         if isinstance(table, Text) and any(map(is_time, columns)):
             hint += "; without a header, give their places, as --user=1 --item=2; lines of many items are --sequences"
+        there = f"there are {listed(columns)}"
         raise UserError(f"{table.file}: name its columns by --{', --'.join(missing)} ({there}){hint}")
+    _check_single(table, fields, named)
+    known = not named and not file_order and whole
+    return whole[0] if known else "a table", {part: fields[part] for part in EVENT if part in fields}
+
+
+def _check_single(table: Table, fields: Mapping[str, str], named: Mapping[str, str]) -> None:
+    """Make sure that no column of the events holds lists or objects."""
     nested = table.nested()
     for part, name in fields.items():
         # A rating that is only guessed is left out where it is no number.
@@ -181,8 +217,6 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
                 "with pandas, explode writes a row for each entry, json_normalize a column for each key, and "
                 "to_json(orient='records', lines=True) an event a line"
             )
-    known = not named and not file_order and whole
-    return whole[0] if known else "a table", {part: fields[part] for part in EVENT if part in fields}
 
 
 def _are_numbers(table: Table, column: str) -> bool:
@@ -191,31 +225,49 @@ def _are_numbers(table: Table, column: str) -> bool:
     return rows is None or 2 * len(Floats().parse(rows.cells[""].combine_chunks(), False)) <= len(rows.numbers)
 
 
-def _table(file: File, reading: Mapping[str, str], places: Mapping[str, str] | None = None) -> Table:
+def _table(file: File, separator: str | None, encoding: str, places: Mapping[str, str] | None = None) -> Table:
     """The table that a file holds; with ``places``, which are ``{user, item, ...: place}``, it has no header."""
-    encoding = reading.get("encoding") or "utf-8"
     if file.suffix in PARQUET:
         return Parquet(file)
-    if file.suffix in JSON:
-        return JsonLines(file, file.utf8_or(encoding))
-    if file.suffix not in TEXT:
+    if file.suffix not in (*TEXT, *JSON):
         kinds = ", ".join((*TEXT, *JSON, *PARQUET))
         raise UserError(f"{file}: what file is this? known are {kinds}, each also as .gz or within a .zip")
+    encoding = file.utf8_or(encoding)
+    if file.suffix in JSON:
+        return JsonLines(file, encoding)
     line = file.first_line(encoding)
     between = re.sub('"[^"]*"', "", line)
     guess = max(SEPARATORS, key=lambda mark: (between.count(mark), line.count(mark)))
-    separator = reading.get("separator") or (guess if guess in line or " " not in line else " ")
-    quoted = file.suffix != ".inter" and len(separator) == 1 and separator != '"'
+    separator = separator or (guess if guess in line or " " not in line else " ")
+    quoted = file.suffix not in ATOMIC and len(separator) == 1 and separator != '"'
+    spaced = quoted and separator != " " and 0 < between.count(separator) == between.count(f"{separator} ")
+    table = Text(file, separator, quoted=quoted, encoding=encoding, spaced=spaced)
     cells = split_header(line, separator, str(file), quoted)
+    headless = len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3])
     if places:
         columns = {str(place): cell for place, cell in enumerate(cells, 1)}
-        if header := _header({part: columns[place] for part, place in places.items() if place in columns}):
-            raise UserError(
-                f"{file}, line 1: a header, with {header[0]}; name the columns as it does, not by their places"
-            )
-        return Text(file, separator, tuple(columns), quoted=quoted, encoding=encoding)
-    headless = len(cells) == 4 and re.fullmatch(r"[0-9.]+", cells[2]) and re.fullmatch(r"[0-9]+", cells[3])
-    return Text(file, separator, _amazon_ratings(file, cells) if headless else None, quoted=quoted, encoding=encoding)
+        _check_event(file, cells, {part: columns[place] for part, place in places.items() if place in columns})
+        table.names = tuple(columns)
+    elif headless:
+        table.names = _amazon_ratings(file, cells)
+    return table
+
+
+def _check_event(file: File, cells: list[str], first: Mapping[str, str]) -> None:
+    """Make sure that a first line, of which ``first`` is ``{user, item, time ...: cell}``, is an event and no header.
+
+    Raises:
+        UserError: it is a header.
+    """
+    if header := _header(first):
+        raise UserError(f"{file}, line 1: a header, with {header[0]}; name the columns as it does, not by their places")
+    # Before them an index may stand, whose column has no name.
+    numbers = cells[cells[0] == "" :]
+    if "time" in first and len(numbers) > 2 and numbers == [str(place) for place in range(len(numbers))]:
+        raise UserError(
+            f"{file}, line 1: {', '.join(numbers[:3])} ... is the header that pandas gives a table without names; drop "
+            f"that line, or if it is an event write its time as {first['time']}.0"
+        )
 
 
 def _header(first: Mapping[str, str]) -> list[str]:
@@ -239,14 +291,12 @@ def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
     if user_first == item_first:
         raise UserError(
             f"{file}, line 1: no header, and {excerpt(cells[0])} and {excerpt(cells[1])} do not tell user from item; "
-            "write a header line and name its columns by --user and --item"
+            "write a header line and name its columns by --user and --item, or give their places, as --user=1 --item=2"
         )
     return ("reviewerID", "asin", rating, time) if user_first else ("asin", "reviewerID", rating, time)
 
 
-def _meta(
-    file: File, item: str, meta: Path | None, meta_item: str | None, reading: Mapping[str, str]
-) -> Descriptions | None:
+def _meta(file: File, item: str, meta: Path | None, meta_item: str | None, encoding: str) -> Descriptions | None:
     """The file that describes the items: the one that is named, or Amazon's beside its reviews or ratings."""
     category = re.sub(r"^(reviews|ratings)_|_5$", "", PurePosixPath(file.name).stem)
     beside = (file.beside(f"meta_{category}{suffix}") for suffix in JSON)
@@ -255,12 +305,17 @@ def _meta(
         if meta_item:
             raise UserError(f"--meta_item: {meta_item} is a column of --meta, and there is none; name that file")
         return None
-    # The encoding is that of the events, and a table of items from elsewhere may have its own.
-    table = _table(described, {"encoding": described.utf8_or(reading.get("encoding") or "utf-8")})
+    if (described.path.resolve(), described.member) == (file.path.resolve(), file.member):
+        described = file
+    table = _table(described, None, encoding)
     columns = table.columns()
-    if isinstance(table, JsonLines) and not meta_item and {"parent_asin", "asin"} & set(columns):
+    if meta_item and meta_item not in columns:
+        raise no_column("--meta_item", described, meta_item, columns)
+    likely = [name for name in (meta_item or item, *(names[1] for names in KNOWN.values()), "item") if name in columns]
+    if not likely:
+        raise no_column("--meta", described, item, columns, "; name it by --meta_item")
+    # A table of one's own may have an asin too.
+    known = described.name.startswith("meta_") or {"categories", "category"} & set(columns)
+    if isinstance(table, JsonLines) and not meta_item and likely[0] in ("parent_asin", "asin") and known:
         return amazon_items(table)
-    likely = [name for name in (item, *(names[1] for names in KNOWN.values()), "item") if name in columns]
-    if meta_item is None and not likely:
-        raise UserError(f"--meta: {meta} has no column '{item}' (there are {listed(columns)}); name it by --meta_item")
-    return whole_table(table, meta_item or likely[0])
+    return whole_table(table, likely[0])

@@ -92,7 +92,7 @@ def batches(found: Iterator[Row], fields: Iterable[str]) -> Iterator[Rows]:
     for row in itertools.chain(found, [None]):
         if row is not None:
             batch.append(row)
-            size += len(row[1])
+            size += len(row[1]) + 8 * len(row[2])
         if batch and (row is None or len(batch) >= ROWS or size >= BYTES):
             numbers, raw, cells = zip(*batch)
             columns = {name: pa.array(column, pa.string()) for name, column in zip(fields, zip(*cells))}
@@ -101,8 +101,8 @@ def batches(found: Iterator[Row], fields: Iterable[str]) -> Iterator[Rows]:
 
 
 def distinct(names: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Names of columns, which must all be different."""
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
+    """Names of columns, which must all be different; those without a name are none that anybody asks for."""
+    twice, count = Counter(filter(None, names)).most_common(1)[0] if any(names) else ("", 0)
+    if count > 1:
         raise UserError(f"{where}: column {excerpt(twice)} stands twice; rename one")
     return names

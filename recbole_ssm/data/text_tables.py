@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recbole_ssm.data.archives import File
 from recbole_ssm.data.lines import (
@@ -26,19 +27,31 @@ from recbole_ssm.data.lines import (
 from recbole_ssm.data.tables import LONGEST_ROW, Row, Rows, batches, distinct
 from recbole_ssm.errors import UserError
 
+# Endings of RecBole's files, whose first line holds types too, and which quote nothing.
+ATOMIC = (".inter", ".item")
 # Bytes that are read again behind stray quotation marks; a minute of lines of a few characters.
 MOST_AGAIN = 1 << 26
 
 
 @dataclass
 class Text:
-    """Separated text; ``names`` are its columns, or None if its first line names them."""
+    """Separated text.
+
+    Attributes:
+        file: where it stands.
+        separator: between its columns.
+        names: its columns, or None if its first line names them.
+        quoted: cells may stand between quotation marks.
+        encoding: of the file.
+        spaced: blanks before a cell are none of it, as behind the commas of ``a, b, c``.
+    """
 
     file: File
     separator: str
     names: tuple[str, ...] | None = None
     quoted: bool = False
     encoding: str = "utf-8"
+    spaced: bool = False
 
     def columns(self) -> tuple[str, ...]:
         """The names of its columns; the types of an atomic file's are left out."""
@@ -46,9 +59,9 @@ class Text:
             return self.names
         line = self.file.first_line(self.encoding)
         if not line:
-            raise UserError(f"{self.file}: the file is empty")
+            raise UserError(f"{self.file}: the file is empty, or its first line, which must name the columns")
         cells = split_header(line, self.separator, str(self.file), self.quoted)
-        names = tuple(cell.partition(":")[0] if self.file.suffix == ".inter" else cell for cell in cells)
+        names = tuple(cell.partition(":")[0] if self.file.suffix in ATOMIC else cell for cell in cells)
         return distinct(names, f"{self.file}, line 1")
 
     def nested(self) -> dict[str, str]:
@@ -69,6 +82,8 @@ class Text:
             lines = sound_lines(block, len(names), self.separator, self.encoding, bad)
             if len(lines.numbers):
                 cells = lines.columns(names, list(dict.fromkeys(fields.values())))
+                if self.spaced:
+                    cells = pa.table([pc.utf8_ltrim(column, " ") for column in cells.columns], cells.column_names)
                 yield Rows(_renamed(cells, fields), lines.numbers, lines.raw)
 
     def _quoted(
@@ -76,7 +91,9 @@ class Text:
     ) -> Iterator[Row]:
         places = [names.index(column) for column in fields.values()]
         lines = _Decoded(blocks)
-        reader = csv.reader(lines, delimiter=self.separator, strict=True)
+        # Descriptions are longer than what the module takes for a cell; the row is bounded below.
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))
+        reader = csv.reader(lines, delimiter=self.separator, strict=True, skipinitialspace=self.spaced)
         while True:
             fault = ""
             try:
@@ -132,10 +149,13 @@ class Sequences:
             for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
                 raw = original(line, self.encoding)
                 try:
-                    user, *items = line.decode().strip().split(self.separator) or [""]
+                    user, *items = line.decode().split(self.separator) or [""]
                 except UnicodeDecodeError:
                     bad.add(number, f"{not_text(self.encoding)}: {raw[:60]!r}", raw)
                     continue
+                while items and not items[-1]:
+                    # A separator ends the line.
+                    items.pop()
                 if not items:
                     bad.add(number, f"no user with items after it: {raw[:60]!r}; drop the line", raw)
                 events["user"] += [user] * len(items)

@@ -27,7 +27,15 @@ FORMS = [
         "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%Y-%m-%d", "%d-%m-%Y", "%m-%d-%Y", "%d.%m.%y", "%d/%m/%y",
         "%m/%d/%y", "%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%d-%b-%Y",
     )
-    for time in ("", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p", " %I:%M%p", ", %H:%M:%S", ", %I:%M:%S %p")
+    for time in (
+        "", " %H:%M:%S", " %H:%M", " %I:%M:%S %p", " %I:%M %p", " %I:%M%p", ", %H:%M:%S", ", %I:%M:%S %p",
+        " %H:%M:%S %z",
+    )
+]  # fmt: skip
+# Those of mails, of web servers' logs, of Twitter and of C.
+FORMS += [
+    "%a, %d %b %Y %H:%M:%S %z", "%a, %d %b %Y %H:%M:%S GMT", "%d/%b/%Y:%H:%M:%S %z", "%a %b %d %H:%M:%S %z %Y",
+    "%a %b %d %H:%M:%S %Y",
 ]  # fmt: skip
 EXAMPLES = "%d.%m.%Y %H:%M:%S or %m/%d/%Y %I:%M %p"
 # Cells of a column that tell how its dates are written.
@@ -85,6 +93,7 @@ class Moments(Values):
         others = read["numbers" if self._kind == "dates" else "dates"]
         numbers = [cell for cell, number in zip(spelt, read["numbers"]) if number is not None]
         self._perhaps_dates &= all(re.fullmatch(DIGITS_ALONE, cell) for cell in numbers)
+        unread = sum(cell != "" and (number, date) == (None, None) for cell, number, date in zip(spelt, *read.values()))
         self._parsed = np.zeros((len(cells), 2), dtype=np.int64)
         faults = {}
         for row, (cell, time, other) in enumerate(zip(spelt, read[self._kind], others)):
@@ -97,7 +106,8 @@ class Moments(Values):
             else:
                 # The first fault stops the command, or its like are many.
                 forms = "" if faults else forms_of(cell, spelt)
-                advice = f"give --time_format, here perhaps {forms}," if forms else "correct it"
+                forms = f"here perhaps {forms}" if forms else f"such as {EXAMPLES}" if 2 * unread > len(spelt) else ""
+                advice = f"give --time_format, {forms}," if forms else "correct it"
                 faults[row] = (
                     f"is {excerpt(cell)}, which is no finite number and no date of ISO 8601; {advice} or drop the line"
                 )
@@ -150,10 +160,10 @@ def is_time(cell: str) -> bool:
 def date_of(cell: str) -> tuple[int, int] | None:
     """Seconds since 1970 of a date of ISO 8601, and the nanoseconds above them; None for anything else.
 
-    ``UTC`` behind a blank is as good as ``Z``; databases write it so.
+    ``UTC`` or ``GMT`` behind a blank is as good as ``Z``; databases write it so.
     """
     compact = re.fullmatch(r"(\d{4})(\d{2})(\d{2})", cell)
-    text = "-".join(compact.groups()) if compact else re.sub("Z$| UTC$", "+00:00", cell)
+    text = "-".join(compact.groups()) if compact else re.sub("Z$| (UTC|GMT)$", "+00:00", cell)
     fraction = ""
     # Python from 3.11 on takes any row of digits for a date with its time.
     if text.isdigit():

@@ -154,7 +154,7 @@ def test_metadata_of_odd_shapes(tmp_path):
     convert(tmp_path / "B.csv", "b", tmp_path / "out", meta=tmp_path / "other.json")
     found = [(" ".join(row[1]), " ".join(row[2])) for row in written(tmp_path / "out" / "b", "item")]
     assert found == [("again", ""), ("", ""), ("", "1, y, None"), ("1", ""), ("7", "")]
-    (tmp_path / "other.json").write_text('{"asin": 5}\n')
+    (tmp_path / "other.json").write_text('{"asin": 5, "category": []}\n')
     with pytest.raises(UserError, match="other.json, line 1: neither parent_asin nor asin"):
         convert(tmp_path / "B.csv", "c", tmp_path / "out", meta=tmp_path / "other.json")
 
@@ -471,7 +471,7 @@ TIMES = [
     (["1674841555", "2023012717"], ["1674841555", "2023012717"]),
     (["1674841555000", "1674841556000"], ["1674841555000", "1674841556000"]),
     (["19700101", "15000101"], ["15000101", "19700101"]),
-    (["2023-01-27 17:55:00 UTC", "2023-01-27 17:55:00.25 UTC"], ["1674842100", "1674842100.25"]),
+    (["2023-01-27 17:55:00 UTC", "2023-01-27 17:55:00.25 GMT"], ["1674842100", "1674842100.25"]),
 ]
 
 
@@ -495,6 +495,8 @@ MIXED = [
         "timestamp holds numbers such as 20230127, which may be dates: give --time_format=%Y%m%d",
     ),
     (["2020-13-01"], "line 2: timestamp is '2020-13-01', which is no finite number and no date"),
+    (["27-i-2023", "28-i-2023", "1"], "no date of ISO 8601; give --time_format, such as %d.%m.%Y %H:%M:%S or %m/%d/%Y"),
+    (["1", "27-i-2023"], "no date of ISO 8601; correct it or drop the line"),
     (["2023012717"], "numbers such as 2023012717, which may be dates: give --time_format=%Y%m%d%H, or write seconds"),
     ([" 202301271755"], "numbers such as 202301271755, which may be dates: give --time_format=%Y%m%d%H%M, or write"),
     (["20230127175500", "20230128000000"], "may be dates: give --time_format=%Y%m%d%H%M%S, or write seconds as"),
@@ -772,6 +774,11 @@ ADVICE = [
     (["1/25/2025", "1/2/2025"], "'%m/%d/%Y'"),
     (["01/02/2023 05:55 PM", "01/27/2023 10:53 AM"], "'%m/%d/%Y %I:%M %p'"),
     (["2023-01-27 5:55:01 PM"], "'%Y-%m-%d %I:%M:%S %p'"),
+    (["Fri, 27 Jan 2023 17:55:00 +0100"], "'%a, %d %b %Y %H:%M:%S %z'"),
+    (["Fri, 27 Jan 2023 17:55:00 GMT"], "'%a, %d %b %Y %H:%M:%S GMT'"),
+    (["27/01/2023 17:55:00 +0100"], "'%d/%m/%Y %H:%M:%S %z'"),
+    (["27/Jan/2023:17:55:00 +0100"], "'%d/%b/%Y:%H:%M:%S %z'"),
+    (["Tue Apr 03 18:00:09 +0000 2012"], "'%a %b %d %H:%M:%S %z %Y'"),
     # A mistake does not hide it.
     (["05/27/2023", "x", "05/28/2023"], "'%m/%d/%Y'"),
     # What the cells leave open is asked.
@@ -782,7 +789,7 @@ ADVICE = [
 @pytest.mark.parametrize("given", ["", "%d-%m-%Y"])
 @pytest.mark.parametrize(("cells", "forms"), ADVICE)
 def test_an_error_says_how_dates_in_another_form_are_read(tmp_path, cells, forms, given):
-    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"u,i,{cell}\n" for cell in cells))
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n" + "".join(f'u,i,"{cell}"\n' for cell in cells))
     with pytest.raises(UserError) as error:
         convert(tmp_path / "x.csv", "made", tmp_path / "out", time_format=given)
     advice = (
@@ -966,7 +973,7 @@ def test_what_is_there_stays(tmp_path):
             "h.csv, line 1: column 3 is 'x', which is no finite",
         ),
         (["p.csv", "--name=a", "--user=1", "--item=2", "--file_order"], "p.csv, line 1: a header, with product; name"),
-        (["x.csv", "--name=a", "--meta=d"], "d: which file holds the items? it has nothing; name one as the source"),
+        (["x.csv", "--name=a", "--meta=d"], "d: which file holds the items? it has nothing; name one as --meta"),
         (["x.csv", "--name=a", "--text=item_id", "--meta_item=x"], "--text item_id and --meta_item x both describe"),
         (["h.txt", "--name=a", "--sequences", "--time_format=%Y%j"], "--time_format: with --sequences there are no"),
         (
