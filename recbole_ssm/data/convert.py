@@ -180,10 +180,9 @@ def convert(
     recover(target)
     check_target(target, overwrite)
     asked = {field: column for field, column in named.items() if column is not None}
-    reading = {}
     if separator is not None:
-        reading["separator"] = separator.replace("\\t", "\t")
-        check_separator("--separator", reading["separator"])
+        separator = separator.replace("\\t", "\t")
+        check_separator("--separator", separator)
     raw = open_raw(
         source,
         asked,
@@ -192,7 +191,7 @@ def convert(
         sequences=sequences,
         file_order=file_order,
         encoding=encoding,
-        separator=reading.get("separator"),
+        separator=separator,
     )
     kept = columns_to_keep(raw, keep)
     check_descriptions(raw, kept, "--text" if "text" in asked else "--meta")

@@ -49,8 +49,8 @@ def refusal(tmp_path, name, content, most=300 << 20, **options):
 @pytest.mark.parametrize("opening", ["[", "{'a': [", "{'a': '", '{"a": [', "(", "-"])
 def test_lines_of_json_without_end_take_little_memory(tmp_path, opening):
     line = opening + ("[],1e3,(),'x'," * (1 << 20))[: (15 << 20) - 20]
-    named = dict.fromkeys(("user", "item", "time"), "user_id")
-    later = refusal(tmp_path, "x.jsonl", b'{"user_id": 1}\n' + line.encode() + b"\n", **named)
+    event = b'{"user_id": 1, "item_id": 1, "timestamp": 1}\n'
+    later = refusal(tmp_path, "x.jsonl", event + line.encode() + b"\n")
     assert "x.jsonl, line 2: no JSON object" in later
     first = refusal(tmp_path, "y.jsonl", line.encode())
     assert first.endswith("y.jsonl, line 1: the line is longer than 1 MB; is this a text file?")
