@@ -150,7 +150,7 @@ def events_of(path: Path) -> Histories:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
-        raw = open_raw(path, {})
+        raw = open_raw(path, {}, items=False)
         with BadLines(str(raw.events.file)) as bad:
             events, digits = read_events(raw, bad)
     except UserError as error:

@@ -277,7 +277,7 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
         UserError: the source has no such column, there is no such type, or the header would hold a name twice.
     """
     kept: dict[str, str] = {}
-    columns, nested = raw.events.columns(), raw.events.nested()
+    columns, known = raw.events.columns(), raw.events.kinds()
     for entry in filter(None, keep.split(",")):
         column, colon, kind = entry.rpartition(":") if entry not in columns else (entry, "", "")
         column = column if colon else entry
@@ -286,7 +286,7 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
             raise UserError(f"--keep: {raw.events.file} has no column '{column}' ({there})")
         if colon and kind not in TYPES:
             raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
-        kept[column] = kind if colon else nested.get(column, "")
+        kept[column] = kind if colon else known.get(column, "")
     check_names("--keep", [*raw.columns, *kept])
     return kept
 

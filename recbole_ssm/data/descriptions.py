@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.archives import File
-from recbole_ssm.data.atomic import EXACT
+from recbole_ssm.data.atomic import BUILDERS, EXACT
 from recbole_ssm.data.json_lines import JsonLines
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.tables import Table, cell_of
@@ -55,12 +55,15 @@ def whole_table(table: Table, item: str) -> Descriptions:
     for name in index:
         getLogger().warning(f"{table.file}: column {excerpt(name)}, as pandas writes its index, is left out")
     names = {name: name for name in columns if name not in (item, *index)}
-    kinds = dict.fromkeys(names, 0)
+    kinds, given = dict.fromkeys(names, 0), table.kinds()
     for rows in table.rows(names, BadLines(str(table.file), "skip")) if names else ():
         for name in names:
-            kinds[name] = max(kinds[name], kind_of(rows.cells[name].combine_chunks()))
-    types = {name: KINDS[kind] or "token" for name, kind in kinds.items()}
-    types |= {name: kind for name, kind in table.nested().items() if name in names}
+            cells = rows.cells[name].combine_chunks()
+            kinds[name] = max(kinds[name], kind_of(cells))
+            if given.get(name, "") in ("float", "float_seq") and BUILDERS[given[name]](" ").parse(cells, False):
+                # An .item whose cells are not what its header says.
+                del given[name]
+    types = {name: given.get(name) or KINDS[kind] or "token" for name, kind in kinds.items()}
     return Descriptions(table.file, types, described_by(table, item, names))
 
 

@@ -42,7 +42,7 @@ class JsonLines:
         """Its keys, in the order in which they appear."""
         return tuple(self._kinds)
 
-    def nested(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, str]:
         """The keys under which it has lists, which become ``token_seq``, or objects: ``token``."""
         kinds = {key: kind for key, kind in self._kinds.items() if issubclass(kind, CONTAINERS)}
         return {key: "token_seq" if kind is list else "token" for key, kind in kinds.items()}

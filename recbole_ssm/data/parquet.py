@@ -38,7 +38,7 @@ class Parquet:
         with self._open() as parquet:
             return distinct(tuple(parquet.schema_arrow.names), str(self.file))
 
-    def nested(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, str]:
         """The columns that hold lists, which become ``token_seq``, or objects: ``token``."""
         with self._open() as parquet:
             nested = [field for field in parquet.schema_arrow if pa.types.is_nested(field.type)]

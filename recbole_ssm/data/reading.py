@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from logging import getLogger
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,8 @@ def read_events(
         first = next(raw.events.rows({"time": raw.fields["time"]}, BadLines(str(raw.events.file), "skip")), None)
         check_form("--time_format", time_format, first.cells["time"].to_pylist() if first else ())
     times = Moments(time_format)
-    known: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": Floats()}
+    ratings = Ratings() if raw.guessed else Floats()
+    known: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": ratings}
     # No column of a source is called as these are, because of the tab.
     others = {f"\t{column}": column for column in kept or ()}
     builders = {field: known[field] for field in raw.fields} | {key: Anything() for key in others}
@@ -39,6 +41,11 @@ def read_events(
     for rows in raw.events.rows({**raw.fields, **others}, bad):
         columns.add(rows.cells, rows.numbers, rows.raw, bad)
     found = columns.finish(str(raw.events.file), bad, "no event in it")
+    if isinstance(ratings, Ratings) and ratings.others:
+        getLogger().warning(
+            f"{raw.events.file}: {ratings.others:,} cells of column {excerpt(raw.fields['rating'])} are no numbers and "
+            "count as missing; where it is named by --rating, they are faults"
+        )
     if "time" not in found:
         found["time"] = places(found["user"].codes)
     further = {column: found[key] for key, column in others.items()}
@@ -51,6 +58,24 @@ class Anything(Words):
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
         """No cell is a fault."""
         self._parsed = cells
+        return {}
+
+
+class Ratings(Floats):
+    """A column of ratings that nobody named: a cell that is no number is missing, and no fault.
+
+    Attributes:
+        others: how many such cells there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = 0
+
+    def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
+        """Parse the cells of a batch; none is a fault."""
+        self.others += len(super().parse(cells, required))
+        self._parsed = np.where(np.isfinite(self._parsed), self._parsed, np.nan)
         return {}
 
 

@@ -40,12 +40,14 @@ class Raw:
         events: the table of its events.
         fields: ``{user, item, time, rating: column}``; rating may be absent, and time where the order is the file's.
         items: what it says of its items, if anything.
+        guessed: nobody named the rating, so a cell of it that is no number is no fault.
     """
 
     kind: str
     events: Table
     fields: dict[str, str]
     items: Descriptions | None = None
+    guessed: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -76,7 +78,8 @@ def open_raw(
         source: a file, a folder or a zip archive.
         named: the columns that the caller names, ``{user, item, time, rating, text: column}``; they win over ours. All
             of them numbers: the file has no header, and these are the places of the columns, from 1.
-        meta: a file that describes the items; by default Amazon's ``meta_<name of source>`` beside it.
+        meta: a file that describes the items; by default what stands beside SOURCE, ``.item`` beside an ``.inter`` or
+            Amazon's ``meta_<name of source>``.
         meta_item: the column of item ids in that file.
         sequences: each line is a user and the items of the user.
         file_order: there are no times; events are in the order of the file.
@@ -102,6 +105,7 @@ def open_raw(
         raw = Raw("MovieLens", ratings, dict(zip(EVENT, KNOWN["MovieLens"])), films)
     else:
         raw = _raw_table(file, named, file_order, separator, encoding)
+    raw.guessed = "rating" not in named
     if separator and separator != getattr(raw.events, "separator", None):
         raise UserError(f"--separator: {file} is {raw.kind}, and its separator is known; drop --separator {separator}")
     if "text" in named and given:
@@ -127,7 +131,7 @@ def _raw_table(file: File, named: Mapping[str, str], file_order: bool, separator
     places = named if all(column.isdecimal() for column in named.values()) else {}
     table = _table(file, separator, encoding, places)
     kind, fields = _events(table, named, file_order)
-    if kind == "a table" and "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
+    if "rating" not in named and "rating" in fields and not _are_numbers(table, fields["rating"]):
         getLogger().warning(
             f"{file}: column {excerpt(fields.pop('rating'))} is left out, because it is no rating in numbers; "
             "another one is named by --rating"
@@ -208,7 +212,7 @@ def _events(table: Table, named: Mapping[str, str], file_order: bool) -> tuple[s
 
 def _check_single(table: Table, fields: Mapping[str, str], named: Mapping[str, str]) -> None:
     """Make sure that no column of the events holds lists or objects."""
-    nested = table.nested()
+    nested = () if isinstance(table, Text) else table.kinds()
     for part, name in fields.items():
         # A rating that is only guessed is left out where it is no number.
         if name in nested and (part in named or part != "rating"):
@@ -297,9 +301,12 @@ def _amazon_ratings(file: File, cells: list[str]) -> tuple[str, ...]:
 
 
 def _meta(file: File, item: str, meta: Path | None, meta_item: str | None, encoding: str) -> Descriptions | None:
-    """The file that describes the items: the one that is named, or Amazon's beside its reviews or ratings."""
+    """What describes the items: the file that is named, or ``.item`` or Amazon's metadata beside the events."""
     category = re.sub(r"^(reviews|ratings)_|_5$", "", PurePosixPath(file.name).stem)
-    beside = (file.beside(f"meta_{category}{suffix}") for suffix in JSON)
+    names = [f"meta_{category}{suffix}" for suffix in JSON]
+    if file.suffix == ".inter":
+        names.insert(0, PurePosixPath(file.name).with_suffix(".item").name)
+    beside = (file.beside(name) for name in names)
     described = _find(meta, "items") if meta else next(filter(None, beside), None)
     if not described:
         if meta_item:

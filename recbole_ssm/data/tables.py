@@ -52,8 +52,8 @@ class Table(Protocol):
     def columns(self) -> tuple[str, ...]:
         """The names of its columns."""
 
-    def nested(self) -> dict[str, str]:
-        """The columns that hold lists, which become ``token_seq``, or objects: ``token``."""
+    def kinds(self) -> dict[str, str]:
+        """The types of those columns whose type is known before they are read."""
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows, counted from 1; ``fields`` is ``{field: column}``."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recbole_ssm.data.archives import File
+from recbole_ssm.data.atomic import TYPES
 from recbole_ssm.data.lines import (
     BadLines,
     Block,
@@ -55,18 +56,22 @@ class Text:
 
     def columns(self) -> tuple[str, ...]:
         """The names of its columns; the types of an atomic file's are left out."""
+        return distinct(tuple(name for name, _ in self._header()), f"{self.file}, line 1")
+
+    def kinds(self) -> dict[str, str]:
+        """The types that an atomic file gives its columns."""
+        return {name: kind for name, kind in self._header() if kind in TYPES}
+
+    def _header(self) -> list[tuple[str, str]]:
+        """The name of each column, and its type or ""."""
         if self.names is not None:
-            return self.names
+            return [(name, "") for name in self.names]
         line = self.file.first_line(self.encoding)
         if not line:
             raise UserError(f"{self.file}: the file is empty, or its first line, which must name the columns")
         cells = split_header(line, self.separator, str(self.file), self.quoted)
-        names = tuple(cell.partition(":")[0] if self.file.suffix in ATOMIC else cell for cell in cells)
-        return distinct(names, f"{self.file}, line 1")
-
-    def nested(self) -> dict[str, str]:
-        """The columns that hold lists or objects: none that is known as such."""
-        return {}
+        typed = self.file.suffix in ATOMIC
+        return [(name, kind) for name, _, kind in (cell.partition(":") if typed else (cell, "", "") for cell in cells)]
 
     def rows(self, fields: Mapping[str, str], bad: BadLines) -> Iterator[Rows]:
         """All rows; ``fields`` is ``{field: column}``."""
@@ -136,7 +141,7 @@ class Sequences:
         """``user`` and ``item``."""
         return ("user", "item")
 
-    def nested(self) -> dict[str, str]:
+    def kinds(self) -> dict[str, str]:
         """None: each entry of a line is an event."""
         return {}
 

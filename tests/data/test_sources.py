@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from recbole_ssm.commands.histories import events_of
 from recbole_ssm.data.convert import convert
 from recbole_ssm.data.sources import open_raw
 from recbole_ssm.errors import UserError
@@ -237,3 +238,31 @@ def test_a_table_that_describes_its_own_items_has_each_fault_once(here):
         on_bad_lines="skip",
     )  # fmt: skip
     assert (card["skipped_lines"], len(card["source"])) == (1, 1)
+
+
+def test_an_atomic_file_keeps_its_types_and_what_stands_beside(here):
+    (here / "t.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\tzip:token\ttags:float_seq\nu\ti\t1\t4711\t1 2\n"
+    )
+    (here / "t.item").write_text('item_id:token\tshelf:token\tsizes:float_seq\tprice:float\ni\t07\t1 "2"\tfree\n')
+    inter, item = made(here, "t.inter", keep="zip,tags")
+    assert inter[0][3:] == ["zip:token", "tags:float_seq"]
+    # Its first column could be numbers, and the last two are not what they are called.
+    assert item == [["item_id:token", "shelf:token", "sizes:token_seq", "price:token"], ["i", "07", '1 "2"', "free"]]
+    (here / "m.item").write_text("item_id:token\tshelf:token\tsizes:float_seq\ni\t7\t1 2\n")
+    assert made(here, meta="m.item")[1][0] == ["item_id:token", "shelf:token", "sizes:float_seq"]
+
+
+@pytest.mark.parametrize("names", ["user_id,item_id,timestamp", "userId,movieId,timestamp"])
+def test_a_rating_that_nobody_named_is_no_fault(here, names, caplog):
+    (here / "r.csv").write_text(f"{names},rating\nu,i,1,5\nu,j,2,-\nu,k,3,inf\nu,l,4,\nu,m,5,4.5\n")
+    assert [line[2] for line in made(here, "r.csv")[0]] == ["rating:float", "5", "", "", "", "4.5"]
+    assert "r.csv: 2 cells of column 'rating' are no numbers and count as missing; where it is named" in caplog.text
+    assert refused(here, "r.csv", rating="rating").startswith(f"{here / 'r.csv'}, line 3: rating is '-', which is no")
+    (here / "r.csv").write_text(f"{names},rating\nu,i,1,PG-13\nu,j,2,G\n")
+    assert made(here, "r.csv")[0][0] == ["user_id:token", "item_id:token", "timestamp:float"]
+
+
+def test_histories_need_no_items(here):
+    (here / "meta_x.json").write_text('{"sku": "i", "title": "One"}\n')
+    assert events_of(here / "x.csv").users == ["u"]
