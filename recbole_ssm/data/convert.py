@@ -6,6 +6,7 @@ Nothing of the source is changed, and the data set appears whole or not at all.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt,
 from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json
 
 TIES = "events of one user and one time keep the order of the source"
+DUPLICATES = ("keep", "same_time", "first", "last")
 FILE_ORDER = "the source has no times; they count each user's events in the order of the file"
 
 
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--item_core", type=int, metavar="K", help="another K for items (default: --k_core)")
     parser.add_argument(
         "--duplicates",
-        choices=("keep", "same_time", "first", "last"),
+        choices=DUPLICATES,
         default="keep",
         help="of events of one user and one item, keep all (default), one of those at the same time, or only the first "
         "or the last by time",
@@ -121,15 +123,20 @@ def titles_in(out: Path, name: str) -> str:
 
 
 def convert(
-    source: Path,
+    source: str | Path,
     name: str,
-    out: Path = Path("dataset"),
+    out: str | Path = Path("dataset"),
     *,
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+    rating: str | None = None,
+    text: str | None = None,
     sequences: bool = False,
     file_order: bool = False,
     time_format: str = "",
     keep: str = "",
-    meta: Path | None = None,
+    meta: str | Path | None = None,
     meta_item: str | None = None,
     k_core: int = 0,
     user_core: int | None = None,
@@ -139,7 +146,6 @@ def convert(
     overwrite: bool = False,
     separator: str | None = None,
     encoding: str = "utf-8",
-    **named: str | None,
 ) -> dict[str, Any]:
     """Write ``out/name/`` with ``name.inter``, ``name.item`` where the source describes its items, and the card.
 
@@ -147,6 +153,11 @@ def convert(
         source: what :func:`recbole_ssm.data.sources.open_raw` knows.
         name: of the data set.
         out: the folder of data sets.
+        user: the column of users; None guesses, here and in the next three.
+        item: the column of items.
+        time: the column of times.
+        rating: the column of ratings.
+        text: the column of words that describe an item, for ``.item``.
         sequences: each line of the source is a user and the items of the user, oldest first.
         file_order: the source has no times; each user's events are counted from 1 in the order of the file.
         time_format: how its dates are written, as of :meth:`datetime.datetime.strptime`; "" knows those of ISO 8601.
@@ -157,13 +168,12 @@ def convert(
             as in RecBole.
         user_core: of users, if not ``k_core``.
         item_core: of items, if not ``k_core``.
-        duplicates: ``keep``; ``same_time`` for one event of each user, item and time; or ``first`` or ``last`` of each
-            pair of user and item.
+        duplicates: ``keep``; ``same_time`` for one event of each user, item and time, where there are times; or
+            ``first`` or ``last`` of each pair of user and item.
         on_bad_lines: ``error``, or ``skip``.
-        overwrite: a data set of that name that this function wrote goes, once the new one is whole.
+        overwrite: a data set of that name goes, once the new one is whole; nothing but what this function wrote.
         separator: between columns; None guesses.
         encoding: of text.
-        named: ``user``, ``item``, ``time``, ``rating``, ``text``: columns of the source; None guesses.
 
     Returns:
         The card, as written to ``name.card.json``.
@@ -174,19 +184,25 @@ def convert(
     if not re.fullmatch(r"[\w][\w.\-]*", name):
         raise UserError(f"--name: {name!r} is no name of a folder; use letters, digits, - and _")
     cores = checked_cores(k_core, user_core, item_core)
-    if time_format and (sequences or file_order):
-        raise UserError(f"--time_format: with {'--sequences' if sequences else '--file_order'} there are no times")
-    target = out / name
+    if duplicates not in DUPLICATES:
+        raise UserError(f"--duplicates: must be {', '.join(DUPLICATES)}, got {excerpt(duplicates)}")
+    order = "--sequences" if sequences else "--file_order" if file_order else ""
+    if order and time_format:
+        raise UserError(f"--time_format: with {order} there are no times; leave it out")
+    if order and duplicates == "same_time":
+        raise UserError(f"--duplicates=same_time: with {order} there are no times; use --duplicates=first")
+    target = Path(out, name)
     recover(target)
     check_target(target, overwrite)
+    named = {"user": user, "item": item, "time": time, "rating": rating, "text": text}
     asked = {field: column for field, column in named.items() if column is not None}
     if separator is not None:
         separator = separator.replace("\\t", "\t")
         check_separator("--separator", separator)
     raw = open_raw(
-        source,
+        Path(source),
         asked,
-        meta,
+        None if meta is None else Path(meta),
         meta_item,
         sequences=sequences,
         file_order=file_order,
@@ -198,7 +214,7 @@ def convert(
     if inside := [file for file in raw.files if target.resolve() in file.path.resolve().parents]:
         raise UserError(f"--overwrite: {inside[0]} is read, and would go with {target}; choose another --name")
 
-    out.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with folder_beside(target) as temporary:
         scratch = temporary / name
         scratch.mkdir()
@@ -264,10 +280,23 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is there already, or something that :func:`convert` did not write is to be overwritten.
     """
-    if target.exists() and not overwrite:
+    if not target.exists():
+        return
+    if not overwrite:
         raise UserError(f"{target} is there already, and stays as it is; say --overwrite or choose another --name")
-    if target.exists() and not Path(target, f"{target.name}.card.json").is_file():
-        raise UserError(f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name")
+    card = target / f"{target.name}.card.json"
+    try:
+        written = {name: content["sha256"] for name, content in json.loads(card.read_bytes())["written"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name"
+        ) from error
+    for path in sorted(target.iterdir()):
+        if path != card and not (path.is_file() and written.get(path.name) == digest(path)):
+            raise UserError(
+                f"--overwrite: {target} holds {path.name}, which convert did not write, or which was changed since; "
+                "move it away or choose another --name"
+            )
 
 
 def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:

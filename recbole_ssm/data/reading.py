@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.atomic import Columns, Floats, Values, Words
+from recbole_ssm.data.atomic import BUILDERS, Columns, Floats, Values, Words
 from recbole_ssm.data.events import Events, places
 from recbole_ssm.data.lines import BadLines
 from recbole_ssm.data.names import EVENT
@@ -35,10 +35,13 @@ def read_events(
     known: dict[str, Words | Values] = {"user": Ids(), "item": Ids(), "time": times, "rating": ratings}
     # No column of a source is called as these are, because of the tab.
     others = {f"\t{column}": column for column in kept or ()}
-    builders = {field: known[field] for field in raw.fields} | {key: Anything() for key in others}
-    shown = {field: f"column {name}" if name.isdecimal() else name for field, name in raw.fields.items()}
+    wanted = {**raw.fields, **others}
+    builders = {field: known[field] for field in raw.fields} | {
+        f"\t{column}": Further(kind) for column, kind in (kept or {}).items()
+    }
+    shown = {key: f"column {name}" if name.isdecimal() else name for key, name in wanted.items()}
     columns = Columns(builders, EVENT[:3], shown)
-    for rows in raw.events.rows({**raw.fields, **others}, bad):
+    for rows in raw.events.rows(wanted, bad):
         columns.add(rows.cells, rows.numbers, rows.raw, bad)
     found = columns.finish(str(raw.events.file), bad, "no event in it")
     if isinstance(ratings, Ratings) and ratings.others:
@@ -52,13 +55,21 @@ def read_events(
     return Events(found["user"], found["item"], found["time"], found.get("rating"), further), times.digits
 
 
-class Anything(Words):
-    """A column whose cells are all taken."""
+class Further(Words):
+    """A further column; with a type of numbers, other cells are faults, and any other type takes all."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
 
     def parse(self, cells: pa.StringArray, required: bool) -> dict[int, str]:
-        """No cell is a fault."""
+        """Look at the cells of a batch; the faults by row."""
         self._parsed = cells
-        return {}
+        if not self._kind.startswith("float"):
+            return {}
+        other = self._kind.replace("float", "token")
+        faults = BUILDERS[self._kind]().parse(cells, required)
+        return {row: f"{fault}, or --keep it as {other}" for row, fault in faults.items()}
 
 
 class Ratings(Floats):

@@ -57,7 +57,10 @@ class Raw:
     @property
     def files(self) -> list[File]:
         """All files that are read, the events first."""
-        return list(dict.fromkeys([self.events.file, *([self.items.file] if self.items else [])]))
+        events = self.events.file
+        items = self.items.file if self.items else events
+        same = items.member == events.member and items.path.samefile(events.path)
+        return [events] if same else [events, items]
 
 
 def open_raw(

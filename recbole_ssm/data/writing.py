@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recbole_ssm.data.atomic import BUILDERS, Tokens
+from recbole_ssm.data.atomic import Tokens
 from recbole_ssm.data.descriptions import KINDS, Descriptions, kind_of
 from recbole_ssm.data.events import Events
 from recbole_ssm.data.lines import BadLines, progress
@@ -18,30 +18,30 @@ from recbole_ssm.data.sources import Raw
 from recbole_ssm.data.times import decimals
 from recbole_ssm.errors import UserError
 
-# Rows that are written at once.
-WRITTEN_AT_ONCE = 1 << 20
+# Rows that are written at once, and bytes of their text; Arrow has no more than 2^31 in a column.
+ROWS_AT_ONCE, BYTES_AT_ONCE = 1 << 20, 1 << 28
 
 
 def write_inter(path: Path, events: Events, digits: int, kept: Mapping[str, str]) -> None:
     """Write events, whose times count units of ``10 ** -digits``, as an atomic file; whole numbers have no point.
 
-    Raises:
-        UserError: a further column is not of the type that ``kept`` gives it.
+    A further column to which ``kept`` gives the type "" has the one that its cells show.
     """
     columns = {"user_id:token": events.users, "item_id:token": events.items}
     further = {}
     for name, column in events.others.items():
         words = pa.array([_one_line(word) for word in column.names.to_pylist()], pa.string())
-        kind = kept[name] or KINDS[kind_of(words)] or "token"
-        if fault := next(iter(BUILDERS[kind](" ").parse(words, False).values()), ""):
-            raise UserError(f"--keep: {name} {fault}, or keep it as {name}:token")
+        # The filters may have left some words in no row.
+        kind = kept[name] or KINDS[kind_of(words.take(np.unique(column.codes[column.codes >= 0])))] or "token"
         further[f"{name}:{kind}"] = Tokens(column.codes, words)
     ratings = events.ratings
+    longest = sum(pc.max(pc.binary_length(column.names)).as_py() or 0 for column in (columns | further).values())
+    rows_at_once = min(ROWS_AT_ONCE, 1 + BYTES_AT_ONCE // max(longest, 1))
     with open(path, "wb") as file, progress(f"Write {path.name}", len(events), "rows") as bar:
         header = [*columns, *(["rating:float"] if ratings is not None else []), "timestamp:float", *further]
         file.write("\t".join(header).encode() + b"\n")
-        for start in range(0, len(events), WRITTEN_AT_ONCE):
-            rows = slice(start, start + WRITTEN_AT_ONCE)
+        for start in range(0, len(events), rows_at_once):
+            rows = slice(start, start + rows_at_once)
             cells = [_words(ids, rows) for ids in columns.values()]
             cells += [_spelt(ratings[rows])] if ratings is not None else []
             cells += [decimals(events.times[rows], digits), *(_words(column, rows) for column in further.values())]
@@ -75,7 +75,7 @@ def write_descriptions(folder: Path, raw: Raw, events: Events, on_bad_lines: str
     described = contradicting = skipped = 0
     if raw.items is not None:
         # The faults of a table that describes its own items were told when its events were read.
-        again = raw.items.file == raw.events.file
+        again = len(raw.files) == 1
         side = folder / f"{folder.name}.item.skipped"
         with BadLines(str(raw.items.file), *(("skip",) if again else (on_bad_lines, side))) as bad:
             described, contradicting = write_items(folder / f"{folder.name}.item", raw.items, events, bad)

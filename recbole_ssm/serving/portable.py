@@ -132,17 +132,17 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: there is no folder {out.absolute().parent}")
     if out.exists() and not overwrite:
         raise UserError(f"--out: {out} is there already, and stays as it is; say --overwrite or choose another --out")
-    if out.exists() and not _is_exported(out):
-        raise UserError(f"--overwrite: {out} is no exported model; remove it or choose another --out")
-
-
-def _is_exported(folder: Path) -> bool:
-    """Whether this module wrote a folder."""
+    if not out.exists():
+        return
     try:
-        about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        return bool(about["versions"]["recbole_ssm"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+        about = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
+        written = {DESCRIPTION, about["items"]["file"], *(part["file"] for part in about["parts"].values())}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--overwrite: {out} is no exported model; remove it or choose another --out") from error
+    if others := sorted({path.name for path in out.iterdir()} - written):
+        raise UserError(
+            f"--overwrite: {out} holds {others[0]}, which export did not write; move it away or choose another --out"
+        )
 
 
 def write_model(

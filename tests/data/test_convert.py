@@ -883,7 +883,7 @@ def test_further_columns_are_kept_with_types_that_are_guessed_or_given(tmp_path,
         ("zip", "float"),
     ]
     with pytest.raises(
-        UserError, match="--keep: words is 'a b', which is no finite number; .* keep it as words:token$"
+        UserError, match="line [12]: words is 'a  b .*, which is no finite number; .*, or --keep it as token$"
     ):
         convert(tmp_path / f"x.{form}", "wrong", tmp_path / "out", keep="words:float")
 
@@ -976,6 +976,11 @@ def test_what_is_there_stays(tmp_path):
         (["x.csv", "--name=a", "--meta=d"], "d: which file holds the items? it has nothing; name one as --meta"),
         (["x.csv", "--name=a", "--text=item_id", "--meta_item=x"], "--text item_id and --meta_item x both describe"),
         (["h.txt", "--name=a", "--sequences", "--time_format=%Y%j"], "--time_format: with --sequences there are no"),
+        (
+            ["h.txt", "--name=a", "--sequences", "--duplicates=same_time"],
+            "--duplicates=same_time: with --sequences there are no times; use --duplicates=first",
+        ),
+        (["x.csv", "--name=a", "--file_order", "--duplicates=same_time"], "--duplicates=same_time: with --file_order "),
         (
             ["h.txt", "--name=a"],
             "h.txt: name its columns by --user, --item, --time (there are 1, 7, 8); without times, ",

@@ -3,6 +3,7 @@
 import pytest
 
 from recbole_ssm.cli import main
+from recbole_ssm.data import writing
 from recbole_ssm.data.convert import convert, filtered
 from recbole_ssm.data.names import only_column
 from recbole_ssm.errors import UserError
@@ -85,7 +86,7 @@ def test_columns_of_two_meanings_are_asked_for(tmp_path):
         convert(tmp_path / "x.csv", "made", tmp_path / "out")
 
 
-def test_a_data_set_is_put_in_the_place_of_another(tmp_path, monkeypatch):
+def test_a_data_set_is_put_in_the_place_of_another(tmp_path):
     source, out = tmp_path / "orders.csv", tmp_path / "out"
     source.write_text(ORDERS)
     convert(source, "shop", out)
@@ -138,6 +139,95 @@ def test_nothing_but_a_data_set_of_converts_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="--overwrite: .*shop.inter is read, and would go with .*shop; choose another"):
         convert(inter, "shop", tmp_path / "out", overwrite=True)
     assert inter.is_file() and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["shop.user", "shop.train.inter", "shop.item", ".notes/mine"])
+def test_a_file_that_convert_did_not_write_is_not_overwritten(tmp_path, name):
+    """Also one that it wrote and somebody corrected; a file of its own that is gone does not matter."""
+    (tmp_path / "x.csv").write_text(ORDERS)
+    (tmp_path / "items.csv").write_text("Product,title\nSKU1,One\n")
+    how = {"out": tmp_path / "out", "meta": tmp_path / "items.csv"}
+    convert(tmp_path / "x.csv", "shop", **how)
+    (tmp_path / "out" / "shop" / "shop.inter").unlink()
+    mine = tmp_path / "out" / "shop" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=f"--overwrite: .*shop holds {name.split('/')[0]}, which convert did not write"):
+        convert(tmp_path / "x.csv", "shop", overwrite=True, **how)
+    assert mine.read_text() == "mine"
+    mine.rename(tmp_path / "away")
+    if mine.parent.name != "shop":
+        mine.parent.rmdir()
+    convert(tmp_path / "x.csv", "shop", overwrite=True, **how)
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"written": ["shop.inter"]}', '{"written": {"shop.inter": 3}}'])
+def test_a_card_that_convert_did_not_write_is_none(tmp_path, content):
+    (tmp_path / "x.csv").write_text(ORDERS)
+    convert(tmp_path / "x.csv", "shop", tmp_path / "out")
+    (tmp_path / "out" / "shop" / "shop.card.json").write_text(content)
+    with pytest.raises(UserError, match="shop is none of convert's data sets"):
+        convert(tmp_path / "x.csv", "shop", tmp_path / "out", overwrite=True)
+
+
+def test_paths_as_text_and_keywords_from_python(tmp_path):
+    (tmp_path / "x.csv").write_text(ORDERS)
+    (tmp_path / "items.csv").write_text("Product,title\nSKU1,One\n")
+    card = convert(str(tmp_path / "x.csv"), "shop", str(tmp_path / "out"), meta=str(tmp_path / "items.csv"))
+    assert card["described_items"] == 1 and (tmp_path / "out" / "shop" / "shop.inter").is_file()
+    for misspelt in ("users", "overwrites"):
+        with pytest.raises(TypeError, match=misspelt):
+            convert(tmp_path / "x.csv", "other", tmp_path / "out", **{misspelt: "Customer"})
+    with pytest.raises(UserError, match="--duplicates: must be keep, same_time, first, last, got 'once'"):
+        convert(tmp_path / "x.csv", "other", tmp_path / "out", duplicates="once")
+
+
+@pytest.mark.parametrize("meta", ["folder/../x.csv", "link.csv"])
+def test_a_skipped_line_of_one_file_by_two_paths_is_counted_once(tmp_path, meta):
+    (tmp_path / "x.csv").write_text("who,item_id,when,title\nu,i,1,One\nu,i\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "x.csv")
+    how = {"user": "who", "time": "when", "meta": tmp_path / meta, "on_bad_lines": "skip"}
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", **how)
+    assert (card["skipped_lines"], card["described_items"], len(card["source"])) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "cell"), [("float", "token", "N/A here"), ("float_seq", "token_seq", "1 two")]
+)
+def test_a_cell_of_a_further_column_that_is_not_of_its_type_has_a_line(tmp_path, kind, other, cell):
+    (tmp_path / "x.csv").write_text(f"user_id,item_id,timestamp,price\nu,i,1,5\nu,j,2,{cell}\nu,k,3,\n")
+    with pytest.raises(UserError, match=f"x.csv, line 3: price is '{cell}', which .*, or --keep it as {other}$"):
+        convert(tmp_path / "x.csv", "made", tmp_path / "out", keep=f"price:{kind}")
+    card = convert(tmp_path / "x.csv", "made", tmp_path / "out", keep=f"price:{kind}", on_bad_lines="skip")
+    lines = (tmp_path / "out" / "made" / "made.inter").read_text().splitlines()
+    assert lines == [f"user_id:token\titem_id:token\ttimestamp:float\tprice:{kind}", "u\ti\t1\t5", "u\tk\t3\t"]
+    assert card["skipped_lines"] == 1
+
+
+def test_a_row_that_the_filters_drop_does_not_decide_the_type_of_a_column(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp,price\nu,i,1,5\nu,i,2,free\n")
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", keep="price", duplicates="first")
+    assert "price:float" in (tmp_path / "out" / "made" / "made.inter").read_text()
+
+
+def test_long_texts_are_written_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Arrow counts the bytes of a column of text in 32 bits."""
+    rows = [f"u{row % 3},i{row % 7},{row},{chr(97 + row % 26) * 90}" for row in range(60)]
+    (tmp_path / "x.csv").write_text("\n".join(["user_id,item_id,timestamp,words", *rows]))
+    convert(tmp_path / "x.csv", "made", tmp_path / "out", keep="words")
+    sizes, words = [], writing._words
+
+    def measured(column, rows):
+        cells = words(column, rows)
+        sizes.append(sum(map(len, cells.to_pylist())))
+        return cells
+
+    monkeypatch.setattr(writing, "_words", measured)
+    monkeypatch.setattr(writing, "BYTES_AT_ONCE", 1000)
+    convert(tmp_path / "x.csv", "again", tmp_path / "out", keep="words")
+    made, again = ((tmp_path / "out" / name / f"{name}.inter").read_bytes() for name in ("made", "again"))
+    assert made == again and max(sizes) <= 1000
 
 
 @pytest.mark.parametrize(

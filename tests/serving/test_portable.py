@@ -251,6 +251,9 @@ def test_a_folder_is_replaced_where_it_is_asked_for(trained, monkeypatch, capsys
     Path("exported", "step.pt2").write_text("old")
     assert main(command) == 2 and "exported is there already, and stays as it is; say --over" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0 and Path("exported", "step.pt2").read_text() == "new"
+    Path("exported", "notes.txt").write_text("mine")
+    assert main([*command, "--overwrite"]) == 2 and "exported holds notes.txt, which export" in capsys.readouterr().err
+    assert Path("exported", "notes.txt").read_text() == "mine"
     Path("mine").mkdir()
     assert main([*command, "--overwrite", "--out=mine"]) == 2 and "mine is no exported model" in capsys.readouterr().err
     for content in ('{"versions": {"torch": "2"}}', '{"versions": "1"}', "[]", "no JSON"):
