@@ -18,11 +18,11 @@ from recbole_ssm.data.atomic import TYPES, read_header
 from recbole_ssm.data.events import Events, places, without_repeats
 from recbole_ssm.data.events import k_core as rows_of_core
 from recbole_ssm.data.lines import BadLines, check_separator
-from recbole_ssm.data.names import EVENT, check_names, name_titles, title_column
+from recbole_ssm.data.names import EVENT, check_names, name_titles, no_column, title_column
 from recbole_ssm.data.reading import read_events
 from recbole_ssm.data.sources import Raw, open_raw
 from recbole_ssm.data.writing import write_descriptions, write_inter
-from recbole_ssm.errors import ArgumentParser, UserError, did_you_mean, excerpt, listed
+from recbole_ssm.errors import ArgumentParser, UserError, excerpt, listed
 from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json
 
 TIES = "events of one user and one time keep the order of the source"
@@ -311,8 +311,7 @@ def columns_to_keep(raw: Raw, keep: str) -> dict[str, str]:
         column, colon, kind = entry.rpartition(":") if entry not in columns else (entry, "", "")
         column = column if colon else entry
         if column not in columns:
-            there = f"there are {listed(columns)}{did_you_mean(column, columns)}"
-            raise UserError(f"--keep: {raw.events.file} has no column '{column}' ({there})")
+            raise no_column("--keep", raw.events.file, column, columns)
         if colon and kind not in TYPES:
             raise UserError(f"--keep: {column} has type {excerpt(kind)}; known are {listed(TYPES)}")
         kept[column] = kind if colon else known.get(column, "")
