@@ -110,7 +110,7 @@ def open_raw(
         raw = _raw_table(file, named, file_order, separator, encoding)
     raw.guessed = "rating" not in named
     if separator and separator != getattr(raw.events, "separator", None):
-        raise UserError(f"--separator: {file} is {raw.kind}, and its separator is known; drop --separator {separator}")
+        raise UserError(f"--separator: {file} ({raw.kind}) needs none; drop --separator {separator}")
     if "text" in named and given:
         raise UserError(f"--text {named['text']} and {' '.join(given)} both describe the items; give one of them")
     if "text" in named:

@@ -116,6 +116,9 @@ class Text:
                     ) from error
             # A row may take several lines.
             number, raw, foreign = lines.taken()
+            if fault and self.separator == "\t" and raw.count(b"\t") == len(names) - 1:
+                # No cell holds a tab, so a quotation mark that quotes nothing shows: "Heroes" by Bowie.
+                fault, cells = "", raw.decode(errors="replace").split("\t")
             raw = original(raw, self.encoding)
             if foreign:
                 fault = f"{not_text(self.encoding)}: {raw[:60]!r}"

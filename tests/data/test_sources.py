@@ -168,6 +168,16 @@ def test_a_long_cell_between_quotation_marks_is_read(here):
     assert made(here)[0][1:] == [["u", "i", "1"], ["u", "j", "2"]]
 
 
+def test_quotation_marks_that_quote_nothing_between_tabs(here):
+    """As in the news of MIND; between commas they would leave the columns open."""
+    titles = ['"Heroes" by B', '"Low', '"a\tb"', "c"]
+    rows = [f"u\ti{k}\t{k}\t{title}\tx\n" for k, title in enumerate(titles)]
+    (here / "x.tsv").write_text("user_id\titem_id\ttimestamp\ttitle\tz\n" + "".join(rows))
+    assert [line[1] for line in made(here, "x.tsv", text="title")[1][1:]] == ['"Heroes" by B', '"Low', "a b", "c"]
+    (here / "x.csv").write_text('user_id,item_id,timestamp,title\nu,i,1,"Heroes" by B\n')
+    assert "x.csv, line 2: not a row of cells" in refused(here)
+
+
 def test_no_column_of_a_table_that_was_found_beside_the_events(here):
     (here / "meta_x.json").write_text('{"sku": "i", "title": "One"}\n')
     assert refused(here).endswith("meta_x.json has no column 'item_id' (there are sku, title); name it by --meta_item")
