@@ -47,11 +47,15 @@ def in_one_call(formula: Encode) -> Encode:
     """
 
     @functools.wraps(formula)
-    def encode(model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any, last_only: bool = False) -> Tensor:
+    def encode(
+        model: Any, items_L: Tensor, cu_seqlens: Tensor, clock: Any = None, *, last_only: bool = False
+    ) -> Tensor:
+        # A formula that reads no times may have no such parameter.
+        given = () if clock is None else (clock,)
         table = model.item_embedding.weight
         if not last_only or table.dtype != torch.float32 or not table.is_cpu or torch.compiler.is_compiling():
-            return formula(model, items_L, cu_seqlens, *clock, last_only=last_only)
-        found: Tensor = dispatch("history", table)(formula, model, items_L, cu_seqlens, *clock)
+            return formula(model, items_L, cu_seqlens, *given, last_only=last_only)
+        found: Tensor = dispatch("history", table)(formula, model, items_L, cu_seqlens, *given)
         return found
 
     return encode

@@ -116,6 +116,6 @@ class Hydra4Rec(SSMRecommender):
         # The blocks: y = LayerNorm(u + Dropout(Hydra(u))), then LayerNorm(y + FFN(y)). The key
         # ``residual`` decides whether u is added; other recipes are in recbole_ssm.layers.block.
         for number, block in enumerate(self.blocks, 1):
-            at_last = last_only and number == self.num_layers
+            at_last = last_only and number == len(self.blocks)
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
         return self.last_norm(u if last_only else u[0])

@@ -61,6 +61,6 @@ class Mamba4Rec(SSMRecommender):
         # other recipes (pre-norm, SwiGLU, gates) are in recbole_ssm.layers.block.
         # The published code does not add u where there is one layer; here ``residual`` decides.
         for number, block in enumerate(self.blocks, 1):
-            at_last = last_only and number == self.num_layers
+            at_last = last_only and number == len(self.blocks)
             u, _ = block(u, cu_seqlens=cu_seqlens, last_only=at_last, return_state=False)
         return self.last_norm(u if last_only else u[0])

@@ -150,7 +150,7 @@ class PackedContract(ModelContract):
         model = model.double()
         items, bounds, clock = packed(HISTORIES)
         every = model.encode(items, bounds, clock)
-        last = model.encode(items, bounds, clock, last_only=True)
+        last = model.encode(items, bounds, clock=clock, last_only=True)
         torch.testing.assert_close(last, every[bounds[1:] - 1], rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("loss_type", ["CE", "BPR"])
@@ -240,6 +240,19 @@ class SSMContract(PackedContract):
         with ops.use_backend("reference"):
             expected = model.full_sort_predict(rows(HISTORIES))
         torch.testing.assert_close(model.full_sort_predict(rows(HISTORIES)), expected, rtol=1e-4, atol=1e-5)
+
+    @torch.no_grad()
+    def test_blocks_may_be_added_and_taken_away(self, toy):
+        items, bounds, _ = packed(HISTORIES)
+        for blocks in (1, 3):
+            model, _ = build(self.name, toy, num_layers=2)
+            # One block twice, as where blocks share their weights.
+            model.blocks = torch.nn.ModuleList([*model.blocks, model.blocks[1]][:blocks])
+            every = model.encode(items, bounds)[bounds[1:] - 1]
+            for backend in ("auto", "torch"):
+                with ops.use_backend(backend):
+                    last = model.encode(items, bounds, last_only=True)
+                torch.testing.assert_close(last, every, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("time", TIMES)
     def test_steps_equal_the_whole_history(self, toy, time):
