@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", default="", metavar="COLUMN[:TYPE],...", help="further columns for .inter; types are guessed"
     )
     parser.add_argument(
-        "--meta", type=Path, metavar="FILE", help="a table of the items, for .item (default: meta_... beside SOURCE)"
+        "--meta",
+        type=Path,
+        metavar="FILE",
+        help="a table of the items, for .item (default: meta_... or .item beside SOURCE)",
     )
     parser.add_argument("--meta_item", metavar="COLUMN", help="of the items' ids in --meta (default: guessed)")
     parser.add_argument(
@@ -79,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="put the data set in the place of one that is there")
     parser.add_argument("--separator", help="between columns of text (default: guessed)")
-    parser.add_argument("--encoding", default="utf-8", help="of text (default: utf-8)")
+    parser.add_argument("--encoding", default="utf-8", help="of text; a file in UTF-8 is read as such (default: utf-8)")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -173,7 +176,7 @@ def convert(
         on_bad_lines: ``error``, or ``skip``.
         overwrite: a data set of that name goes, once the new one is whole; nothing but what this function wrote.
         separator: between columns; None guesses.
-        encoding: of text.
+        encoding: of each text that is not UTF-8.
 
     Returns:
         The card, as written to ``name.card.json``.

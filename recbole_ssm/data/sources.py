@@ -149,7 +149,8 @@ def _find(source: Path, what: str = "interactions") -> File:
     if not source.exists():
         raise UserError(f"{source}: No such file or directory")
     if source.is_dir():
-        there = [(str(path.relative_to(source)), File(path)) for path in sorted(source.rglob("*")) if path.is_file()]
+        paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        there = [(path.relative_to(source).as_posix(), File(path)) for path in paths]
     elif source.suffix.lower() == ".zip":
         there = [(name, File(source, name)) for name in members(source)]
     else:

@@ -157,7 +157,7 @@ class Sequences:
             for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
                 raw = original(line, self.encoding)
                 try:
-                    user, *items = line.decode().split(self.separator) or [""]
+                    user, *items = [cell.strip() for cell in line.decode().split(self.separator)] or [""]
                 except UnicodeDecodeError:
                     bad.add(number, f"{not_text(self.encoding)}: {raw[:60]!r}", raw)
                     continue

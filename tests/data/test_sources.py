@@ -108,7 +108,7 @@ def test_what_goes_of_amazons_metadata_is_told(here, caplog):
 
 
 def test_a_sequence_without_its_user_is_a_fault(here):
-    (here / "q.txt").write_text("1\t12\t7\t\n\t12\t7\n")
+    (here / "q.txt").write_text("1\t12\t 7\t \n\t12\t7\n")
     assert refused(here, "q.txt", sequences=True, separator="\t").endswith(
         "q.txt, line 2: user is empty; fill it in or drop the line"
     )
