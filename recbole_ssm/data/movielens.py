@@ -17,9 +17,9 @@ ML_100K_GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
-# Names of MovieLens' files of ratings -> of items.
-# The places of its columns, where they have no names.
+# The places of the columns of ratings, where they have no names.
 PLACES = {"user": "1", "item": "2", "rating": "3", "time": "4"}
+# Names of MovieLens' files of ratings -> of items.
 MOVIELENS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
 
 
