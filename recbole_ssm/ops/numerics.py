@@ -12,12 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function compute in the types of its tensors; autocast would take products of them in half precision."""
+
+    @functools.wraps(function)
+    def exact(*arguments: Any, **options: Any) -> Any:
+        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return exact
+
+
 def at_least_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let an implementation compute in float32, or in float64 where a tensor has it, and return y in the dtype of x.
 
     A state in half precision would forget, so what comes back beside y stays as wide as it was
     computed.
     """
+    exact = without_autocast(function)
 
     @functools.wraps(function)
     def widened(x: Tensor, *arguments: Any) -> Any:
@@ -25,7 +40,7 @@ def at_least_float32(function: Callable[..., Any]) -> Callable[..., Any]:
         for a in arguments:
             if isinstance(a, Tensor) and a.is_floating_point():
                 dtype = torch.promote_types(dtype, a.dtype)
-        out = function(
+        out = exact(
             x.to(dtype), *[a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
         )
         return (out[0].to(x.dtype), *out[1:]) if isinstance(out, tuple) else out.to(x.dtype)

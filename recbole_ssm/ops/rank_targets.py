@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recbole_ssm.ops.backend import dispatch, implements
+from recbole_ssm.ops.numerics import without_autocast
 from recbole_ssm.ops.table import check
 
 
@@ -49,6 +50,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast
 def rank_targets(
     output_nd: Tensor,
     items_Vd: Tensor,
@@ -103,7 +105,7 @@ def _lists(seen: Seen | tuple[Tensor, Tensor] | None, target: Tensor, items: int
     for ids, count, what in ((seen[0], len(target), "rows"), (seen[1], items, "items")):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < count:
             raise ValueError(f"rank_targets: seen names {what} from {ids.min()} to {ids.max()}, and there are {count}")
-    pairs = torch.unique(seen[0] * items + seen[1])
+    pairs = torch.unique(seen[0].long() * items + seen[1])
     row, item = pairs // items, pairs % items
     others = item != target[row]
     counts = torch.bincount(row[others], minlength=len(target))

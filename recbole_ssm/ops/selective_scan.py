@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_ssm.ops.backend import dispatch, implements
-from recbole_ssm.ops.numerics import at_least_float32, decay_of, floor_of_exponent, step_size
+from recbole_ssm.ops.numerics import at_least_float32, decay_of, floor_of_exponent, step_size, without_autocast
 from recbole_ssm.ops.packing import at_every_position, last_of, map_padded, map_sequences, segment_sum_after
 from recbole_ssm.ops.table import check
 
@@ -205,6 +205,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, dt, A_ND, B, C = ctx.saved_tensors
         gy, gfinal = grads
@@ -254,6 +255,7 @@ class _ScanLast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         v, w, A_ND, CB = ctx.saved_tensors
         gv, gw, gCB, gA = torch.empty_like(v), torch.empty_like(w), torch.empty_like(CB), torch.zeros_like(A_ND)

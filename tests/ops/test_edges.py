@@ -113,3 +113,40 @@ def test_losses_and_ranks_of_no_rows(backend):
         output = torch.randn(0, 4, requires_grad=True)
         loss = ops.linear_cross_entropy(output, torch.randn(9, 4), torch.zeros(0, dtype=torch.int64))
         assert loss.shape == ()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", SCANS)
+def test_autocast_does_not_take_the_scans_in_half_precision(backend, op):
+    def results():
+        x = torch.randn(3, 7, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_("selective" in op)
+        found = call(op, B=3, x=x, dt=dt)
+        y, *rest = found if isinstance(found, tuple) else (found,)
+        return [y, *rest, *(torch.autograd.grad(y.sum(), x) if x.requires_grad else ())]
+
+    dt = torch.rand(3, 7, 4)
+    with ops.use_backend(backend):
+        expected = results()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = results()
+    for f, e in zip(found, expected):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_change_ranks(backend):
+    torch.manual_seed(0)
+    tensors = torch.randn(5, 16), torch.randn(900, 16), torch.arange(5)
+    with ops.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        found = ops.rank_targets(*tensors).ranks
+    assert torch.equal(found, ops.rank_targets(*tensors).ranks)
+
+
+def test_the_type_of_what_was_seen_may_be_a_narrow_one():
+    """The numbers of all pairs of a row and an item go beyond it."""
+    torch.manual_seed(0)
+    tensors, seen = (torch.randn(300, 2), torch.randn(200, 2), torch.zeros(300).long()), torch.arange(1, 200)
+    expected, found = (
+        ops.rank_targets(*tensors, seen=(seen.to(t) + 100, seen.to(t))) for t in (torch.int64, torch.int16)
+    )
+    assert torch.equal(found.ranks, expected.ranks)

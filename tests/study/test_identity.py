@@ -64,6 +64,8 @@ GROUPS = {"n_groups": 2, "head_dim": 32}
         ("SASRec", {"adaptive_batch": "norm_test", "adaptive_batch_args": {"growth": "2"}}, "0.1.0"),
         ("LlamaRec", {"learner": "usgm", "base_model_dtype": "bfloat16", "lora_r": 0}, "0.3.0"),
         ("LlamaRec", {"learner": "usgm", "base_model_dtype": "bfloat16", "lora_r": 8}, "0.1.0"),
+        ("Hydra4Rec", {"enable_amp": True}, "0.3.0"),
+        ("SASRec", {"enable_amp": True}, "0.1.0"),
         ("SASRec", {"drop_cold_targets": True}, "0.1.0"),
         ("SASRec", {"train_rows": 5}, "0.3.0"),
         ("SASRec", {"train_last": 2, "train_mode": "prefix"}, "0.1.0"),
