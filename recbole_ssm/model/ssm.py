@@ -88,7 +88,7 @@ class SSMRecommender(PackedRecommender):
         """As :meth:`PackedRecommender.read_padded`; the mean over events with ``readout: mean``."""
         if self.readout == "last":
             return super().read_padded(output, real)
-        return (output * real[..., None]).sum(1) / real.sum(1).clamp(min=1)[:, None]
+        return torch.where(real[..., None], output, 0.0).sum(1) / real.sum(1).clamp(min=1)[:, None]
 
     # --- events one by one ---
 

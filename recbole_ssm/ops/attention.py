@@ -66,14 +66,14 @@ def _padded(
     """Sequences of similar lengths as padded batches."""
     y_LHP = torch.zeros_like(q_LHP)
     for bucket in buckets(cu_seqlens):
-        k, v = k_LHP[bucket.index_bl].transpose(1, 2), v_LHP[bucket.index_bl].transpose(1, 2)  # [b, H, l, P]
+        k, v = bucket.padded(k_LHP).transpose(1, 2), bucket.padded(v_LHP).transpose(1, 2)  # [b, H, l, P]
         if last_only:
             q, mask = q_LHP[bucket.rows_b, None].transpose(1, 2), bucket.mask_bl[:, None, None]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             y_LHP = y_LHP.index_put((bucket.rows_b,), y[:, :, 0])
         else:
             # Padding stands behind all events, where causal attention does not look.
-            q = q_LHP[bucket.index_bl].transpose(1, 2)
+            q = bucket.padded(q_LHP).transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
             y = y.transpose(1, 2)[bucket.mask_bl]
             y_LHP = y_LHP.index_put((bucket.index_bl[bucket.mask_bl],), y)

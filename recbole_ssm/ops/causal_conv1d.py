@@ -236,7 +236,7 @@ def last_inputs(seen: Tensor, bounds: Tensor | None, K: int) -> Tensor:
         return seen.new_zeros(len(bounds) - 1, seen.shape[2], K)
     index = bounds[1:, None] - torch.arange(K, 0, -1, device=seen.device)  # [S, K]
     inside = index >= bounds[:-1, None]
-    return (seen[0, index.clamp(min=0)] * inside[..., None]).transpose(1, 2)
+    return seen[0, index.clamp(min=0)].masked_fill(~inside[..., None], 0).transpose(1, 2)
 
 
 @implements("centered_conv1d", "torch")

@@ -71,14 +71,16 @@ def segment_sum_after(x_LD: Tensor, cu_seqlens: Tensor) -> Tensor:
     """For each packed position, the sum of x over the later positions of its sequence, ``[total, D]``.
 
     Taken as a difference of running sums of the whole batch, and so in float64: in float32 the
-    sum of a hundred thousand tokens would swallow the digits of one sequence.
+    sum of a hundred thousand tokens would swallow the digits of one sequence. What is not finite
+    would reach all sequences behind its own: it is left out, and NaN stands in its place alone.
     """
     if len(x_LD) == 0:
         return x_LD
-    running = x_LD.double().cumsum(0)
+    finite = x_LD.isfinite()
+    running = torch.where(finite, x_LD, 0.0).double().cumsum(0)
     lengths = cu_seqlens.diff()
     ends = running[(cu_seqlens[1:] - 1).clamp(min=0)].repeat_interleave(lengths, 0)
-    return (ends - running).to(x_LD.dtype)
+    return torch.where(finite, (ends - running).to(x_LD.dtype), torch.nan)
 
 
 class Bucket(NamedTuple):
@@ -90,6 +92,14 @@ class Bucket(NamedTuple):
     """The packed index of each cell; 0 at pads."""
     mask_bl: Tensor
     """False at pads."""
+
+    def padded(self, x_L: Tensor) -> Tensor:
+        """What packed tokens ``[total, ...]`` have, in each cell ``[b, l, ...]``; 0 at pads.
+
+        A pad must not keep a value of a real token: even with no weight, NaN of one sequence would reach another.
+        """
+        x_bl = x_L[self.index_bl]
+        return x_bl.masked_fill_(~self.mask_bl.view(*self.mask_bl.shape, *[1] * (x_bl.dim() - 2)), 0)
 
 
 def buckets(cu_seqlens: Tensor) -> list[Bucket]:
@@ -120,18 +130,16 @@ def buckets(cu_seqlens: Tensor) -> list[Bucket]:
 def map_padded(
     function: Callable[..., tuple[Tensor, Any]],
     packed: tuple[Tensor, ...],
-    dt_packed: tuple[Tensor, ...],
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """Run ``function(*padded, *dt_padded, state) -> (y, state)`` over padded groups of a packed batch.
+    """Run ``function(*padded, state) -> (y, state)`` over padded groups of a packed batch.
 
     Without ``cu_seqlens`` the batch is a padded one, and is one group.
 
     Args:
-        packed: tensors ``[1, total, ...]``; their pads hold values of some real token.
-        dt_packed: step sizes ``[1, total, ...]``; their pads are 0, which silences a pad: decay
-            1, input 0.
+        packed: tensors ``[1, total, ...]``; their pads are 0, and so is the step size of a pad, which silences it:
+            decay 1, input 0.
         state: initial states ``[S, ...]``, or None for zeros.
 
     Returns:
@@ -139,22 +147,19 @@ def map_padded(
         none).
     """
     if cu_seqlens is None:
-        return function(*packed, *dt_packed, state)
+        return function(*packed, state)
     count = cu_seqlens.numel() - 1
     total = packed[0].shape[1]
     if total == 0:
-        return _of_nothing(function, (*packed, *dt_packed), state, count)
+        return _of_nothing(function, packed, state, count)
     if count * int(cu_seqlens[1]) == total and bool((cu_seqlens.diff() == cu_seqlens[1]).all()):
         # equal lengths: the packed batch is a padded one already
-        views = [t.view(count, -1, *t.shape[2:]) for t in (*packed, *dt_packed)]
+        views = [t.view(count, -1, *t.shape[2:]) for t in packed]
         y, final = function(*views, state)
         return y.reshape(1, total, *y.shape[2:]), final
     ys, tokens, finals, rows = [], [], [], []
     for bucket in buckets(cu_seqlens):
-        padded = [t[0, bucket.index_bl] for t in packed]
-        for t in dt_packed:
-            dt = t[0, bucket.index_bl]
-            padded.append(dt * bucket.mask_bl.view(*bucket.mask_bl.shape, *[1] * (dt.dim() - 2)))
+        padded = [bucket.padded(t[0]) for t in packed]
         y, final = function(*padded, None if state is None else state[bucket.rows_b])
         ys.append(y[bucket.mask_bl])
         tokens.append(bucket.index_bl[bucket.mask_bl])

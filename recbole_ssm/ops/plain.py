@@ -34,11 +34,11 @@ def plain_operators(real_BL: Tensor) -> Iterator[None]:
     real_BL1 = real_BL[..., None]
 
     def centered_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any, activation: str | None) -> Tensor:
-        return _convolve(x * real_BL1, weight, bias, weight.shape[1] // 2, activation)
+        return _convolve(torch.where(real_BL1, x, 0.0), weight, bias, weight.shape[1] // 2, activation)
 
     def quasiseparable(x: Tensor, dt_fwd: Tensor, dt_bwd: Tensor, A_H: Tensor, *maps_and_bounds: Any) -> Tensor:
-        # A step of size 0 is silent: decay 1, input 0.
-        dt_fwd, dt_bwd = dt_fwd * real_BL1, dt_bwd * real_BL1
+        # A step of size 0 is silent: decay 1, input 0. The other tensors come from the convolution.
+        dt_fwd, dt_bwd = torch.where(real_BL1, dt_fwd, 0.0), torch.where(real_BL1, dt_bwd, 0.0)
         S_bwd = log_decay(dt_bwd.flip(1), A_H).flip(-1)
         return one_matrix(x, log_decay(dt_fwd, A_H), S_bwd, dt_fwd, dt_bwd, *maps_and_bounds[:-1])
 

@@ -68,10 +68,12 @@ def quasiseparable(
     # on a GPU the CPU would have to wait for the values, so there they are taken as they are
     if not lengths_B.is_cuda and not bool(((lengths_B >= 0) & (lengths_B <= L)).all()):
         raise ValueError(f"{op}: lengths must lie between 0 and {L}, got {lengths_B.tolist()}")
-    # a step of size 0 is silent: decay 1, input 0
-    real_BL1 = (torch.arange(L, device=x_BLHP.device) < lengths_B[:, None])[..., None]
-    y: Tensor = function(x_BLHP, dt_fwd * real_BL1, dt_bwd * real_BL1, *maps, None)
-    return y * real_BL1[..., None]
+    padding_BL1 = (torch.arange(L, device=x_BLHP.device) >= lengths_B[:, None])[..., None]
+    # A step of size 0 is silent: decay 1, input 0. What is not finite would be NaN even so.
+    dt_fwd, dt_bwd = (t.masked_fill(padding_BL1, 0) for t in (dt_fwd, dt_bwd))
+    x, *maps_BLGN = (t.masked_fill(padding_BL1[..., None], 0) for t in (x_BLHP, *maps[1:]))
+    y: Tensor = function(x, dt_fwd, dt_bwd, A_H, *maps_BLGN, None)
+    return y.masked_fill(padding_BL1[..., None], 0)
 
 
 def _shift(y: Tensor) -> Tensor:
@@ -153,4 +155,4 @@ def torch_quasiseparable(
     def padded(*tensors_and_state: Tensor) -> tuple[Tensor, None]:
         return _padded(A, *tensors_and_state[:-1]), None
 
-    return map_padded(padded, (x, B_fwd, C_fwd, B_bwd, C_bwd), (dt_fwd, dt_bwd), None, cu_seqlens)[0]
+    return map_padded(padded, (x, B_fwd, C_fwd, B_bwd, C_bwd, dt_fwd, dt_bwd), None, cu_seqlens)[0]

@@ -329,7 +329,7 @@ def _torch(
     A_ND = A.t().contiguous()
     state_BND = None if state is None else state.transpose(1, 2).contiguous()
     scan = functools.partial(_scan_padded, A_ND=A_ND)
-    y, final = map_padded(scan, (x, B, C), (dt,), state_BND, cu_seqlens)
+    y, final = map_padded(scan, (x, B, C, dt), state_BND, cu_seqlens)
     return _skip_and_gate(y, x, D, z), final.transpose(1, 2)
 
 

@@ -243,7 +243,7 @@ def torch_ssd(
     def padded(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return ssd_padded(x, B, C, dt, A, state, return_state)
 
-    y, final = map_padded(padded, (x, B, C), (dt,), state, cu_seqlens)
+    y, final = map_padded(padded, (x, B, C, dt), state, cu_seqlens)
     return _skip(y, x, D), final
 
 

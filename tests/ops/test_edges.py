@@ -73,6 +73,52 @@ def test_what_is_not_finite_reaches_no_earlier_position(backend, value, L, op):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["x", "dt", "b", "c"])
+@pytest.mark.parametrize("op", [*SCANS, *CONVOLUTIONS])
+def test_what_is_not_finite_stays_in_its_sequence(backend, what, op):
+    bounds, last = [0, 3, 5, 12], op.endswith("_last")
+    torch.manual_seed(1)
+    shapes = {"x": (1, 12, 4, 8), "dt": (1, 12, 4), "b": (1, 12, 2, 5), "c": (1, 12, 2, 5)}
+    clean = torch.rand(shapes[what])
+    spoiled = clean.index_fill(1, torch.arange(3), torch.nan)
+    with ops.use_backend(backend):
+        found, expected = (call(op, L=12, packed=bounds, **{what: t}) for t in (spoiled, clean))
+    for f, e in zip(found, expected) if isinstance(found, tuple) else [(found, expected)]:
+        # y has positions, or one vector a sequence, as states do.
+        f, e = (t[0, 3:] if t.shape[:2] == (1, 12) and not last else t[1:] for t in (f, e))
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+def test_attention_keeps_what_is_not_finite_in_its_sequence(last_only):
+    torch.manual_seed(0)
+    clean, bounds = torch.randn(3, 12, 2, 8), torch.tensor([0, 3, 5, 12])
+    spoiled = clean.index_fill(1, torch.arange(3), torch.nan)
+    found, expected = (
+        ops.packed_attention(q[bounds[1:] - 1] if last_only else q, k, v, bounds, 7, last_only=last_only)
+        for q, k, v in (spoiled, clean)
+    )
+    assert torch.equal(*(y[1 if last_only else 3 :] for y in (found, expected)))
+
+
+def test_padding_that_is_not_finite_influences_nothing():
+    """Of a padded batch."""
+    torch.manual_seed(0)
+    shapes = [(2, 7, 4, 8), (2, 7, 4), (2, 7, 4), *[(2, 7, 2, 5)] * 4]
+    clean = [torch.rand(shape) for shape in shapes]
+    spoiled = [t.clone() for t in clean]
+    for t in spoiled:
+        t[1, 4:] = torch.nan
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            found, expected = (
+                ops.quasiseparable(*t[:3], -torch.ones(4), *t[3:], lengths_B=torch.tensor([7, 4]))
+                for t in (spoiled, clean)
+            )
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("packed", [None, [0, 3, 7]])
 def test_convolutions_give_the_type_of_their_input(backend, dtype, packed):
