@@ -44,6 +44,9 @@ _lacks: dict[str, str] = {}
 _selected = "auto"
 _forced = threading.local()
 _tested: set[tuple[str, str, str]] = set()
+"""Op, backend and kind of device, once the test is over."""
+_testing: dict[tuple[str, str, str], threading.Lock] = {}
+"""What a test holds while it runs. Each has its own, because the example of one op may call another."""
 self_test: Callable[[str, Callable[..., Any], torch.device], str] | None = None
 """Returns what is wrong with an implementation on a device, "" for nothing; set by :mod:`recbole_ssm.ops`."""
 _logged: set[tuple[str, str, torch.device, torch.dtype]] = set()
@@ -197,7 +200,8 @@ def dispatch(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
 
 def _test(op: str, backend: str, device: torch.device) -> None:
-    """Test the implementations in order, and switch off those that fail, until one passes.
+    """Test the implementations in order, and switch off those that fail, until one passes. Another thread that comes
+    meanwhile waits, and gets what has passed.
 
     Nothing is tested in a forked child, where autograd does not run; while a CUDA graph is
     captured, when nothing else may run; and in Triton's interpreter, which is for tests and
@@ -207,9 +211,12 @@ def _test(op: str, backend: str, device: torch.device) -> None:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if self_test is None or _forked or interpreted or capturing:
         return
-    _tested.add((op, backend, device.type))
-    while found := implementations(op, backend):
-        why = self_test(op, found[0].function, device)
-        if not why:
-            return
-        switch_off(op, backend, found[0].name, why)
+    choice = op, backend, device.type
+    with _testing.setdefault(choice, threading.Lock()):
+        while choice not in _tested:
+            found = implementations(op, backend)
+            why = self_test(op, found[0].function, device) if found else ""
+            if why:
+                switch_off(op, backend, found[0].name, why)
+            else:
+                _tested.add(choice)

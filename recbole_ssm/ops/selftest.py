@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.attention import packed_attention
-from recbole_ssm.ops.backend import INTERPRETED, available_backends, force, implementations, switch_off
-from recbole_ssm.ops.causal_conv1d import causal_conv1d, centered_conv1d
+from recbole_ssm.ops.backend import INTERPRETED, available_backends, dispatch, force, implementations, switch_off
 from recbole_ssm.ops.dropout import dropout
 from recbole_ssm.ops.linear_cross_entropy import linear_cross_entropy
 from recbole_ssm.ops.numerics import without_tf32
-from recbole_ssm.ops.quasiseparable import quasiseparable
 from recbole_ssm.ops.rank_targets import rank_targets
-from recbole_ssm.ops.selective_scan import selective_scan, selective_scan_last
-from recbole_ssm.ops.ssd import ssd, ssd_last
+from recbole_ssm.ops.table import OPS
 
 TOLERANCE = 1e-4
 """Of the largest entry: ten times the rounding errors of float32 at these sizes, and far below any defect."""
@@ -79,10 +77,10 @@ def why_wrong(op: str, function: Callable[..., Any], device: torch.device) -> st
     def compare() -> None:
         try:
             with torch.random.fork_rng(devices=[]):
-                results = [_compare(op, "", function, _examples(device, B=2, L=70)[op], rounds=1)]
+                results = [_compare(op, "", function, _example(op, device, B=2, L=70), rounds=1)]
                 if op in LONG and device.type == "cuda":
                     # The vectorised form in float64 is as exact as the reference, and sooner there.
-                    long = _examples(device, B=1, L=LENGTH)[op]
+                    long = _example(op, device, B=1, L=LENGTH)
                     results.append(_compare(op, "", function, long, rounds=1, exact="torch"))
             if not all(result.passed for result in results):
                 error = max(max(result.value_error, result.gradient_error) for result in results)
@@ -107,8 +105,7 @@ def run(device: str = "cpu") -> list[Result]:
     where = torch.device(device)
     examples, small = _examples(where, B=4, L=150), _examples(where, B=1, L=40)
     if device != "cpu":
-        long = _examples(where, B=1, L=LENGTH)
-        examples |= {op: long[op] for op in LONG}
+        examples |= {op: _example(op, where, B=1, L=LENGTH) for op in LONG}
     for op in examples:
         for backend in available_backends(op):
             interpreted = backend == "cuda" and device == "cpu"
@@ -164,68 +161,124 @@ def _evaluate(
     return value.detach(), gradients, min(times)
 
 
+# --- the examples, in sizes of this field's models and lengths that end within a kernel's chunk ---
+
+
+def _example(op: str, device: torch.device, B: int, L: int) -> Example:
+    return more_examples[op](device, B) if op in more_examples else _EXAMPLES[op](device, B, L)
+
+
 def _examples(device: torch.device, B: int, L: int) -> dict[str, Example]:
-    """An example of each op, in sizes of this field's models and lengths that end within a kernel's chunk."""
-    D, N, H, G, P = 48, 32, 4, 2, 16
-    phase = 0.0
+    """An example of each op."""
+    return {op: _example(op, device, B, L) for op in [*_EXAMPLES, *more_examples]}
 
-    def r(*shape: int) -> Tensor:
-        """Numbers between -2 and 2 without a period, different ones at each call."""
-        nonlocal phase
-        phase += 0.7
+
+class _Numbers:
+    """Numbers between -2 and 2 without a period, different ones at each call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._phase = device, 0.0
+
+    def __call__(self, *shape: int) -> Tensor:
+        self._phase += 0.7
         count = torch.Size(shape).numel()
-        return (2 * torch.sin(1e4 * torch.sin(torch.arange(count) + phase))).view(shape).to(device)
+        return (2 * torch.sin(1e4 * torch.sin(torch.arange(count) + self._phase))).view(shape).to(self._device)
 
-    A_DN, A_H = -torch.arange(1.0, N + 1, device=device).repeat(D, 1), -torch.arange(1.0, H + 1, device=device)
-    scan = [r(B, L, D), r(B, L, D) - 2, A_DN, r(B, L, N), r(B, L, N), r(D), r(B, L, D)]
-    steps = F.softplus(r(B, L, H) - 2), F.softplus(r(B, L, H) - 2)
-    maps = [r(B, L, G, N) for _ in range(4)]
 
-    def first(op: Callable[..., Any], **keywords: Any) -> Callable[..., Tensor]:
-        return lambda *tensors: op(*tensors, **keywords)[0]
+BOUNDS = (0, 1, 1, 3)
+"""Where the packed sequences of an example begin: one of one event, an empty one, one of two, and the rest."""
+_OPTIONS = {"dt_softplus": True, "activation": "silu", "return_state": True}
 
-    def last(op: Callable[..., Any], *at_last: int, **keywords: Any) -> Callable[..., Tensor]:
-        """The op with the arguments of these indices taken at the last position."""
-        return lambda *t: op(*[v[:, -1] if i in at_last else v for i, v in enumerate(t)], **keywords)
 
-    def expected_of_dropout(x: Tensor) -> Tensor:
-        """2 x, whichever elements are dropped: the op doubles those that stay, and this the others."""
-        y = dropout(x, 0.5)
-        return torch.where(y == 0, 2 * x, y)
+def _along_sequences(op: str, device: torch.device, B: int, L: int) -> Example:
+    """A padded batch that begins with nothing, and its first row as a packed one that goes on from states, where the
+    op has any. All that the op returns is joined in one row.
+    """
+    row, numbers = OPS[op], _Numbers(device)
+    arguments = [t for t in row.tensors if t.name != "cu_seqlens"]
+    sizes = {"B": B, "L": L, "S": max(B, len(BOUNDS)), "D": 48, "N": 32, "H": 4, "G": 2, "P": 16}
+    sizes["K"] = 7 if op == "centered_conv1d" else 4
+    options = [_OPTIONS[name] for name, _ in row.options]
 
-    rows, items = r(B * L, D), r(300, D)
+    def given(name: str, letters: str) -> Tensor:
+        shape = [sizes[letter] for letter in letters]
+        if name == "A":
+            return -torch.arange(1.0, shape[-1] + 1, device=device).repeat(*shape[:-1], 1).view(shape)
+        if name in ("dt", "dt_fwd", "dt_bwd"):
+            raw = numbers(*shape) - 2
+            return raw if ("dt_softplus", "bool") in row.options else F.softplus(raw)
+        return numbers(*shape)
 
-    def target(rows: Tensor) -> Tensor:
-        """On the device of the rows, because the reference runs on the CPU."""
-        return torch.arange(len(rows), device=rows.device) % 300
+    def call(*tensors: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        for count, bounds in (({"B": B, "S": B}, None), ({"B": 1, "S": len(BOUNDS)}, [*BOUNDS, L])):
+            cu_seqlens = None if bounds is None else torch.tensor(bounds, device=tensors[0].device)
+            taken = [
+                None if t.name == "state" and bounds is None else tensor[: count.get(t.letters[0])]
+                for t, tensor in zip(arguments, tensors)
+            ]
+            outputs = dispatch(op, tensors[0])(*taken, cu_seqlens, *options)
+            found += outputs if isinstance(outputs, tuple) else [outputs]
+        return torch.cat([t.flatten() for t in found])
 
-    def loss(rows: Tensor, items: Tensor) -> Tensor:
-        return linear_cross_entropy(rows, items, target(rows), temperature=7.0, label_smoothing=0.1)
+    return Example(call, [given(t.name, t.letters) for t in arguments])
 
-    def ranks(rows: Tensor, items: Tensor) -> Tensor:
-        """Scores of whole numbers are ties, or are not, whatever the order of their sums."""
-        found = rank_targets(rows.detach().round(), items.detach().round(), target(rows)).ranks
-        return found.to(rows.dtype) + 0 * (rows.sum() + items.sum())
 
-    def attention(*tensors: Tensor) -> Tensor:
-        """Causal and at the last positions, of packed sequences of which one is empty."""
+def _attention(device: torch.device, B: int, L: int) -> Example:
+    """Causal and at the last positions, of packed sequences of which one is empty."""
+
+    def call(*tensors: Tensor) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in tensors)
         bounds = torch.tensor([0, 1, 1, L // 2, B * L], device=q.device)
         y = packed_attention(q, k, v, bounds, B * L)
         ends = packed_attention(q[:4], k, v, bounds, B * L, last_only=True)
         return torch.cat([y, ends])
 
-    return {
-        "attention": Example(attention, [r(B, L, H, P) for _ in range(3)]),
-        "selective_scan": Example(first(selective_scan, dt_softplus=True), scan),
-        "selective_scan_last": Example(last(selective_scan_last, 4, 6, dt_softplus=True), scan),
-        "ssd": Example(first(ssd), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "ssd_last": Example(last(ssd_last, 4), [r(B, L, H, P), steps[0], A_H, *maps[:2], r(H)]),
-        "quasiseparable": Example(quasiseparable, [r(B, L, H, P), *steps, A_H, *maps]),
-        "causal_conv1d": Example(first(causal_conv1d, activation="silu"), [r(B, L, D), r(D, 4), r(D)]),
-        "centered_conv1d": Example(lambda *t: centered_conv1d(*t, activation="silu"), [r(B, L, D), r(D, 7), r(D)]),
-        "dropout": Example(expected_of_dropout, [r(B, L, D)]),
-        "linear_cross_entropy": Example(loss, [rows, items]),
-        "rank_targets": Example(ranks, [rows, items]),
-        **{name: make(device, B) for name, make in more_examples.items()},
-    }
+    numbers = _Numbers(device)
+    return Example(call, [numbers(B, L, 4, 16) for _ in range(3)])
+
+
+def _dropout(device: torch.device, B: int, L: int) -> Example:
+    """2 x, whichever elements are dropped: the op doubles those that stay, and this the others."""
+
+    def call(x: Tensor) -> Tensor:
+        y = dropout(x, 0.5)
+        return torch.where(y == 0, 2 * x, y)
+
+    return Example(call, [_Numbers(device)(B, L, 48)])
+
+
+def _rows_and_items(device: torch.device, B: int, L: int) -> list[Tensor]:
+    numbers = _Numbers(device)
+    return [numbers(B * L, 48), numbers(300, 48)]
+
+
+def _target(rows: Tensor) -> Tensor:
+    """On the device of the rows, because the reference runs on the CPU."""
+    return torch.arange(len(rows), device=rows.device) % 300
+
+
+def _loss(device: torch.device, B: int, L: int) -> Example:
+    def call(rows: Tensor, items: Tensor) -> Tensor:
+        return linear_cross_entropy(rows, items, _target(rows), temperature=7.0, label_smoothing=0.1)
+
+    return Example(call, _rows_and_items(device, B, L))
+
+
+def _ranks(device: torch.device, B: int, L: int) -> Example:
+    """Scores of whole numbers are ties, or are not, whatever the order of their sums."""
+
+    def call(rows: Tensor, items: Tensor) -> Tensor:
+        found = rank_targets(rows.detach().round(), items.detach().round(), _target(rows)).ranks
+        return found.to(rows.dtype) + 0 * (rows.sum() + items.sum())
+
+    return Example(call, _rows_and_items(device, B, L))
+
+
+_EXAMPLES: dict[str, Callable[[torch.device, int, int], Example]] = {
+    "attention": _attention,
+    **{name: partial(_along_sequences, name) for name, op in OPS.items() if op.tensors[0].letters.startswith("BL")},
+    "dropout": _dropout,
+    "linear_cross_entropy": _loss,
+    "rank_targets": _ranks,
+}

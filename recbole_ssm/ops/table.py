@@ -23,8 +23,9 @@ Adding an op
        :func:`recbole_ssm.ops.backend.dispatch` picks; a plain loop as ``reference``; and the
        vectorised form as ``torch``. Both are registered by
        :func:`recbole_ssm.ops.backend.implements`.
-    3. Export the function in ``ops/__init__.py``, and give an example of a call in
-       ``ops/selftest.py``: with it every backend is compared with the reference.
+    3. Export the function in ``ops/__init__.py``. With an example of a call every backend is
+       compared with the reference: ``ops/selftest.py`` makes it from the row where the first
+       tensor is ``[B, L, ...]``, and else needs one.
     4. Where kernels are worth it, write them. In C++ a kernel is a structure and a line of
        ``ALL_KERNELS`` in ``csrc/kernels.h``, a header that ``csrc/kernels.cpp`` includes, a
        line of ``STRUCTURES`` in ``ops/native.py``, and ``fits`` in ``csrc/library.cpp`` if it

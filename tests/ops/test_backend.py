@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from recbole_ssm import ops
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops import backend, selftest
+from recbole_ssm.ops.table import OPS as TABLE
 from tests.conftest import REPOSITORY
 from tests.ops.test_ops import OPS, arguments
 
@@ -19,7 +21,7 @@ right = backend.implementations("ssd", "torch")[0].function
 
 def slightly_wrong(*arguments):
     y, final = right(*arguments)
-    return y * 1.001, final
+    return y * 1.001, final * 1.001
 
 
 def breaks(*arguments):
@@ -105,6 +107,59 @@ def test_whatever_the_caller_has_switched_on_does_not_matter(registry):
     assert backend.available_backends("ssd") == ["reference", "torch", "native"]
     assert len(set(tested)) > 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_second_thread_waits_for_the_test(registry, monkeypatch):
+    """What is not yet tested may be wrong."""
+    begun, end = threading.Event(), threading.Event()
+
+    def self_test(op, function, device):
+        begun.set()
+        end.wait(10)
+        return "wrong"
+
+    monkeypatch.setattr(backend, "self_test", self_test)
+    backend.implements("ssd", "native")(slightly_wrong)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(backend.dispatch, "ssd", torch.zeros(1))]
+        assert begun.wait(10)
+        calls.append(pool.submit(backend.dispatch, "ssd", torch.zeros(1)))
+        assert not wait(calls, 0.05).done
+        end.set()
+    assert [call.result() for call in calls] == [right, right]
+
+
+def test_a_test_that_is_broken_off_is_not_over(registry, monkeypatch):
+    def interrupted(op, function, device):
+        raise KeyboardInterrupt
+
+    backend.implements("ssd", "native")(slightly_wrong)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(backend, "self_test", interrupted)
+        backend.dispatch("ssd", torch.zeros(1))
+    assert backend.dispatch("ssd", torch.zeros(1)) is right
+
+
+packed_or_continued = [
+    pytest.param(op.__name__, place, id=f"{op.__name__}-{t.name}")
+    for op in OPS
+    for place, t in enumerate(TABLE[op.__name__].tensors)
+    if t.name in ("state", "cu_seqlens")
+]
+
+
+@pytest.mark.parametrize(("op", "place"), packed_or_continued)
+def test_packed_and_continued_calls_are_tested(op, place):
+    """As every training step is packed, and every chunk of a long history goes on from a state."""
+    torch_form = backend.implementations(op, "torch")[0].function
+
+    def wrong(*arguments):
+        changed = list(arguments)
+        if arguments[place] is not None:
+            changed[0] = arguments[0] * 1.01
+        return torch_form(*changed)
+
+    assert "wrong by" in selftest.why_wrong(op, wrong, torch.device("cpu"))
 
 
 def test_tracing_and_forked_workers_are_left_alone(registry, monkeypatch):

@@ -153,7 +153,7 @@ def test_the_self_test_of_a_gpu_tries_pieces(op, monkeypatch):
         return selftest.Result(op, name, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(selftest, "_compare", compare)
-    monkeypatch.setattr(selftest, "_examples", lambda device, B, L: {op: L})
+    monkeypatch.setattr(selftest, "_example", lambda op, device, B, L: L)
     for device in ("cpu", "cuda"):
         assert selftest.why_wrong(op, None, torch.device(device)) == ""
     assert tried == [70, 70, selftest.LENGTH]
