@@ -204,18 +204,20 @@ EXPORT const char* recbole_ssm_select(const char* name) {
 }
 
 // Of each kernel: the size of its structure, by which Python sees that its own has as many members; the bytes of
-// workspace that a call needs; and the call.
-#define TWO_WAYS(op, Args)                                                                                   \
-  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                                              \
-  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 backward) {                                     \
-    return chosen->kernels->op##_workspace(*a, backward);                                                    \
-  }                                                                                                          \
-  EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64 backward) {                                       \
-    return run(backward ? chosen->kernels->op##_backward : chosen->kernels->op##_forward, a, rows);          \
+// workspace that a call needs, or -1 where its values do not fit, since the size follows from them; and the call.
+#define TWO_WAYS(op, Args)                                                                          \
+  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                                     \
+  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 rows, i64 backward) {                  \
+    return fits(*a, rows) ? chosen->kernels->op##_workspace(*a, backward) : -1;                     \
+  }                                                                                                 \
+  EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64 backward) {                              \
+    return run(backward ? chosen->kernels->op##_backward : chosen->kernels->op##_forward, a, rows); \
   }
-#define ONE_WAY(op, Args)                                                                                    \
-  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                                              \
-  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64) { return chosen->kernels->op##_workspace(*a); } \
+#define ONE_WAY(op, Args)                                                       \
+  EXPORT i64 recbole_ssm_##op##_size() { return sizeof(Args); }                 \
+  EXPORT i64 recbole_ssm_##op##_workspace(const Args* a, i64 rows, i64) {       \
+    return fits(*a, rows) ? chosen->kernels->op##_workspace(*a) : -1;           \
+  }                                                                             \
   EXPORT i64 recbole_ssm_##op(const Args* a, i64 rows, i64) { return run(chosen->kernels->op, a, rows); }
 
 ALL_KERNELS(TWO_WAYS, ONE_WAY)

@@ -397,8 +397,9 @@ void loss(const Loss& a) {
   call.memory = arena.take<char>(call.places * call.block_bytes);
   call.scratch = arena.at;
   call.scale = (float)(a.scale * 1.4426950408889634);
-  call.left_in = (float)a.V;
-  for (i64 v = 0; a.bias && v < a.V; v++) call.left_in -= a.bias[v] == -INFINITY;
+  i64 left_in = a.V;
+  for (i64 v = 0; a.bias && v < a.V; v++) left_in -= a.bias[v] == -INFINITY;
+  call.left_in = (float)left_in;
   if (call.groups > 1) parallel(call.threads, call.groups, loss_group_task, &call);
   for (i64 number = 0; call.groups == 1 && number < call.blocks; number++) {
     LossStep step = {&call, row_block(call, 0, number), number > 0};

@@ -69,7 +69,8 @@ def _formula(formula: Encode, model: Any, items_L: Tensor, cu_seqlens: Tensor, *
 
 def _native(formula: Encode, model: Any, items_L: Tensor, cu_seqlens: Tensor, *clock: Any) -> Tensor:
     positions, histories = items_L.numel(), cu_seqlens.numel() - 1
-    fits = 0 < positions <= max(MOST_EVENTS.values()) * histories and not torch.is_autocast_enabled("cpu")
+    few = 0 < positions <= max(MOST_EVENTS.values()) * histories
+    fits = few and items_L.is_cpu and cu_seqlens.is_cpu and not torch.is_autocast_enabled("cpu")
     chain = chain_of(model) if fits else None
     takes = chain is not None and positions <= chain.most_events * histories and chain.takes()
     logging.getLogger().debug(
@@ -80,9 +81,11 @@ def _native(formula: Encode, model: Any, items_L: Tensor, cu_seqlens: Tensor, *c
     if getattr(model, "time_encoding", None) is None and (not hasattr(model, "embed") or kernels_know(model, "embed")):
         return chain(items_L, cu_seqlens)
     inputs = model.embed(items_L, *clock)
-    if inputs.requires_grad:
+    shape = positions, *model.item_embedding.weight.shape[1:]
+    known = inputs.dtype == torch.float32 and inputs.is_cpu and inputs.shape == shape
+    if inputs.requires_grad or not known:
         return _formula(formula, model, items_L, cu_seqlens, *clock)
-    return chain(torch.arange(len(inputs)), cu_seqlens, inputs.contiguous())
+    return chain(torch.arange(positions, device="cpu"), cu_seqlens, inputs.contiguous())
 
 
 class Chain(Weights):
@@ -139,9 +142,9 @@ class Chain(Weights):
         y = self._memory[0].new_empty(offsets.numel() - 1, self._fields.M)
         call = type(self._fields).from_buffer_copy(self._fields)
         call.S, call.L, call.threads = len(y), items.numel(), torch.get_num_threads()
-        call.items, call.offsets, call.y = items.data_ptr(), offsets.data_ptr(), y.data_ptr()
+        call.items, call.offsets, call.y = map(native.address, (items, offsets, y))
         if table is not None:
-            call.V, call.table = len(table), table.data_ptr()
+            call.V, call.table = len(table), native.address(table)
         native.run_history(call)
         return y
 

@@ -120,7 +120,7 @@ def load(path: Path) -> str:
                 return OTHER_SOURCES
             run, size = library[f"recbole_ssm_{name}"], library[f"recbole_ssm_{name}_workspace"]
             run.argtypes = [ctypes.POINTER(structure), ctypes.c_int64, ctypes.c_int64]
-            size.argtypes = [ctypes.POINTER(structure), ctypes.c_int64]
+            size.argtypes = run.argtypes
             run.restype = size.restype = ctypes.c_int64
             _kernels[name] = (run, size)
         _select = library.recbole_ssm_select
@@ -167,11 +167,32 @@ def _run(name: str, backward: bool, values: Values, refusal: Exception | None = 
         # the sums gA and gskip are this module's own, and in double for SSD
         if isinstance(t, Tensor) and t.dtype not in (torch.float32, torch.int64) and member not in ("gA", "gskip"):
             raise ValueError(f"{name}: the native kernels compute float32, not {t.dtype} as given for {member}")
+    refusal = refusal or ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
+    _in_a_workspace(name, call, rows, backward, refusal)
+
+
+def _in_a_workspace(name: str, call: Any, rows: int, backward: bool, refusal: Exception) -> None:
+    """Run a kernel in a workspace that is made here; ``refusal`` is raised for a value that it refuses."""
     run, size = _kernels[name]
-    workspace = torch.empty(size(call, backward), dtype=torch.uint8)
-    call.workspace = workspace.data_ptr()
+    needed = size(call, rows, backward)
+    if needed < 0:
+        raise refusal
+    workspace = memory(needed, torch.uint8)
+    call.workspace = address(workspace)
     if run(call, rows, backward):
-        raise refusal or ValueError(f"{name}: cu_seqlens must rise from 0 to the total length {rows}")
+        raise refusal
+
+
+def memory(shape: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor in the CPU's memory, wherever PyTorch makes tensors by default."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def address(t: Tensor) -> int:
+    """Where the numbers of a tensor lie; a ValueError if it is not in the CPU's memory."""
+    if not t.is_cpu:
+        raise ValueError(f"native kernels read the CPU's memory; move the tensor {list(t.shape)} there from {t.device}")
+    return t.data_ptr()
 
 
 GRAIN = 1e5
@@ -209,12 +230,12 @@ def fill(made: Any, fields: Mapping[str, Any]) -> None:
     for member, *_ in made._fields_:
         value = fields.get(member)
         if value is not None:
-            setattr(made, member, value.data_ptr() if isinstance(value, Tensor) else value)
+            setattr(made, member, address(value) if isinstance(value, Tensor) else value)
 
 
 def step_workspace(call: Any) -> Tensor:
     """What one block's step writes in between."""
-    return torch.empty(_kernels["step"][1](call, False), dtype=torch.uint8)
+    return memory(_kernels["step"][1](call, 1, False), torch.uint8)
 
 
 def run_steps(calls: Any, count: int) -> None:
@@ -225,11 +246,8 @@ def run_steps(calls: Any, count: int) -> None:
 
 def run_history(call: Any) -> None:
     """Run whole histories through the blocks that ``call`` points to; its workspace is made here."""
-    run, size = _kernels["history"]
-    workspace = torch.empty(size(call, False), dtype=torch.uint8)
-    call.workspace = workspace.data_ptr()
-    if run(call, call.L, False):
-        raise IndexError(f"history: there is no item of such an id, or cu_seqlens do not rise from 0 to {call.L}")
+    refusal = f"history: there is no item of such an id, or cu_seqlens do not rise from 0 to {call.L}"
+    _in_a_workspace("history", call, call.L, False, IndexError(refusal))
 
 
 # --- the operators ---
@@ -314,9 +332,10 @@ OPERATORS = {
 
 
 def _takes(*arguments: Any) -> bool:
-    """Whether all tensors are float32 on the CPU, and none carries a tangent: PyTorch would drop it without a word."""
-    given = [t for t in arguments if isinstance(t, Tensor) and t.is_floating_point()]
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and no_tangents(*given)
+    """Whether all tensors are on the CPU, those of floating-point numbers in float32 and without a tangent to lose."""
+    given = [t for t in arguments if isinstance(t, Tensor)]
+    numbers = [t for t in given if t.is_floating_point()]
+    return all(t.is_cpu for t in given) and all(t.dtype == torch.float32 for t in numbers) and no_tangents(*numbers)
 
 
 def _takes_taps(x: Tensor, weight: Tensor, *rest: Any) -> bool:
@@ -351,7 +370,7 @@ _operators.differentiate(_dropout_operator, None, _dropout_autograd, _dropout_se
 
 
 def _dropout(x: Tensor, p: float) -> Tensor:
-    seed = torch.empty((), dtype=torch.int64).random_()  # one draw a call
+    seed = memory((), torch.int64).random_()  # one draw a call
     return _dropout_operator(x, p, int(seed))
 
 
@@ -404,7 +423,7 @@ def _loss(wanted: tuple[bool, bool], *arguments: Any) -> tuple[Tensor, Tensor | 
 
 
 def _ranks(output: Tensor, items: Tensor, target: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    higher, ties = (torch.empty(len(output), 2, dtype=torch.int64) for _ in range(2))
+    higher, ties = (memory((len(output), 2), torch.int64) for _ in range(2))
     values = values_of("rank_targets", output, items, target, *rest) | {"higher": higher, "ties": ties}
     refusal = (
         f"rank_targets: an item is none of the {len(items)}, or the lists of what rows have seen do not rise or fit"

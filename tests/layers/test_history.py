@@ -186,9 +186,47 @@ def test_every_change_of_a_weight_is_seen(calls):
 @torch.no_grad()
 def test_wrong_items_and_bounds_are_errors():
     model = build(["Mamba"])
-    for items, bounds in (([1, ITEMS], [0, 2]), ([-1, 2], [0, 2]), ([1, 2], [0, 3]), ([1, 2], [0, 2, 1, 2])):
+    wrong_bounds = [0, 3], [0, 2, 1, 2], [0, 2**40, 2], [0, -(2**40), 2]
+    for items, bounds in (([1, ITEMS], [0, 2]), ([-1, 2], [0, 2]), *(([1, 2], bounds) for bounds in wrong_bounds)):
         with pytest.raises(IndexError, match="history: there is no item of such an id, or cu_seqlens do not rise"):
             model.encode(torch.tensor(items), torch.tensor(bounds), last_only=True)
+
+
+@torch.no_grad()
+def test_inputs_of_another_device_go_to_the_formula(calls, monkeypatch):
+    """To the kernels an address is one of the CPU's memory."""
+    model, (items, bounds) = build(), histories(5, 9)
+    monkeypatch.setattr(history, "_formula", lambda *arguments: "formula")
+    assert model.encode(items.to("meta"), bounds, last_only=True) == "formula"
+    assert model.encode(items, bounds.to("meta"), last_only=True) == "formula"
+    with pytest.raises(ValueError, match=r"read the CPU's memory; move the tensor \[14\] there from meta"):
+        history.chain_of(model)(items.to("meta"), bounds)
+    assert not calls
+
+
+class Embedding(Model):
+    def embed(self, items_L, clock=None):
+        return self.inputs(self.item_embedding(items_L))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "called"),
+    [
+        (lambda u: 2 * u, True),
+        (torch.Tensor.double, False),
+        (torch.Tensor.bfloat16, False),
+        (lambda u: torch.cat([u, u], -1), False),
+        (lambda u: u[:-1], False),
+        (lambda u: u.to("meta"), False),
+    ],
+)
+@torch.no_grad()
+def test_the_call_takes_of_a_users_embed_what_it_can_read(calls, monkeypatch, inputs, called):
+    model = build()
+    model.__class__, model.inputs = Embedding, inputs
+    monkeypatch.setattr(history, "_formula", lambda *arguments: "formula")
+    found = model.encode(*histories(5, 9), last_only=True)
+    assert bool(calls) == called == isinstance(found, torch.Tensor)
 
 
 @torch.no_grad()

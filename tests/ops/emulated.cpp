@@ -10,7 +10,8 @@
 
 extern "C" {
 const char* recbole_ssm_select(const char*);
-#define KERNEL(name) i64 recbole_ssm_##name(const void*, i64, i64), recbole_ssm_##name##_workspace(const void*, i64);
+#define KERNEL(name) \
+  i64 recbole_ssm_##name(const void*, i64, i64), recbole_ssm_##name##_workspace(const void*, i64, i64);
 KERNEL(scan) KERNEL(ssd) KERNEL(ssd_last) KERNEL(conv) KERNEL(dropout) KERNEL(loss) KERNEL(ranks)
 }
 
@@ -24,7 +25,7 @@ int main() {
   i64 (*const runs[])(const void*, i64, i64) = {
       recbole_ssm_scan, recbole_ssm_ssd, recbole_ssm_ssd_last, recbole_ssm_conv, recbole_ssm_dropout,
       recbole_ssm_loss, recbole_ssm_ranks};
-  i64 (*const sizes[])(const void*, i64) = {recbole_ssm_scan_workspace, recbole_ssm_ssd_workspace,
+  i64 (*const sizes[])(const void*, i64, i64) = {recbole_ssm_scan_workspace, recbole_ssm_ssd_workspace,
       recbole_ssm_ssd_last_workspace, recbole_ssm_conv_workspace, recbole_ssm_dropout_workspace,
       recbole_ssm_loss_workspace, recbole_ssm_ranks_workspace};
   recbole_ssm_select(nullptr);
@@ -40,7 +41,7 @@ int main() {
       if (bytes[i] && fread(memory, bytes[i], 1, stdin) != 1) return 1;
       call[i] = (i64)memory;
     }
-    call[words - 1] = (i64)malloc(sizes[kernel](call, backward) + 1);
+    call[words - 1] = (i64)malloc(sizes[kernel](call, rows, backward) + 1);
     const i64 status = runs[kernel](call, rows, backward);
     fwrite(&status, 8, 1, stdout);
     for (i64 i = 0; i < words; i++)

@@ -1,5 +1,6 @@
 """The loss and the ranks over tiles: every backend against the float64 reference, in every form of a call."""
 
+import math
 import sys
 
 import pytest
@@ -111,6 +112,18 @@ def test_half_precision_is_summed_in_float32(backend, dtype):
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=0)
     close(found[1:], expected[1:], torch.finfo(dtype).eps)
+
+
+@loss_backends
+def test_more_items_than_float32_counts(backend):
+    """Of 17 million items a million takes part, and each is as likely as any other."""
+    real, everything = 2**20, 2**24 + 2**20
+    mask = torch.arange(everything) < real
+    with ops.use_backend(backend):
+        loss = ops.linear_cross_entropy(
+            torch.ones(1, 1), torch.ones(everything, 1), torch.tensor([0]), mask_V=mask, label_smoothing=0.2
+        )
+    assert loss.item() == pytest.approx(math.log(real), rel=1e-5)
 
 
 @loss_backends

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from recbole_ssm import ops
 from recbole_ssm.layers import Hydra, Mamba, Mamba2
-from recbole_ssm.ops import native
+from recbole_ssm.ops import native, selftest
 from recbole_ssm.ops.packing import cu_seqlens_of
 from tests.conftest import REPOSITORY
 from tests.ops.test_ops import OPS, arguments, assert_close, each_op, values_and_gradients
@@ -223,6 +223,33 @@ def test_a_second_derivative_is_an_error(op):
         (gradient,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "op", [*(op.__name__ for op in OPS), "dropout", "linear_cross_entropy", "rank_targets", "step", "history"]
+)
+def test_where_pytorch_makes_new_tensors_does_not_matter(op):
+    example = selftest._example(op, torch.device("cpu"), 2, 5)
+    with ops.use_backend("native"):
+        expected = selftest._evaluate(example.call, example.tensors, 1)
+        with torch.device("meta"):
+            found = selftest._evaluate(example.call, example.tensors, 1)
+    assert torch.equal(found[0], expected[0]) and all(map(torch.equal, found[1], expected[1]))
+
+
+def test_memory_of_another_device_is_not_read():
+    output, items, target = torch.randn(6, 3), torch.randn(9, 3), torch.arange(6)
+    for tensors in ((output.to("meta"), items, target), (output, items, target.to("meta"))):
+        assert not native._takes(*tensors)
+        with pytest.raises(ValueError, match="native kernels read the CPU's memory; move the tensor .* from meta"):
+            native._ranks(*tensors, None, None, None)
+
+
+def test_bounds_are_checked_before_memory_is_made_for_them():
+    tensors, _ = arguments(ops.selective_scan, 1, 6, 2, torch.float32)
+    for bounds in ([0, 2**40, 6], [0, 3, 2**40]):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the total length 6"):
+            torch.ops.recbole_ssm.selective_scan(*tensors, None, None, torch.tensor(bounds), True, True)
 
 
 def test_tangents_are_not_lost():
