@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def without_autocast(function: Function) -> Function:
     """Let a function compute in the types of its tensors; autocast would take products of them in half precision."""
 
     @functools.wraps(function)
@@ -23,7 +25,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(device, enabled=False):
             return function(*arguments, **options)
 
-    return exact
+    return cast("Function", exact)
 
 
 def at_least_float32(function: Callable[..., Any]) -> Callable[..., Any]:
