@@ -1,5 +1,8 @@
 """CUDA graphs: the logic on a stand-in for the recording, the recording itself where there is a GPU."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -249,3 +252,11 @@ def test_a_failed_recording_leaves_the_process_usable(caplog, monkeypatch):
     good = Graphed(lambda x: 2 * x)
     assert good(torch.ones(2, device="cuda")).tolist() == [2, 2] and not good._failed
     assert len([r for r in caplog.records if "CUDA graphs are switched off" in r.message]) == 2
+
+
+def test_a_model_with_graphs_is_copied_and_pickled_without_them():
+    model, _ = model_of("2Mamba4Rec")
+    model.graphed = GraphedModel(model, **STANDIN)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.graphed is None and model.graphed is not None
+        assert torch.equal(other.item_embedding.weight, model.item_embedding.weight)

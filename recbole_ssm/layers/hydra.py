@@ -136,7 +136,7 @@ class Hydra(nn.Module):
             batch, L = x.shape[:2]
             cu_seqlens = cu_seqlens_of(torch.full((batch,), L, device=x.device))
             x, dt, B, C = (t.flatten(0, 1)[None] for t in (x, dt, B, C))
-        last = (cu_seqlens[1:] - 1).clamp(min=0)
+        last = (cu_seqlens[1:].long() - 1).clamp(min=0)
         # A step of size 0 at the last position leaves the state as the position before it left
         # it. An empty sequence has no last position; it marks one behind the end, so that no
         # number is read from the GPU.

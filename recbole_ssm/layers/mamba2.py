@@ -107,6 +107,9 @@ class Mamba2(nn.Module):
         """Mix whole sequences; arguments and returns as in :meth:`Mamba.forward`.
 
         With ``gap_decays`` it needs the gap before each event, ``[B, L]`` or, packed, ``[total]``.
+
+        Raises:
+            ValueError: there are none.
         """
         to_z, to_rest = self.in_proj.weight.split([self.d_inner, self.d_conv_in + self.n_heads])
         xBC, dt = F.linear(u, to_rest).split([self.d_conv_in, self.n_heads], -1)
@@ -139,7 +142,8 @@ class Mamba2(nn.Module):
 
     def _longer_steps(self, x: Tensor, dt: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
         """The inputs x dt / (dt + r s) and step sizes dt + r s with which an ordinary SSD decays through gaps too."""
-        assert gap is not None, "gap_decays: a mixer whose state decays through gaps must be given them"
+        if gap is None:
+            raise ValueError("gap: a mixer with gap_decays needs the gap before each event; give gap=")
         dt = F.softplus(dt + self.dt_bias)
         longer = dt + self._through(gap)
         # A step may be so short that its size is 0; behind no gap it is the whole of the longer one all the same.

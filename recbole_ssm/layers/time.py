@@ -115,14 +115,14 @@ class TimeEncoding(nn.Module):
         of_asking = []
         if asks:
             self.wait = nn.Embedding(BUCKETS, d_model)
-            of_asking.append(self.wait)
+            of_asking.append("wait")
         if asks and at_output:
             self.gate = nn.Embedding(BUCKETS, d_model)
         if asks and calendar:
             self.hour, self.weekday = nn.Embedding(24, d_model), nn.Embedding(7, d_model)
-            of_asking += [self.hour, self.weekday]
-        # They are registered once already, by their names.
-        self._at_input = (() if self.gap is None else (self.gap,)) + (tuple(of_asking) if self.asks_at_input else ())
+            of_asking += ["hour", "weekday"]
+        # The names of the tables, because another one may take the place of each.
+        self._at_input = (() if self.gap is None else ("gap",)) + (tuple(of_asking) if self.asks_at_input else ())
         self._at_output = () if self.asks_at_input else tuple(of_asking)
         # They are kept with the weights, because a model means its buckets by them wherever it runs.
         self.register_buffer("scale", torch.tensor([origin, resolution, longest]))
@@ -133,7 +133,7 @@ class TimeEncoding(nn.Module):
         rows = self._rows(clock)
         if self.gap is None:
             next(rows)
-        return sum(table(row) for table, row in zip(self._at_input, rows))
+        return sum(getattr(self, name)(row) for name, row in zip(self._at_input, rows))
 
     def elapsed(self, clock: Clock) -> Tensor:
         """The gap before each event ``[...]`` in units of the resolution, a whole number from 0 to the longest; 0 for
@@ -147,7 +147,7 @@ class TimeEncoding(nn.Module):
 
     def gated(self, y: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """:meth:`read_out` of ``query_enters: output``, for the rows of waits, hours and weekdays ``[...]``."""
-        return y * (1 + self.gate(rows[0])) + sum(table(row) for table, row in zip(self._at_output, rows))
+        return y * (1 + self.gate(rows[0])) + sum(getattr(self, name)(row) for name, row in zip(self._at_output, rows))
 
     def _rows(self, clock: Clock) -> Iterator[Tensor]:
         """The rows of gaps, waits, hours and weekdays, one after the other as they are needed."""
@@ -188,7 +188,7 @@ class TimeEncoding(nn.Module):
 
     def input_tables(self) -> list[Tensor]:
         """The weights whose rows add up to what the times add to an event, in the order of :meth:`rows_of`."""
-        return [table.weight for table in self._at_input]
+        return [getattr(self, name).weight for name in self._at_input]
 
     def extra_repr(self) -> str:
         """What the buckets stand for; nothing before they have numbers."""

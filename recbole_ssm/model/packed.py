@@ -46,6 +46,10 @@ class PackedRecommender(Configurable, SequentialRecommender):
         self.time_encoding: TimeEncoding | None = None
         self._time_fields = f"{config['TIME_FIELD']}{config['LIST_SUFFIX']}", config["TIME_FIELD"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but ``graphed``, which reads the weights of this very model."""
+        return {name: value for name, value in vars(self).items() if name != "graphed"}
+
     @property
     def fixed_shapes(self) -> bool:
         """Whether the kernels of a training step follow from the shapes of its batch, so that a CUDA graph can hold

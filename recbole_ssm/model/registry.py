@@ -123,13 +123,17 @@ def build_model(
 def _imported(path: str) -> type:
     """The class that ``package.module:Class`` names."""
     module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()  # what is imported may change it
+    sys.path.insert(0, folder)
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"model: {shown(path)} cannot be imported ({error}); it reads package.module:Class") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(folder)
+    if folder not in sys.path:
+        # The class may import what lies beside it later, as when it is built; last, the folder hides nothing.
+        sys.path.append(folder)
     if not isinstance(found, type) or not issubclass(found, SequentialRecommender):
         raise UserError(f"model: {path} is no class of RecBole's SequentialRecommender")
     return found

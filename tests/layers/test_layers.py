@@ -63,6 +63,8 @@ def test_packed_equals_alone_and_last_only_equals_the_last(kind, lengths):
     close(packed, torch.cat(alone, 1))
     last, _ = block(u, cu_seqlens=cu_seqlens, last_only=True)
     close(last, last_of(packed, cu_seqlens))
+    if kind == "Hydra":
+        close(block(u, cu_seqlens=cu_seqlens.int(), last_only=True)[0], last)
     for piece, expected in zip(u.split(lengths, 1), alone):
         close(block(piece, last_only=True)[0], expected[:, -1])
 
@@ -108,6 +110,8 @@ def test_mamba2_normalises_each_group_as_upstream_does(joint):
 
 def test_a_step_of_no_size_behind_no_gap_is_finite():
     mixer = Mamba2(16, 5, 4, 2, head_dim=8, gap_decays=True)
+    with pytest.raises(ValueError, match="gap: a mixer with gap_decays needs the gap before each event"):
+        mixer(torch.randn(1, 3, 16))
     torch.nn.init.constant_(mixer.dt_bias, -120.0)
     y, _ = mixer(torch.randn(2, 9, 16), gap=torch.zeros(2, 9, dtype=torch.long))
     found = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))

@@ -9,6 +9,7 @@ import pytest
 from recbole_ssm import load_recommender, run_recbole_ssm
 from recbole_ssm.cli import main
 from recbole_ssm.errors import UserError
+from recbole_ssm.model import get_model
 from recbole_ssm.quick_start import configure, load_data_and_model
 from recbole_ssm.trainer import checkpoint
 
@@ -131,3 +132,12 @@ def test_a_file_does_not_have_a_base_model_downloaded(tmp_path):
     found = checkpoint.read(tmp_path / "x.safetensors").info
     for settings in (found["config"], found["config"]["retriever_settings"], found["training"]["options"]):
         assert settings["base_model_download"] is False and settings["base_model"] == "someone/x"
+
+
+def test_a_module_may_change_the_folder_and_import_its_neighbours_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "neighbour_of_test.py").write_text("NUMBER = 7\n")
+    later = "    def number():\n        import neighbour_of_test\n        return neighbour_of_test.NUMBER\n"
+    head = "import os\nfrom recbole_ssm.model import TwoMamba4Rec\nos.chdir('/')\n"
+    (tmp_path / "moving_model_of_test.py").write_text(f"{head}class Moves(TwoMamba4Rec):\n{later}")
+    assert get_model("moving_model_of_test:Moves").number() == 7

@@ -96,3 +96,12 @@ def test_without_times_nothing_is_added(toy, name):
         model, config = build(name, toy, time=time)
         assert model.time_encoding is None and config["time"] is None
         assert not any("time" in weight for weight in model.state_dict())
+
+
+@pytest.mark.parametrize(("time", "table"), [("query", "gap"), ("query", "wait"), ("output", "hour")])
+def test_another_table_takes_the_place_of_one(toy, time, table):
+    model, _ = build("2Mamba4Rec", toy, **TIMES[time])
+    before = model.full_sort_predict(rows([[1, 2, 3]]))
+    old = getattr(model.time_encoding, table)
+    setattr(model.time_encoding, table, torch.nn.Embedding.from_pretrained(2 * old.weight.detach()))
+    assert not torch.allclose(model.full_sort_predict(rows([[1, 2, 3]])), before)
