@@ -53,6 +53,8 @@ before those.
 """
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
 """What decides what a base model answers: weights, settings and tokenizer."""
+UNLIMITED = 2**31
+"""A length of texts from here on stands for none: transformers writes 1e30 where a tokenizer names none."""
 SECOND_COPY = "consolidated*.safetensors"
 """The same weights once more, in the form of the publisher's own program."""
 
@@ -67,7 +69,7 @@ class BaseModel(NamedTuple):
     tokenizer: Any
     """A fast tokenizer; its padding token is set."""
     context: int
-    """How many tokens the model can read."""
+    """How many tokens the model can read; from :data:`UNLIMITED` up where no limit is named."""
     name: str
     """How the user named it."""
     digest: str
@@ -108,11 +110,13 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
             frozen = digest(*files) if rank else ""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # A model of text and images has the settings of its text in a configuration of their own.
+    settings = model.config.get_text_config()
     # Training reads no cache, and generation asks for its own.
-    model.config.use_cache = False
+    settings.use_cache = False
     # Chat models bring penalties and temperatures of their own.
     model.generation_config = transformers.GenerationConfig()
-    context = int(getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    context = int(getattr(settings, "max_position_embeddings", None) or tokenizer.model_max_length)
     if rank:
         model = _with_lora(model, config, rank)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -125,7 +129,8 @@ def load_base_model(config: Any, texts: Sequence[str]) -> BaseModel:
     how = f"LoRA of rank {rank}" if rank else "all weights trained"
     getLogger().info(
         f"base model {name}: {total:,} parameters, {trained:,} trained ({how}), "
-        f"{'4-bit nf4' if config['quantize_4bit'] else str(dtype).removeprefix('torch.')}, context {context}"
+        f"{'4-bit nf4' if config['quantize_4bit'] else str(dtype).removeprefix('torch.')}, "
+        f"context {context if context < UNLIMITED else 'unlimited'}"
     )
     return BaseModel(model.eval(), tokenizer, context, name, identity)
 
@@ -218,6 +223,12 @@ def _locate(name: str, download: bool) -> tuple[Path, str | None]:
 
 def _load(folder: Path, gguf: str | None, name: str, dtype: torch.dtype, config: Any) -> tuple[Any, Any]:
     transformers = require("transformers")
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load the adapter too, or its base in the place of the folder's model.
+        raise UserError(
+            f"base_model: {folder} holds an adapter of peft (adapter_config.json); give a folder of the merged model, "
+            "which merge_and_unload() and then save_pretrained() write"
+        )
     if gguf is None:
         if not (folder / "config.json").is_file():
             raise UserError(f"base_model: {folder} holds no config.json; give the folder of a model of transformers")

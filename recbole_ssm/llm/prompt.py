@@ -159,11 +159,13 @@ class Prompts(Counts):
             tokens += [*(self._next if number else ()), *mark, *self.titles[item]]
         return [*tokens, *self._pool, *pool, *self._response]
 
-    def examples(self, history: int) -> list[Question]:
-        """Two made-up questions of the longest titles, the first with so many in its history; they are not counted."""
+    def examples(self) -> list[Question]:
+        """Two made-up questions of the longest titles, with the longest history and the shortest; they are not
+        counted.
+        """
         counts = self.written, self.shortened
         longest = sorted(range(1, len(self.titles)), key=lambda item: len(self.titles[item]), reverse=True)
-        items = [longest[number % len(longest)] for number in range(len(self._marks) + history)]
+        items = [longest[number % len(longest)] for number in range(len(self._marks) + self.history)]
         candidates, items = items[: len(self._marks)], items[len(self._marks) :]
         # Two candidates tell as much as all of them.
         answers = [self.titles[item] for item in candidates[:2]]

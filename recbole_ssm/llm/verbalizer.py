@@ -32,8 +32,6 @@ from recbole_ssm.errors import UserError
 from recbole_ssm.llm.prompt import Prompts, Question
 
 VERBALIZERS = ("letters", "title_likelihood", "embedding")
-WINDOWS = ("sliding_window", "attention_window", "window_size")
-"""How configurations of models call a window of attention."""
 CLOSE = 1e-2
 """How far scores may be from those of plain forward passes, where weights are held in float32."""
 CLOSE_IN_16_BITS = 0.25
@@ -55,10 +53,10 @@ class Verbalizer:
             its own.
         share_prefix: compute the prefix once where no gradient is wanted.
 
-    Before it is used, its scores are compared with those of plain forward passes; where the
-    model has windows of attention, on questions as long as they can become. Scores that are
-    wrong only because the prefix is shared, as in layers without keys and values, are computed
-    without sharing it.
+    Before it is used, its scores are compared with those of plain forward passes, also on a
+    question as long as they can become, because a model's attention may have a window. Scores
+    that are wrong only because the prefix is shared, as in layers without keys and values, are
+    computed without sharing it.
 
     Raises:
         UserError: the tokenizer splits letters that are to be read; the scores are not those of
@@ -73,7 +71,7 @@ class Verbalizer:
         batch_tokens: int = 16384,
         share_prefix: bool = True,
     ) -> None:
-        causal = language_model.get_base_model() if hasattr(language_model, "peft_config") else language_model
+        causal = language_model.get_base_model() if hasattr(language_model, "get_base_model") else language_model
         self.decoder: nn.Module = causal.base_model
         self.head: Any = causal.get_output_embeddings()
         names = inspect.signature(self.decoder.forward).parameters
@@ -239,8 +237,7 @@ class Verbalizer:
                 f"base_model: {name} changes its logits after its output head (as by a soft cap or a scale), which is "
                 "not supported; take a model such as Llama, Qwen, SmolLM, Mistral or GPT-2"
             )
-        windows = any(getattr(causal.config, key, None) for key in WINDOWS)
-        questions = prompts.examples(prompts.history if windows else 2)
+        questions = prompts.examples()
         expected = torch.stack([self._plainly(causal, question) for question in questions])
         allowed = CLOSE_IN_16_BITS if self.head.weight.dtype in (torch.bfloat16, torch.float16) else CLOSE
         for cached in (False, True) if self.share_prefix else (False,):

@@ -4,6 +4,7 @@ import json
 import shutil
 from fnmatch import fnmatch
 
+import peft
 import pytest
 import torch
 import transformers
@@ -83,6 +84,24 @@ def test_a_folder_is_loaded_with_and_without_lora(folder):
     assert next(load(folder, base_model_dtype="bfloat16", lora_r=0).model.parameters()).dtype == torch.bfloat16
 
 
+def test_the_context_of_a_model_of_text_and_images_is_that_of_its_text(folder):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 400, "max_position_embeddings": 96, "head_dim": 8, "num_key_value_heads": 1}
+    images = {**sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    found = load(folder, lora_r=0)
+    assert found.context == 96 and not found.model.config.text_config.use_cache
+
+
+def test_a_model_without_a_limit_says_so(folder, caplog):
+    sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 400}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(folder)
+    caplog.set_level("INFO")
+    assert load(folder, lora_r=0).context >= base.UNLIMITED
+    assert caplog.messages[-1].endswith("context unlimited")
+
+
 def test_the_digest_is_of_weights_that_stay_frozen(folder):
     first, whole = load(folder).digest, load(folder, lora_r=0).digest
     assert first == load(folder, base_model_dtype="bfloat16").digest != whole
@@ -131,6 +150,11 @@ def drop_weights(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def add_adapter(folder):
+    adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2))
+    adapted.save_pretrained(folder)
+
+
 def drop_layer(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
@@ -148,10 +172,12 @@ def ask_for_code(folder):
     (folder / "own.py").write_text("raise SystemExit('this ran')")
 
 
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (make_bert, "is BertForMaskedLM, no causal language model; take one such as"),
+        (add_adapter, "holds an adapter of peft (adapter_config.json); give a folder of the merged model"),
         (cut, "transformers cannot load"),
         (drop_weights, "holds no *.safetensors (its weights are pickles, whose loading could run code)"),
         (drop_layer, "lacks the weights"),
@@ -161,10 +187,10 @@ def ask_for_code(folder):
         (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer.json"),
     ],
 )
-def test_faulty_folders(folder, spoil, message):
+def test_faulty_folders(folder, spoil, message, rank):
     spoil(folder)
     with pytest.raises(UserError) as caught:
-        load(folder)
+        load(folder, lora_r=rank)
     assert str(caught.value).startswith("base_model: ")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

@@ -123,12 +123,24 @@ def mistral(window):
     return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=window)).eval()
 
 
-def test_windows_of_attention_are_heeded_or_refused():
+def gemma3(window):
+    """A model of text and images, whose window stands in the configuration of its text."""
+    sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "vocab_size": len(TOKENIZER), "head_dim": 8}
+    text = {**sizes, "sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
+    images = {**SIZES, "intermediate_size": 64, "image_size": 16, "patch_size": 8}
+    tokens = {"image_token_index": 2, "boi_token_index": 3, "eoi_token_index": 4, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=images, **tokens)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("build", [mistral, gemma3])
+def test_windows_of_attention_are_heeded_or_refused(build):
     """A title must see its prompt through the mask that titles need, which knows no window."""
     torch.manual_seed(0)
-    narrow, wide = mistral(64), mistral(900)
     prompts = prompts_of("title_likelihood")
-    with pytest.raises(UserError, match="title_likelihood does not give the scores of plain .* Mistral.* off"):
+    lengths = [len(prompts.prefix) + len(question.prompt) for question in prompts.examples()]
+    narrow, wide = build(sum(lengths) // 2), build(900)
+    with pytest.raises(UserError, match="title_likelihood does not give the scores of plain .* off"):
         Verbalizer(narrow, prompts, "title_likelihood")
     Verbalizer(wide, prompts, "title_likelihood")
     assert (prompts.written, prompts.shortened) == (0, 0)
@@ -144,7 +156,7 @@ def test_the_comparison_is_of_prompts_as_long_as_they_become():
     short = next(item for item in range(1, len(TITLES)) if len(prompts.titles[item]) < len(prompts.titles[long]))
     titles = ["", *[TITLES[short]] * 30, *[TITLES[long]] * 30]
     prompts = Prompts(TOKENIZER, titles, history=20, candidates=5, title_tokens=8, max_tokens=900, answer="title")
-    question = prompts.examples(20)[0]
+    question = prompts.examples()[0]
     assert question.prompt == prompts.write([40] * 20, [40] * 5) and question.answers == [prompts.titles[40]] * 2
 
 
