@@ -4,11 +4,13 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from recbole.data import data_preparation
+from recbole.data.interaction import Interaction
 from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metrics_dict
 
@@ -27,10 +29,12 @@ from recbole_ssm.evaluation.metrics import (
     SAME_MOMENT,
     WITHIN_AN_HOUR,
     by_group,
+    of_items,
     text_of,
 )
-from recbole_ssm.evaluation.ranks import Ranking
+from recbole_ssm.evaluation.ranks import Ranking, Scorer
 from recbole_ssm.model import get_model
+from recbole_ssm.ops import Seen
 from recbole_ssm.quick_start import configure
 from recbole_ssm.trainer import Ranks, Trainer, checkpoint
 
@@ -186,6 +190,46 @@ def test_metrics_of_items_equal_recboles_and_numpys(write_dataset):
         full = np.sort(np.r_[np.zeros(31 - len(items)), counts])
         gini = ((2 * np.arange(1, 32) - 31 - 1) * full).sum() / (31 * full.sum())
         assert values["giniindex@2"] == pytest.approx(gini)
+
+
+class Fixed:
+    """A model of which one row of scores is all there is."""
+
+    def __init__(self, scores):
+        self.scores = torch.tensor([scores])
+
+    def full_sort_predict(self, interaction):
+        return self.scores.clone()
+
+    def predict(self, interaction):
+        return self.scores[0, interaction["item_id"]]
+
+
+def rank_one(scores, target, seen, k=0, candidates=None):
+    """What a scorer makes of one row."""
+    items = Interaction({"item_id": torch.arange(len(scores))})
+    dataset = SimpleNamespace(item_num=len(scores), iid_field="item_id", get_item_feature=lambda: items)
+    seen = Seen(torch.tensor(seen, dtype=torch.int64), torch.tensor([0, len(seen)]))
+    row = {"interaction": Interaction({"item_id": torch.tensor([target])}), "target": torch.tensor([target])}
+    return Scorer(Fixed(scores), dataset, 10).rank(SimpleNamespace(**row, seen=seen, candidates=candidates), k)
+
+
+def test_lists_that_end_before_the_cutoff_hold_no_seen_item_and_no_padding():
+    scores = [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    _, listed, best = rank_one(scores, 1, [2, 3, 4], k=6)
+    assert best.tolist() == [[[5, 4, 3, 2, 1, -1], [5, 1, -1, -1, -1, -1]]] and listed.tolist() == [[5, 2]]
+    training = SimpleNamespace(item_num=6)
+    assert of_items("itemcoverage", best[:, 1].numpy(), {}, training) == 2 / 6
+    assert of_items("shannonentropy", best[:, 1].numpy(), {}, training) == pytest.approx(math.log(2) / 2)
+    _, _, best = rank_one(scores, 1, [3], k=3, candidates=torch.tensor([[1, 3, 5]]))
+    assert best.tolist() == [[[5, 3, 1], [5, 1, -1]]]
+
+
+@pytest.mark.parametrize("own", [math.nan, -math.inf])
+@pytest.mark.parametrize("candidates", [None, torch.tensor([[2, 1, 3]])])
+def test_a_target_without_a_score_is_the_last_of_its_list(own, candidates):
+    ranks, listed, _ = rank_one([0.0, 1.0, own, 3.0], 2, [3], candidates=candidates)
+    assert ranks.tolist() == listed.tolist() == [[3, 2]]
 
 
 @pytest.mark.parametrize("model", ["GRU4Rec", "STAMP"])

@@ -221,15 +221,15 @@ def of_items(name: str, best: NDArray[np.int64], config: Any, training: Any) -> 
 
     Args:
         name: one of :data:`OF_ITEMS`.
-        best: the first items of each list ``[rows, k]``.
+        best: the first items of each list ``[rows, k]``, -1 behind the end of a shorter one.
         config: its ``tail_ratio`` says which items are the tail.
         training: the training set.
     """
     if training is None:
         raise UserError(f"metrics: {name} needs the training set; evaluate by a loader of create_loaders")
     item_num = training.item_num  # RecBole counts the padding as an item
-    items, counts = np.unique(best, return_counts=True)
-    share = counts / best.size
+    items, counts = np.unique(best[best >= 0], return_counts=True)
+    share = counts / counts.sum()
     if name == "itemcoverage":
         return len(items) / item_num
     if name == "shannonentropy":

@@ -3,8 +3,8 @@
 Each target is ranked twice: ``unmasked``, in a list that holds the items of the user's history too, as RecBole does,
 and ``masked``, in one without them. A rank is 1 + the items that score higher + half of those that score alike: items
 of one score share the mean of their ranks, so that a model that scores all alike is not taken for a good one. What
-cannot be compared with the target (NaN) stands before it. Whatever ``eval_batch_size`` says, at most
-:data:`LARGEST_SCORES` scores are held at once.
+cannot be compared with the target (NaN) stands before it, and no rank is beyond its list. Whatever ``eval_batch_size``
+says, at most :data:`LARGEST_SCORES` scores are held at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Ranking:
     listed: NDArray[np.int64]
     """How many items stand in each list ``[n, 2]``."""
     best: NDArray[np.int64]
-    """The first items of each list ``[n, 2, k]``; k is 0 where no metric needs them."""
+    """The first items of each list ``[n, 2, k]``, -1 behind the end of a shorter one; k is 0 where no metric needs
+    them.
+    """
 
     @classmethod
     def of(cls, batches: Iterable[tuple[Tensor, ...]]) -> Ranking:
@@ -107,9 +109,15 @@ class Scorer:
 
     def rank(self, batch: EvalBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ranks ``[B, 2]`` of the targets, how long the lists are ``[B, 2]``, and their first ``k`` items."""
+        if batch.candidates is None:
+            ranks, listed, best = self._rank_all(batch, k)
+        else:
+            ranks, listed, best = self._rank_candidates(batch, batch.candidates, k)
+        # The padding is counted as an item, which would put a target of NaN or minus infinity behind the list's end.
+        return torch.minimum(ranks, listed), listed, best
+
+    def _rank_all(self, batch: EvalBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
         seen = batch.seen
-        if batch.candidates is not None:
-            return self._rank_candidates(batch, batch.candidates, k)
         hidden = seen.offsets.diff()
         listed = self.item_num - 1 - torch.stack([torch.zeros_like(hidden), hidden], 1)
         if k == 0 and self._factors is not None and self.model.graphed is None:
@@ -133,7 +141,8 @@ class Scorer:
         scores = self.among(batch.interaction, items_BC)
         ranks = rank_scores(scores, torch.zeros_like(batch.target), seen=seen).ranks
         listed = items_BC.shape[1] - torch.stack([torch.zeros_like(counts), counts], 1)
-        return ranks, listed, items_BC[row[:, :, None], _best(scores, seen, k)]
+        best = _best(scores, seen, k)
+        return ranks, listed, items_BC[row[:, :, None], best].masked_fill(best < 0, -1)
 
 
 def _factors(model: Any) -> Any:
@@ -147,10 +156,14 @@ def _factors(model: Any) -> Any:
 
 
 def _best(scores: Tensor, seen: Seen, k: int) -> Tensor:
-    """The columns of the ``k`` highest scores, with and without what was seen ``[B, 2, k]``; it overwrites scores."""
+    """The columns of the ``k`` highest scores, with and without what was seen ``[B, 2, k]``; it overwrites scores.
+
+    Where fewer items have a score above minus infinity, -1 stands in the place of the others.
+    """
     if k == 0:
         return torch.zeros(len(scores), 2, 0, dtype=torch.int64, device=scores.device)
     k = min(k, scores.shape[1])
-    unmasked = scores.topk(k).indices
+    unmasked = scores.topk(k)
     scores[seen.row, seen.item] = -torch.inf
-    return torch.stack([unmasked, scores.topk(k).indices], 1)
+    best = [top.indices.masked_fill(top.values == -torch.inf, -1) for top in (unmasked, scores.topk(k))]
+    return torch.stack(best, 1)
