@@ -11,6 +11,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recbole.model.abstract_recommender import AbstractRecommender
+
 from recbole_ssm.data import create_dataset
 from recbole_ssm.data.loader import create_loaders
 from recbole_ssm.errors import UserError, shown
@@ -108,8 +110,14 @@ def check_retriever(options: Mapping[str, Any], find_model: Callable[[str], type
         raise UserError(
             f"retriever: must be the name of a model, got {options['retriever']}; no class is imported here"
         )
-    if getattr(find_model(options["retriever"]), "reads_text", False):
+    model: Any = find_model(options["retriever"])
+    if getattr(model, "reads_text", False):
         raise UserError(f"retriever: {options['retriever']} is a ranker itself; try retriever: 2Mamba4Rec")
+    if model.full_sort_predict is AbstractRecommender.full_sort_predict:
+        raise UserError(
+            f"retriever: {options['retriever']} scores one item at a time, and a retriever scores all; try retriever: "
+            "2Mamba4Rec"
+        )
     if own and options["retriever_checkpoint"] is not None:
         raise UserError("retriever_config: retriever_checkpoint names one that is trained; leave one of them empty")
 

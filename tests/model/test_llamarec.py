@@ -605,6 +605,7 @@ def test_evaluation_on_some_rows(circle):
     [
         ({"retriever": "2Mamba4rec"}, "model: there is no sequential model '2Mamba4rec'; did you mean '2Mamba4Rec'?"),
         ({"retriever": "LlamaRec"}, "retriever: LlamaRec is a ranker itself; try retriever: 2Mamba4Rec"),
+        ({"retriever": "DIN"}, "retriever: DIN scores one item at a time, and a retriever scores all; try retriever"),
         ({"num_candidates": 30}, "num_candidates: must lie in [2, 26], got 30"),
         ({"num_candidates": 1}, "num_candidates: must lie in [2, 26], got 1"),
         ({"fusion_weight": 2}, "fusion_weight: must be 'tuned' or a number in [0, 1], got 2"),
