@@ -41,12 +41,15 @@ class IterateAverage:
         power: from 0 up.
 
     Raises:
-        UserError: the power is impossible.
+        UserError: the power is impossible, or the optimiser has a mean already, whose buffers both would change.
     """
 
     def __init__(self, optimizer: Optimizer, power: float = 0.0) -> None:
         if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power < float("inf"):
             raise UserError(f"the mean's power is {power!r}; give a number from 0 up")
+        followers = optimizer._optimizer_step_post_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), IterateAverage) for hook in followers):
+            raise UserError("IterateAverage: this optimiser has one already; use that one")
         self.optimizer, self.power = optimizer, power
         self._loading: Mapping[str, Any] = {}
         optimizer.register_step_post_hook(self._follow)

@@ -93,12 +93,14 @@ class UniversalMethod(Optimizer):
         """The groups that have a gradient. Where ``compare`` says so, gradients are compared with the kept ones.
 
         Raises:
-            UserError: a gradient is not finite, or sparse where it must be dense. Nothing has been changed by then.
+            UserError: a gradient is not finite, or sparse where it must be dense, or a group starts outside its ball.
+                Nothing has been changed by then.
         """
         found, vectors = [], []
         for group in self.param_groups:
             params, grads = self._gradients(group)
             if params:
+                self._check_start(group, params)
                 differences = self._differences(params, grads) if compare(group) else []
                 found.append((group, params, grads, differences))
                 vectors += [grads, differences]
@@ -122,6 +124,15 @@ class UniversalMethod(Optimizer):
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         return params, grads
+
+    def _check_start(self, group: Group, params: list[Tensor]) -> None:
+        if group["H"] is not None or group["projection"] != "origin":
+            return
+        if (norm := math.sqrt(self._squares(params)[0])) > group["D"] / 2:
+            raise UserError(
+                f"{type(self).__name__}: the start is {norm:.4g} from the origin, outside the ball of diameter D = "
+                f"{group['D']}; give D of {2 * norm:.4g} or more, or projection 'start'"
+            )
 
     def _keep(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Copy the gradients, with which the next ones are compared."""
@@ -199,11 +210,6 @@ class UniversalMethod(Optimizer):
             return False
         if group["projection"] == "start":
             self.buffers(work.params, "centre")
-        if group["projection"] == "origin" and (norm := math.sqrt(self._squares(work.params)[0])) > D / 2:
-            raise UserError(
-                f"{type(self).__name__}: the start is {norm:.4g} from the origin, outside the ball of diameter D = "
-                f"{D}; give D of {2 * norm:.4g} or more, or projection 'start'"
-            )
         first_length = group["rho"] * D
         group["H"] = weight * math.sqrt(work.square) / first_length if group["H0"] is None else group["H0"]
         return True

@@ -92,8 +92,9 @@ class USGM(UniversalMethod):
     The state is one buffer as large as the parameters; the ball and its centre take one more each.
 
     Raises:
-        UserError: an option is impossible; ``same_batch`` without a closure; a gradient that is not finite (parameters
-            and state then are as they were); a sparse gradient with weight decay or a ball.
+        UserError: an option is impossible; ``same_batch`` without a closure; a gradient that is not finite, or a
+            start outside its ball (parameters and state then are as they were, but for the step that was taken where
+            it is the second gradient of ``same_batch``); a sparse gradient with weight decay or a ball.
     """
 
     sparse = True

@@ -122,3 +122,10 @@ def test_the_mean_of_short_floats_does_not_stall(dtype):
 def test_an_impossible_power(power):
     with pytest.raises(UserError, match=f"power is {power!r}; give a number from 0 up"):
         IterateAverage(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), power)
+
+
+def test_a_second_mean_would_share_the_buffers():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    IterateAverage(optimizer)
+    with pytest.raises(UserError, match="this optimiser has one already"):
+        IterateAverage(optimizer)

@@ -457,6 +457,17 @@ def test_impossible_options_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+@each_method
+def test_a_start_outside_its_ball_changes_nothing(method):
+    inside, outside = (torch.full((4,), size, requires_grad=True) for size in (0.1, 3.0))
+    optimizer = method([{"params": [inside]}, {"params": [outside]}], D=2.0, projection="origin")
+    for p in (inside, outside):
+        p.grad = torch.ones(4)
+    with pytest.raises(UserError, match="the start is 6 from the origin"):
+        optimizer.step()
+    assert torch.equal(inside, torch.full((4,), 0.1)) and optimizer.param_groups[0]["H"] is None
+
+
 def test_more_refusals():
     p = torch.full((4,), 3.0, requires_grad=True)
     p.grad = torch.ones(4)
