@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from recbole_ssm.errors import require
+from recbole_ssm.errors import UserError, require
 
-WORD = re.compile(r"\w+")
+# Accents and vowel signs; above them only selectors of a letter's form are left.
+MARKS = "".join(c for c in map(chr, range(0x300, 0xFE00)) if unicodedata.category(c) in ("Mn", "Mc"))
+WORD = re.compile(rf"\w[\w{MARKS}]*")
 
 
 class TitleSearch:
@@ -23,10 +26,15 @@ class TitleSearch:
 
     Args:
         titles: by item id; id 0 is padding, which is never found.
+
+    Raises:
+        UserError: no title has a word.
     """
 
     def __init__(self, titles: Sequence[str]) -> None:
         self._corpus = [words(title) for title in titles[1:]]
+        if not any(self._corpus):
+            raise UserError("title_field: no title holds a letter or a digit to search for; name another column")
         self._index: Any = None
         self._built: tuple[float, float] | None = None
 
@@ -47,8 +55,8 @@ class TitleSearch:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return WORD.findall(text.lower())
+    """The words of a text, in lower case; accents and vowel signs belong to them, whether composed or apart."""
+    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def found(scores: np.ndarray, most: int) -> list[int]:

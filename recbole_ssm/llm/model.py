@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recbole_ssm.config import Configurable
 from recbole_ssm.errors import UserError
-from recbole_ssm.llm.base import load_base_model
+from recbole_ssm.llm.base import RANDOM, load_base_model
 from recbole_ssm.llm.hooks import ShortenedPrompts, TuneOnValidation
 from recbole_ssm.llm.titles import titles_of
 from recbole_ssm.trainer.hooks import Hook
@@ -143,10 +143,10 @@ def _drop_frozen(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> 
 def _check_base(module: Any, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     saved = state.get(f"{prefix}base_digest")
     if saved is not None and saved.tolist() != module.base_digest.tolist():
-        raise UserError(
-            f"base_model: {module.base_name} is not what this checkpoint was trained on (its weights or its tokenizer "
-            "differ); name the same base model"
-        )
+        cause = "its *.safetensors or its tokenizer differ); name the same base model"
+        if module.base_name == RANDOM:
+            cause = "it is made of the titles, random_base_args and seed, which differ); bring the former ones back"
+        raise UserError(f"base_model: {module.base_name} is not what this checkpoint was trained on ({cause}")
 
 
 def _expect_no_frozen(module: Any, keys: Any) -> None:

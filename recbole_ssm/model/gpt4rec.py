@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_ssm import distributed
@@ -128,7 +129,10 @@ class GPT4Rec(LanguageModelRecommender):
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores ``[B]`` of one item a row."""
-        return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
+        # In a sampled evaluation a history stands beside each of its candidates, and is asked once.
+        histories, row = interaction[self.ITEM_SEQ].unique(dim=0, return_inverse=True)
+        asked = Interaction({self.ITEM_SEQ: histories, self.ITEM_SEQ_LEN: (histories > 0).sum(1)})
+        return self.full_sort_predict(asked)[row, interaction[self.ITEM_ID]]
 
     @torch.no_grad()
     def tune(self, valid_data: Any) -> None:

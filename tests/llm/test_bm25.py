@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recbole_ssm.errors import UserError
 from recbole_ssm.llm.bm25 import TitleSearch, found, full_order, merge, words
 
 TITLES = [
@@ -57,6 +58,26 @@ def test_equal_titles_tie_exactly_and_the_lower_id_comes_first():
     assert scores[1] == scores[6]
     order = found(scores, 9)
     assert order.index(1) + 1 == order.index(6)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Cafe\u0301 no. 1_2", ["caf\u00e9", "no", "1_2"]),
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u0917\u0940\u0924",
+            ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u0917\u0940\u0924"],
+        ),
+        ("I \u2764\ufe0f it\u2122", ["i", "it"]),
+    ],
+)
+def test_accents_and_vowel_signs_belong_to_words(text, expected):
+    assert words(text) == expected
+
+
+def test_titles_without_a_word_are_refused():
+    with pytest.raises(UserError, match="title_field: no title holds a letter or a digit"):
+        TitleSearch(["", "???", "!"])
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 40))

@@ -140,6 +140,21 @@ def test_scores_are_places_and_found_items_come_first(build, monkeypatch):
     assert model.predict(interaction).tolist() == [scores[0, 4].item(), scores[1, 9].item()]
 
 
+def test_a_history_is_asked_once_for_all_its_candidates(build, monkeypatch):
+    model, _ = build()
+    asked = []
+
+    def generate(prompts):
+        asked.append(len(prompts))
+        return [[model.tokenizer.decode(prompt), "The garden"] for prompt in prompts]
+
+    monkeypatch.setattr(model, "_generate", generate)
+    scores = model.full_sort_predict(rows_of(HISTORIES))
+    pairs = rows_of([history for history in HISTORIES for _ in range(3)], [4, 9, 2] * len(HISTORIES))
+    expected = scores[torch.arange(len(HISTORIES)).repeat_interleave(3), pairs["item_id"]]
+    assert torch.equal(model.predict(pairs), expected) and asked == [4, 4]
+
+
 def test_k1_and_b_are_chosen_on_validation_and_kept_in_the_state(build, monkeypatch, caplog):
     model, (_, valid, _) = build(bm25_k1=[0.5, 2.0], bm25_b=[0.0, 1.0])
     seen = []
@@ -233,7 +248,10 @@ def test_a_checkpoint_of_another_base_is_refused(build, gpt2):
     state = model.state_dict()
     model.load_state_dict(state)
     other, _ = build(lora_r=2)
-    with pytest.raises(UserError, match="base_model: random is not what this checkpoint was trained on"):
+    with pytest.raises(
+        UserError,
+        match="base_model: random is not what .* is made of the titles, random_base_args and seed, which differ",
+    ):
         other.load_state_dict(state)
 
 
