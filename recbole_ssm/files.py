@@ -72,6 +72,8 @@ def exchange(new: Path, target: Path, former: Path | None) -> None:
         raise
 
 
+LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""What the file managers of macOS and Windows leave in folders that they show."""
 FORMER = "former"
 """What :func:`folder_beside` calls the folder that another takes the place of."""
 

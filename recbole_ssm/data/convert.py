@@ -23,7 +23,7 @@ from recbole_ssm.data.reading import read_events
 from recbole_ssm.data.sources import Raw, open_raw
 from recbole_ssm.data.writing import write_descriptions, write_inter
 from recbole_ssm.errors import ArgumentParser, UserError, excerpt, listed
-from recbole_ssm.files import FORMER, digest, exchange, folder_beside, recover, write_json
+from recbole_ssm.files import FORMER, LITTER, digest, exchange, folder_beside, recover, write_json
 
 TIES = "events of one user and one time keep the order of the source"
 DUPLICATES = ("keep", "same_time", "first", "last")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--meta",
         type=Path,
         metavar="FILE",
-        help="a table of the items, for .item (default: meta_... or .item beside SOURCE)",
+        help="a table of the items, for .item (default: meta_... beside SOURCE, or the .item beside an .inter)",
     )
     parser.add_argument("--meta_item", metavar="COLUMN", help="of the items' ids in --meta (default: guessed)")
     parser.add_argument(
@@ -295,7 +295,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"--overwrite: {target} is none of convert's data sets; remove it or choose another --name"
         ) from error
     for path in sorted(target.iterdir()):
-        if path != card and not (path.is_file() and written.get(path.name) == digest(path)):
+        if path != card and path.name not in LITTER and not (path.is_file() and written.get(path.name) == digest(path)):
             raise UserError(
                 f"--overwrite: {target} holds {path.name}, which convert did not write, or which was changed since; "
                 "move it away or choose another --name"

@@ -182,6 +182,8 @@ def split_header(line: str, separator: str, path: Path | str, quoted: bool = Fal
         cells = csv.reader([line], delimiter=separator, strict=True, skipinitialspace=separator != " ")
         return [cell.strip() for cell in next(cells)]
     except csv.Error as error:
+        if separator == "\t":
+            return line.split(separator)
         raise UserError(f"{path}, line 1: not a row of cells ({error}): {line[:60]!r}; correct it") from error
 
 

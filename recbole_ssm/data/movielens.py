@@ -23,7 +23,7 @@ PLACES = {"user": "1", "item": "2", "rating": "3", "time": "4"}
 MOVIELENS = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
 
 
-def tables_of(file: File, encoding: str = "utf-8") -> tuple[Text, Descriptions | None]:
+def tables_of(file: File, encoding: str = "utf-8", items: bool = True) -> tuple[Text, Descriptions | None]:
     """The events of a file that is called as one of :data:`MOVIELENS`, and what stands beside it of the films.
 
     100K has u.data, 1M and 10M ratings.dat, all others ratings.csv.
@@ -31,7 +31,7 @@ def tables_of(file: File, encoding: str = "utf-8") -> tuple[Text, Descriptions |
     Raises:
         UserError: the table of films is none of MovieLens'.
     """
-    described = file.beside(MOVIELENS[file.name])
+    described = file.beside(MOVIELENS[file.name]) if items else None
     names = KNOWN["MovieLens"]
     ordered = (names[0], names[1], names[3], names[2])
     columns: tuple[str, ...] | None

@@ -104,7 +104,7 @@ def open_raw(
             raise UserError(
                 f"{given[0]}: MovieLens describes its items itself, in {MOVIELENS[file.name]}; drop {' '.join(given)}"
             )
-        ratings, films = movielens.tables_of(file, encoding)
+        ratings, films = movielens.tables_of(file, encoding, items)
         raw = Raw("MovieLens", ratings, dict(zip(EVENT, KNOWN["MovieLens"])), films)
     else:
         raw = _raw_table(file, named, file_order, separator, encoding)
@@ -123,10 +123,15 @@ def open_raw(
 
 def _is_movielens(file: File, named: Mapping[str, str], encoding: str) -> bool:
     """Whether it is a file of MovieLens' ratings, whose columns are called as the caller calls them."""
-    own = dict(zip(EVENT, KNOWN["MovieLens"]))
-    if file.name not in MOVIELENS or not any(named.items() <= names.items() for names in (own, movielens.PLACES)):
+    if file.name not in MOVIELENS:
         return False
-    return file.suffix != ".csv" or own["item"] in file.first_line(file.utf8_or(encoding))
+    own = dict(zip(EVENT, KNOWN["MovieLens"]))
+    line = file.first_line(file.utf8_or(encoding))
+    if file.suffix == ".csv":
+        return named.items() <= own.items() and set(own.values()) <= {cell.strip('"') for cell in line.split(",")}
+    # Others call their files so too.
+    ours = line.count("\t" if file.name == "u.data" else "::") == 3
+    return ours and any(named.items() <= names.items() for names in (own, movielens.PLACES))
 
 
 def _raw_table(file: File, named: Mapping[str, str], file_order: bool, separator: str | None, encoding: str) -> Raw:
@@ -140,7 +145,8 @@ def _raw_table(file: File, named: Mapping[str, str], file_order: bool, separator
             "another one is named by --rating"
         )
     if isinstance(table, JsonLines):
-        table.single = fields.values()
+        # A rating that nobody named may be anything.
+        table.single = [name for part, name in fields.items() if part in named or part != "rating"]
     return Raw(kind, table, fields)
 
 
@@ -323,6 +329,9 @@ def _meta(file: File, item: str, meta: Path | None, meta_item: str | None, encod
     if meta_item and meta_item not in columns:
         raise no_column("--meta_item", described, meta_item, columns)
     likely = [name for name in (meta_item or item, *(names[1] for names in KNOWN.values()), "item") if name in columns]
+    if not likely and described.suffix == ".item" and meta is None:
+        getLogger().warning(f"{described}: left out, for it has no column {item!r}; --meta and --meta_item name it")
+        return None
     if not likely:
         raise no_column("--meta", described, item, columns, "; name it by --meta_item")
     # A table of one's own may have an asin too.

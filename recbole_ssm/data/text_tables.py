@@ -44,7 +44,7 @@ class Text:
         names: its columns, or None if its first line names them.
         quoted: cells may stand between quotation marks.
         encoding: of the file.
-        spaced: blanks before a cell are none of it, as behind the commas of ``a, b, c``.
+        spaced: blanks around a cell are none of it, as behind the commas of ``a, b, c``.
     """
 
     file: File
@@ -88,14 +88,14 @@ class Text:
             if len(lines.numbers):
                 cells = lines.columns(names, list(dict.fromkeys(fields.values())))
                 if self.spaced:
-                    cells = pa.table([pc.utf8_ltrim(column, " ") for column in cells.columns], cells.column_names)
+                    cells = pa.table([pc.utf8_trim(column, " ") for column in cells.columns], cells.column_names)
                 yield Rows(_renamed(cells, fields), lines.numbers, lines.raw)
 
     def _quoted(
         self, blocks: Iterable[Block], names: tuple[str, ...], fields: Mapping[str, str], bad: BadLines
     ) -> Iterator[Row]:
         places = [names.index(column) for column in fields.values()]
-        lines = _Decoded(blocks)
+        lines = _Decoded(blocks, len(names) - 1 if self.separator == "\t" else 0)
         # Descriptions are longer than what the module takes for a cell; the row is bounded below.
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_ROW))
         reader = csv.reader(lines, delimiter=self.separator, strict=True, skipinitialspace=self.spaced)
@@ -117,7 +117,7 @@ class Text:
             # A row may take several lines.
             number, raw, foreign = lines.taken()
             if fault and self.separator == "\t" and raw.count(b"\t") == len(names) - 1:
-                # No cell holds a tab, so a quotation mark that quotes nothing shows: "Heroes" by Bowie.
+                # The line has all its tabs, so its quotation mark quotes nothing: "Heroes" by Bowie.
                 fault, cells = "", raw.decode(errors="replace").split("\t")
             raw = original(raw, self.encoding)
             if foreign:
@@ -129,7 +129,8 @@ class Text:
             if fault:
                 bad.add(number, fault, raw)
             else:
-                yield number, raw, [cells[place] for place in places]
+                cells = [cells[place] for place in places]
+                yield number, raw, [cell.rstrip(" ") for cell in cells] if self.spaced else cells
 
 
 @dataclass
@@ -157,7 +158,8 @@ class Sequences:
             for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), block.first):
                 raw = original(line, self.encoding)
                 try:
-                    user, *items = [cell.strip() for cell in line.decode().split(self.separator)] or [""]
+                    text = line.decode().strip(" ") if self.separator == " " else line.decode()
+                    user, *items = [cell.strip() for cell in text.split(self.separator)] or [""]
                 except UnicodeDecodeError:
                     bad.add(number, f"{not_text(self.encoding)}: {raw[:60]!r}", raw)
                     continue
@@ -182,10 +184,13 @@ def _renamed(cells: pa.Table, fields: Mapping[str, str]) -> pa.Table:
 class _Decoded:
     """Feeds lines to the csv module, and remembers those that the row at hand took.
 
-    The lines end within a row of more than :data:`LONGEST_ROW` bytes, which is then a row without its end.
+    The lines end within a row of more than :data:`LONGEST_ROW` bytes, which is then a row without its end. So do they
+    behind one that holds a whole row: ``tabs`` tabs, and no quotation that is open in its last cell; 0 knows none.
     """
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    def __init__(self, blocks: Iterable[Block], tabs: int) -> None:
+        self._tabs = tabs
+        self._alone = False
         self._lines = (
             (number, line) for block in blocks for number, line in enumerate(io.BytesIO(block.data), block.first)
         )
@@ -199,9 +204,11 @@ class _Decoded:
         return self
 
     def __next__(self) -> str:
-        if self._size > LONGEST_ROW:
+        if self._size > LONGEST_ROW or self._alone:
             raise StopIteration
         number, line = self._given_back.popleft() if self._given_back else next(self._lines)
+        if self._tabs and not self._taken:
+            self._alone = line.count(b"\t") == self._tabs and line.rpartition(b"\t")[2].count(b'"') % 2 == 0
         self._taken.append((number, line))
         self._size += len(line)
         return line.decode(errors="replace")
@@ -216,7 +223,7 @@ class _Decoded:
         """The number of the first line since the last call, all those lines, and whether one of them is no text."""
         number = self._taken[0][0]
         raw = b"".join(line for _, line in self._taken).removesuffix(b"\n")
-        self._taken, self._size = [], 0
+        self._taken, self._size, self._alone = [], 0, False
         try:
             raw.decode()
         except UnicodeDecodeError:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from recbole_ssm import __version__
 from recbole_ssm.errors import UserError, first_line, require
-from recbole_ssm.files import FORMER, exchange, folder_beside, write_json, write_text
+from recbole_ssm.files import FORMER, LITTER, exchange, folder_beside, write_json, write_text
 from recbole_ssm.layers import Clock, MixerState
 from recbole_ssm.layers.time import NEVER
 from recbole_ssm.llm.model import LanguageModelRecommender
@@ -136,10 +136,11 @@ def check_out(out: Path, overwrite: bool) -> None:
         return
     try:
         about = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
-        written = {DESCRIPTION, about["items"]["file"], *(part["file"] for part in about["parts"].values())}
+        written = {DESCRIPTION, *LITTER, about["items"]["file"], *(part["file"] for part in about["parts"].values())}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--overwrite: {out} is no exported model; remove it or choose another --out") from error
-    if others := sorted({path.name for path in out.iterdir()} - written):
+    # Weights of more than 1.5 GB have a file of their own beside their graph.
+    if others := sorted(path.name for path in out.iterdir() if path.name.removesuffix(".data") not in written):
         raise UserError(
             f"--overwrite: {out} holds {others[0]}, which export did not write; move it away or choose another --out"
         )

@@ -178,6 +178,15 @@ def test_quotation_marks_that_quote_nothing_between_tabs(here):
     assert "x.csv, line 2: not a row of cells" in refused(here)
 
 
+def test_a_quotation_mark_that_stands_open_between_tabs_takes_no_rows_along(here):
+    titles = ['"Low', "a", 'TV 55"', "c"]
+    rows = [f"u\ti{k}\t{k}\t{title}\tx\n" for k, title in enumerate(titles)]
+    (here / "x.tsv").write_text("user_id\titem_id\ttimestamp\ttitle\tz\n" + "".join(rows))
+    assert [line[1] for line in made(here, "x.tsv", text="title")[1][1:]] == titles
+    (here / "y.tsv").write_text('u\ti\t1\t"Heroes" by B\nu\tj\t2\tc\n')
+    assert made(here, "y.tsv", user="1", item="2", time="3")[0][1:] == [["u", "i", "1"], ["u", "j", "2"]]
+
+
 def test_no_column_of_a_table_that_was_found_beside_the_events(here):
     (here / "meta_x.json").write_text('{"sku": "i", "title": "One"}\n')
     assert refused(here).endswith("meta_x.json has no column 'item_id' (there are sku, title); name it by --meta_item")
@@ -240,16 +249,6 @@ def test_faults_of_a_header(here):
     assert refused(here).endswith("name its columns by --user and --item, or give their places, as --user=1 --item=2")
 
 
-def test_a_table_that_describes_its_own_items_has_each_fault_once(here):
-    (here / "x.csv").write_text("who,what,when,title\nu,i,1,One\nu,i\nu,j,2,Two\n")
-    (here / "sub").mkdir()
-    card = convert(
-        here / "sub" / ".." / "x.csv", "made", user="who", item="what", time="when", meta=here / "x.csv",
-        on_bad_lines="skip",
-    )  # fmt: skip
-    assert (card["skipped_lines"], len(card["source"])) == (1, 1)
-
-
 def test_an_atomic_file_keeps_its_types_and_what_stands_beside(here):
     (here / "t.inter").write_text(
         "user_id:token\titem_id:token\ttimestamp:float\tzip:token\ttags:float_seq\nu\ti\t1\t4711\t1 2\n"
@@ -276,3 +275,38 @@ def test_a_rating_that_nobody_named_is_no_fault(here, names, caplog):
 def test_histories_need_no_items(here):
     (here / "meta_x.json").write_text('{"sku": "i", "title": "One"}\n')
     assert events_of(here / "x.csv").users == ["u"]
+    (here / "ratings.csv").write_text("userId,movieId,rating,timestamp\nu,i,5,1\n")
+    (here / "movies.csv").write_text("id,title\ni,One\n")
+    assert events_of(here / "ratings.csv").users == ["u"]
+
+
+OTHERS = [
+    ("ratings.csv", "userId,movieId,timestamp\nu,i,1\n", ("userId", "movieId", "timestamp"), None),
+    ("ratings.csv", "userId;movieId;rating;timestamp\nu;i;5;1\n", ("userId", "movieId", "timestamp"), ";"),
+    ("ratings.csv", "userId, movieId, rating, timestamp\nu, i, 5, 1\n", (), None),
+    ("ratings.dat", "u\ti\t5\t1\n", ("1", "2", "4"), None),
+    ("ratings.dat", "u,i,5,1\n", ("1", "2", "4"), ","),
+    ("u.data", "u i 5 1\n", ("1", "2", "4"), None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "columns", "separator"), OTHERS)
+def test_another_table_called_as_one_of_movielens(here, name, text, columns, separator):
+    (here / name).write_text(text)
+    named = dict(zip(("user", "item", "time"), columns))
+    line = made(here, name, separator=separator, **named)[0][1]
+    assert (line[:2], line[-1]) == (["u", "i"], "1")
+
+
+def test_an_item_file_that_describes_something_else_is_left_out(here, caplog):
+    (here / "t.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
+    (here / "t.item").write_text("sku:token\tshelf:token\ni\t07\n")
+    assert len(made(here, "t.inter")) == 1 and "t.item: left out, for it has no column 'item_id'" in caplog.text
+
+
+def test_a_rating_of_json_that_nobody_named_may_be_anything(here):
+    (here / "x.jsonl").write_text("".join(
+        f'{{"user_id": "u", "item_id": "{item}", "timestamp": 1, "rating": {rating}}}\n'
+        for item, rating in (("i", "5"), ("j", "4"), ("k", '{"v": 5}'))
+    ))  # fmt: skip
+    assert [line[2] for line in made(here, "x.jsonl")[0][1:]] == ["5", "4", ""]
