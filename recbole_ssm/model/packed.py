@@ -246,7 +246,8 @@ def pack(item_seq: Tensor, item_seq_len: Tensor, clock: Clock | None = None) -> 
     if len(item_seq) == 1 and item_seq.is_cpu and not torch.compiler.is_compiling():
         # The same without four operations, which take longer than the kernels of a short history.
         length = int(item_seq_len[0])
-        packed, bounds = [row[0, :length] for row in (item_seq, *(clock or ()))], torch.tensor([0, length], device=item_seq.device)
+        packed = [row[0, :length] for row in (item_seq, *(clock or ()))]
+        bounds = torch.tensor([0, length], device=item_seq.device)
     else:
         real = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
         packed, bounds = [row[real] for row in (item_seq, *(clock or ()))], cu_seqlens_of(item_seq_len)
