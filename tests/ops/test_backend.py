@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 import torch
 
+import recbole_ssm.layers  # noqa: F401 - it has the examples of step and history
 from recbole_ssm import ops
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops import backend, selftest
@@ -185,7 +186,6 @@ def test_a_forked_child_knows_that_it_is_one():
 
 
 def test_there_is_an_example_of_all_that_a_backend_computes():
-    import recbole_ssm.layers  # noqa: F401
 
     compiled = {op for op, name in backend._implementations if name in backend.COMPILED}
     assert set(selftest._examples(torch.device("cpu"), 1, 3)) >= compiled | {op.__name__ for op in OPS}
