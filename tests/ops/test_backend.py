@@ -186,7 +186,6 @@ def test_a_forked_child_knows_that_it_is_one():
 
 
 def test_there_is_an_example_of_all_that_a_backend_computes():
-
     compiled = {op for op, name in backend._implementations if name in backend.COMPILED}
     assert set(selftest._examples(torch.device("cpu"), 1, 3)) >= compiled | {op.__name__ for op in OPS}
 
