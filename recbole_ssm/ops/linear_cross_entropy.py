@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_ssm.ops.backend import automatic, dispatch, implementations, implements
+from recbole_ssm.ops.numerics import without_autocast
 from recbole_ssm.ops.table import check
 
 
@@ -79,8 +80,7 @@ def linear_cross_entropy(
     logits = len(output_nd) * len(items_Vd if candidates_K is None else candidates_K)
     small = logits < _small(output_nd) and automatic()
     function = _reference if small else dispatch("linear_cross_entropy", output_nd)
-    with torch.autocast(output_nd.device.type, enabled=False):
-        loss: Tensor = function(*tensors, float(temperature), float(label_smoothing))
+    loss: Tensor = without_autocast(function)(*tensors, float(temperature), float(label_smoothing))
     return loss
 
 
