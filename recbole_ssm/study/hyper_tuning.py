@@ -38,6 +38,7 @@ class HyperTuning:
         table: a CSV file that shows the trials, written after each. A journal of the same name beside it keeps them,
             also for other processes that work on the same search. None: both go with this object.
         workers: trials at a time.
+        start: values that a random or a Bayesian search tries first, if the space has them.
         bigger: whether a higher score is better.
         after: called with each trial that has ended, for one trial at a time.
         prune: stop a trial whose best score is behind the median of the others after so many reports; the first five
@@ -61,6 +62,7 @@ class HyperTuning:
         table: Path | None = None,
         workers: int = 1,
         seed: int = 2020,
+        start: Mapping[str, Any] | None = None,
         bigger: bool = True,
         after: Callable[[Trial], None] = lambda trial: None,
         prune: int | None = None,
@@ -68,7 +70,7 @@ class HyperTuning:
         if space is None and params_file is None and params_dict is None:
             raise UserError("tune: one of space, params_file and params_dict must be given")
         self.space = space or (read_space(Path(params_file)) if params_file else space_of(params_dict or {}))
-        self.search = Search(algo, self.space, seed)
+        self.search = Search(algo, self.space, seed, start)
         exhaustive = self.search.algo == "exhaustive"
         self.max_evals = max_evals if max_evals is not None else (self.search.size or 0) if exhaustive else 100
         self.early_stop = early_stop if early_stop is not None else None if exhaustive else 10

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ class Parameter:
             return [self._rounded(n * step) for n in range(round(low / step), round(high / step) + 1)]
         return list(self.values) if self.kind == "choice" else None
 
+    def own(self, value: Any) -> Any:
+        """A value in the parameter's own form; a ValueError says that it has no such value."""
+        if self.kind == "choice":
+            same = [choice for choice in self.values if cell(choice) == cell(value)]
+        elif type(value) not in (int, float):
+            same = []
+        elif grid := self.grid():
+            same = [point for point in grid if point == value]
+        else:
+            low, high = self._bounds()
+            # A logarithm and back may move a bound by its last digit.
+            inside = min(max(value, low), high)
+            same = [inside] if math.isclose(inside, value) else []
+        if not same:
+            raise ValueError(f"{self.name} has no value {cell(value)}")
+        return same[0]
+
     def sample(self, rng: np.random.Generator) -> Any:
         """A random value; the logarithm of a ``loguniform`` one is uniform."""
         if self.kind == "choice":
@@ -74,8 +92,7 @@ class Parameter:
         if grid := self.grid():
             number = kinds.IntDistribution if isinstance(grid[0], int) else kinds.FloatDistribution
             return number(grid[0], grid[-1], step=self._rounded(self.values[2]))
-        low, high = map(math.exp, self.values) if self.kind == "loguniform" else self.values
-        return kinds.FloatDistribution(low, high, log=self.kind == "loguniform")
+        return kinds.FloatDistribution(*self._bounds(), log=self.kind == "loguniform")
 
     def from_optuna(self, value: Any) -> Any:
         """The value that Optuna means."""
@@ -91,6 +108,10 @@ class Parameter:
         """Whether the parameter is tuned beside these values of earlier ones."""
         name, values = self.condition or (None, [])
         return name is None or (name in params and cell(params[name]) in map(cell, values))
+
+    def _bounds(self) -> list[float]:
+        """The least and the largest number of a range without steps."""
+        return [math.exp(bound) if self.kind == "loguniform" else bound for bound in self.values]
 
     def _rounded(self, number: float) -> Any:
         """A multiple of the step without the noise of floats, and an int where the bounds and the step are whole."""
@@ -226,12 +247,15 @@ class Search:
     """Proposes values as a function of the seed and the trials so far, so a search that was stopped can go on.
 
     ``algo`` is ``exhaustive`` (``grid``), all points in random order; ``random``; or ``bayes`` (``tpe``), Optuna's
-    tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials. A UserError says that there is
-    no such algorithm, that the grid is too large or has no end, or that Optuna is not installed.
+    tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials. ``start`` has the values that
+    the latter two try first, if the space has them. A UserError says that there is no such algorithm, that the grid is
+    too large or has no end, or that Optuna is not installed.
     """
 
-    def __init__(self, algo: str, space: Space, seed: int) -> None:
+    def __init__(self, algo: str, space: Space, seed: int, start: Mapping[str, Any] | None = None) -> None:
         self.algo, self.space, self.seed = ALIASES.get(algo, algo), space, seed
+        self.start: dict[str, Any] | None = None
+        """The values to try first; None where nobody named them or the space does not have them."""
         if self.algo not in ALGORITHMS:
             raise UserError(f"algo: '{algo}' is not one of {', '.join(ALGORITHMS)}{did_you_mean(algo, ALGORITHMS)}")
         grids = [parameter.grid() for parameter in space.values()]
@@ -240,14 +264,19 @@ class Search:
         if self.algo == "exhaustive":
             self._points = self._grid()
             self.size = len(self._points)
-        elif self.algo == "bayes":
+            return
+        if self.algo == "bayes":
             optuna()
+        with suppress(KeyError, ValueError):
+            self.start = values(space, lambda parameter: parameter.own((start or {})[parameter.name]))
 
     def propose(self, trials: Sequence[Trial], bigger: bool) -> dict[str, Any] | None:
         """The values of the trial after these, whose ``bigger`` scores are better; None where nothing new is left."""
         number = len(trials)
         if self.algo == "exhaustive":
             return self._points[number] if number < len(self._points) else None
+        if number == 0 and self.start:
+            return self.start
         rng = np.random.default_rng([self.seed, number])
         seen = {str(trial) for trial in trials}
         scored = sum(trial.score is not None for trial in trials)

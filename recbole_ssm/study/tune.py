@@ -9,7 +9,8 @@ A parameter file is RecBole's, with lines such as
     gbce_t uniform 0,1 if loss_type == 'gBCE'   a condition on an earlier line; or: if num_layers in [1, 2]
     weight_decay                                values of the table of keys (recbole-ssm keys weight_decay)
 
-Trials are chosen by the validation score; test metrics stand beside it. The same command goes on where it was stopped,
+The first trial of a random or a Bayesian search is the setting as it is, where the file has its values. Trials are
+chosen by the validation score; test metrics stand beside it. The same command goes on where it was stopped,
 also with more --max_evals, and runs no trial twice; given several times at once, it shares the trials.
 """
 
@@ -38,7 +39,7 @@ from recbole_ssm.study.hyper_tuning import HyperTuning, Objective
 from recbole_ssm.study.identity import existing, results_of
 from recbole_ssm.study.outcome import Run
 from recbole_ssm.study.runs import Progress, Runs, ignore
-from recbole_ssm.study.space import ALIASES, Space, Trial, optuna, read_space, shipped_space
+from recbole_ssm.study.space import ALIASES, STARTUP, Space, Trial, optuna, read_space, shipped_space
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
         given |= read_yaml(Path(file))
     config = configure(config_dict={**given, **keys})
     space = _space(options, config, keys)
+    present = {name: config[name] for name in space}
     fixed = {key: value for key, value in {**given, **keys}.items() if key not in ("model", "dataset", *space)}
     metric = str(config["valid_metric"]).lower()
     # Absolute, because a trial may run in another working directory.
@@ -109,6 +111,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
             table=folder / "trials.csv",
             workers=workers,
             seed=config["seed"],
+            start=present,
             bigger=bool(config["valid_metric_bigger"]),
             after=after,
             **{name: getattr(options, name) for name in ("algo", "max_evals", "early_stop", "prune")},
@@ -119,6 +122,8 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
                 f"tune {config.model} on {config.dataset}: {tuning.search.algo} search of {tuning.max_evals} trials "
                 f"over {', '.join(space)}, by {metric}; {before} are done; the table is {tuning.table}"
             )
+            if order := _order(tuning):
+                bar.write(order)
             tuning.run()
         # Also where the last process was killed before it came to this.
         write_best()
@@ -193,6 +198,17 @@ def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) ->
     return folder
 
 
+def _order(tuning: HyperTuning) -> str:
+    """Which values are tried first, where that is not plain from the algorithm's name."""
+    start, trials = tuning.search.start, tuning.trials
+    # A search that an earlier version began has another first trial.
+    told = ["the first trial is the setting as it is"] if start and all(t.params == start for t in trials[:1]) else []
+    if tuning.search.algo == "bayes" and tuning.max_evals <= STARTUP:
+        others = "all others are" if told else "all trials are"
+        told.append(f"{others} drawn at random, as the first {STARTUP} of a Bayesian search are")
+    return "; ".join(told)
+
+
 def _line(tuning: HyperTuning, trial: Trial, metric: str) -> str:
     best, told = tuning.best or trial, f"failed: {trial.error}"
     if trial.status == "done":
@@ -211,6 +227,9 @@ def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metr
     if best is None:
         return "no trial is done yet; other processes are at this search"
     lines = [f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}"]
+    first = tuning.trials[0]
+    if first.params == tuning.search.start != best.params and first.score is not None:
+        lines.append(f"the setting as it was: trial {first.number}, {metric} {first.score:.4f}")
     try:
         tuning.plot(options.display_file or folder / "trials.png", f"validation {metric}")
     except UserError as error:

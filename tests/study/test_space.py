@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,25 @@ def test_nothing_is_tried_twice(algo):
         pytest.importorskip("hyperopt")
     found = proposals(algo, space_of({"choice": {"a": [1, 2, 3, 4], "b": [1, 2, 3, 4]}}), 100)
     assert len(found) == 16 == len({json.dumps(params) for params in found})
+
+
+@pytest.mark.parametrize("algo", ["random", "bayes"])
+def test_a_search_begins_with_the_setting_as_it_is(algo):
+    pytest.importorskip("optuna")
+    rates = [math.log(0.001), math.log(0.005)]
+    given = {"choice": {"score": ["dot", "cosine"]}, "loguniform": {"rate": rates}, "quniform": {"layers": [1, 4, 1]}}
+    spaces = space_of(given)
+    spaces["t"] = replace(space_of({"choice": {"t": [0.07]}})["t"], condition=("score", ["cosine"]))
+    present = {"score": "dot", "rate": 0.005, "layers": 2, "t": 1.0}
+    search = Search(algo, spaces, 0, present)
+    first = search.propose([], True)
+    assert first == {"score": "dot", "rate": pytest.approx(0.005, rel=1e-12), "layers": 2}
+    trials = [Trial(1, first, "done", 0.5)]
+    assert search.frozen(trials[0]).params["layers"] == 2  # Optuna refuses what is outside of its distribution
+    assert search.propose(trials, True) == Search(algo, spaces, 0).propose(trials, True) != first
+    for name, value in [("score", "cosine"), ("rate", 0.006), ("rate", None), ("rate", True), ("layers", 2.5)]:
+        search = Search(algo, spaces, 0, {**present, name: value})
+        assert search.start is None and search.propose([], True) == Search(algo, spaces, 0).propose([], True)
 
 
 @pytest.mark.parametrize("bigger", [True, False])

@@ -203,6 +203,22 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["--config_files", str(folder / "best.yaml"), "--show_progress=False"]) == 0
 
 
+def test_the_first_trial_is_the_setting_as_it_is(tmp_path, capsys):
+    (tmp_path / "s.hyper").write_text("learning_rate loguniform -9,-4\nhidden_size choice [8, 16]\n")
+    asked = [*TOY, "--params_file", "s.hyper", "--algo=bayes", "--max_evals=2"]
+    assert main(["tune", *asked, "--config_files="]) == 0
+    told = capsys.readouterr().out
+    assert "the first trial is the setting" not in told  # it is 64 wide, which the file does not offer
+    assert "all trials are drawn at random, as the first 10 of a Bayesian search are" in told
+    (tmp_path / "fixed.yaml").write_text("hidden_size: 16\n")
+    assert main(["tune", *asked, "--config_files=fixed.yaml", "--folder=another"]) == 0
+    told = capsys.readouterr().out
+    assert "the first trial is the setting as it is; all others are drawn at random" in told
+    first = re.search(r"trial 1 of 2: (hit@1 0\.\d+) .*; learning_rate=0\.01, hidden_size=16", told)
+    best = re.search(r"best: trial (\d)", told)
+    assert (f"the setting as it was: trial 1, {first[1]}" in told) == (best[1] == "2")
+
+
 @pytest.mark.parametrize(("name", "stays"), [("n_groups", False), ("hidden_size", True)])
 def test_a_search_of_0_1_0_goes_on_unless_the_results_of_its_trials_have_changed(tmp_path, monkeypatch, name, stays):
     options = Namespace(algo="random", prune=False, folder=tmp_path)
