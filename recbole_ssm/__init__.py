@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recbole_ssm.quick_start import load_recommender, run_recbole_ssm
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = ["__version__", "load_recommender", "run_recbole_ssm"]
 
