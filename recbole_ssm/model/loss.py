@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from recbole_ssm.errors import UserError
 from recbole_ssm.ops import linear_cross_entropy
 
+LARGEST_MULTINOMIAL = 2**24
+"""The most items from which ``torch.multinomial`` draws."""
+
 
 class NextItemLoss(nn.Module):
     """Mean loss over targets, from the vectors that predict them and the item embeddings.
@@ -66,6 +69,10 @@ class NextItemLoss(nn.Module):
                 counts[item] = float(count) ** config["negative_power"]
         self.register_buffer("log_q", (counts / counts.sum()).log(), persistent=False)
         self.log_q: Tensor
+        # Of the larger catalogues, from which torch.multinomial cannot draw.
+        self.cumulative: Tensor | None
+        shares = counts.double().cumsum(0) if n_items > LARGEST_MULTINOMIAL else None
+        self.register_buffer("cumulative", None if shares is None else shares / shares[-1], persistent=False)
 
     def forward(self, output: Tensor, items: Tensor, target: Tensor, negative: Tensor | None = None) -> Tensor:
         """The mean loss, a scalar.
@@ -79,7 +86,7 @@ class NextItemLoss(nn.Module):
         if self.loss_type == "CE":
             return linear_cross_entropy(output, items, target, label_smoothing=self.label_smoothing)
         if self.loss_type == "sampled_softmax":
-            sample = self.log_q.exp().multinomial(self.num_negatives, replacement=True)
+            sample = self._drawn()
             # The logarithm of K q_j, the expected count of item j in the sample.
             bias = -(math.log(self.num_negatives) + self.log_q) if self.corrected else None
             return linear_cross_entropy(output, items, target, candidates_K=sample, bias_V=bias)
@@ -92,3 +99,10 @@ class NextItemLoss(nn.Module):
         beta = alpha * (self.t * (1 - 1 / alpha) + 1 / alpha)
         against = F.softplus(output @ items[sample].T).masked_fill(sample == target[:, None], 0.0).sum(-1)
         return ((beta * F.softplus(-positive) + against) / (self.num_negatives + 1)).mean()
+
+    def _drawn(self) -> Tensor:
+        """``num_negatives`` items, drawn by their shares with replacement."""
+        if self.cumulative is None:
+            return self.log_q.exp().multinomial(self.num_negatives, replacement=True)
+        point = torch.rand(self.num_negatives, dtype=self.cumulative.dtype, device=self.cumulative.device)
+        return torch.searchsorted(self.cumulative, point, right=True)

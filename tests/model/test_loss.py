@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from recbole_ssm import ops
 from recbole_ssm.errors import UserError
+from recbole_ssm.model import loss
 from recbole_ssm.model.loss import NextItemLoss
 
 
@@ -107,9 +108,13 @@ def test_bpr_is_recboles():
     torch.testing.assert_close(build(loss_type="BPR")(output, items, target, negative), expected)
 
 
+@pytest.mark.parametrize("largest", [2**24, 30])
 @pytest.mark.parametrize("power", [0.0, 1.0])
-def test_sampled_softmax_estimates_the_sum_over_all_items(power):
-    """Over many samples, exp(loss) averages to that of the full softmax: the correction leaves no bias."""
+def test_sampled_softmax_estimates_the_sum_over_all_items(monkeypatch, power, largest):
+    """Over many samples, exp(loss) averages to that of the full softmax: the correction leaves no bias. Neither does it
+    where there are more items than PyTorch draws from.
+    """
+    monkeypatch.setattr(loss, "LARGEST_MULTINOMIAL", largest)
     output, items, target = tensors(n=3)
     counts = {item: item for item in range(1, 31)}
     sampled = build(loss_type="sampled_softmax", num_negatives=2000, negative_power=power, counts=counts)
@@ -120,6 +125,20 @@ def test_sampled_softmax_estimates_the_sum_over_all_items(power):
         wanted = (full / scores[torch.arange(3), target].exp()).log().mean()
         found = torch.stack([sampled(output, items, target) for _ in range(300)]).mean()
     assert abs(found - wanted) < 0.01
+
+
+def test_samples_of_more_items_than_pytorch_draws_from(monkeypatch):
+    """Each is drawn as often as its share says, and the padding never."""
+    monkeypatch.setattr(loss, "LARGEST_MULTINOMIAL", 4)
+    counts = {1: 1, 2: 5, 3: 2, 4: 2}
+    sampled = build(5, counts, loss_type="sampled_softmax", num_negatives=100_000, negative_power=1.0)
+    torch.manual_seed(0)
+    found = torch.bincount(sampled._drawn(), minlength=5) / 100_000
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.1, 0.5, 0.2, 0.2]), atol=0.005, rtol=0)
+    monkeypatch.undo()
+    huge = build(2**24 + 2, loss_type="sampled_softmax", num_negatives=1000)
+    drawn = huge._drawn()
+    assert drawn.min() > 0 and drawn.max() > 2**23 and drawn.unique().numel() > 990
 
 
 def test_gbce_is_its_definition():
