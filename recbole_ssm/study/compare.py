@@ -217,7 +217,9 @@ def split_keys(
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
     """Measure the entries' speed, then run each on as many seeds as it has, seeds in the outer loop.
 
-    ``write`` is called after each run.
+    What is done already comes first, so that the table has all of it however soon the study is stopped.
+
+    ``write`` is called with what was done, and after each run that was missing.
     """
     todo = [
         (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))
@@ -236,9 +238,16 @@ def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write:
         except UserError:
             # Its runs say why.
             continue
-    for outcome, (entry, _) in zip(runs.all(one for _, one in todo), todo):
+    done: list[tuple[Entry, Run]] = []
+    missing: list[tuple[Entry, Run]] = []
+    for entry, one in todo:
+        (done if runs.is_done(one) else missing).append((entry, one))
+    todo = done + missing
+    for number, (outcome, (entry, _)) in enumerate(zip(runs.all(one for _, one in todo), todo), 1):
         entry.outcomes.append(outcome)
-        write()
+        entry.outcomes.sort(key=lambda one: seeds.index(one.run.options["seed"]))
+        if number >= len(done):
+            write()
 
 
 def tuned(runs: Runs, todo: Sequence[Run], count: int, seed: int) -> list[Run]:

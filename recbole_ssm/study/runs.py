@@ -186,6 +186,14 @@ class Runs:
             return Outcome(run, failure, folder)
         return replace(Outcome.read(folder), run=run)
 
+    def is_done(self, run: Run) -> bool:
+        """Whether a run's outcome lies here."""
+        try:
+            return (self.folder_of(run) / OUTCOME).is_file()
+        except (UserError, OSError):
+            # :meth:`get` says why.
+            return False
+
     def give_up(self, run: Run) -> None:
         """Delete the checkpoints of an interrupted run that shall not go on, unless another process is at it."""
         folder = self.folder_of(run)

@@ -47,6 +47,23 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == first.out  # speeds are kept too
 
 
+def test_what_is_done_comes_first(tmp_path, capsys, monkeypatch):
+    """The table of a study that is stopped in its first run has all that was done before."""
+    command = ["compare", "--models=Mamba4Rec,Pop", *TOY, "--epochs=0", f"--folder={tmp_path}"]
+    assert main([*command, "--seeds=1", "--seed=2021"]) == 0
+    capsys.readouterr()
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runs, "_train", stopped)
+    assert main([*command, "--seeds=2"]) != 0
+    err = capsys.readouterr().err
+    assert "[1/3] Mamba4Rec toy epochs=0 seed=2021" in err and "done before" in err and "1 of 3 runs are done" in err
+    table = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [(row["model"], row["seeds"]) for row in table] == [("Mamba4Rec", "1"), ("Pop", "0")]
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """The runs that a study asks for; what came of each is made up."""
