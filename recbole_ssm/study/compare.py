@@ -1,8 +1,8 @@
 """Models by data sets in one table: quality over seeds with paired tests, latency, parameters, seconds and memory.
 
-What is missing is trained, one run after the other, seeds in the outer loop. The table is written after every run, so
-it is balanced at any moment. Stop it as you like; the same command goes on. Options for one model or one data set look
-like --SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
+What is missing is trained, one run after the other, seeds in the outer loop. The table is written after every run, with
+all that was done before. Stop it as you like; the same command goes on. Options for one model or one data set look like
+--SASRec.n_layers=1 or --ml-1m.epochs=10; a model's own win.
 """
 
 from __future__ import annotations
@@ -217,9 +217,8 @@ def split_keys(
 def carry_out(runs: Runs, entries: Sequence[Entry], seeds: Sequence[int], write: Callable[[], object]) -> None:
     """Measure the entries' speed, then run each on as many seeds as it has, seeds in the outer loop.
 
-    What is done already comes first, so that the table has all of it however soon the study is stopped.
-
-    ``write`` is called with what was done, and after each run that was missing.
+    What is done already is read before what is missing is trained, so that the table has all of it from then on.
+    ``write`` is called once after all that was done, and after each run that was missing.
     """
     todo = [
         (entry, Run(entry.run.model, entry.run.dataset, {**entry.run.options, "seed": seed}))

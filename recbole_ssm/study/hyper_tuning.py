@@ -38,7 +38,7 @@ class HyperTuning:
         table: a CSV file that shows the trials, written after each. A journal of the same name beside it keeps them,
             also for other processes that work on the same search. None: both go with this object.
         workers: trials at a time.
-        start: values that a random or a Bayesian search tries first, if the space has them.
+        start: values that a random or a Bayesian search tries next, if the space has them and no trial has had them.
         bigger: whether a higher score is better.
         after: called with each trial that has ended, for one trial at a time.
         prune: stop a trial whose best score is behind the median of the others after so many reports; the first five

@@ -61,7 +61,7 @@ class Parameter:
     def own(self, value: Any) -> Any:
         """A value in the parameter's own form; a ValueError says that it has no such value."""
         if self.kind == "choice":
-            same = [choice for choice in self.values if cell(choice) == cell(value)]
+            same = [choice for choice in self.values if _same(choice, value)]
         elif type(value) not in (int, float):
             same = []
         elif grid := self.grid():
@@ -124,6 +124,12 @@ Space = dict[str, Parameter]
 def cell(value: Any) -> str:
     """A value as it stands in a table."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are one; 1 and 1.0 are, 1 and True are not."""
+    numbers = type(one) in (int, float) and type(other) in (int, float)
+    return bool(one == other) if numbers else cell(one) == cell(other)
 
 
 def values(space: Space, value: Callable[[Parameter], Any]) -> dict[str, Any]:
@@ -247,15 +253,15 @@ class Search:
     """Proposes values as a function of the seed and the trials so far, so a search that was stopped can go on.
 
     ``algo`` is ``exhaustive`` (``grid``), all points in random order; ``random``; or ``bayes`` (``tpe``), Optuna's
-    tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 random trials. ``start`` has the values that
-    the latter two try first, if the space has them. A UserError says that there is no such algorithm, that the grid is
-    too large or has no end, or that Optuna is not installed.
+    tree-structured Parzen estimator (Bergstra et al., NIPS 2011) after 10 trials as of ``random``. ``start`` has the
+    values that the latter two try next, if the space has them and no trial has had them. A UserError says that there is
+    no such algorithm, that the grid is too large or has no end, or that Optuna is not installed.
     """
 
     def __init__(self, algo: str, space: Space, seed: int, start: Mapping[str, Any] | None = None) -> None:
         self.algo, self.space, self.seed = ALIASES.get(algo, algo), space, seed
         self.start: dict[str, Any] | None = None
-        """The values to try first; None where nobody named them or the space does not have them."""
+        """The values to try next; None where nobody named them or the space does not have them."""
         if self.algo not in ALGORITHMS:
             raise UserError(f"algo: '{algo}' is not one of {', '.join(ALGORITHMS)}{did_you_mean(algo, ALGORITHMS)}")
         grids = [parameter.grid() for parameter in space.values()]
@@ -267,7 +273,8 @@ class Search:
             return
         if self.algo == "bayes":
             optuna()
-        with suppress(KeyError, ValueError):
+        # A value may also be one that no table can hold.
+        with suppress(KeyError, ValueError, TypeError):
             self.start = values(space, lambda parameter: parameter.own((start or {})[parameter.name]))
 
     def propose(self, trials: Sequence[Trial], bigger: bool) -> dict[str, Any] | None:
@@ -275,10 +282,10 @@ class Search:
         number = len(trials)
         if self.algo == "exhaustive":
             return self._points[number] if number < len(self._points) else None
-        if number == 0 and self.start:
+        seen = {str(trial) for trial in trials}
+        if self.start and str(Trial(number, self.start)) not in seen:
             return self.start
         rng = np.random.default_rng([self.seed, number])
-        seen = {str(trial) for trial in trials}
         scored = sum(trial.score is not None for trial in trials)
         tries = 1000 if self.size is None or len(seen) < self.size else 0
         for attempt in range(tries):

@@ -9,9 +9,9 @@ A parameter file is RecBole's, with lines such as
     gbce_t uniform 0,1 if loss_type == 'gBCE'   a condition on an earlier line; or: if num_layers in [1, 2]
     weight_decay                                values of the table of keys (recbole-ssm keys weight_decay)
 
-The first trial of a random or a Bayesian search is the setting as it is, where the file has its values. Trials are
-chosen by the validation score; test metrics stand beside it. The same command goes on where it was stopped,
-also with more --max_evals, and runs no trial twice; given several times at once, it shares the trials.
+A random or a Bayesian search begins with the setting as it is, where the file has its values. Trials are chosen by the
+validation score; test metrics stand beside it. The same command goes on where it was stopped, also with more
+--max_evals, and runs no trial twice; given several times at once, it shares the trials.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
     config = configure(config_dict={**given, **keys})
     space = _space(options, config, keys)
     present = {name: config[name] for name in space}
+    if any(name in given and parameter.condition for name, parameter in space.items()):
+        # Where the condition does not hold a trial has the default, and not what the file says.
+        present = {}
     fixed = {key: value for key, value in {**given, **keys}.items() if key not in ("model", "dataset", *space)}
     metric = str(config["valid_metric"]).lower()
     # Absolute, because a trial may run in another working directory.
@@ -200,12 +203,12 @@ def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) ->
 
 def _order(tuning: HyperTuning) -> str:
     """Which values are tried first, where that is not plain from the algorithm's name."""
-    start, trials = tuning.search.start, tuning.trials
-    # A search that an earlier version began has another first trial.
-    told = ["the first trial is the setting as it is"] if start and all(t.params == start for t in trials[:1]) else []
+    told, start = [], tuning.search.start
+    if start and all(trial.params != start for trial in tuning.trials):
+        told.append("the next trial is the setting as it is")
     if tuning.search.algo == "bayes" and tuning.max_evals <= STARTUP:
-        others = "all others are" if told else "all trials are"
-        told.append(f"{others} drawn at random, as the first {STARTUP} of a Bayesian search are")
+        others = "the others" if told else "all"
+        told.append(f"{others} are drawn at random, because the Bayesian part begins after {STARTUP} trials")
     return "; ".join(told)
 
 
@@ -227,9 +230,7 @@ def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metr
     if best is None:
         return "no trial is done yet; other processes are at this search"
     lines = [f"best: trial {best.number}, {metric} {best.score:.4f}: {best}\ntest result: {dict2str(best.test)}"]
-    first = tuning.trials[0]
-    if first.params == tuning.search.start != best.params and first.score is not None:
-        lines.append(f"the setting as it was: trial {first.number}, {metric} {first.score:.4f}")
+    lines += _as_it_was(tuning, best, metric)
     try:
         tuning.plot(options.display_file or folder / "trials.png", f"validation {metric}")
     except UserError as error:
@@ -237,6 +238,17 @@ def _report(tuning: HyperTuning, options: argparse.Namespace, folder: Path, metr
     if len(set(tuning.score_list)) > 3:
         lines.append(_importance(tuning, folder / "importance.csv", metric))
     return "\n".join([*lines, f"train it: run_recbole_ssm.py --config_files {folder / 'best.yaml'}"])
+
+
+def _as_it_was(tuning: HyperTuning, best: Trial, metric: str) -> list[str]:
+    """What the setting with which the search began has reached beside the best, where it was tried."""
+    tried = (trial for trial in tuning.trials if trial.params == tuning.search.start and trial.score is not None)
+    if (trial := next(tried, None)) is None:
+        return []
+    if trial.number == best.number:
+        return ["nothing that was tried is better than the setting as it was"]
+    stopped = ", where it was stopped" if trial.status == "pruned" else ""
+    return [f"the setting as it was: trial {trial.number}, {metric} {trial.score:.4f}{stopped}"]
 
 
 def _importance(tuning: HyperTuning, path: Path, metric: str) -> str:

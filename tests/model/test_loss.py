@@ -136,9 +136,8 @@ def test_samples_of_more_items_than_pytorch_draws_from(monkeypatch):
     found = torch.bincount(sampled._drawn(), minlength=5) / 100_000
     torch.testing.assert_close(found, torch.tensor([0.0, 0.1, 0.5, 0.2, 0.2]), atol=0.005, rtol=0)
     monkeypatch.undo()
-    huge = build(2**24 + 2, loss_type="sampled_softmax", num_negatives=1000)
-    drawn = huge._drawn()
-    assert drawn.min() > 0 and drawn.max() > 2**23 and drawn.unique().numel() > 990
+    drawn = build(2**24 + 2, loss_type="sampled_softmax", num_negatives=1000)._drawn()
+    assert drawn.min() > 0 and drawn.max() > 0.99 * 2**24 and drawn.unique().numel() > 990
 
 
 def test_gbce_is_its_definition():

@@ -174,17 +174,24 @@ def test_nothing_is_tried_twice(algo):
 def test_a_search_begins_with_the_setting_as_it_is(algo):
     pytest.importorskip("optuna")
     rates = [math.log(0.001), math.log(0.005)]
-    given = {"choice": {"score": ["dot", "cosine"]}, "loguniform": {"rate": rates}, "quniform": {"layers": [1, 4, 1]}}
+    given = {"choice": {"score": ["dot", "cosine"], "decay": [0, 0.1]}}
+    given |= {"loguniform": {"rate": rates}, "quniform": {"layers": [1, 4, 1]}}
     spaces = space_of(given)
     spaces["t"] = replace(space_of({"choice": {"t": [0.07]}})["t"], condition=("score", ["cosine"]))
-    present = {"score": "dot", "rate": 0.005, "layers": 2, "t": 1.0}
+    present = {"score": "dot", "decay": 0.0, "rate": 0.005, "layers": 2, "t": 1.0}
     search = Search(algo, spaces, 0, present)
     first = search.propose([], True)
-    assert first == {"score": "dot", "rate": pytest.approx(0.005, rel=1e-12), "layers": 2}
+    assert first == {"score": "dot", "decay": 0, "rate": pytest.approx(0.005, rel=1e-12), "layers": 2}
     trials = [Trial(1, first, "done", 0.5)]
     assert search.frozen(trials[0]).params["layers"] == 2  # Optuna refuses what is outside of its distribution
     assert search.propose(trials, True) == Search(algo, spaces, 0).propose(trials, True) != first
-    for name, value in [("score", "cosine"), ("rate", 0.006), ("rate", None), ("rate", True), ("layers", 2.5)]:
+    assert (
+        search.propose([Trial(1, {**first, "layers": 3}, "done", 0.5)], True) == first
+    )  # also where others were before
+    for name, value in [
+        ("score", "cosine"), ("score", None), ("rate", 0.006), ("rate", None), ("rate", True), ("rate", {1}),
+        ("layers", 2.5), ("layers", True),
+    ]:  # fmt: skip
         search = Search(algo, spaces, 0, {**present, name: value})
         assert search.start is None and search.propose([], True) == Search(algo, spaces, 0).propose([], True)
 

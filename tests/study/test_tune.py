@@ -203,20 +203,33 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["--config_files", str(folder / "best.yaml"), "--show_progress=False"]) == 0
 
 
-def test_the_first_trial_is_the_setting_as_it_is(tmp_path, capsys):
+def test_a_search_begins_with_the_setting_as_it_is(tmp_path, capsys, monkeypatch):
     (tmp_path / "s.hyper").write_text("learning_rate loguniform -9,-4\nhidden_size choice [8, 16]\n")
-    asked = [*TOY, "--params_file", "s.hyper", "--algo=bayes", "--max_evals=2"]
-    assert main(["tune", *asked, "--config_files="]) == 0
-    told = capsys.readouterr().out
-    assert "the first trial is the setting" not in told  # it is 64 wide, which the file does not offer
-    assert "all trials are drawn at random, as the first 10 of a Bayesian search are" in told
     (tmp_path / "fixed.yaml").write_text("hidden_size: 16\n")
-    assert main(["tune", *asked, "--config_files=fixed.yaml", "--folder=another"]) == 0
-    told = capsys.readouterr().out
-    assert "the first trial is the setting as it is; all others are drawn at random" in told
-    first = re.search(r"trial 1 of 2: (hit@1 0\.\d+) .*; learning_rate=0\.01, hidden_size=16", told)
-    best = re.search(r"best: trial (\d)", told)
-    assert (f"the setting as it was: trial 1, {first[1]}" in told) == (best[1] == "2")
+    asked = ["tune", *TOY, "--params_file", "s.hyper", "--algo=bayes", "--max_evals=2"]
+
+    def told(better, *more):
+        """What is printed where a trial of the setting as it is has this score and all others have 0.5."""
+
+        def objective(params, files, trial=None, progress=None):
+            score = better if params == {"learning_rate": 0.01, "hidden_size": 16} else 0.5
+            figures = {"hit@1": score}
+            return {"best_valid_score": score, "best_valid_result": figures, "test_result": figures, "seconds": 0.0}
+
+        monkeypatch.setattr(tune, "kept_objective", lambda *arguments: objective)
+        assert main([*asked, *more]) == 0
+        return capsys.readouterr().out
+
+    alone = told(0.9)
+    assert "setting as it" not in alone  # it is 64 wide, which the file does not offer
+    assert "all are drawn at random, because the Bayesian part begins after 10 trials" in alone
+    later = told(0.9, "--config_files=fixed.yaml", "--max_evals=3")  # the same search, which has two trials
+    assert "the next trial is the setting as it is; the others are drawn at random" in later
+    assert "best: trial 3, hit@1 0.9000" in later and "nothing that was tried is better than the setting" in later
+    worse = told(0.4, "--config_files=fixed.yaml", "--folder=another")
+    assert "best: trial 2, hit@1 0.5000" in worse and "the setting as it was: trial 1, hit@1 0.4000\n" in worse
+    (tmp_path / "s.hyper").write_text("learning_rate loguniform -9,-4\nhidden_size choice [16] if learning_rate == 1\n")
+    assert "setting as it" not in told(0.9, "--config_files=fixed.yaml")  # without the condition it would be 64 wide
 
 
 @pytest.mark.parametrize(("name", "stays"), [("n_groups", False), ("hidden_size", True)])
