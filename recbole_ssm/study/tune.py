@@ -74,10 +74,6 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
         given |= read_yaml(Path(file))
     config = configure(config_dict={**given, **keys})
     space = _space(options, config, keys)
-    present = {name: config[name] for name in space}
-    if any(name in given and parameter.condition for name, parameter in space.items()):
-        # Where the condition does not hold a trial has the default, and not what the file says.
-        present = {}
     fixed = {key: value for key, value in {**given, **keys}.items() if key not in ("model", "dataset", *space)}
     metric = str(config["valid_metric"]).lower()
     # Absolute, because a trial may run in another working directory.
@@ -114,7 +110,7 @@ def run(options: argparse.Namespace, keys: Mapping[str, Any]) -> str:
             table=folder / "trials.csv",
             workers=workers,
             seed=config["seed"],
-            start=present,
+            start=_present(space, config, given),
             bigger=bool(config["valid_metric_bigger"]),
             after=after,
             **{name: getattr(options, name) for name in ("algo", "max_evals", "early_stop", "prune")},
@@ -180,6 +176,16 @@ def _space(options: argparse.Namespace, config: Config, keys: Mapping[str, Any])
         if name in keys:
             raise UserError(f"{parameter.where}: {name} is tuned there and given as --{name}; keep one")
     return space
+
+
+def _present(space: Space, config: Config, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The setting as it is; None where no trial can have it.
+
+    Where a parameter's condition does not hold, a trial has the default, and not what a configuration file says.
+    """
+    if any(name in given and parameter.condition for name, parameter in space.items()):
+        return None
+    return {name: config[name] for name in space}
 
 
 def _folder(options: argparse.Namespace, space: Space, base: Run, runs: Runs) -> Path:
