@@ -217,7 +217,8 @@ def test_the_runs_of_the_published_table_are_found(monkeypatch):
 
     def digests(self, config):
         name = f"{config['dataset']}.inter"
-        return {name: files[name]}
+        # No run of ml-100k is kept.
+        return {name: files.get(name, "")}
 
     monkeypatch.setattr(Runs, "_digests", digests)
     runs, found = Runs(folder), set()
